@@ -1,0 +1,43 @@
+# `make demo` and `make test` set up everything they need in .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+OLDEST := .venv-oldest
+ARGS ?=
+
+.PHONY: demo test check test-oldest bench-engine clean
+
+$(VENV)/ready: pyproject.toml constraints.txt plugins/loopserve-keydiff/pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -c constraints.txt torch
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev,plot]' -e plugins/loopserve-keydiff
+	touch $@
+
+demo: $(VENV)/ready
+	$(BIN)/loopserve demo $(ARGS)
+
+test: $(VENV)/ready
+	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+check: $(VENV)/ready
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+# The bridge on the oldest supported transformers, in an environment of its own.
+$(OLDEST)/ready: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/pip install --quiet -c constraints-oldest.txt torch
+	$(OLDEST)/bin/pip install --quiet -c constraints-oldest.txt -e '.[dev]'
+	touch $@
+
+test-oldest: $(OLDEST)/ready
+	$(OLDEST)/bin/python -m pytest -n 2 tests/models $(ARGS)
+
+bench-engine: $(VENV)/ready
+	$(BIN)/loopserve bench engine $(ARGS)
+
+clean:
+	rm -rf $(VENV) $(OLDEST) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
