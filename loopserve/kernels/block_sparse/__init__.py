@@ -1,0 +1,36 @@
+"""Attention of new queries on a list of key tiles per query tile and head."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from loopserve.kernels import backend
+from loopserve.kernels.block_sparse import cpu, reference
+from loopserve.kernels.shapes import check
+
+_OPERATION = backend.operation("block_sparse", reference=reference.block_sparse, cpu=cpu.block_sparse)
+
+
+def block_sparse(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    blocks: Tensor,
+    *,
+    tile: int = 64,
+    scaling: float,
+    softcap: float | None = None,
+    first_valid: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(output ``[Hq, Tq, D]``, log-sum-exp ``[Hq, Tq]``) of end-aligned queries over the chosen tiles, causal inside them.
+
+    blocks: bool ``[Hq, ceil(Tq / tile), ceil(Tk / tile)]``; query tiles count from the first query, key tiles from column 0.
+    """
+    check("block_sparse", queries, keys, values)
+    wanted = (queries.shape[0], -(-queries.shape[1] // tile), -(-keys.shape[1] // tile))
+    if blocks.shape != wanted:
+        raise ValueError(f"block_sparse: blocks {list(blocks.shape)} must be {list(wanted)}")
+    output: tuple[Tensor, Tensor] = _OPERATION.pick(queries)(
+        queries, keys, values, blocks, tile=tile, scaling=scaling, softcap=softcap, first_valid=first_valid
+    )
+    return output

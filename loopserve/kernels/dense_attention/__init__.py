@@ -1,0 +1,43 @@
+"""Dense causal attention: over everything, a sliding window, or for rows that stand anywhere."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from loopserve.kernels import backend
+from loopserve.kernels.dense_attention import cpu, reference
+from loopserve.kernels.shapes import check
+
+_OPERATION = backend.operation("dense_attention", reference=reference.dense_attention, cpu=cpu.dense_attention)
+
+
+def dense_attention(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    scaling: float,
+    softcap: float | None = None,
+    window: int | None = None,
+    columns: Tensor | None = None,
+    first_valid: Tensor | None = None,
+    need_lse: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """(output ``[Hq, Tq, D]``, log-sum-exp of the scores ``[Hq, Tq]`` float32 if asked for). An empty row gives 0 and -inf.
+
+    columns ``[Tq]``: where the queries stand (None = the last ones). window: own column and the window - 1 before it.
+    first_valid ``[Hkv]``: columns before it are filler. ValueError for shapes that do not fit.
+    """
+    check("dense_attention", queries, keys, values, columns)
+    output: tuple[Tensor, Tensor | None] = _OPERATION.pick(queries)(
+        queries,
+        keys,
+        values,
+        scaling=scaling,
+        softcap=softcap,
+        window=window,
+        columns=columns,
+        first_valid=first_valid,
+        need_lse=need_lse,
+    )
+    return output

@@ -1,0 +1,55 @@
+"""Masses of lines and tokens, and page bounds, against their definitions."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from loopserve.kernels.line_scores import line_scores
+from loopserve.kernels.page_bounds import page_bounds, page_scores
+from loopserve.kernels.token_scores import token_scores
+from tests.kernels.cases import Case, cases
+
+
+def sampled(case: Case, data: st.DataObject) -> tuple[torch.Tensor, torch.Tensor]:
+    """Some of the queries, and where they stand."""
+    rows, total = case.queries.shape[1], case.keys.shape[1]
+    chosen = torch.tensor(sorted(data.draw(st.sets(st.integers(0, rows - 1), min_size=1, max_size=12))))
+    return case.queries[:, chosen], chosen + total - rows
+
+
+@given(cases(most=120), st.data())
+def test_line_masses_are_sums_of_the_rows(case: Case, data: st.DataObject) -> None:
+    queries, columns = sampled(case, data)
+    scores = line_scores(queries, case.keys, columns, **case.options)
+    torch.testing.assert_close(scores.probabilities.sum(-1), torch.ones(queries.shape[:2]))
+    torch.testing.assert_close(scores.vertical, scores.probabilities.sum(1))
+    slash = torch.zeros_like(scores.slash)
+    for row, column in enumerate(columns.tolist()):
+        for key in range(column + 1):
+            slash[:, column - key] += scores.probabilities[:, row, key]
+        assert (scores.probabilities[:, row, column + 1 :] == 0).all()
+    torch.testing.assert_close(scores.slash, slash)
+
+
+@given(cases(), st.data(), st.sampled_from(["mean", "sum", "max"]))
+def test_token_scores_join_rows_then_the_group(case: Case, data: st.DataObject, over_rows: str) -> None:
+    queries, columns = sampled(case, data)
+    rows = line_scores(queries, case.keys, columns, **case.options).probabilities
+    joined = {"mean": rows.mean(1), "sum": rows.sum(1), "max": rows.amax(1)}[over_rows]
+    wanted = joined.view(case.keys.shape[0], -1, case.keys.shape[1]).mean(1)
+    found = token_scores(queries, case.keys, columns, over_rows=over_rows, **case.options)
+    torch.testing.assert_close(found, wanted)
+
+
+@given(cases(), st.sampled_from([1, 4, 16, 300]))
+def test_page_scores_bound_every_key_of_the_page(case: Case, page: int) -> None:
+    low, high = page_bounds(case.keys, page)
+    bounds = page_scores(case.queries, low, high, scaling=case.scaling)
+    grouped = case.queries.view(case.keys.shape[0], -1, case.queries.shape[2])
+    best = (grouped @ case.keys.transpose(1, 2) * case.scaling).amax(1)
+    assert bounds.shape == (case.keys.shape[0], -(-case.keys.shape[1] // page))
+    assert (best <= bounds.repeat_interleave(page, dim=1)[:, : best.shape[1]] + 1e-4).all()
+    if page == 1:
+        torch.testing.assert_close(bounds, best)

@@ -1,0 +1,180 @@
+"""The greedy reaches its target, counts overlap out, and the fast one costs no more than the readable one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from loopserve.core.patterns import LinePattern
+from loopserve.kernels import backend
+from loopserve.kernels.select_lines import LineSelection, select_lines
+from loopserve.kernels.select_lines.reference import TILE
+
+FORMS = ("sinks", "local", "slashes", "verticals", "diffuse")
+
+
+def rows_of_heads(new: int, total: int, sampled: int, seed: int, sharp: float = 1.5) -> tuple[Tensor, Tensor]:
+    """Softmax rows ``[5, r, n]`` of heads that look like trained ones, one per form, and where the rows stand."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randperm(new, generator=generator)[:sampled].sort().values
+    columns = rows + total - new
+    offsets = columns[:, None] - torch.arange(total)
+    heads = []
+    for form in FORMS:
+        scores = torch.randn(len(rows), total, generator=generator) * (1.0 if form == "diffuse" else 0.5)
+        if form != "diffuse":
+            scores[:, :4] += 3.0
+        if form in ("local", "slashes", "verticals"):
+            scores += 5.0 * torch.exp(-offsets.clamp(min=0) / 8.0)
+        if form == "slashes":
+            for offset in torch.randint(0, max(total // 2, 1), (6,), generator=generator):
+                scores += 6.0 * (offsets == offset)
+        if form == "verticals":
+            scores[:, torch.randperm(total, generator=generator)[: total // 30]] += 5.0
+        heads.append((sharp * scores).masked_fill(offsets < 0, float("-inf")).softmax(-1))
+    return torch.stack(heads), columns
+
+
+def covered(selection: LineSelection, probabilities: Tensor, columns: Tensor) -> Tensor:
+    """Mass of each sampled row on the union, from the mask: ``[Hq, r]``."""
+    offsets = columns[:, None] - torch.arange(probabilities.shape[2])
+    mask = selection.verticals[:, None] | selection.slashes[:, offsets.clamp(min=0)]
+    return (probabilities * (mask & (offsets >= 0))).sum(-1)
+
+
+def cost(selection: LineSelection, new: int, cost_of: str) -> Tensor:
+    """What a selection costs per head, counted from scratch."""
+    total = selection.verticals.shape[1]
+    pattern = LinePattern(selection.verticals, selection.slashes, new)
+    if cost_of == "length":
+        return pattern.cell_density() * pattern.causal_pairs
+    line = torch.arange(total)
+    lengths = (new - (line - (total - new)).clamp(min=0)).double()
+    spread = torch.nn.functional.pad(lengths, (TILE - 1, 0), value=float(new))
+    keys = []
+    for verticals, slashes in zip(selection.verticals, selection.slashes, strict=True):
+        computed = torch.zeros(total + TILE - 1, dtype=torch.bool)
+        for offset in slashes.nonzero().flatten().tolist():
+            computed[offset : offset + TILE] = True
+        keys.append(lengths[verticals].sum() + spread[computed].sum())
+    return torch.stack(keys)
+
+
+@pytest.mark.parametrize("cost_of", ["length", "tile"])
+@pytest.mark.parametrize(("new", "total"), [(60, 60), (200, 300), (128, 700)])
+def test_the_fast_greedy_costs_at_most_two_percent_more(cost_of: str, new: int, total: int) -> None:
+    for seed in range(3):
+        probabilities, columns = rows_of_heads(new, total, 48, seed)
+        with backend.use("reference"):
+            slow = select_lines(probabilities, columns, new, alpha=0.95, cost=cost_of)
+        fast = select_lines(probabilities, columns, new, alpha=0.95, cost=cost_of)
+        assert (fast.coverage >= 0.95 - 1e-4).all() and (slow.coverage >= 0.95 - 1e-4).all()
+        assert cost(fast, new, cost_of).sum() <= 1.02 * cost(slow, new, cost_of).sum()
+
+
+@given(
+    st.sampled_from([(1, 1), (1, 40), (7, 7), (63, 111), (30, 200)]),
+    st.floats(0.0, 1.0),
+    st.sampled_from(["length", "tile"]),
+    st.sampled_from(["reference", "cpu"]),
+    st.integers(0, 100),
+)
+@settings(max_examples=60)
+def test_coverage_is_reached_and_told_truly(
+    shape: tuple[int, int], alpha: float, cost_of: str, implementation: str, seed: int
+) -> None:
+    probabilities, columns = rows_of_heads(*shape, 16, seed)
+    with backend.use(implementation):
+        selection = select_lines(probabilities, columns, shape[0], alpha=alpha, cost=cost_of)
+    told = covered(selection, probabilities, columns).mean(1)
+    torch.testing.assert_close(selection.coverage, told.to(selection.coverage.dtype), atol=1e-4, rtol=1e-4)
+    assert (selection.coverage >= alpha - 1e-4).all()
+
+
+@given(st.integers(0, 50), st.sampled_from(["reference", "cpu"]))
+@settings(max_examples=20)
+def test_more_coverage_never_takes_fewer_cells(seed: int, implementation: str) -> None:
+    probabilities, columns = rows_of_heads(40, 90, 24, seed)
+    before = torch.zeros(len(FORMS))
+    for alpha in (0.3, 0.6, 0.8, 0.95, 1.0):
+        with backend.use(implementation):
+            selection = select_lines(probabilities, columns, 40, alpha=alpha)
+        assert (selection.coverage >= before - 1e-5).all()
+        before = selection.coverage
+    torch.testing.assert_close(before, torch.ones_like(before), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "cpu"])
+def test_every_row_reaches_its_floor(implementation: str) -> None:
+    probabilities, columns = rows_of_heads(100, 200, 32, 0)
+    with backend.use(implementation):
+        mean_only = select_lines(probabilities, columns, 100, alpha=0.9)
+        floored = select_lines(probabilities, columns, 100, alpha=0.9, row_floor=0.85)
+    assert covered(mean_only, probabilities, columns).min() < 0.85
+    assert covered(floored, probabilities, columns).min() >= 0.85 - 1e-3
+
+
+@pytest.mark.parametrize("implementation", ["reference", "cpu"])
+def test_heavy_rows_are_served_first(implementation: str) -> None:
+    probabilities, columns = rows_of_heads(100, 200, 32, 0)
+    weights = torch.ones(32)
+    weights[5] = 200.0
+    with backend.use(implementation):
+        plain = select_lines(probabilities, columns, 100, alpha=0.7)
+        heavy = select_lines(probabilities, columns, 100, alpha=0.7, row_weights=weights)
+    gained = covered(heavy, probabilities, columns)[:, 5] - covered(plain, probabilities, columns)[:, 5]
+    assert gained.mean() > 0.02
+
+
+@pytest.mark.parametrize("implementation", ["reference", "cpu"])
+def test_forced_lines_are_in_and_count(implementation: str) -> None:
+    probabilities, columns = rows_of_heads(50, 80, 16, 1)
+    forced = torch.zeros(len(FORMS), 80, dtype=torch.bool)
+    forced[:, [3, 40]] = True
+    with backend.use(implementation):
+        selection = select_lines(probabilities, columns, 50, alpha=0.0, forced_verticals=forced, forced_slashes=forced)
+    assert torch.equal(selection.verticals, forced) and torch.equal(selection.slashes, forced)
+
+
+def test_counting_overlap_matters() -> None:
+    """Stopping at the sum of line masses, crossings counted twice, falls short of the target (paper.md 6.4)."""
+    probabilities, columns = rows_of_heads(200, 300, 64, 0)
+    selection = select_lines(probabilities, columns, 200, alpha=0.95)
+    offsets = columns[:, None] - torch.arange(300)
+    vertical = (probabilities * selection.verticals[:, None]).sum((1, 2))
+    slash = (probabilities * (selection.slashes[:, offsets.clamp(min=0)] & (offsets >= 0))).sum((1, 2))
+    union = covered(selection, probabilities, columns).sum(1)
+    assert ((vertical + slash) > union * 1.02).any()
+
+
+def test_random_rows_find_a_question_that_stands_first_and_last_rows_do_not() -> None:
+    """The paper's argument in miniature: rows 0-63 look at their own keys, later rows at others."""
+    new, total, front = 512, 1024, 64
+    generator = torch.Generator().manual_seed(0)
+    offsets = torch.arange(total - new, total)[:, None] - torch.arange(total)
+    scores = torch.randn(new, total, generator=generator) * 0.3
+    wanted = {part: torch.randperm(400, generator=generator)[:12] for part in ("front", "rest")}
+    scores[:front, wanted["front"]] += 7.0
+    scores[front:, wanted["rest"]] += 7.0
+    attention = scores.masked_fill(offsets < 0, float("-inf")).softmax(-1)[None]
+
+    def front_coverage(rows: Tensor) -> float:
+        columns = rows + total - new
+        selection = select_lines(attention[:, rows], columns, new, alpha=0.9)
+        every = torch.arange(new) + total - new
+        return float(covered(selection, attention, every)[0, :front].mean())
+
+    random = torch.randperm(new, generator=generator)[:64].sort().values
+    assert front_coverage(random) > 0.6
+    assert front_coverage(torch.arange(new - 64, new)) < 0.3
+
+
+@pytest.mark.parametrize("change", [{"alpha": 1.5}, {"cost": "area"}, {"new_tokens": 0}, {"columns": torch.arange(3)}])
+def test_nonsense_is_named(change: dict[str, object]) -> None:
+    probabilities, columns = rows_of_heads(10, 20, 8, 0)
+    options = {"columns": columns, "new_tokens": 10, "alpha": 0.9, **change}
+    with pytest.raises(ValueError, match="select_lines"):
+        select_lines(probabilities, options.pop("columns"), options.pop("new_tokens"), **options)  # type: ignore[arg-type]
