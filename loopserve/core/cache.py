@@ -1,0 +1,252 @@
+"""The KV cache of one conversation: per layer a store of every pair and, while decoding, the active set gathered from it.
+
+Keys arrive rotated, at the position they have in the conversation, and are never re-indexed. Knows no policy and no model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from loopserve.core.errors import CacheError
+from loopserve.core.interfaces import KVSelection, Retention
+from loopserve.kernels.gather_kv import gather_kv
+
+_FIRST_CAPACITY = 256
+_ACTIVE_SLACK = 64  # room for outputs behind a gathered selection before the buffer must grow
+
+
+class PairBuffer:
+    """Keys and values ``[Hkv, capacity, D]`` that grow by half, so appending one token copies one token."""
+
+    def __init__(self, keys: Tensor, values: Tensor, slack: int) -> None:
+        """Start from existing pairs ``[Hkv, T, D]`` with room for ``slack`` more."""
+        self.length = 0
+        heads, tokens = keys.shape[0], keys.shape[1]
+        self._keys = keys.new_empty(heads, tokens + slack, keys.shape[2])
+        self._values = values.new_empty(heads, tokens + slack, values.shape[2])
+        self.append(keys, values)
+
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        end = self.length + keys.shape[1]
+        if end > self._keys.shape[1]:
+            self._grow(max(end, self._keys.shape[1] * 3 // 2))
+        self._keys[:, self.length : end] = keys
+        self._values[:, self.length : end] = values
+        self.length = end
+
+    def _grow(self, capacity: int) -> None:
+        for name in ("_keys", "_values"):
+            old: Tensor = getattr(self, name)
+            new = old.new_empty(old.shape[0], capacity, old.shape[2])
+            new[:, : self.length] = old[:, : self.length]
+            setattr(self, name, new)
+
+    @property
+    def keys(self) -> Tensor:
+        return self._keys[:, : self.length]
+
+    @property
+    def values(self) -> Tensor:
+        return self._values[:, : self.length]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the pairs held (room not yet used is not counted)."""
+        return self.keys.numel() * self.keys.element_size() + self.values.numel() * self.values.element_size()
+
+    @property
+    def allocated_nbytes(self) -> int:
+        """Bytes really taken from the machine, unused room included."""
+        return sum(buffer.untyped_storage().nbytes() for buffer in (self._keys, self._values))
+
+    def copy(self) -> PairBuffer:
+        return PairBuffer(self.keys, self.values, slack=_ACTIVE_SLACK)
+
+
+@dataclass
+class ActiveSet:
+    """The gathered copy that decoding attends to: a selection, then every pair from its boundary on."""
+
+    pairs: PairBuffer
+    selection: KVSelection
+    first_valid: Tensor | None  # int64 [Hkv]: filler columns of heads that keep fewer pairs
+
+    def attended(self) -> int:
+        """Pairs attended by one query, summed over the KV heads."""
+        heads, width = self.selection.indices.shape
+        return heads * (self.pairs.length - width) + int(self.selection.lengths.sum())
+
+
+class LayerCache:
+    """One layer's store and active set."""
+
+    def __init__(self) -> None:
+        self.seen = 0  # logical length: tokens of the conversation, evicted ones included
+        self.store: PairBuffer | None = None
+        self.active: ActiveSet | None = None
+        self.first_valid: Tensor | None = None
+        self._positions: Tensor | None = None  # [Hkv, columns at the last eviction]; None = nothing was ever evicted
+        self._evicted_at = 0  # seen at the last eviction
+
+    @property
+    def stored(self) -> int:
+        """Columns of the store; fewer than ``seen`` after an eviction."""
+        return self.store.length if self.store is not None else 0
+
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        """Add the pairs ``[Hkv, T, D]`` of the next T positions to the store and, if there is one, the active set."""
+        if keys.dim() != 3 or keys.shape[:2] != values.shape[:2]:
+            raise CacheError(
+                f"append: keys {list(keys.shape)} and values {list(values.shape)} must both be [Hkv, T, D]"
+            )
+        if self.store is None:
+            self.store = PairBuffer(keys, values, slack=_FIRST_CAPACITY)
+        else:
+            self.store.append(keys, values)
+        if self.active is not None:
+            self.active.pairs.append(keys, values)
+        self.seen += keys.shape[1]
+
+    def positions(self) -> Tensor:
+        """Original positions: int64 ``[columns]``, or ``[Hkv, columns]`` once heads differ; filler columns hold -1."""
+        device = self.store.keys.device if self.store is not None else torch.device("cpu")
+        if self._positions is None:
+            return torch.arange(self.seen, device=device)
+        tail = torch.arange(self._evicted_at, self.seen, device=device).expand(self._positions.shape[0], -1)
+        return torch.cat([self._positions, tail], dim=1)
+
+    def select(self, selection: KVSelection) -> None:
+        """Make ``selection`` the active set (gathered from the store), or evict all else if it says so."""
+        if self.store is None:
+            raise CacheError("select: the layer holds no pairs yet")
+        selection.check(self.store.keys.shape[0], self.seen)
+        if selection.retention is Retention.EVICT:
+            self._evict(selection)
+            return
+        keys, values, first_valid = self._gather(selection)
+        self.active = ActiveSet(PairBuffer(keys, values, slack=_ACTIVE_SLACK), selection, first_valid)
+
+    def release(self) -> None:
+        """Drop the active set: the next call attends to the whole store."""
+        self.active = None
+
+    def _gather(self, selection: KVSelection) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Selected pairs and everything from the boundary on, per head, left-padded where heads keep fewer."""
+        assert self.store is not None
+        width = selection.indices.shape[1]
+        columns = self._columns(selection)
+        tail = self.stored - (self.seen - selection.boundary)
+        keys, values = gather_kv(self.store.keys, self.store.values, columns)
+        if tail < self.stored:
+            keys = torch.cat([keys, self.store.keys[:, tail:]], dim=1)
+            values = torch.cat([values, self.store.values[:, tail:]], dim=1)
+        first_valid = width - selection.lengths if selection.ragged else None
+        return keys, values, first_valid
+
+    def _columns(self, selection: KVSelection) -> Tensor:
+        """Store columns ``[Hkv, S]`` of a selection's positions; filler entries point at column 0."""
+        wanted = selection.indices.clamp(min=0)
+        if self._positions is None:
+            return wanted
+        if selection.boundary < self._evicted_at:
+            raise CacheError(
+                f"select: boundary {selection.boundary} lies before the last eviction (at {self._evicted_at}), "
+                "where heads hold different pairs"
+            )
+        positions = self.positions()
+        columns = torch.searchsorted(positions, wanted).clamp(max=positions.shape[1] - 1)
+        filler = selection.indices < 0
+        if bool(((positions.gather(1, columns) != wanted) & ~filler).any()):
+            raise CacheError("select: a selected position was evicted earlier and cannot come back")
+        return columns.masked_fill(filler, 0)
+
+    def _evict(self, selection: KVSelection) -> None:
+        keys, values, first_valid = self._gather(selection)
+        tail = torch.arange(selection.boundary, self.seen, device=keys.device).expand(keys.shape[0], -1)
+        self._positions = torch.cat([selection.indices, tail], dim=1)
+        self._evicted_at = self.seen
+        self.first_valid = first_valid
+        self.store = PairBuffer(keys, values, slack=_ACTIVE_SLACK)
+        self.active = None
+
+    def truncate(self, length: int) -> None:
+        """Forget every position from ``length`` on. What an eviction removed before does not come back."""
+        if not 0 <= length <= self.seen:
+            raise CacheError(f"truncate: {length} is outside the {self.seen} tokens seen")
+        self.active = None
+        if length == self.seen:
+            return
+        if length < self._evicted_at:
+            self._truncate_survivors(length)
+        elif self.store is not None:
+            self.store.length -= self.seen - length
+        self.seen = length
+        if length == 0:
+            self.store = None
+
+    def _truncate_survivors(self, length: int) -> None:
+        """Truncate into a part where heads hold different pairs: realign them to the right."""
+        assert self.store is not None and self._positions is not None
+        positions = self.positions()
+        heads = [((row >= 0) & (row < length)).nonzero().flatten() for row in positions]
+        kept = KVSelection.from_heads(heads, self.seen)  # columns stand in for positions
+        filler = kept.indices < 0
+        keys, values = gather_kv(self.store.keys, self.store.values, kept.indices.clamp(min=0))
+        self.store = PairBuffer(keys, values, slack=_ACTIVE_SLACK)
+        self._positions = positions.gather(1, kept.indices.clamp(min=0)).masked_fill(filler, -1)
+        self.first_valid = kept.indices.shape[1] - kept.lengths if kept.ragged else None
+        self._evicted_at = length
+
+    def fork(self) -> LayerCache:
+        """An independent copy: no buffer is shared."""
+        other = LayerCache()
+        other.seen, other._evicted_at = self.seen, self._evicted_at
+        other.store = self.store.copy() if self.store is not None else None
+        other.first_valid = self.first_valid  # never written in place, like positions and selections
+        other._positions = self._positions
+        if self.active is not None:
+            other.active = ActiveSet(self.active.pairs.copy(), self.active.selection, self.active.first_valid)
+        return other
+
+
+class KVCache:
+    """The layers of one conversation. ``seen`` is its logical length."""
+
+    def __init__(self, layers: int) -> None:
+        self.layers = [LayerCache() for _ in range(layers)]
+
+    @property
+    def seen(self) -> int:
+        return self.layers[0].seen if self.layers else 0
+
+    @property
+    def store_bytes(self) -> int:
+        return sum(layer.store.nbytes for layer in self.layers if layer.store is not None)
+
+    @property
+    def active_bytes(self) -> int:
+        return sum(layer.active.pairs.nbytes for layer in self.layers if layer.active is not None)
+
+    @property
+    def nbytes(self) -> int:
+        return self.store_bytes + self.active_bytes
+
+    def release(self) -> None:
+        for layer in self.layers:
+            layer.release()
+
+    def truncate(self, length: int) -> None:
+        """Forget every position from ``length`` on, in layers that have seen it (a broken-off pass fills only some)."""
+        for layer in self.layers:
+            layer.truncate(min(length, layer.seen))
+
+    def fork(self) -> KVCache:
+        other = KVCache(0)
+        other.layers = [layer.fork() for layer in self.layers]
+        return other
+
+    def clear(self) -> None:
+        self.layers = [LayerCache() for _ in self.layers]

@@ -1,0 +1,179 @@
+"""The loop: prefill a turn, decode it token by token, let the compressors answer after each pass. Knows tokens, no text."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from loopserve.core.attention import Call
+from loopserve.core.errors import InputError, PolicyError
+from loopserve.core.interfaces import LayerSpec, Observation, Phase, Step
+from loopserve.core.sampling import Sampler, SamplingConfig
+from loopserve.core.session import Session, assign
+from loopserve.core.stack import PolicyStack
+
+_CHUNK_TOKENS = 4096
+
+
+class Model(Protocol):
+    """What the loop needs of a language model; ``models.huggingface`` has one."""
+
+    @property
+    def layers(self) -> Sequence[LayerSpec]:
+        """One entry per attention layer, in order."""
+
+    @property
+    def max_positions(self) -> int | None:
+        """Longest conversation in tokens, None if there is no limit."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def forward(self, call: Call, token_ids: Tensor) -> Tensor:
+        """Run token ids ``[T]`` at ``call.positions``; logits ``[vocabulary]`` of the last one."""
+
+
+class TokenEngine:
+    """Runs sessions of one model under one stack."""
+
+    def __init__(
+        self, model: Model, stack: PolicyStack, *, chunk_tokens: int = _CHUNK_TOKENS, measure_coverage: bool = False
+    ) -> None:
+        """chunk_tokens: longest piece of a prefill. measure_coverage: realised coverage over all rows, for reports."""
+        stack.check(model.layers)
+        self.model = model
+        self.stack = stack
+        self.chunk_tokens = chunk_tokens
+        self.measure_coverage = measure_coverage
+        self._policies = assign(model.layers, stack)
+
+    def session(self) -> Session:
+        return Session(self._policies)
+
+    def generate(
+        self, session: Session, new_tokens: Sequence[int], sampling: SamplingConfig, stop_ids: frozenset[int]
+    ) -> Iterator[int]:
+        """Answer one turn, token by token, the stop token included.
+
+        A turn that is not finished (an error, Ctrl-C, a consumer that walks away) is taken back whole.
+        """
+        self._fits(session, new_tokens, sampling)
+        sampler = Sampler(sampling)
+        session.begin_turn(new_tokens)
+        complete = False
+        try:
+            started = time.perf_counter()
+            logits = self.prefill(session)
+            token = sampler(logits)
+            session.stats.ttft_ms = (time.perf_counter() - started - session.stats.measuring_s) * 1e3
+            for count in range(1, sampling.max_new_tokens + 1):
+                session.tokens.append(token)
+                session.stats.output_tokens = count
+                self._weigh(session)
+                if token in stop_ids or count == sampling.max_new_tokens:
+                    complete = True
+                    yield token
+                    return
+                yield token
+                started = time.perf_counter()
+                logits = self.decode(session)
+                token = sampler(logits)
+                session.stats.decode_ms += (time.perf_counter() - started) * 1e3
+        finally:
+            if not complete:
+                session.undo()
+
+    def _fits(self, session: Session, new_tokens: Sequence[int], sampling: SamplingConfig) -> None:
+        if not new_tokens:
+            raise InputError("a turn needs at least one token")
+        limit = self.model.max_positions
+        needed = len(session.tokens) + len(new_tokens) + 1
+        if limit is not None and needed > limit:
+            raise InputError(
+                f"the conversation would be {needed} tokens long, the model takes {limit}: shorten the message, "
+                "undo a turn, or start a new session"
+            )
+        if limit is not None and needed - 1 + sampling.max_new_tokens > limit:
+            raise InputError(
+                f"max_new_tokens={sampling.max_new_tokens} does not fit: {limit - needed + 1} tokens are left of the model's {limit}"
+            )
+
+    def prefill(self, session: Session) -> Tensor:
+        """Compute every token not computed yet, in chunks of equal size; logits ``[vocabulary]`` of the last one."""
+        waiting = session.tokens[session.cache.seen :]
+        pieces = -(-len(waiting) // self.chunk_tokens)
+        size = -(-len(waiting) // pieces)
+        logits = None
+        for start in range(0, len(waiting), size):
+            chunk = waiting[start : start + size]
+            logits = self._run(session, chunk, Phase.PREFILL, final=start + size >= len(waiting))
+        assert logits is not None
+        return logits
+
+    def decode(self, session: Session) -> Tensor:
+        """Compute the last token; logits ``[vocabulary]`` of the one after it."""
+        return self._run(session, session.tokens[-1:], Phase.DECODE, final=True)
+
+    def _run(self, session: Session, tokens: Sequence[int], phase: Phase, *, final: bool) -> Tensor:
+        seen = session.cache.seen
+        device = self.model.device
+        positions = torch.arange(seen, seen + len(tokens), device=device)
+        call = Call(
+            session, phase, positions, final=final, measure=self.measure_coverage, seen_after=seen + len(tokens)
+        )
+        session.enter(phase)
+        logits = self.model.forward(call, torch.tensor(tokens, dtype=torch.long, device=device))
+        self.complete(call)
+        return logits
+
+    def complete(self, call: Call) -> None:
+        """After a forward pass: count it, ask each compressor once, carry out its wish."""
+        session = call.session
+        if call.phase is Phase.DECODE:
+            session.output_index += 1
+            session.stats.decode_steps += 1
+            session.stats.compressed_steps += call.compressed
+        for key in session.compressors:
+            self._ask(call, key)
+
+    def _ask(self, call: Call, key: int) -> None:
+        session = call.session
+        compressor = session.compressors[key]
+        step = Step(
+            phase=call.phase,
+            turn=session.stats.turn,
+            turn_start=session.turn_start,
+            length=session.cache.seen,
+            output_index=session.output_index,
+            final=call.final,
+            layers=session.ruled_by(key),
+            record=session.stats,
+        )
+        wish = compressor.after_forward(step, session.states[key])
+        if wish is None:
+            return
+        if isinstance(wish, Observation):
+            if call.phase is Phase.OBSERVE:
+                raise PolicyError(f"{compressor.name}: an observation may not ask for another one")
+            self._observe(session, wish, key)
+            return
+        for layer, selection in wish.items():
+            session.cache.layers[layer].select(selection)
+
+    def _observe(self, session: Session, wish: Observation, key: int) -> None:
+        """Run some rows of this turn again at their own positions; nothing is appended, only ``key`` is asked."""
+        before = session.stats.phase
+        session.enter(Phase.OBSERVE)
+        call = Call(session, Phase.OBSERVE, wish.positions.to(self.model.device), observer=key)
+        token_ids = torch.tensor(session.tokens, dtype=torch.long, device=self.model.device)[call.positions]
+        self.model.forward(call, token_ids)
+        self._ask(call, key)
+        session.enter(before)
+
+    def _weigh(self, session: Session) -> None:
+        session.stats.store_bytes = session.cache.store_bytes
+        session.stats.active_bytes = session.cache.active_bytes

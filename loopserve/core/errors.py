@@ -1,0 +1,48 @@
+"""One family of errors. Each message says where, what, what is known and what to do; the command line shows no traceback for them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class LoopServeError(Exception):
+    """Everything loopserve raises on purpose. ``exit_code`` is what the command line ends with."""
+
+    exit_code = 1
+
+
+class ConfigError(LoopServeError):
+    """A stack, a policy option or a command-line value is wrong."""
+
+    exit_code = 2
+
+
+class InputError(LoopServeError):
+    """What a user sent cannot be answered (empty, too long); the session stays at its last complete turn."""
+
+    exit_code = 2
+
+
+class ModelError(LoopServeError):
+    """A model cannot be loaded, or asks attention for something loopserve does not do."""
+
+
+class PolicyError(LoopServeError):
+    """A policy broke its contract (indices out of range, wrong shape)."""
+
+
+class PluginError(LoopServeError):
+    """A plugin cannot be loaded, or claims a name that is taken."""
+
+
+class CacheError(LoopServeError):
+    """An operation on the KV cache that would lose or corrupt a conversation."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """``; did you mean 'x'? (known: x, y)``, or only the known names when none is close."""
+    names = sorted(known)
+    close = get_close_matches(name, names, n=1, cutoff=0.6)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    return f"{hint} (known: {', '.join(names) or 'none'})"

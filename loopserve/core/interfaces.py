@@ -1,0 +1,318 @@
+"""The two contracts a policy fulfils, and what it is told.
+
+Shapes are those of ONE conversation: queries ``[Hq, Tq, D]``, keys and values ``[Hkv, Tk, D]``, with ``Hq = group * Hkv``.
+There is no batch dimension and no padding: the bridge splits a batch into its rows and strips the padding first, so no policy
+can get either wrong. A *column* is the index of a stored key; a *position* is its place in the conversation. They differ only
+after an eviction.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from loopserve.core.errors import PolicyError
+from loopserve.core.patterns import AttentionPattern
+from loopserve.kernels.line_scores import LineScores, line_scores
+from loopserve.kernels.token_scores import OverRows, token_scores
+
+
+class Phase(StrEnum):
+    """Where the engine is. A policy is told; it never guesses from shapes."""
+
+    PREFILL = "prefill"
+    OBSERVE = "observe"  # rows of this turn are run again to see what they attend to; nothing is appended
+    DECODE = "decode"
+
+
+class LayerType(StrEnum):
+    FULL = "full_attention"
+    SLIDING = "sliding_attention"
+    CHUNKED = "chunked_attention"
+
+
+class Retention(StrEnum):
+    KEEP = "keep"  # the rest stays in the store and can be selected again
+    EVICT = "evict"  # the rest is gone and its bytes are freed
+
+
+class PolicyConfig(BaseModel):
+    """Base of every policy's inner ``Config``: frozen, unknown keys refused, each field described."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a policy can do. A stack that asks for more is refused before any token is computed."""
+
+    layer_types: frozenset[LayerType] = frozenset({LayerType.FULL})
+    retentions: frozenset[Retention] = frozenset({Retention.KEEP})
+    deterministic: bool = True  # equal inputs and seed give equal choices
+    batched: bool = True  # rows of a batch may be served side by side
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """One attention layer of a model."""
+
+    index: int
+    type: LayerType
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+    window: int | None = None
+
+    @property
+    def group(self) -> int:
+        return self.query_heads // self.kv_heads
+
+
+class Record(Protocol):
+    """Where a policy reports what it did; the session owns it (see ``core.stats``)."""
+
+    def count(self, name: str, amount: float = 1.0) -> None:
+        """Add to a counter of this turn, e.g. ``fallback:short_turn``."""
+
+    def mean(self, name: str, value: float | Tensor) -> None:
+        """Add one or more values to a mean of this turn, e.g. ``coverage_estimated``."""
+
+    def read(self, kind: str, amount: float) -> None:
+        """Bytes of keys, values or summaries read from the cache, by kind (``attended``, ``scoring``, ``summaries``)."""
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionInputs:
+    """Everything about one attention call of one layer.
+
+    queries ``[Hq, Tq, D]`` (rotated), keys and values ``[Hkv, Tk, D]``: the whole store, this call's own pairs included.
+    columns ``[Tq]``: where the queries stand among the keys (the last Tq in prefill and decode; any in an observation).
+    positions ``[Tk]`` or ``[Hkv, Tk]`` (after an eviction heads differ): original positions, strictly increasing per head.
+    first_valid ``[Hkv]`` or None: columns before it are filler of a head that holds fewer pairs; never attended.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+    columns: Tensor
+    positions: Tensor
+    first_valid: Tensor | None
+    layer: LayerSpec
+    phase: Phase
+    turn: int
+    turn_start: int  # position of the first token of this turn
+    output_index: int  # output tokens of this turn processed before this call
+    final: bool  # False for all but the last chunk of a chunked prefill
+    scaling: float
+    softcap: float | None
+    record: Record
+    selection: KVSelection | None = None  # what decoding attends to now; None = everything
+    memo: dict[Any, Any] = field(default_factory=dict)
+
+    @property
+    def group(self) -> int:
+        return self.queries.shape[0] // self.keys.shape[0]
+
+    @property
+    def new_tokens(self) -> int:
+        return self.queries.shape[1]
+
+    @property
+    def total_tokens(self) -> int:
+        return self.keys.shape[1]
+
+    @property
+    def turn_start_column(self) -> int:
+        """First column of this turn's pairs (they are never evicted within their turn)."""
+        return int(torch.searchsorted(self.head_positions(0), self.turn_start))
+
+    def head_positions(self, head: int) -> Tensor:
+        """Original positions ``[Tk]`` of one KV head's columns."""
+        return self.positions if self.positions.dim() == 1 else self.positions[head]
+
+    def row_attention(self, rows: Tensor) -> LineScores:
+        """Softmax attention of some rows of this call over all keys, with the masses of the lines; computed once per call.
+
+        rows: int64 ``[r]``, indices into the queries. Both policies of a layer share the result.
+        """
+        key = ("rows", tuple(rows.tolist()))
+        if key not in self.memo:
+            self.record.read("scoring", _bytes(self.keys))
+            self.memo[key] = line_scores(
+                self.queries[:, rows],
+                self.keys,
+                self.columns[rows],
+                scaling=self.scaling,
+                softcap=self.softcap,
+                first_valid=self.first_valid,
+            )
+        found: LineScores = self.memo[key]
+        return found
+
+    def token_scores(self, queries: Tensor, columns: Tensor, *, over_rows: OverRows = "mean") -> Tensor:
+        """Attention of ``queries`` ``[Hq, r, D]`` standing at ``columns`` over the full store, per KV head: float32 ``[Hkv, Tk]``."""
+        self.record.read("scoring", _bytes(self.keys))
+        return token_scores(
+            queries,
+            self.keys,
+            columns,
+            scaling=self.scaling,
+            softcap=self.softcap,
+            first_valid=self.first_valid,
+            over_rows=over_rows,
+        )
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+class PrefillSparsifier(ABC):
+    """Chooses, for the new tokens of a turn, which cells of the attention matrix are computed. Immutable and shared."""
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    capabilities: ClassVar[Capabilities] = Capabilities()
+
+    class Config(PolicyConfig):
+        """No options."""
+
+    def __init__(self, config: PolicyConfig | None = None) -> None:
+        self.config = config if config is not None else self.Config()
+
+    @abstractmethod
+    def sparsify(self, inputs: AttentionInputs) -> AttentionPattern:
+        """The pattern to compute for ``inputs.queries``. Called once per layer and prefill call; it must be causal."""
+
+
+@dataclass(frozen=True, eq=False)
+class KVSelection:
+    """The pairs that decoding attends to in one layer.
+
+    indices int64 ``[Hkv, S]``: original positions, sorted and unique per head, left-padded with -1 where a head keeps fewer.
+    lengths int64 ``[Hkv]``: how many each head keeps. boundary: every pair at or after this position is attended as well.
+    """
+
+    indices: Tensor
+    lengths: Tensor
+    boundary: int
+    retention: Retention = Retention.KEEP
+
+    @classmethod
+    def from_heads(cls, heads: Sequence[Tensor], boundary: int, retention: Retention = Retention.KEEP) -> KVSelection:
+        """Build from one sorted index tensor per KV head; lengths may differ."""
+        lengths = torch.tensor([len(head) for head in heads], dtype=torch.long)
+        indices = torch.full((len(heads), int(lengths.max())), -1, dtype=torch.long)
+        for row, head in zip(indices, heads, strict=True):
+            if len(head):
+                row[-len(head) :] = head
+        device = heads[0].device
+        return cls(indices.to(device), lengths.to(device), boundary, retention)
+
+    @classmethod
+    def uniform(cls, indices: Tensor, boundary: int, retention: Retention = Retention.KEEP) -> KVSelection:
+        """Build from ``[Hkv, S]`` when every head keeps the same number."""
+        lengths = torch.full((indices.shape[0],), indices.shape[1], dtype=torch.long, device=indices.device)
+        return cls(indices, lengths, boundary, retention)
+
+    @property
+    def ragged(self) -> bool:
+        return bool((self.lengths != self.indices.shape[1]).any())
+
+    def head(self, head: int) -> Tensor:
+        """Sorted original positions that one KV head keeps."""
+        return self.indices[head, self.indices.shape[1] - int(self.lengths[head]) :]
+
+    def check(self, kv_heads: int, length: int) -> None:
+        """Raise PolicyError unless indices are sorted, unique, in range and below the boundary."""
+        if self.indices.dtype != torch.long or self.indices.dim() != 2 or self.indices.shape[0] != kv_heads:
+            raise PolicyError(
+                f"KVSelection.indices: expected int64 [{kv_heads}, S], got {self.indices.dtype} {list(self.indices.shape)}"
+            )
+        if not 0 <= self.boundary <= length:
+            raise PolicyError(f"KVSelection.boundary: {self.boundary} is outside the {length} tokens seen")
+        if self.lengths.shape != (kv_heads,) or bool(
+            (self.lengths < 0).any() | (self.lengths > self.indices.shape[1]).any()
+        ):
+            raise PolicyError(f"KVSelection.lengths: expected {kv_heads} numbers from 0 to {self.indices.shape[1]}")
+        width = self.indices.shape[1]
+        filler = torch.arange(width, device=self.indices.device) < (width - self.lengths)[:, None]
+        kept = self.indices.masked_fill(filler, 0)
+        if bool(((kept < 0) | (kept >= max(self.boundary, 1))).any() & (width > 0)):
+            raise PolicyError(f"KVSelection.indices: positions must lie in [0, {self.boundary})")
+        steps = (self.indices[:, 1:] <= self.indices[:, :-1]) & ~filler[:, :-1]
+        if bool(steps.any()):
+            raise PolicyError("KVSelection.indices: positions must be sorted and unique per head")
+
+
+@dataclass(frozen=True)
+class Observation:
+    """A compressor's wish: run these rows of the conversation again, see what they attend to, append nothing.
+
+    positions: sorted original positions of this turn, int64 ``[r]``. The engine feeds their tokens in one extra pass with phase
+    OBSERVE and then asks ``after_forward`` again.
+    """
+
+    positions: Tensor
+
+
+@dataclass(frozen=True)
+class Step:
+    """One finished forward pass, as ``after_forward`` sees it."""
+
+    phase: Phase
+    turn: int
+    turn_start: int
+    length: int  # tokens seen so far, those of this call included
+    output_index: int  # output tokens of this turn processed so far, this call's included
+    final: bool
+    layers: tuple[LayerSpec, ...]  # the layers this compressor rules
+    record: Record
+
+
+Selections = Mapping[int, KVSelection]
+State = TypeVar("State")
+
+
+class DecodeCompressor(ABC, Generic[State]):
+    """Chooses which stored pairs decoding attends to. Immutable and shared: what changes lives in ``state``, owned by the session.
+
+    Three moments, each doing nothing unless a policy says otherwise. Prefill and observation passes call the last two as well.
+    """
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    capabilities: ClassVar[Capabilities] = Capabilities()
+
+    class Config(PolicyConfig):
+        """No options."""
+
+    def __init__(self, config: PolicyConfig | None = None) -> None:
+        self.config = config if config is not None else self.Config()
+
+    @property
+    def retention(self) -> Retention:
+        """What happens to unselected pairs under this configuration."""
+        return getattr(self.config, "retention", Retention.KEEP)
+
+    @abstractmethod
+    def init_state(self) -> State:
+        """A fresh state for one session. It must survive ``copy.deepcopy`` (a session can be forked)."""
+
+    def before_attention(self, inputs: AttentionInputs, state: State) -> KVSelection | None:
+        """In decoding, with the current query at hand: a new selection for this layer and from this very step on, or None."""
+        return None
+
+    def after_attention(self, inputs: AttentionInputs, state: State) -> None:
+        """Observe a layer's call (its queries, and scores asked of ``inputs``) into the state."""
+
+    def after_forward(self, step: Step, state: State) -> Selections | Observation | None:
+        """Once after all layers: new selections by layer index, the wish for an observation pass, or None (keep as it is)."""
+        return None

@@ -1,0 +1,45 @@
+"""Choosing the next token from logits. Knows no model."""
+
+from __future__ import annotations
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+
+class SamplingConfig(BaseModel):
+    """How an answer is drawn. The default is greedy."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    max_new_tokens: int = Field(256, gt=0, description="Longest answer, in tokens.")
+    temperature: float = Field(0.0, ge=0.0, description="0 = greedy; else logits are divided by it.")
+    top_p: float = Field(1.0, gt=0.0, le=1.0, description="Keep the likeliest tokens up to this probability.")
+    top_k: int = Field(0, ge=0, description="Keep this many likeliest tokens; 0 = all.")
+    seed: int | None = Field(None, description="Makes a drawn answer repeatable.")
+
+
+class Sampler:
+    """Draws tokens for one answer; its generator is its own."""
+
+    def __init__(self, config: SamplingConfig) -> None:
+        self.config = config
+        self._generator = torch.Generator()
+        if config.seed is None:
+            self._generator.seed()
+        else:
+            self._generator.manual_seed(config.seed)
+
+    def __call__(self, logits: Tensor) -> int:
+        """The next token id, from logits ``[vocabulary]``. Equal logits: the lowest id."""
+        config = self.config
+        if config.temperature == 0.0:
+            return int(logits.argmax())
+        values, ids = (logits.float().cpu() / config.temperature).sort(descending=True, stable=True)
+        if config.top_k:
+            values, ids = values[: config.top_k], ids[: config.top_k]
+        probabilities = values.softmax(0)
+        if config.top_p < 1.0:
+            before = probabilities.cumsum(0) - probabilities
+            probabilities = probabilities.masked_fill(before >= config.top_p, 0.0)
+        return int(ids[torch.multinomial(probabilities, 1, generator=self._generator)])
