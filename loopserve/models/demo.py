@@ -1,0 +1,19 @@
+"""The bundled trained model: small Llamas that recall facts told among small talk, loaded with no network."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+
+NAME = "demo"
+_WEIGHTS = {"demo": "recall", "demo-no-lookahead": "recall_no_lookahead"}
+
+
+def is_bundled(model: str) -> bool:
+    """Whether a MODEL argument names a bundled model."""
+    return model in _WEIGHTS
+
+
+def bundled_path(model: str = NAME) -> Path:
+    """The directory of a bundled model: config, weights and tokenizer."""
+    return Path(str(files("loopserve.models") / "weights" / _WEIGHTS[model]))

@@ -1,0 +1,78 @@
+"""Two turns of one conversation, run by plain transformers and by our engine, logits and all."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from loopserve.api import load_stack
+from loopserve.core.engine import TokenEngine
+from loopserve.core.session import Session
+from loopserve.models.huggingface import IMPLEMENTATION, HuggingFaceModel, set_implementation
+from loopserve.models.tiny import VOCABULARY, tiny_model
+
+TURNS = (61, 37)  # tokens each turn adds; both reach beyond the tiny models' windows
+ANSWER = 9
+
+
+@dataclass
+class Told:
+    """Tokens and logits ``[steps, vocabulary]`` of every step of a conversation."""
+
+    tokens: list[int] = field(default_factory=list)
+    logits: list[torch.Tensor] = field(default_factory=list)
+
+    def step(self, logits: torch.Tensor) -> int:
+        self.logits.append(logits)
+        self.tokens.append(int(logits.argmax()))
+        return self.tokens[-1]
+
+    def difference(self, other: Told) -> float:
+        return float((torch.stack(self.logits) - torch.stack(other.logits)).abs().max())
+
+
+def prompts(seed: int = 0) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, VOCABULARY, (count,), generator=generator).tolist() for count in TURNS]
+
+
+def told_by_transformers(model: PreTrainedModel) -> Told:
+    """Greedy, with transformers' own attention and cache."""
+    told, cache, seen = Told(), DynamicCache(config=model.config), 0
+    waiting: list[int] = []
+    with torch.no_grad():
+        for prompt in prompts():
+            waiting += prompt
+            for _ in range(ANSWER):
+                positions = torch.arange(seen, seen + len(waiting))[None]
+                output = model(torch.tensor([waiting]), position_ids=positions, past_key_values=cache)
+                seen += len(waiting)
+                waiting = [told.step(output.logits[0, -1])]
+    return told
+
+
+def told_by_engine(engine: TokenEngine, session: Session | None = None) -> Told:
+    """The same conversation through our loop."""
+    told = Told()
+    session = session or engine.session()
+    for prompt in prompts():
+        session.begin_turn(prompt)
+        logits = engine.prefill(session)
+        for step in range(ANSWER):
+            session.tokens.append(told.step(logits))
+            if step < ANSWER - 1:
+                logits = engine.decode(session)
+    return told
+
+
+def engine_for(model: PreTrainedModel, stack: object, **options: int) -> TokenEngine:
+    set_implementation(model, IMPLEMENTATION)
+    return TokenEngine(HuggingFaceModel(model), load_stack(stack), **options)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def llama() -> PreTrainedModel:
+    return tiny_model("llama")

@@ -1,0 +1,66 @@
+"""Every family gets from our engine what transformers gives, and a stack that leaves nothing out changes nothing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from loopserve.models.tiny import FAMILIES, tiny_model
+from tests.models.conftest import engine_for, told_by_engine, told_by_transformers
+
+EVERYTHING = {
+    "prefill": {"policy": "loopserve", "alpha": 1.0},
+    "decode": {"policy": "loopserve", "budget": 4096, "interval": 2},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_dense_engine_equals_transformers(family: str) -> None:
+    model = tiny_model(family)
+    plain = told_by_transformers(model)
+    ours = told_by_engine(engine_for(model, "dense"))
+    assert ours.tokens == plain.tokens
+    assert ours.difference(plain) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "family", [family for family in FAMILIES if family != "mistral_window"]
+)  # all its layers slide
+def test_a_stack_that_leaves_nothing_out_is_bit_equal_to_dense(family: str) -> None:
+    model = tiny_model(family)
+    dense = told_by_engine(engine_for(model, "dense"))
+    ours = told_by_engine(engine_for(model, EVERYTHING))
+    assert ours.tokens == dense.tokens
+    assert ours.difference(dense) == 0.0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_chunked_prefill_equals_one_shot(family: str) -> None:
+    model = tiny_model(family)
+    whole = told_by_engine(engine_for(model, "dense"))
+    chunked = told_by_engine(engine_for(model, "dense", chunk_tokens=17))
+    assert chunked.tokens == whole.tokens
+    assert chunked.difference(whole) < 1e-5
+
+
+@pytest.mark.parametrize(("family", "field", "value"), [
+    ("gemma2", "attn_logit_softcapping", None),
+    ("gpt_oss", "sinks", None),
+    ("gemma2", "sliding_window", None),
+    ("mistral_window", "sliding_window", None),
+])  # fmt: skip
+def test_the_tiny_models_would_expose_an_ignored_keyword(family: str, field: str, value: object) -> None:
+    told = told_by_transformers(tiny_model(family))
+    changed = tiny_model(family)
+    if field == "sinks":
+        for layer in changed.model.layers:
+            torch.nn.init.constant_(layer.self_attn.sinks, -1e4)
+    elif field == "sliding_window":
+        changed.config.sliding_window = 10_000
+        for layer in changed.model.layers:
+            if getattr(layer.self_attn, "sliding_window", None) is not None:
+                layer.self_attn.sliding_window = 10_000
+    else:
+        for layer in changed.model.layers:
+            layer.self_attn.attn_logit_softcapping = value
+    assert told_by_transformers(changed).difference(told) > 1e-3
