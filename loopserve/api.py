@@ -1,0 +1,241 @@
+"""The composition root: a model, a tokenizer and a stack become an engine that chats."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from loopserve.core.engine import TokenEngine
+from loopserve.core.errors import ConfigError, InputError
+from loopserve.core.sampling import SamplingConfig
+from loopserve.core.session import Session
+from loopserve.core.stack import PolicyStack
+from loopserve.core.stack import load_stack as _load_stack
+from loopserve.core.stats import TurnStats
+from loopserve.models.applied import Applied, applied
+from loopserve.models.chat import ChatTokenizer, Message, StreamDecoder
+from loopserve.models.huggingface import IMPLEMENTATION, HuggingFaceModel, set_implementation
+from loopserve.models.loading import load
+from loopserve.plugins import load_registry
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+StackLike = str | Path | Mapping[str, Any] | PolicyStack
+
+
+def load_stack(stack: StackLike) -> PolicyStack:
+    """A stack by preset name, YAML file, dictionary, or as it is."""
+    return stack if isinstance(stack, PolicyStack) else _load_stack(stack, load_registry().registry)
+
+
+@contextmanager
+def apply(model: PreTrainedModel, stack: StackLike = "loopserve") -> Iterator[Applied]:
+    """Serve a plain transformers model under a stack: ``with apply(model, "loopserve"): model.generate(**batch)``.
+
+    Undone fully at exit. Batches may be padded: each row gets what it gets alone.
+    """
+    with applied(model, load_stack(stack)) as state:
+        yield state
+
+
+@dataclass(frozen=True)
+class Usage:
+    prompt_tokens: int  # tokens this turn added
+    reused_tokens: int  # tokens the conversation held already
+    completion_tokens: int
+
+
+@dataclass(frozen=True)
+class Timings:
+    ttft_ms: float
+    tpot_ms: float | None  # None for an answer of one token
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One answer and what it took."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    usage: Usage
+    timings: Timings
+    stats: TurnStats
+
+
+class Engine:
+    """A model under a stack, with its tokenizer; opens chat sessions."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: Any, stack: StackLike = "loopserve", **options: Any) -> None:
+        """options: ``chunk_tokens`` and ``measure_coverage`` of ``core.engine.TokenEngine``."""
+        self.stack = load_stack(stack)
+        self.tokenizer = ChatTokenizer(tokenizer)
+        self.tokens = TokenEngine(HuggingFaceModel(model), self.stack, **options)
+        set_implementation(model, IMPLEMENTATION)
+        self.model = model
+        self.stop_ids = self.tokenizer.stop_ids | _stop_ids(model)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str,
+        stack: StackLike = "loopserve",
+        *,
+        dtype: str = "auto",
+        device: str = "auto",
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+        **options: Any,
+    ) -> Engine:
+        """Load by hub id, local directory, or ``demo``. The stack is checked before the weights are read."""
+        resolved = load_stack(stack)
+        loaded, tokenizer = load(
+            model, dtype=dtype, device=device, revision=revision, trust_remote_code=trust_remote_code
+        )
+        return cls(loaded, tokenizer, resolved, **options)
+
+    def session(self, system: str | None = None) -> ChatSession:
+        return ChatSession(self, system)
+
+    def load_session(self, path: str | Path) -> ChatSession:
+        """A conversation saved by ``ChatSession.save``; its cache is computed anew with the next message."""
+        try:
+            saved = json.loads(Path(path).read_text())
+            messages = [{"role": str(m["role"]), "content": str(m["content"])} for m in saved["messages"]]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{path}: not a saved conversation ({error})") from error
+        return ChatSession(self, messages=messages)
+
+
+def _stop_ids(model: PreTrainedModel) -> frozenset[int]:
+    found = model.generation_config.eos_token_id if model.generation_config is not None else None
+    if found is None:
+        return frozenset()
+    return frozenset(found if isinstance(found, list) else [found])
+
+
+class ChatSession:
+    """A conversation in text. A turn that breaks off (an error, Ctrl-C) is taken back; nothing said before it is lost."""
+
+    def __init__(self, engine: Engine, system: str | None = None, messages: list[Message] | None = None) -> None:
+        self.engine = engine
+        self.messages: list[Message] = list(messages or [])
+        if system is not None:
+            self.messages.insert(0, {"role": "system", "content": system})
+        self.last_reply: Reply | None = None
+        self._session: Session | None = engine.tokens.session()
+        self._lengths: list[int] = []  # number of messages before each turn
+
+    def __enter__(self) -> ChatSession:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the cache. The messages stay readable."""
+        self._session = None
+
+    @property
+    def turns(self) -> list[TurnStats]:
+        return self._open.turns
+
+    @property
+    def _open(self) -> Session:
+        if self._session is None:
+            raise InputError("the session is closed; open a new one with engine.session()")
+        return self._session
+
+    def send(self, text: str, **sampling: Any) -> Reply:
+        """Say something, get the whole answer. Keywords are those of ``core.sampling.SamplingConfig``."""
+        for _ in self.stream(text, **sampling):
+            pass
+        assert self.last_reply is not None
+        return self.last_reply
+
+    def stream(self, text: str, **sampling: Any) -> Iterator[str]:
+        """The answer piece by piece; ``last_reply`` holds the whole once it is over."""
+        try:
+            config = SamplingConfig(**sampling)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise ConfigError(f"{'.'.join(map(str, first['loc']))}: {first['msg']} (got {first['input']!r})") from error
+        session = self._open
+        asked = [*self.messages, {"role": "user", "content": text}]
+        ids = self._new_ids(session, asked)
+        decoder = StreamDecoder(self.engine.tokenizer)
+        answer: list[int] = []
+        for token in self.engine.tokens.generate(session, ids, config, self.engine.stop_ids):
+            answer.append(token)
+            piece = decoder.push(token)
+            if piece:
+                yield piece
+        if rest := decoder.rest():
+            yield rest
+        reply = self._reply(answer, session.stats)
+        self._lengths.append(len(self.messages))
+        self.messages = [*asked, {"role": "assistant", "content": reply.text}]
+        self.last_reply = reply
+
+    def _new_ids(self, session: Session, asked: list[Message]) -> list[int]:
+        tokenizer = self.engine.tokenizer
+        if session.tokens:
+            return tokenizer.turn_tokens(asked, session.tokens[-1])
+        ids: list[int] = []  # a loaded conversation: every turn of it is rendered as it was
+        for end, message in enumerate(asked, 1):
+            if message["role"] == "user":
+                ids += tokenizer.turn_tokens(asked[:end], ids[-1] if ids else None)
+            elif message["role"] == "assistant":
+                ids += tokenizer.answer_tokens(message["content"])
+        return ids
+
+    def _reply(self, answer: list[int], stats: TurnStats) -> Reply:
+        return Reply(
+            text=self.engine.tokenizer.decode(answer).strip(),
+            token_ids=tuple(answer),
+            usage=Usage(stats.prompt_tokens, stats.reused_tokens, stats.output_tokens),
+            timings=Timings(stats.ttft_ms, stats.tpot_ms),
+            stats=stats,
+        )
+
+    def undo(self) -> Message:
+        """Take back the last turn; returns the user's message of it."""
+        if not self._lengths:
+            raise InputError("nothing to undo: no turn was answered in this session")
+        self._open.undo()
+        taken = self.messages[self._lengths[-1]]
+        self.messages = self.messages[: self._lengths.pop()]
+        self.last_reply = None
+        return taken
+
+    def retry(self, **sampling: Any) -> Reply:
+        """Take back the last answer and give another one to the same message."""
+        return self.send(self.undo()["content"], **sampling)
+
+    def fork(self) -> ChatSession:
+        """An independent copy of the conversation, to try two answers."""
+        other = ChatSession(self.engine, messages=self.messages)
+        other._session = self._open.fork()
+        other._lengths = list(self._lengths)
+        other.last_reply = self.last_reply
+        return other
+
+    def save(self, path: str | Path) -> None:
+        """Write the messages and the stack as JSON; ``Engine.load_session`` reads them."""
+        body = {"version": 1, "stack": self.engine.stack.describe(), "messages": self.messages}
+        try:
+            Path(path).write_text(json.dumps(body, indent=2, ensure_ascii=False) + "\n")
+        except OSError as error:
+            raise InputError(f"{path}: cannot save the conversation ({error.strerror})") from error
+
+
+__all__ = ["ChatSession", "Engine", "Reply", "Timings", "Usage", "apply", "load_stack"]

@@ -1,0 +1,125 @@
+"""The demonstration: one trained model holds the same conversations under several stacks, turn by turn.
+
+Every stack that compresses gets the same budget, a tenth of the conversation's average length, so that the answers compare.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+from loopserve.api import Engine, load_stack
+from loopserve.bench.recall import Dialogue, Position, RecallTask, make_dialogues
+from loopserve.core.stack import PolicyStack
+from loopserve.core.stats import TurnStats
+from loopserve.models.loading import load
+
+STACKS = ("dense", "loopserve", "loopserve-paper", "snapkv", "streaming_llm")
+POSITIONS: tuple[Position, ...] = ("begin", "middle", "end")
+ATTENDED = 0.10
+_LONGEST_ANSWER = 96
+_ANSWER_ROOM = 8  # outputs attended besides the budget, on average over a short answer
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass
+class Tally:
+    """Answers right and asked, with the figures of their turns."""
+
+    asked: int = 0
+    right: int = 0
+    ttft_ms: list[float] = field(default_factory=list)
+    stats: TurnStats = field(default_factory=lambda: TurnStats(0))
+
+    def add(self, right: bool, stats: TurnStats) -> None:
+        self.asked += 1
+        self.right += right
+        self.ttft_ms.append(stats.ttft_ms)
+        self.stats.merge(stats)
+
+    def as_dict(self) -> dict[str, Any]:
+        figures = self.stats.as_dict()
+        figures["ttft_ms"] = median(self.ttft_ms) if self.ttft_ms else None
+        return {"asked": self.asked, "right": self.right, **figures}
+
+
+def demo_dialogues(seed: int, tokens: int, turns: int, dialogues: int, keys: Sequence[int] = (1, 2)) -> list[Dialogue]:
+    """``dialogues`` held-out conversations for each question position, alternating over the numbers of keys asked."""
+    made = []
+    for position in POSITIONS:
+        for number, count in enumerate(keys):
+            share = dialogues // len(keys) + (number < dialogues % len(keys))
+            task = RecallTask(tokens=tokens, turns=turns, keys=count, position=position)
+            made += make_dialogues(task, share, seed)
+    return made
+
+
+def equal_budget(stack: PolicyStack, tokens: int, turns: int) -> PolicyStack:
+    """The stack with its decode budget set so that a tenth of the pairs that dense attends to are attended."""
+    described = stack.describe()
+    average = tokens * (turns + 1) / (2 * turns)  # length of the conversation at each answer, turns being equally long
+    budget = max(16, round(average * ATTENDED) - _ANSWER_ROOM)
+    for part in [described, *described.get("layers", [])]:
+        if "budget" in (part.get("decode") or {}):
+            part["decode"]["budget"] = budget
+    return load_stack(described)
+
+
+def run_demo(
+    *,
+    stacks: Sequence[str],
+    seed: int,
+    tokens: int,
+    turns: int,
+    dialogues: int,
+    progress: Progress,
+    model: str = "demo",
+) -> dict[str, Any]:
+    """Hold the conversations under every stack; figures over all, per turn and per question position of the last turn."""
+    work = demo_dialogues(seed, tokens, turns, dialogues)
+    loaded, tokenizer = load(model)
+    result: dict[str, Any] = {}
+    budgets = set()
+    for name in stacks:
+        stack = equal_budget(load_stack(name), tokens, turns)
+        budgets |= {stack.describe()["decode"].get("budget")} - {None}
+        engine = Engine(loaded, tokenizer, stack, measure_coverage=True)
+        total, per_turn = Tally(), [Tally() for _ in range(turns)]
+        per_position = {position: Tally() for position in POSITIONS}
+        for count, dialogue in enumerate(work):
+            progress(name, count, len(work))
+            with engine.session() as chat:
+                for index, turn in enumerate(dialogue.turns):
+                    reply = chat.send(turn.text, max_new_tokens=_LONGEST_ANSWER)
+                    right = reply.text == turn.answer
+                    for tally in (total, per_turn[index], per_position[turn.position]):
+                        tally.add(right, reply.stats)
+        progress(name, len(work), len(work))
+        result[name] = {
+            **total.as_dict(),
+            "turns": [tally.as_dict() for tally in per_turn],
+            "positions": {position: tally.as_dict() for position, tally in per_position.items()},
+        }
+    settings = {"model": model, "seed": seed, "tokens": tokens, "turns": turns, "dialogues": len(work)}
+    return {"settings": {**settings, "budget": sorted(budgets)}, "stacks": result, "summary": summary(result)}
+
+
+def summary(stacks: dict[str, Any]) -> str:
+    """One sentence that says what was seen."""
+    parts = []
+    for name, figures in stacks.items():
+        share = figures["right"] / figures["asked"]
+        said = f"{name} answered {share:.0%} right"
+        costs = []
+        if (cells := figures["prefill_cell_density"]) is not None and cells < 0.999:
+            costs.append(f"{cells:.0%} of the prefill's attention cells")
+        if (attended := figures["attended_fraction"]) is not None and attended < 0.999:
+            read = figures["kv_bytes_per_token"] / figures["dense_kv_bytes_per_token"]
+            costs.append(
+                f"{attended:.0%} of the KV pairs attended and {read:.0%} of the KV bytes read per output token"
+            )
+        parts.append(said + (f" with {' and '.join(costs)}" if costs else ""))
+    return "Over the same conversations, " + "; ".join(parts) + "."

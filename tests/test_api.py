@@ -1,0 +1,172 @@
+"""A person's conversation with the bundled model: what is said, taken back, tried twice, broken off, saved."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from loopserve import Engine, LoopServeError, load_stack
+from loopserve.api import ChatSession
+from loopserve.core.errors import ConfigError, InputError, ModelError
+from loopserve.models.demo import bundled_path
+
+TOLD = "the code of lisbon is amber falcon river . we had soup for lunch today . the code of oslo is north copper ."
+STACKS = ["dense", "loopserve", "snapkv", "snapkv-evict"]
+
+
+@pytest.fixture(scope="module", params=STACKS)
+def engine(request: pytest.FixtureRequest) -> Engine:
+    return Engine.from_pretrained("demo", stack=request.param)
+
+
+@pytest.fixture
+def chat(engine: Engine) -> Iterator[ChatSession]:
+    with engine.session() as session:
+        yield session
+
+
+def test_facts_told_are_recalled_over_turns(chat: ChatSession) -> None:
+    assert chat.send(f"{TOLD} what is the code of oslo ?").text == "oslo is north copper ."
+    reply = chat.send("what is the code of lisbon ?")
+    assert reply.text == "lisbon is amber falcon river ."
+    assert reply.usage.reused_tokens > reply.usage.prompt_tokens
+    assert reply.usage.completion_tokens == len(reply.token_ids)
+    assert reply.timings.ttft_ms > 0 and reply.timings.tpot_ms > 0
+
+
+def test_a_stream_gives_the_text_of_the_reply(chat: ChatSession) -> None:
+    pieces = list(chat.stream(f"{TOLD} what is the code of oslo ?"))
+    assert len(pieces) > 1
+    assert "".join(pieces).strip() == chat.last_reply.text
+
+
+def test_undo_takes_a_turn_back_whole(chat: ChatSession) -> None:
+    chat.send(f"{TOLD} what is the code of oslo ?")
+    before = (list(chat.messages), list(chat._session.tokens), chat._session.cache.seen)
+    first = chat.send("what is the code of lisbon ?")
+    assert chat.undo()["content"] == "what is the code of lisbon ?"
+    assert (list(chat.messages), list(chat._session.tokens), chat._session.cache.seen) == before
+    assert chat.send("what is the code of lisbon ?").token_ids == first.token_ids
+
+
+def test_retry_gives_the_same_greedy_answer(chat: ChatSession) -> None:
+    chat.send(f"{TOLD} what is the code of oslo ?")
+    assert chat.retry().text == "oslo is north copper ."
+    assert len(chat.turns) == 1
+
+
+def test_a_fork_does_not_touch_its_origin(chat: ChatSession) -> None:
+    chat.send(f"{TOLD} what is the code of oslo ?")
+    other = chat.fork()
+    other.send("the code of quito is silver lantern . what is the code of quito ?")
+    assert len(chat.messages) == 2 and len(other.messages) == 4
+    assert chat.send("what is the code of lisbon ?").text == "lisbon is amber falcon river ."
+
+
+def test_a_stream_left_early_takes_its_turn_back(chat: ChatSession) -> None:
+    chat.send(f"{TOLD} what is the code of oslo ?")
+    tokens = list(chat._session.tokens)
+    stream = chat.stream("what is the code of lisbon ?")
+    next(stream)
+    stream.close()
+    assert chat._session.tokens == tokens and len(chat.messages) == 2
+    assert chat.send("what is the code of lisbon ?").text == "lisbon is amber falcon river ."
+
+
+def test_ctrl_c_in_mid_answer_keeps_the_last_complete_turn(chat: ChatSession, monkeypatch: pytest.MonkeyPatch) -> None:
+    chat.send(f"{TOLD} what is the code of oslo ?")
+    real, calls = chat.engine.tokens.model.forward, []
+
+    def interrupted(*args: object) -> object:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(chat.engine.tokens.model, "forward", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        chat.send("what is the code of lisbon ?")
+    monkeypatch.undo()
+    assert len(chat.messages) == 2
+    assert chat.send("what is the code of lisbon ?").text == "lisbon is amber falcon river ."
+
+
+def test_interleaved_conversations_equal_solo_ones(engine: Engine) -> None:
+    texts = [[f"{TOLD} what is the code of {city} ?", "what is the code of lisbon ?"] for city in ("oslo", "lisbon")]
+    solo = []
+    for said in texts:
+        with engine.session() as chat:
+            solo.append([chat.send(text).token_ids for text in said])
+    chats = [engine.session(), engine.session()]
+    mixed: list[list[tuple[int, ...]]] = [[], []]
+    for turn in range(2):
+        for number, chat in enumerate(chats):
+            mixed[number].append(chat.send(texts[number][turn]).token_ids)
+    assert mixed == solo
+
+
+def test_a_saved_conversation_goes_on(engine: Engine, tmp_path: Path) -> None:
+    file = tmp_path / "talk.json"
+    with engine.session() as chat:
+        chat.send(f"{TOLD} what is the code of oslo ?")
+        chat.save(file)
+        wanted = chat.send("what is the code of lisbon ?").text
+    with engine.load_session(file) as chat:
+        assert chat.send("what is the code of lisbon ?").text == wanted
+    assert json.loads(file.read_text())["messages"][0]["role"] == "user"
+
+
+def test_bad_requests_are_one_line_and_lose_nothing(chat: ChatSession) -> None:
+    chat.send(f"{TOLD} what is the code of oslo ?")
+    for text, options, says in [
+        ("   ", {}, "empty"),
+        ("word " * 20_000, {}, "tokens long, the model takes"),
+        ("hi", {"max_new_tokens": 0}, "max_new_tokens: Input should be greater than 0"),
+        ("hi", {"temperature": float("nan")}, "temperature"),
+        ("hi", {"max_new_tokens": 10**6}, "does not fit"),
+        ("hi", {"top_q": 1}, "top_q: Extra inputs"),
+    ]:
+        with pytest.raises((InputError, ConfigError), match=says) as caught:
+            chat.send(text, **options)
+        assert "\n" not in str(caught.value)
+    assert chat.send("what is the code of lisbon ?").text == "lisbon is amber falcon river ."
+
+
+def test_a_closed_session_says_so(engine: Engine) -> None:
+    chat = engine.session()
+    chat.close()
+    with pytest.raises(InputError, match="closed"):
+        chat.send("hello")
+
+
+@pytest.mark.parametrize("damage", ["truncate", "garbage", "missing"])
+def test_a_corrupt_weight_file_is_one_clear_error(damage: str, tmp_path: Path) -> None:
+    broken = tmp_path / "model"
+    shutil.copytree(bundled_path(), broken)
+    weights = broken / "model.safetensors"
+    if damage == "truncate":
+        weights.write_bytes(weights.read_bytes()[:1000])
+    elif damage == "garbage":
+        weights.write_bytes(b"not weights at all")
+    else:
+        weights.unlink()
+    with pytest.raises(ModelError, match=r"cannot load model .*safetensors") as caught:
+        Engine.from_pretrained(str(broken), stack="dense")
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_model_is_one_clear_error() -> None:
+    with pytest.raises(LoopServeError, match="cannot load model '/nowhere/at/all'"):
+        Engine.from_pretrained("/nowhere/at/all", stack="dense")
+
+
+def test_a_stack_is_given_by_name_path_or_dict(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("version: 1\nprefill: {policy: dense}\ndecode: {policy: snapkv, budget: 64}\n")
+    for stack in ("snapkv", file, str(file), {"prefill": {"policy": "dense"}, "decode": {"policy": "full"}}):
+        loaded = load_stack(stack)
+        assert load_stack(loaded) is loaded
