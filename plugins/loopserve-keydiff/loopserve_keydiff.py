@@ -1,0 +1,45 @@
+"""KeyDiff as a loopserve plugin: one score, one hook."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity, normalize
+
+from loopserve.core.hookspecs import hookimpl
+from loopserve.core.interfaces import AttentionInputs, Capabilities, Retention
+from loopserve.core.registry import Registry
+from loopserve.core.scoring import ScoredCompressor
+
+
+class KeyDiffDecode(ScoredCompressor):
+    """Keeps the pairs whose keys differ most from the average key; asks no query and computes no attention (KeyDiff).
+
+    Paper: https://arxiv.org/abs/2504.15364. Variant, as in kvpress: ``s_t = -cos(K_t, mean_t(K_t / |K_t|))`` per KV
+    head, on rotated keys.
+
+    Deviations: chosen once per turn over all stored pairs, where the paper evicts block by block while the prompt is
+    read; the first ``sink_tokens`` and the ``recent_window`` are kept besides (the paper has neither: set both to 0).
+
+    Multi-turn: scored anew at the end of each turn's prefill, over the whole history (retention ``keep``) or over the
+    survivors (``evict``).
+    """
+
+    name: ClassVar[str] = "keydiff"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2504.15364"
+    capabilities: ClassVar[Capabilities] = Capabilities(retentions=frozenset(Retention))
+
+    def score(self, inputs: AttentionInputs) -> Tensor:
+        directions = normalize(inputs.keys.float(), dim=-1)
+        if inputs.first_valid is not None:  # columns before it are filler: they must not pull the average
+            columns = torch.arange(inputs.total_tokens, device=directions.device)
+            directions = directions * (columns >= inputs.first_valid[:, None])[..., None]
+        # The sum has the direction of the mean, and the cosine asks for no more.
+        return -cosine_similarity(inputs.keys.float(), directions.sum(dim=1, keepdim=True), dim=-1)
+
+
+@hookimpl
+def loopserve_register_policies(registry: Registry) -> None:
+    registry.register(KeyDiffDecode)

@@ -1,0 +1,53 @@
+"""The presets as shipped, with the policies as shipped."""
+
+import pytest
+
+from loopserve.core.config import parse_yaml, to_yaml
+from loopserve.core.interfaces import LayerSpec, LayerType, Retention
+from loopserve.core.registry import Registry
+from loopserve.core.stack import load_stack, preset_file, preset_names
+from loopserve.core.stack_file import read_stack
+from loopserve.plugins import load_registry
+
+LAYERS = [LayerSpec(index, LayerType.FULL, 4, 2, 8) for index in range(4)]
+
+
+@pytest.fixture(scope="module")
+def registry() -> Registry:
+    return load_registry(disabled=[]).registry
+
+
+def test_the_presets_that_are_promised_are_there():
+    promised = {"dense", "loopserve", "loopserve-paper", "snapkv", "snapkv-evict", "streaming_llm", "a_shape", "random"}
+    assert promised <= set(preset_names())
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_a_preset_loads_names_itself_and_fits_a_plain_model(name: str, registry: Registry):
+    stack = load_stack(name, registry)
+    assert stack.name == name and stack.description
+    assert stack.source == f"preset {name}.yaml"
+    stack.check(LAYERS, batch=True)
+    assert load_stack(stack.describe(), registry) == stack
+    again = read_stack(parse_yaml(to_yaml(stack.describe()), "again.yaml"), registry)
+    assert (again.prefill.config, again.decode.config) == (stack.prefill.config, stack.decode.config)
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_the_first_line_of_a_preset_names_the_paper(name: str):
+    first = preset_file(name).read_text("utf-8").splitlines()[0]
+    assert first.startswith("# ") and "https://arxiv.org/abs/" in first
+
+
+def test_presets_do_different_things(registry: Registry):
+    digests = [load_stack(name, registry).digest for name in preset_names()]
+    assert len(set(digests)) == len(digests)
+
+
+def test_presets_say_what_they_say(registry: Registry):
+    assert load_stack("dense", registry).is_dense and not load_stack("snapkv", registry).is_dense
+    assert load_stack("snapkv-evict", registry).decode.retention is Retention.EVICT
+    for name in ("loopserve", "loopserve-paper"):
+        stack = load_stack(name, registry)
+        assert (stack.prefill.name, stack.decode.name) == ("loopserve", "loopserve")
+        assert stack.decode.retention is Retention.KEEP
