@@ -1,0 +1,123 @@
+"""``loopserve demo``: the bundled model holds the same conversations under several stacks, and the tables tell."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from loopserve.cli.options import Format, FormatOption, Settings
+from loopserve.cli.output import console, milliseconds, number, percent, print_json, size, table
+from loopserve.core.errors import ConfigError
+
+STACKS = ("dense", "loopserve", "loopserve-paper", "snapkv", "streaming_llm")
+
+Progress = Callable[[str, int, int], None]
+
+
+def demo(
+    context: typer.Context,
+    stack: Annotated[
+        list[str] | None, typer.Option(help=f"Stacks to compare, repeatable. [default: {', '.join(STACKS)}]")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Other seeds give other conversations.")] = 0,
+    tokens: Annotated[int, typer.Option(min=64, help="Length of a conversation, in tokens.")] = 2000,
+    turns: Annotated[int, typer.Option(min=1, help="Turns of a conversation.")] = 3,
+    dialogues: Annotated[int, typer.Option(min=1, help="Conversations per question position.")] = 2,
+    format: FormatOption = Format.HUMAN,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw the result as well.")] = None,
+) -> None:
+    """Compare stacks on the bundled model.
+
+    Prints answers right, attention computed, keys attended, time and bytes, per turn and over all turns.
+    """
+    stacks = stack or list(STACKS)
+    settings: Settings = context.obj
+    if plot is not None:
+        _can_plot(plot)
+    settings.stacks(stacks)  # a misspelt stack is refused before any work
+    from loopserve.bench.demo import run_demo
+
+    with _progress() as progress:
+        result = run_demo(stacks=stacks, seed=seed, tokens=tokens, turns=turns, dialogues=dialogues, progress=progress)
+    if plot is not None:
+        from loopserve.bench.plots import plot_demo
+
+        plot_demo(result, plot)
+    if format is Format.JSON:
+        print_json(result)
+    else:
+        render(result)
+
+
+def _can_plot(path: Path) -> None:
+    if find_spec("matplotlib") is None:
+        raise ConfigError("--plot needs matplotlib: pip install 'loopserve[plot]'")
+    if not path.absolute().parent.is_dir():
+        raise ConfigError(f"--plot {path}: there is no directory {path.absolute().parent}")
+
+
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    """A bar on stderr at a terminal, nothing elsewhere."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
+        tasks: dict[str, Any] = {}
+
+        def report(label: str, done: int, total: int) -> None:
+            if label not in tasks:
+                tasks[label] = bar.add_task(label, total=total)
+            bar.update(tasks[label], completed=done, total=total)
+
+        yield report
+
+
+def render(result: Mapping[str, Any]) -> None:
+    """One table per turn, one over all turns, and the sentence that says what was seen."""
+    stacks: Mapping[str, Mapping[str, Any]] = result["stacks"]
+    out = console()
+    for turn in range(max((len(each["turns"]) for each in stacks.values()), default=0)):
+        rows = {name: each["turns"][turn] for name, each in stacks.items() if turn < len(each["turns"])}
+        out.print(_figures(f"turn {turn + 1}", rows, out.width))
+    out.print(_figures("all turns", stacks, out.width))
+    if summary := result.get("summary"):
+        out.print(summary, markup=False)
+
+
+_COLUMNS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
+    "right": lambda row: f"{row['right']}/{row['asked']}",
+    "cells": lambda row: percent(row.get("prefill_cell_density")),
+    "tiles": lambda row: percent(row.get("prefill_tile_density")),
+    "coverage": lambda row: percent(row.get("coverage_estimated")),
+    "realised": lambda row: percent(row.get("coverage_realised")),
+    "attended": lambda row: percent(row.get("attended_fraction")),
+    "pairs/step": lambda row: number(row.get("attended_pairs")),
+    "TTFT": lambda row: milliseconds(row.get("ttft_ms")),
+    "TPOT": lambda row: milliseconds(row.get("tpot_ms")),
+    "KV read/token": lambda row: size(row.get("kv_bytes_per_token")),
+    "store": lambda row: size(row.get("store_bytes")),
+    "active": lambda row: size(row.get("active_bytes")),
+}
+_WIDE = 140  # columns of a terminal that holds a line per stack; a narrower one gets a line per figure
+
+
+def _figures(title: str, rows: Mapping[str, Mapping[str, Any]], width: int) -> Any:
+    lines = [
+        ["stack", *_COLUMNS],
+        *([name, *(write(row) for write in _COLUMNS.values())] for name, row in rows.items()),
+    ]
+    heading, *body = lines if width >= _WIDE else zip(*lines, strict=True)
+    figures = table(heading[0], title=title)
+    for each in heading[1:]:
+        figures.add_column(each, justify="right")
+    for line in body:
+        figures.add_row(*line)
+    return figures

@@ -1,0 +1,81 @@
+"""``loopserve env``: all that a bug report needs."""
+
+from __future__ import annotations
+
+import platform
+from typing import Any
+
+import typer
+
+from loopserve.cli.options import Format, FormatOption, Settings
+from loopserve.cli.output import print_json
+
+_PACKAGES = ("torch", "transformers", "triton", "safetensors", "pydantic", "pluggy", "ruamel.yaml", "typer", "rich")
+
+
+def env(context: typer.Context, format: FormatOption = Format.HUMAN) -> None:
+    """Versions, device, kernels and plugins, for a bug report."""
+    settings: Settings = context.obj
+    found = _environment(settings)
+    if format is Format.JSON:
+        print_json(found)
+        return
+    _print_tree(found)
+
+
+def _print_tree(values: dict[str, Any], indent: str = "") -> None:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            print(f"{indent}{key}:")
+            _print_tree(value, indent + "  ")
+        elif isinstance(value, list):
+            print(f"{indent}{key}: {', '.join(map(str, value)) or 'none'}")
+        else:
+            print(f"{indent}{key}: {value}")
+
+
+def _environment(settings: Settings) -> dict[str, Any]:
+    import torch
+
+    import loopserve.core.engine  # noqa: F401  # brings in every operation, so that each is described
+    from loopserve import __version__
+    from loopserve.kernels import backend
+
+    loaded = settings.plugins()
+    cuda = torch.cuda.is_available()
+    return {
+        "loopserve": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "transformers_supported": _required("transformers"),
+        "device": {
+            "default": "cuda" if cuda else "cpu",
+            "name": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
+            "threads": torch.get_num_threads(),
+        },
+        "kernels": {row["operation"]: f"{row['implementation']} ({row['why']})" for row in backend.describe()},
+        "plugins": {each.name: f"{each.owner}: {', '.join(each.policies)}" for each in loaded.plugins},
+        "disabled_plugins": list(loaded.disabled),
+        "plugin_problems": [str(each) for each in loaded.problems],
+    }
+
+
+def _version(package: str) -> str:
+    from importlib import metadata
+
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _required(package: str) -> str:
+    """The version range our own distribution asks for."""
+    from importlib import metadata
+
+    try:
+        wanted = metadata.requires("loopserve") or []
+    except metadata.PackageNotFoundError:
+        return "unknown (loopserve is not installed)"
+    return next((each.removeprefix(package) for each in wanted if each.startswith(package)), "any")

@@ -1,0 +1,74 @@
+"""How figures are written for people and for programs."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+_PIPE_WIDTH = 200  # a pipe has no width of its own; cells should not be cut there
+
+
+def console() -> Console:
+    """Standard output, as wide as the terminal."""
+    from rich.console import Console
+
+    narrow = sys.stdout.isatty() or "COLUMNS" in os.environ
+    return Console(highlight=False, width=None if narrow else _PIPE_WIDTH)
+
+
+def table(*columns: str, title: str | None = None) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    return Table(*columns, title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+
+
+def print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+
+
+def percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f} %"
+
+
+def number(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.0f}"
+
+
+def milliseconds(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.1f} ms"
+
+
+def size(value: float | None) -> str:
+    """Bytes with a binary unit."""
+    if value is None:
+        return "-"
+    for unit in ("B", "KiB", "MiB"):
+        if abs(value) < 1024:
+            return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} GiB"
+
+
+def turn_line(stats: Mapping[str, Any]) -> str:
+    """One turn's figures (``TurnStats.as_dict``) on one line."""
+    return " · ".join(
+        (
+            f"turn {stats['turn'] + 1}: {stats['prompt_tokens']} new + {stats['reused_tokens']} reused tokens, "
+            f"{stats['output_tokens']} out",
+            f"TTFT {milliseconds(stats['ttft_ms'])}",
+            f"TPOT {milliseconds(stats['tpot_ms'])}",
+            f"prefill density {percent(stats['prefill_cell_density'])}",
+            f"coverage {percent(stats['coverage_estimated'])}",
+            f"attended {percent(stats['attended_fraction'])}",
+            f"KV read {size(stats['kv_bytes_per_token'])}/token",
+            f"held {size(stats['store_bytes'] + stats['active_bytes'])}",
+        )
+    )

@@ -1,0 +1,103 @@
+"""``loopserve policies``: which there are, who brought them, what their options are."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from loopserve.cli.options import Format, FormatOption, Settings
+from loopserve.cli.output import console, print_json, table
+
+if TYPE_CHECKING:
+    from loopserve.core.registry import Registration
+
+app = typer.Typer(help="List policies and their options.", no_args_is_help=True)
+
+
+@app.command("ls")
+def list_policies(context: typer.Context, format: FormatOption = Format.HUMAN) -> None:
+    """Every policy, with the distribution that brings it."""
+    settings: Settings = context.obj
+    loaded = settings.plugins()
+    if format is Format.JSON:
+        print_json(
+            {
+                "policies": [_described(each) for each in loaded.registry],
+                "problems": [{"plugin": each.name, "reason": each.reason} for each in loaded.problems],
+                "disabled": list(loaded.disabled),
+            }
+        )
+        return
+    rows = table("kind", "name", "from", "what it does", "paper")
+    for each in loaded.registry:
+        rows.add_row(each.kind, each.name, str(each.owner), each.summary, each.paper)
+    console().print(rows)
+
+
+@app.command("show")
+def show_policy(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(help="A policy's name, as in `policies ls`.")],
+    format: FormatOption = Format.HUMAN,
+) -> None:
+    """One policy (or both of that name) with its options."""
+    settings: Settings = context.obj
+    found = settings.plugins().registry.named(name)
+    if format is Format.JSON:
+        print_json([_described(each) | {"options": each.config.model_json_schema()} for each in found])
+        return
+    out = console()
+    for each in found:
+        out.print(f"{each.kind} policy {each.name} (from {each.owner})", markup=False)
+        out.print(inspect.getdoc(each.policy) or "", markup=False)
+        if each.paper and each.paper not in (each.policy.__doc__ or ""):
+            out.print(f"paper: {each.paper}", markup=False, soft_wrap=True)
+        able = each.capabilities
+        out.print(f"retention: {', '.join(sorted(able.retentions))}" if each.kind == "decode" else "", markup=False)
+        out.print(_options(each))
+
+
+def _described(each: Registration) -> dict[str, Any]:
+    able = each.capabilities
+    return {
+        "kind": each.kind,
+        "name": each.name,
+        "distribution": each.owner.distribution,
+        "version": each.owner.version,
+        "summary": each.summary,
+        "paper": each.paper,
+        "capabilities": {
+            "layer_types": sorted(able.layer_types),
+            "retentions": sorted(able.retentions),
+            "deterministic": able.deterministic,
+            "batched": able.batched,
+        },
+    }
+
+
+def _options(each: Registration) -> Any:
+    schema = each.config.model_json_schema()
+    rows = table("option", "values", "default", "meaning")
+    for name, option in schema.get("properties", {}).items():
+        default = repr(option["default"]) if "default" in option else "required"
+        rows.add_row(name, _values(option, schema.get("$defs", {})), default, option.get("description", ""))
+    return rows if rows.row_count else "no options"
+
+
+_BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
+
+
+def _values(option: dict[str, Any], definitions: dict[str, Any]) -> str:
+    """What an option takes, in few words: ``integer > 0``, ``keep | evict``, ``number | null``."""
+    if "$ref" in option:
+        return _values(definitions[option["$ref"].rpartition("/")[2]], definitions)
+    if "anyOf" in option:
+        return " | ".join(_values(each, definitions) for each in option["anyOf"])
+    if "enum" in option:
+        return " | ".join(map(str, option["enum"]))
+    if "const" in option:
+        return str(option["const"])
+    bounds = [f"{sign} {option[key]}" for key, sign in _BOUNDS.items() if key in option]
+    return " ".join([option.get("type", "any"), *bounds])

@@ -1,0 +1,262 @@
+"""``run``, ``chat``, ``demo`` and ``bench`` with engines and benchmarks that only note what they are asked."""
+
+import io
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from loopserve.cli import demo as demo_command
+from loopserve.cli import main
+
+FIGURES = {
+    "turn": 0,
+    "prompt_tokens": 5,
+    "reused_tokens": 0,
+    "output_tokens": 2,
+    "ttft_ms": 12.0,
+    "tpot_ms": 3.0,
+    "prefill_cell_density": 0.25,
+    "coverage_estimated": 0.95,
+    "attended_fraction": 0.1,
+    "kv_bytes_per_token": 2048.0,
+    "store_bytes": 4096,
+    "active_bytes": 512,
+}
+
+Cli = Callable[..., tuple[int, str, str]]
+
+
+@dataclass
+class Usage:
+    prompt_tokens: int = 5
+
+
+class Chat:
+    """A conversation that answers in capitals."""
+
+    def __init__(self, notes: dict[str, Any]) -> None:
+        self.notes = notes
+        self.last_reply: Any = None
+        self.turns: list[Any] = []
+
+    def __enter__(self) -> "Chat":
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.notes["closed"] = True
+
+    def stream(self, text: str, **sampling: Any) -> Iterator[str]:
+        self.notes |= {"text": text, "sampling": sampling}
+        stats = SimpleNamespace(as_dict=lambda: FIGURES)
+        self.turns.append(stats)
+        self.last_reply = SimpleNamespace(
+            text=text.upper(), token_ids=(1, 2), usage=Usage(), timings=Usage(), stats=stats
+        )
+        yield from text.upper().split(" ")
+
+
+@pytest.fixture
+def notes(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What the engine was asked."""
+    notes: dict[str, Any] = {}
+
+    class Engine:
+        @classmethod
+        def from_pretrained(cls, model: str, stack: Any, **options: Any) -> "Engine":
+            notes.update(model=model, stack=stack, **options)
+            return cls()
+
+        def session(self, system: str | None = None) -> Chat:
+            notes["system"] = system
+            return Chat(notes)
+
+    monkeypatch.setitem(sys.modules, "loopserve.api", SimpleNamespace(Engine=Engine))
+    return notes
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Cli:
+    def run(*arguments: str, stdin: str = "", terminal: bool = False) -> tuple[int, str, str]:
+        typed = io.StringIO(stdin)
+        typed.isatty = lambda: terminal  # type: ignore[method-assign]
+        monkeypatch.setattr(sys, "stdin", typed)
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+        out, err = capsys.readouterr()
+        return int(ended.value.code or 0), out, err
+
+    return run
+
+
+def test_run_streams_the_answer(cli: Cli, notes: dict[str, Any]):
+    assert cli("run", "demo", "ab cd", "--stack", "dense") == (0, "ABCD\n", "")
+    assert (notes["model"], notes["stack"].name, notes["text"]) == ("demo", "dense", "ab cd")
+    assert notes["closed"] and notes["trust_remote_code"] is False
+
+
+def test_options_reach_model_and_sampling(cli: Cli, notes: dict[str, Any]):
+    options = "--dtype float32 --device cpu --revision main --system be-kind --max-new-tokens 7 --temperature 0.5"
+    cli("run", "m", "x", "--stack", "dense", *options.split(), "--top-p", "0.9", "--top-k", "5", "--seed", "3")
+    assert (notes["dtype"], notes["device"], notes["revision"], notes["system"]) == (
+        "float32",
+        "cpu",
+        "main",
+        "be-kind",
+    )
+    assert notes["sampling"] == {"max_new_tokens": 7, "temperature": 0.5, "top_p": 0.9, "top_k": 5, "seed": 3}
+
+
+@pytest.mark.parametrize("arguments", [["-"], []])
+def test_run_reads_a_pipe(cli: Cli, notes: dict[str, Any], arguments: list[str]):
+    assert cli("run", "demo", *arguments, "--stack", "dense", stdin="from a pipe")[0] == 0
+    assert notes["text"] == "from a pipe"
+
+
+def test_run_without_a_prompt_is_wrong_usage(cli: Cli, notes: dict[str, Any]):
+    code, out, err = cli("run", "demo", terminal=True)
+    assert (code, out) == (2, "") and err.startswith("error: no prompt: ")
+    for empty in ([""], ["  "], ["-"], []):
+        code, out, err = cli("run", "demo", *empty, stdin=" \n")
+        assert (code, out) == (2, "") and err.startswith("error: the prompt is empty: ")
+    assert not notes, "nothing is loaded for a prompt that is not there"
+
+
+def test_run_gives_json(cli: Cli, notes: dict[str, Any]):
+    reply = json.loads(cli("run", "demo", "ab cd", "--stack", "dense", "--format", "json")[1])
+    assert reply["text"] == "AB CD" and reply["token_ids"] == [1, 2]
+    assert reply["usage"] == {"prompt_tokens": 5} and reply["stats"]["ttft_ms"] == 12.0
+
+
+@pytest.mark.parametrize("arguments", [["--verbose", "run", "demo", "x"], ["run", "demo", "x", "-v"]])
+def test_verbose_prints_figures_beside_the_answer(cli: Cli, notes: dict[str, Any], arguments: list[str]):
+    code, out, err = cli(*arguments, "--stack", "dense")
+    assert (code, out) == (0, "X\n") and "TTFT 12.0 ms · TPOT 3.0 ms" in err
+
+
+def test_a_bad_stack_is_refused_before_the_model_is_loaded(cli: Cli, notes: dict[str, Any]):
+    code, out, err = cli("run", "demo", "x", "--stack", "snapk")
+    assert (code, out) == (2, "") and "did you mean 'snapkv'" in err
+    assert "model" not in notes
+
+
+def test_chat_from_a_pipe_prints_plain_answers(cli: Cli, notes: dict[str, Any]):
+    code, out, err = cli("chat", "demo", "--stack", "dense", stdin="ab\n\n/stack\n/exit\nnever\n")
+    assert (code, err) == (0, "")
+    assert out.startswith("AB\nversion: 1\nname: dense\n") and "NEVER" not in out and "> " not in out
+
+
+# demo and bench
+
+ROW = {
+    "asked": 4,
+    "right": 3,
+    "prefill_cell_density": 0.31,
+    "prefill_tile_density": 0.42,
+    "coverage_estimated": 0.951,
+    "coverage_realised": None,
+    "attended_fraction": 0.098,
+    "attended_pairs": 1234.5,
+    "ttft_ms": 41.2,
+    "tpot_ms": 5.5,
+    "kv_bytes_per_token": 123456.0,
+    "store_bytes": 5 << 20,
+    "active_bytes": 512 << 10,
+    "fallbacks": 0,
+}
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What the demo was asked; its result has two turns."""
+    asked: dict[str, Any] = {}
+
+    def run_demo(*, stacks: list[str], progress: Callable[[str, int, int], None], **options: int) -> dict[str, Any]:
+        asked.update(stacks=list(stacks), **options)
+        for name in stacks:
+            progress(name, 1, 2)
+            progress(name, 2, 2)
+        rows = {name: ROW | {"turns": [ROW, ROW | {"right": 4}]} for name in stacks}
+        return {"stacks": rows, "summary": "dense was right in 3 of 4, and so was the rest."}
+
+    monkeypatch.setitem(sys.modules, "loopserve.bench.demo", SimpleNamespace(run_demo=run_demo))
+    plots = SimpleNamespace(plot_demo=lambda result, path: asked.update(plot=path, drawn=result))
+    monkeypatch.setitem(sys.modules, "loopserve.bench.plots", plots)
+    return asked
+
+
+def test_demo_prints_a_table_per_turn_and_ends_with_the_sentence(cli: Cli, asked: dict[str, Any]):
+    code, out, err = cli("demo", "--stack", "dense", "--stack", "snapkv", "--seed", "7", "--tokens", "900")
+    assert (code, err) == (0, "")
+    assert asked == {
+        "stacks": ["dense", "snapkv"],
+        "seed": 7,
+        "tokens": 900,
+        "turns": 3,
+        "dialogues": asked["dialogues"],
+    }
+    titles = [line.strip() for line in out.splitlines() if line.strip() in ("turn 1", "turn 2", "turn 3", "all turns")]
+    assert titles == ["turn 1", "turn 2", "all turns"]
+    row = next(line for line in out.splitlines() if line.strip().startswith("snapkv"))
+    for figure in (
+        "3/4",
+        "31.0 %",
+        "42.0 %",
+        "95.1 %",
+        " - ",
+        "9.8 %",
+        "1,234",
+        "41.2 ms",
+        "5.5 ms",
+        "120.6 KiB",
+        "5.0 MiB",
+    ):
+        assert figure in row
+    assert out.rstrip().endswith("dense was right in 3 of 4, and so was the rest.")
+
+
+def test_demo_fits_a_narrow_terminal(cli: Cli, asked: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    _, out, _ = cli("demo", "--stack", "dense", "--stack", "loopserve-paper", "--stack", "snapkv")
+    assert max(len(line) for line in out.splitlines()) <= 80 and "…" not in out
+    row = next(line for line in out.splitlines() if line.strip().startswith("KV read/token"))
+    assert row.split() == ["KV", "read/token"] + ["120.6", "KiB"] * 3
+
+
+def test_demo_gives_json(cli: Cli, asked: dict[str, Any]):
+    result = json.loads(cli("demo", "--stack", "dense", "--format", "json")[1])
+    assert result["stacks"]["dense"]["turns"][1]["right"] == 4
+
+
+def test_demo_compares_the_stacks_of_the_issue_by_default(cli: Cli, asked: dict[str, Any]):
+    cli("demo")
+    assert asked["stacks"] == ["dense", "loopserve", "loopserve-paper", "snapkv", "streaming_llm"]
+    assert tuple(asked["stacks"]) == demo_command.STACKS
+
+
+def test_demo_refuses_a_misspelt_stack_and_a_lost_plot_before_any_work(cli: Cli, asked: dict[str, Any], tmp_path: Path):
+    code, _, err = cli("demo", "--stack", "dens")
+    assert code == 2 and "did you mean 'dense'" in err
+    code, _, err = cli("demo", "--stack", "dense", "--plot", str(tmp_path / "no" / "plot.png"))
+    assert code == 2 and "there is no directory" in err
+    assert not asked
+
+
+def test_demo_draws(cli: Cli, asked: dict[str, Any], tmp_path: Path):
+    assert cli("demo", "--stack", "dense", "--plot", str(tmp_path / "plot.png"))[0] == 0
+    assert asked["plot"] == tmp_path / "plot.png" and "dense" in asked["drawn"]["stacks"]
+
+
+def test_bench_engine_passes_its_options_on(cli: Cli, monkeypatch: pytest.MonkeyPatch):
+    def run_engine_bench(**options: Any) -> dict[str, Any]:
+        return {"rows": [options | {"ratio": 0.987654}], "machine": {}}
+
+    monkeypatch.setitem(sys.modules, "loopserve.bench.engine", SimpleNamespace(run_engine_bench=run_engine_bench))
+    row = json.loads(cli("bench", "engine", "--runs", "2", "--format", "json")[1])["rows"][0]
+    assert row["model"] == "demo" and row["runs"] == 2 and row["stack"] == "dense"
+    assert "0.9877" in cli("bench", "engine")[1]
