@@ -19,6 +19,7 @@ from loopserve.core.session import Session
 from loopserve.core.stack import PolicyStack
 from loopserve.core.stack import load_stack as _load_stack
 from loopserve.core.stats import TurnStats
+from loopserve.kernels import backend as kernels
 from loopserve.models.applied import Applied, applied
 from loopserve.models.chat import ChatTokenizer, Message, StreamDecoder
 from loopserve.models.huggingface import IMPLEMENTATION, HuggingFaceModel, set_implementation
@@ -75,6 +76,10 @@ class Engine:
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any, stack: StackLike = "loopserve", **options: Any) -> None:
         """options: ``chunk_tokens`` and ``measure_coverage`` of ``core.engine.TokenEngine``."""
+        try:
+            kernels.chosen()
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
         self.stack = load_stack(stack)
         self.tokenizer = ChatTokenizer(tokenizer)
         self.tokens = TokenEngine(HuggingFaceModel(model), self.stack, **options)
@@ -179,12 +184,12 @@ class ChatSession:
             piece = decoder.push(token)
             if piece:
                 yield piece
-        if rest := decoder.rest():
-            yield rest
         reply = self._reply(answer, session.stats)
         self._lengths.append(len(self.messages))
         self.messages = [*asked, {"role": "assistant", "content": reply.text}]
         self.last_reply = reply
+        if rest := decoder.rest():
+            yield rest
 
     def _new_ids(self, session: Session, asked: list[Message]) -> list[int]:
         tokenizer = self.engine.tokenizer
@@ -218,16 +223,24 @@ class ChatSession:
         return taken
 
     def retry(self, **sampling: Any) -> Reply:
-        """Take back the last answer and give another one to the same message."""
-        return self.send(self.undo()["content"], **sampling)
+        """Take back the last answer and give another one to the same message; if that breaks off, the old one stays."""
+        kept = self.fork()
+        try:
+            return self.send(self.undo()["content"], **sampling)
+        except BaseException:
+            self._become(kept)
+            raise
 
     def fork(self) -> ChatSession:
         """An independent copy of the conversation, to try two answers."""
-        other = ChatSession(self.engine, messages=self.messages)
+        other = ChatSession(self.engine)
+        other._become(self)
         other._session = self._open.fork()
-        other._lengths = list(self._lengths)
-        other.last_reply = self.last_reply
         return other
+
+    def _become(self, other: ChatSession) -> None:
+        self.messages, self._lengths = list(other.messages), list(other._lengths)
+        self.last_reply, self._session = other.last_reply, other._session
 
     def save(self, path: str | Path) -> None:
         """Write the messages and the stack as JSON; ``Engine.load_session`` reads them."""

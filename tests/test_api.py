@@ -77,6 +77,27 @@ def test_a_stream_left_early_takes_its_turn_back(chat: ChatSession) -> None:
     assert chat.send("what is the code of lisbon ?").text == "lisbon is amber falcon river ."
 
 
+def test_a_stream_left_at_its_last_piece_takes_its_turn_back(chat: ChatSession) -> None:
+    stream = chat.stream(f"{TOLD} what is the code of oslo ?", max_new_tokens=1)
+    next(stream)
+    stream.close()
+    assert chat.messages == [] and chat.turns == []
+
+
+def test_a_retry_that_breaks_off_keeps_the_old_answer(chat: ChatSession, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = chat.send(f"{TOLD} what is the code of oslo ?")
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(chat.engine.tokens.model, "forward", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        chat.retry()
+    monkeypatch.undo()
+    assert chat.last_reply is old and len(chat.messages) == 2 and len(chat.turns) == 1
+    assert chat.send("what is the code of lisbon ?").text == "lisbon is amber falcon river ."
+
+
 def test_ctrl_c_in_mid_answer_keeps_the_last_complete_turn(chat: ChatSession, monkeypatch: pytest.MonkeyPatch) -> None:
     chat.send(f"{TOLD} what is the code of oslo ?")
     real, calls = chat.engine.tokens.model.forward, []

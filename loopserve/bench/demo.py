@@ -12,6 +12,7 @@ from typing import Any
 
 from loopserve.api import Engine, load_stack
 from loopserve.bench.recall import Dialogue, Position, RecallTask, make_dialogues
+from loopserve.core.errors import ConfigError
 from loopserve.core.stack import PolicyStack
 from loopserve.core.stats import TurnStats
 from loopserve.models.loading import load
@@ -65,7 +66,10 @@ def equal_budget(stack: PolicyStack, tokens: int, turns: int) -> PolicyStack:
     for part in [described, *described.get("layers", [])]:
         if "budget" in (part.get("decode") or {}):
             part["decode"]["budget"] = budget
-    return load_stack(described)
+    try:
+        return load_stack(described)
+    except ConfigError as error:
+        raise ConfigError(f"a tenth of {tokens} tokens is too small a budget ({error}): raise --tokens") from error
 
 
 def run_demo(

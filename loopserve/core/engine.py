@@ -74,11 +74,10 @@ class TokenEngine:
                 session.tokens.append(token)
                 session.stats.output_tokens = count
                 self._weigh(session)
+                yield token
                 if token in stop_ids or count == sampling.max_new_tokens:
                     complete = True
-                    yield token
                     return
-                yield token
                 started = time.perf_counter()
                 logits = self.decode(session)
                 token = sampler(logits)

@@ -57,11 +57,12 @@ class Capabilities:
     retentions: frozenset[Retention] = frozenset({Retention.KEEP})
     deterministic: bool = True  # equal inputs and seed give equal choices
     batched: bool = True  # rows of a batch may be served side by side
+    passive: bool = False  # leaves every layer as the model has it (dense, full)
 
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """One attention layer of a model."""
+    """One attention layer of a model. ``index`` is its place in the model's list of layers."""
 
     index: int
     type: LayerType
@@ -175,7 +176,10 @@ def _bytes(tensor: Tensor) -> int:
 
 
 class PrefillSparsifier(ABC):
-    """Chooses, for the new tokens of a turn, which cells of the attention matrix are computed. Immutable and shared."""
+    """Chooses, for the new tokens of a turn, which cells of the attention matrix are computed. Immutable and shared.
+
+    A concrete policy sets ``name`` (snake_case) and ``paper`` (a link; "" where there is none) in its own class.
+    """
 
     name: ClassVar[str]
     paper: ClassVar[str]

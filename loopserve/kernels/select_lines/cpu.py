@@ -102,10 +102,11 @@ class _Heads:
             close[:, 1] &= self.keys_left <= _CHEAP_KEYS
         close = close.flatten(1)
         close[torch.arange(len(best)), first] |= best > 0
-        order = flat.masked_fill(~close, -1.0).argsort(dim=1, descending=True, stable=True)
-        width = int(close.sum(1).max())
-        order = order[:, :width]
-        before = gains.flatten(1).gather(1, order).cumsum(1)
+        flat_gains = gains.flatten(1)
+        if bool(((flat_gains * close).sum(1) < missing).logical_or(missing <= 0).all()):
+            return close.view_as(ratios)  # no head would overshoot: nothing to rank
+        order = flat.masked_fill(~close, -1.0).topk(int(close.sum(1).max()), dim=1).indices
+        before = flat_gains.gather(1, order).cumsum(1)
         before = pad(before[:, :-1], (1, 0))  # gained by the better ones of this round
         fits = (before < missing[:, None]) & close.gather(1, order)
         return torch.zeros_like(close).scatter_(1, order, fits).view_as(ratios)
