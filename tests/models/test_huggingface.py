@@ -33,6 +33,12 @@ def test_a_model_whose_attention_cannot_be_chosen_is_refused(family: str, option
         engine_for(model, "dense")
 
 
+def test_a_layer_that_is_no_softmax_attention_is_refused_by_name(llama: PreTrainedModel) -> None:
+    llama.config.layer_types = ["full_attention", "linear_attention", "full_attention"]
+    with pytest.raises(ModelError, match="layer 1 is a 'linear_attention' layer"):
+        read_layers(llama)
+
+
 def test_an_unknown_attention_keyword_is_refused_by_name(llama: PreTrainedModel) -> None:
     engine = engine_for(llama, "dense")
     model = engine.model
