@@ -88,8 +88,8 @@ class LayerCache:
         self.store: PairBuffer | None = None
         self.active: ActiveSet | None = None
         self.first_valid: Tensor | None = None
-        self._positions: Tensor | None = None  # [Hkv, columns at the last eviction]; None = nothing was ever evicted
-        self._evicted_at = 0  # seen at the last eviction
+        self._positions: Tensor | None = None  # [Hkv, survivors] before the last boundary; None = nothing was evicted
+        self._evicted_at = 0  # that boundary: every head holds every pair from it on
 
     @property
     def stored(self) -> int:
@@ -153,7 +153,7 @@ class LayerCache:
             return wanted
         if selection.boundary < self._evicted_at:
             raise CacheError(
-                f"select: boundary {selection.boundary} lies before the last eviction (at {self._evicted_at}), "
+                f"select: boundary {selection.boundary} lies before that of the last eviction ({self._evicted_at}), "
                 "where heads hold different pairs"
             )
         positions = self.positions()
@@ -165,9 +165,8 @@ class LayerCache:
 
     def _evict(self, selection: KVSelection) -> None:
         keys, values, first_valid = self._gather(selection)
-        tail = torch.arange(selection.boundary, self.seen, device=keys.device).expand(keys.shape[0], -1)
-        self._positions = torch.cat([selection.indices, tail], dim=1)
-        self._evicted_at = self.seen
+        self._positions = selection.indices
+        self._evicted_at = selection.boundary
         self.first_valid = first_valid
         self.store = PairBuffer(keys, values, slack=_ACTIVE_SLACK)
         self.active = None

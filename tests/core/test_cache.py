@@ -66,7 +66,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.cache.select(selection)
         tail = range(self.boundary_now, self.cache.seen)
         self.model = [[*head, *tail] for head in self.selected_now]
-        self.evicted_at, self.selected = self.cache.seen, None
+        self.evicted_at, self.selected = self.boundary_now, None
         columns = max(len(head) for head in self.model)
         assert self.cache.store.nbytes == 2 * HEADS * columns * WIDTH * 4 <= before
 
