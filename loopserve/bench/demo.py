@@ -64,8 +64,11 @@ def equal_budget(stack: PolicyStack, tokens: int, turns: int) -> PolicyStack:
     average = tokens * (turns + 1) / (2 * turns)  # length of the conversation at each answer, turns being equally long
     budget = max(16, round(average * ATTENDED) - _ANSWER_ROOM)
     for part in [described, *described.get("layers", [])]:
-        if "budget" in (part.get("decode") or {}):
-            part["decode"]["budget"] = budget
+        decode = part.get("decode") or {}
+        if "budget" in decode:
+            # What a policy sets aside of its budget stays the same share of it.
+            decode |= {"page_budget": decode["page_budget"] * budget // decode["budget"]} if "page_budget" in decode else {}
+            decode["budget"] = budget
     try:
         return load_stack(described)
     except ConfigError as error:

@@ -125,8 +125,8 @@ def test_heavy_rows_are_served_first(implementation: str) -> None:
     with backend.use(implementation):
         plain = select_lines(probabilities, columns, 100, alpha=0.7)
         heavy = select_lines(probabilities, columns, 100, alpha=0.7, row_weights=weights)
-    gained = covered(heavy, probabilities, columns)[:, 5] - covered(plain, probabilities, columns)[:, 5]
-    assert gained.mean() > 0.02
+    worst = [covered(selection, probabilities, columns)[:, 5].min() for selection in (plain, heavy)]
+    assert worst[1] > worst[0] + 0.03
 
 
 @pytest.mark.parametrize("implementation", ["reference", "cpu"])

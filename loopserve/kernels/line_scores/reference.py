@@ -19,15 +19,9 @@ def probabilities(
     return found.softmax(-1).nan_to_num(0.0).flatten(0, 1)
 
 
-def line_scores(
-    queries: Tensor, keys: Tensor, columns: Tensor, *, scaling: float, softcap: float | None, first_valid: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """See the package."""
-    rows = probabilities(queries, keys, columns, scaling=scaling, softcap=softcap, first_valid=first_valid)
-    total = keys.shape[1]
-    offsets = columns[:, None] - torch.arange(total, device=keys.device)
-    slash = torch.zeros_like(rows[:, 0])
-    for row, offset in zip(rows.unbind(1), offsets, strict=True):
-        seen = offset >= 0
-        slash[:, offset[seen]] += row[:, seen]
-    return rows, rows.sum(1), slash
+def slash_mass(probabilities: Tensor, columns: Tensor) -> Tensor:
+    """Sums along the diagonals: the mass ``[Hq, n]`` at each offset of rows ``[Hq, r, n]`` standing at ``columns``."""
+    slash = torch.zeros_like(probabilities[:, 0])
+    for row, column in enumerate(columns.tolist()):
+        slash[:, : column + 1] += probabilities[:, row, : column + 1].flip(-1)
+    return slash

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from loopserve.kernels.line_scores.reference import slash_mass
 from loopserve.kernels.select_lines.reference import TILE
 
-_CLOSE = 0.97  # share of the best gain per cost that still joins a round
+_CLOSE = 0.9  # share of the best gain per cost that still joins a round
 _CHEAP_KEYS = (
     8.0  # under tile cost, slashes that add more keys than this are taken one per round: each changes its neighbours
 )
@@ -40,9 +41,7 @@ class _Heads:
         """Gains under row weights ``[H, r]``, from the residual."""
         self.row_weights = weights
         weighted = self.residual * weights[..., None]
-        self.gains = torch.stack([weighted.sum(1), torch.zeros_like(weighted[:, 0])], dim=1)
-        for row, column in enumerate(self.columns.tolist()):
-            self.gains[:, 1, : column + 1] += weighted[:, row, : column + 1].flip(-1)
+        self.gains = torch.stack([weighted.sum(1), slash_mass(weighted, self.columns)], dim=1)
 
     def costs(self) -> Tensor:
         if self.by_tile:
