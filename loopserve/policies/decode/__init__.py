@@ -1,0 +1,1 @@
+"""Decode policies: which stored pairs the answer attends to."""

@@ -1,0 +1,84 @@
+"""StreamingLLM: attention sinks and a rolling window."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from pydantic import Field, model_validator
+
+from loopserve.core.interfaces import (
+    AttentionInputs,
+    Capabilities,
+    DecodeCompressor,
+    KVSelection,
+    Phase,
+    PolicyConfig,
+    Retention,
+    Selections,
+    Step,
+)
+
+
+@dataclass
+class StreamingState:
+    """Number of KV heads and device of each layer, as seen in its attention calls."""
+
+    layers: dict[int, tuple[int, torch.device]] = field(default_factory=dict)
+
+
+class StreamingLLMDecode(DecodeCompressor[StreamingState]):
+    """Attends to the first tokens of the conversation and to a rolling window of its last tokens (StreamingLLM).
+
+    Paper: https://arxiv.org/abs/2309.17453. Variant: each step attends to exactly ``min(budget, length)`` pairs, the
+    current token and this turn's outputs included, so the window slides by one with each output.
+
+    Deviation: keys keep the rotation of their place in the conversation; the paper re-indexes positions inside the
+    window, which matters only beyond the length a model was trained for.
+
+    Multi-turn: with retention ``keep`` a new turn's prefill sees the whole history and the window is laid anew at its
+    end; with ``evict``, as in the paper, it sees sinks and window only, and what slid out is gone for good.
+    """
+
+    name: ClassVar[str] = "streaming_llm"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2309.17453"
+    capabilities: ClassVar[Capabilities] = Capabilities(retentions=frozenset(Retention))
+
+    class Config(PolicyConfig):
+        budget: int = Field(
+            1024, gt=0, description="KV pairs attended per KV head, sinks and this turn's outputs included."
+        )
+        sink_tokens: int = Field(4, ge=0, description="First tokens of the conversation that are always attended.")
+        retention: Retention = Field(
+            Retention.KEEP, description="keep: a later turn sees the whole history; evict: what slid out is gone."
+        )
+
+        @model_validator(mode="after")
+        def _window_is_left(self) -> StreamingLLMDecode.Config:
+            if self.sink_tokens >= self.budget:
+                raise ValueError(
+                    f"sink_tokens ({self.sink_tokens}) must leave room for a window in the budget ({self.budget})"
+                )
+            return self
+
+    config: Config
+
+    def init_state(self) -> StreamingState:
+        return StreamingState()
+
+    def after_attention(self, inputs: AttentionInputs, state: StreamingState) -> None:
+        state.layers[inputs.layer.index] = (inputs.keys.shape[0], inputs.keys.device)
+
+    def after_forward(self, step: Step, state: StreamingState) -> Selections | None:
+        if step.phase is Phase.OBSERVE or not step.final:
+            return None
+        sinks, retention = self.config.sink_tokens, self.config.retention
+        start = step.length + 1 - (self.config.budget - sinks)  # the next step brings one pair more
+        if start <= sinks:
+            return None
+        kept = torch.cat([torch.arange(sinks), torch.arange(start, step.length)])
+        return {
+            index: KVSelection.uniform(kept.to(device).expand(heads, -1), step.length, retention)
+            for index, (heads, device) in state.layers.items()
+        }

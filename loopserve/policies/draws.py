@@ -1,0 +1,55 @@
+"""Seeded draws: the same seed, turn, layer and length give the same rows, whatever else the program has drawn.
+
+No global random state is read or written, so sessions that run side by side cannot disturb each other's choices.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from enum import StrEnum
+
+import torch
+from torch import Tensor
+
+SAMPLED_ROWS = (
+    "sampled_rows"  # memo key of an attention call: the rows its sparsifier drew, for a compressor to use again
+)
+
+
+class Sampling(StrEnum):
+    """How rows of a turn are drawn."""
+
+    UNIFORM = "uniform"  # without replacement, every row alike
+    STRATIFIED = "stratified"  # one row of each of as many equal segments
+    LAST = "last"  # the last rows only, as MInference does
+    MIXED = "mixed"  # half last rows, half uniform among the rest
+
+
+def generator(*key: int) -> torch.Generator:
+    """A CPU generator that depends on the numbers of ``key`` and on nothing else."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+
+
+def uniform_rows(candidates: Tensor, count: int, source: torch.Generator) -> Tensor:
+    """``min(count, len(candidates))`` of the candidates, without replacement, sorted: int64."""
+    chosen = torch.randperm(len(candidates), generator=source)[:count]
+    return candidates[chosen.to(candidates.device)].sort().values
+
+
+def sample_rows(total: int, count: int, sampling: Sampling, source: torch.Generator) -> Tensor:
+    """Sorted, distinct rows of ``0 .. total - 1``: int64 ``[min(count, total)]`` on the CPU."""
+    rows = torch.arange(total)
+    if count >= total:
+        return rows
+    if sampling is Sampling.LAST:
+        return rows[-count:]
+    if sampling is Sampling.STRATIFIED:
+        edges = torch.linspace(0, total, count + 1, dtype=torch.float64).round().long()
+        widths = edges[1:] - edges[:-1]
+        inside = (torch.rand(count, generator=source, dtype=torch.float64) * widths).long()
+        return edges[:-1] + inside.clamp(max=widths - 1)
+    if sampling is Sampling.MIXED:
+        last = count // 2
+        return torch.cat([uniform_rows(rows[: total - last], count - last, source), rows[total - last :]])
+    return uniform_rows(rows, count, source)

@@ -1,0 +1,1 @@
+"""Prefill policies: which cells of a new turn's attention are computed."""

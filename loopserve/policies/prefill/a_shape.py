@@ -1,0 +1,46 @@
+"""A-shape prefill: the first tokens and a local window."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pydantic import Field
+
+from loopserve.core.interfaces import AttentionInputs, PolicyConfig, PrefillSparsifier
+from loopserve.core.patterns import AttentionPattern, DensePattern, LinePattern
+from loopserve.policies.lines import sink_lines
+
+
+class AShapePrefill(PrefillSparsifier):
+    """Each new token attends to the first tokens of the conversation and to a window of the tokens right before it.
+
+    The static pattern that StreamingLLM (https://arxiv.org/abs/2309.17453) explains and that MInference's and SCBench's
+    code call A-shape. Variant: lines of exact length, one vertical per sink token and one slash per offset.
+
+    Deviations: SCBench uses 128 sinks and 3,968 local tokens, which is dense below 4k tokens; the local default here is
+    smaller. Its kernels round the window to blocks of 64 and assume that queries and keys are equally many; here the
+    window is exact and a follow-up turn of any length is served.
+
+    Multi-turn: the window reaches back from each new token into the history, so a new turn sees the end of the history
+    and its beginning, and nothing between. After an eviction, window and sinks are counted over the surviving pairs.
+    """
+
+    name: ClassVar[str] = "a_shape"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2309.17453"
+
+    class Config(PolicyConfig):
+        sink_tokens: int = Field(
+            128, ge=0, description="First tokens of the conversation that every new token attends to."
+        )
+        local_window: int = Field(
+            1024, gt=0, description="Last tokens up to and including itself that every new token attends to."
+        )
+
+    config: Config
+
+    def sparsify(self, inputs: AttentionInputs) -> AttentionPattern:
+        config, heads = self.config, inputs.queries.shape[0]
+        if config.sink_tokens + config.local_window >= inputs.total_tokens:
+            return DensePattern(heads, inputs.new_tokens, inputs.total_tokens)
+        sinks = sink_lines(inputs, config.sink_tokens)
+        return LinePattern.window(heads, inputs.new_tokens, inputs.total_tokens, sinks, config.local_window)

@@ -1,0 +1,189 @@
+"""LoopServe, phase one: online prefill sparsification."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from loopserve.core.interfaces import AttentionInputs, PolicyConfig, PrefillSparsifier
+from loopserve.core.patterns import AttentionPattern, DensePattern, LinePattern
+from loopserve.kernels.line_scores import line_scores
+from loopserve.kernels.select_lines import select_lines
+from loopserve.policies.draws import SAMPLED_ROWS, Sampling, generator, sample_rows, uniform_rows
+from loopserve.policies.lines import sink_lines
+
+_MEASURED_ROWS = 128  # rows per step when coverage is measured over all rows
+_HELD_OUT = 1  # second draw of a call, independent of the first
+
+
+class RowWeights(StrEnum):
+    """What a sampled row counts in the coverage target."""
+
+    EQUAL = "equal"
+    FAR = "far"  # by the share of its mass beyond sinks and local window: rows that look far carry the answer
+
+
+class LoopServePrefill(PrefillSparsifier):
+    """Computes, per query head, the vertical and slash lines that hold a share ``alpha`` of the new turn's attention
+    (LoopServe).
+
+    Paper: https://arxiv.org/abs/2507.13681. For a block of m new queries over n keys: the softmax of a few sampled rows
+    gives the mass of each of the 2n lines; lines are taken greedily by gain per cost, cells that two lines share
+    counted once, until the sample's mass inside them reaches ``alpha``, head by head.
+
+    Variant and deviations: the paper's code is not public, so the greedy order, the cost and the sampling are a reading
+    of it. The diagonal is always computed (each query needs a key). Own additions, all fields: sampling variants, row
+    weights and a floor per row (a mean over rows can miss the few that carry the answer), cost in tiles, sinks, local
+    window, dense fallback per head. Attention is renormalised over the computed cells. A chunked prefill chooses lines
+    chunk by chunk.
+
+    Multi-turn: lines are chosen anew for each turn, from that turn's own rows over the whole stored history and the new
+    turn. Nothing is stored, nothing is evicted: what a turn passes over, the next can look at. After an eviction by a
+    decode policy, lines run over the columns of the survivors.
+    """
+
+    name: ClassVar[str] = "loopserve"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2507.13681"
+
+    class Config(PolicyConfig):
+        alpha: float = Field(0.95, gt=0, le=1, description="Share of the attention mass to cover, per head; 1 = dense.")
+        sample_rows: int = Field(
+            128, gt=0, description="Rows of the new turn whose attention is computed to choose lines."
+        )
+        sampling: Sampling = Field(
+            Sampling.MIXED,
+            description="uniform; stratified: one per equal segment; last: last rows; mixed: half last, half uniform.",
+        )
+        seed: int = Field(
+            0, ge=0, description="Seed of the draw; rows depend on it, the turn, the layer and the length."
+        )
+        row_weights: RowWeights = Field(
+            RowWeights.EQUAL,
+            description="equal, or far: a row counts by its mass beyond sinks and local window, mean over heads.",
+        )
+        last_rows_weight: float = Field(
+            1.0, gt=0, description="What a sampled row among the last sample_rows / 2 rows counts, others counting 1."
+        )
+        row_floor: float | None = Field(
+            None,
+            gt=0,
+            le=1,
+            description="Share of its own mass that each sampled row must keep as well; none by default.",
+        )
+        cost: Literal["length", "tile"] = Field(
+            "tile", description="What a line costs: its cells, or what a kernel computing in tiles adds for it."
+        )
+        sink_tokens: int = Field(4, ge=0, description="First stored tokens that every new token attends to.")
+        local_window: int = Field(
+            64,
+            gt=0,
+            description="Last tokens up to and including itself that every new token attends to; 1 = the diagonal.",
+        )
+        min_new_tokens: int = Field(128, ge=0, description="Shorter turns are computed dense.")
+        min_total_tokens: int = Field(256, ge=0, description="Shorter conversations are computed dense.")
+        dense_above: float = Field(0.75, gt=0, le=1, description="Tile density above which a head is computed dense.")
+        held_out_rows: int = Field(
+            0, ge=0, description="Rows, not used to choose, on which coverage is measured; 0 = not measured."
+        )
+
+    config: Config
+
+    def sparsify(self, inputs: AttentionInputs) -> AttentionPattern:
+        """The lines of each head, or everything where sparsity does not pay; each such fallback is counted."""
+        reason = self._dense_reason(inputs)
+        if reason is not None:
+            inputs.record.count(f"fallback:{reason}")
+            return DensePattern(inputs.queries.shape[0], inputs.new_tokens, inputs.total_tokens)
+        rows = self._rows(inputs)
+        inputs.memo[SAMPLED_ROWS] = rows
+        pattern, coverage = self._choose(inputs, rows)
+        inputs.record.mean("coverage_estimated", coverage)
+        if self.config.held_out_rows:
+            self._measure_held_out(inputs, pattern, rows)
+        return pattern
+
+    def _dense_reason(self, inputs: AttentionInputs) -> str | None:
+        if self.config.alpha >= 1:
+            return "alpha_is_one"
+        if inputs.new_tokens < max(self.config.min_new_tokens, 1):
+            return "short_turn"
+        if inputs.total_tokens < self.config.min_total_tokens:
+            return "short_conversation"
+        return None
+
+    def _rows(self, inputs: AttentionInputs) -> Tensor:
+        """Rows of this call whose attention is computed, the same for all heads: sorted int64 ``[r]``."""
+        source = generator(self.config.seed, inputs.turn, inputs.layer.index, inputs.total_tokens)
+        rows = sample_rows(inputs.new_tokens, self.config.sample_rows, self.config.sampling, source)
+        return rows.to(inputs.queries.device)
+
+    def _choose(self, inputs: AttentionInputs, rows: Tensor) -> tuple[LinePattern, Tensor]:
+        """The pattern, and the coverage of the sample per head ``[Hq]``."""
+        config = self.config
+        probabilities = inputs.row_attention(rows).probabilities
+        columns = inputs.columns[rows]
+        verticals = sink_lines(inputs, config.sink_tokens)
+        offsets = torch.arange(inputs.total_tokens, device=inputs.keys.device)
+        slashes = (offsets < config.local_window).expand_as(verticals)
+        verticals, slashes, coverage, *_ = select_lines(
+            probabilities,
+            columns,
+            inputs.new_tokens,
+            alpha=config.alpha,
+            cost=config.cost,
+            row_weights=self._weights(inputs, rows, probabilities),
+            row_floor=config.row_floor,
+            forced_verticals=verticals,
+            forced_slashes=slashes,
+        )
+        inputs.record.mean("lines", (verticals.sum(-1) + slashes.sum(-1)).float())
+        pattern = LinePattern(verticals, slashes, inputs.new_tokens)
+        too_dense = pattern.tile_density() > config.dense_above
+        if bool(too_dense.any()):
+            inputs.record.count("fallback:dense_head", float(too_dense.sum()))
+            pattern = LinePattern(verticals, slashes, inputs.new_tokens, dense_heads=too_dense)
+            coverage = coverage.masked_fill(too_dense, 1.0)
+        return pattern, coverage
+
+    def _weights(self, inputs: AttentionInputs, rows: Tensor, probabilities: Tensor) -> Tensor | None:
+        """What each sampled row counts ``[r]``; None when all count alike."""
+        config = self.config
+        if config.row_weights is RowWeights.EQUAL and config.last_rows_weight == 1.0:
+            return None
+        weights = probabilities.new_ones(len(rows))
+        if config.row_weights is RowWeights.FAR:
+            offsets = inputs.columns[rows][:, None] - torch.arange(inputs.total_tokens, device=rows.device)
+            beyond = (offsets >= config.local_window) & ~sink_lines(inputs, config.sink_tokens)[:, None]
+            # A turn that never looks far keeps a trace of weight in every row, so its target stays defined.
+            weights = (probabilities * beyond).sum(-1).mean(0) + 1e-3
+        last = rows >= inputs.new_tokens - config.sample_rows // 2
+        return torch.where(last, weights * config.last_rows_weight, weights)
+
+    def _measure_held_out(self, inputs: AttentionInputs, pattern: LinePattern, rows: Tensor) -> None:
+        """Coverage on rows that had no say; on the very rows that chose the lines it looks better than it is."""
+        unused = torch.ones(inputs.new_tokens, dtype=torch.bool)
+        unused[rows.cpu()] = False
+        source = generator(self.config.seed, inputs.turn, inputs.layer.index, inputs.total_tokens, _HELD_OUT)
+        held_out = uniform_rows(unused.nonzero().flatten(), self.config.held_out_rows, source)
+        if len(held_out):
+            inputs.record.mean("coverage_held_out", _coverage(inputs, pattern, held_out.to(rows.device)))
+
+
+def _coverage(inputs: AttentionInputs, pattern: LinePattern, rows: Tensor) -> Tensor:
+    """Share of the rows' attention mass inside the pattern, per head ``[Hq]``; a few rows at a time."""
+    mass = torch.zeros(inputs.queries.shape[0], device=inputs.queries.device)
+    for part in torch.split(rows, _MEASURED_ROWS):
+        found = line_scores(
+            inputs.queries[:, part],
+            inputs.keys,
+            inputs.columns[part],
+            scaling=inputs.scaling,
+            softcap=inputs.softcap,
+            first_valid=inputs.first_valid,
+        )
+        mass += pattern.coverage(found.probabilities, inputs.columns[part]) * len(part)
+    return mass / len(rows)

@@ -1,0 +1,89 @@
+"""Seeded attention inputs of every form an engine can hand to a policy."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from loopserve.core.interfaces import AttentionInputs, KVSelection, LayerSpec, LayerType, Phase, Record
+from loopserve.testing.records import FakeRecord
+
+
+def make_inputs(
+    *,
+    new_tokens: int = 16,
+    total_tokens: int = 48,
+    kv_heads: int = 2,
+    group: int = 2,
+    head_dim: int = 16,
+    seed: int = 0,
+    structured: bool = False,
+    evicted: int = 0,
+    ragged: int = 0,
+    phase: Phase = Phase.PREFILL,
+    layer: int = 0,
+    turn: int = 0,
+    output_index: int = 0,
+    final: bool = True,
+    selection: KVSelection | None = None,
+    record: Record | None = None,
+) -> AttentionInputs:
+    """One attention call: ``new_tokens`` queries at the end of ``total_tokens`` stored columns.
+
+    structured: heads with sinks, a local band and a few strong columns, instead of noise. evicted: that many earlier
+    tokens of the history are gone, others in each KV head. ragged: the last KV head holds that many pairs fewer, behind
+    filler columns.
+    """
+    source = torch.Generator().manual_seed(seed)
+    heads = kv_heads * group
+    queries = torch.randn(heads, new_tokens, head_dim, generator=source)
+    keys = torch.randn(kv_heads, total_tokens, head_dim, generator=source)
+    values = torch.randn(kv_heads, total_tokens, head_dim, generator=source)
+    if structured:
+        queries = queries + _structure(keys, new_tokens, group, source)
+    history = total_tokens - new_tokens
+    if ragged and (not evicted or ragged >= history):
+        raise ValueError("ragged heads come from an eviction and leave at least one pair of the history")
+    return AttentionInputs(
+        queries=queries,
+        keys=keys,
+        values=values,
+        columns=torch.arange(history, total_tokens),
+        positions=_positions(history, new_tokens, kv_heads, evicted, ragged, source),
+        first_valid=torch.tensor([0] * (kv_heads - 1) + [ragged]) if ragged else None,
+        layer=LayerSpec(layer, LayerType.FULL, heads, kv_heads, head_dim),
+        phase=phase,
+        turn=turn,
+        turn_start=history + evicted,
+        output_index=output_index,
+        final=final,
+        scaling=head_dim**-0.5,
+        softcap=None,
+        record=record if record is not None else FakeRecord(),
+        selection=selection,
+    )
+
+
+def _structure(keys: Tensor, new_tokens: int, group: int, source: torch.Generator) -> Tensor:
+    """What to add to the queries ``[Hq, Tq, D]`` so that they look at the first key, their own surroundings and a
+    few columns.
+    """
+    per_query = keys.repeat_interleave(group, dim=0)
+    own = per_query[:, -new_tokens:]
+    strong = torch.randint(keys.shape[1], (per_query.shape[0], 2), generator=source)
+    looked_at = per_query.gather(1, strong[..., None].expand(-1, -1, keys.shape[2])).sum(1, keepdim=True)
+    return own + looked_at + per_query[:, :1]
+
+
+def _positions(
+    history: int, new_tokens: int, kv_heads: int, evicted: int, ragged: int, source: torch.Generator
+) -> Tensor:
+    if not evicted:
+        return torch.arange(history + new_tokens)
+    rows = []
+    tail = torch.arange(history + evicted, history + evicted + new_tokens)
+    for head in range(kv_heads):
+        filler = ragged if head == kv_heads - 1 else 0
+        kept = torch.randperm(history + evicted, generator=source)[: history - filler].sort().values
+        rows.append(torch.cat([torch.full((filler,), -1), kept, tail]))
+    return torch.stack(rows)

@@ -1,0 +1,26 @@
+"""A record that keeps everything it is told."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import torch
+from torch import Tensor
+
+
+class FakeRecord:
+    """Fulfils ``interfaces.Record`` and remembers each value, for a test to look at."""
+
+    def __init__(self) -> None:
+        self.counters: dict[str, float] = defaultdict(float)
+        self.values: dict[str, list[Tensor]] = defaultdict(list)
+        self.bytes: dict[str, float] = defaultdict(float)
+
+    def count(self, name: str, amount: float = 1.0) -> None:
+        self.counters[name] += amount
+
+    def mean(self, name: str, value: float | Tensor) -> None:
+        self.values[name].append(torch.as_tensor(value).detach().clone())
+
+    def read(self, kind: str, amount: float) -> None:
+        self.bytes[kind] += amount

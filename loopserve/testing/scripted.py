@@ -1,0 +1,136 @@
+"""A conversation whose queries and keys are given: runs a compressor as the engine does, without a model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loopserve.core.cache import KVCache
+from loopserve.core.interfaces import (
+    AttentionInputs,
+    DecodeCompressor,
+    KVSelection,
+    LayerSpec,
+    LayerType,
+    Observation,
+    Phase,
+    Step,
+)
+from loopserve.testing.records import FakeRecord
+
+
+class ScriptedConversation:
+    """Feeds tokens by position to one compressor that rules every layer, and carries out what it answers.
+
+    queries ``[L, Hq, N, D]`` and keys ``[L, Hkv, N, D]`` for all N positions of the conversation; an observation runs
+    the queries of its positions again.
+    """
+
+    def __init__(
+        self, compressor: DecodeCompressor[Any], queries: Tensor, keys: Tensor, scaling: float | None = None
+    ) -> None:
+        self.compressor = compressor
+        self.state = compressor.init_state()
+        self.queries, self.keys = queries, keys
+        self.scaling = scaling if scaling is not None else keys.shape[-1] ** -0.5
+        self.cache = KVCache(len(keys))
+        heads, kv_heads, dim = queries.shape[1], keys.shape[1], keys.shape[-1]
+        self.layers = tuple(LayerSpec(i, LayerType.FULL, heads, kv_heads, dim) for i in range(len(keys)))
+        self.turn, self.turn_start, self.output_index = -1, 0, 0
+        self.record = FakeRecord()
+        self.observed: list[Tensor] = []  # positions of each observation asked for
+        self.selections: list[dict[int, KVSelection]] = []  # answers of after_forward
+
+    def prefill(self, tokens: int, chunks: Sequence[int] | None = None) -> None:
+        """Begin a turn with its next ``tokens`` tokens, in chunks of the given sizes."""
+        self.cache.release()
+        self.turn += 1
+        self.turn_start, self.output_index = self.cache.seen, 0
+        self.record = FakeRecord()
+        pieces = list(chunks or [tokens])
+        assert sum(pieces) == tokens
+        for number, piece in enumerate(pieces):
+            self._run(Phase.PREFILL, piece, final=number == len(pieces) - 1)
+
+    def decode(self, steps: int = 1) -> None:
+        """Process that many outputs."""
+        for _ in range(steps):
+            self._run(Phase.DECODE, 1, final=True)
+
+    def active(self, layer: int = 0) -> KVSelection | None:
+        """What the layer attends to now; None = everything."""
+        found = self.cache.layers[layer].active
+        return found.selection if found is not None else None
+
+    def _run(self, phase: Phase, tokens: int, *, final: bool) -> None:
+        positions = torch.arange(self.cache.seen, self.cache.seen + tokens)
+        for spec in self.layers:
+            keys = self.keys[spec.index][:, positions]
+            self.cache.layers[spec.index].append(keys, keys)
+            inputs = self._inputs(spec, phase, positions, final)
+            if phase is Phase.DECODE:
+                selection = self.compressor.before_attention(inputs, self.state)
+                if selection is not None:
+                    self.cache.layers[spec.index].select(selection)
+            self.compressor.after_attention(self._inputs(spec, phase, positions, final), self.state)
+        if phase is Phase.DECODE:
+            self.output_index += 1
+        self._finish(phase, final)
+
+    def _finish(self, phase: Phase, final: bool) -> None:
+        answer = self.compressor.after_forward(
+            Step(
+                phase=phase,
+                turn=self.turn,
+                turn_start=self.turn_start,
+                length=self.cache.seen,
+                output_index=self.output_index,
+                final=final,
+                layers=self.layers,
+                record=self.record,
+            ),
+            self.state,
+        )
+        if isinstance(answer, Observation):
+            assert phase is not Phase.OBSERVE
+            self.observed.append(answer.positions)
+            for spec in self.layers:
+                self.compressor.after_attention(
+                    self._inputs(spec, Phase.OBSERVE, answer.positions, final=True), self.state
+                )
+            self._finish(Phase.OBSERVE, final=True)
+        elif answer is not None:
+            self.selections.append(dict(answer))
+            for layer, selection in answer.items():
+                self.cache.layers[layer].select(selection)
+
+    def _inputs(self, spec: LayerSpec, phase: Phase, positions: Tensor, final: bool) -> AttentionInputs:
+        layer = self.cache.layers[spec.index]
+        assert layer.store is not None
+        total = layer.stored
+        if phase is Phase.OBSERVE:
+            row = layer.positions()
+            columns = torch.searchsorted(row if row.dim() == 1 else row[0].contiguous(), positions)
+        else:
+            columns = torch.arange(total - len(positions), total)
+        return AttentionInputs(
+            queries=self.queries[spec.index][:, positions],
+            keys=layer.store.keys,
+            values=layer.store.values,
+            columns=columns,
+            positions=layer.positions(),
+            first_valid=layer.first_valid,
+            layer=spec,
+            phase=phase,
+            turn=self.turn,
+            turn_start=self.turn_start,
+            output_index=self.output_index,
+            final=final,
+            scaling=self.scaling,
+            softcap=None,
+            record=self.record,
+            selection=layer.active.selection if layer.active is not None else None,
+        )
