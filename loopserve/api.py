@@ -38,12 +38,15 @@ def load_stack(stack: StackLike) -> PolicyStack:
 
 
 @contextmanager
-def apply(model: PreTrainedModel, stack: StackLike = "loopserve") -> Iterator[Applied]:
+def apply(
+    model: PreTrainedModel, stack: StackLike = "loopserve", *, measure_coverage: bool = False
+) -> Iterator[Applied]:
     """Serve a plain transformers model under a stack: ``with apply(model, "loopserve"): model.generate(**batch)``.
 
-    Undone fully at exit. Batches may be padded: each row gets what it gets alone.
+    Undone fully at exit. Batches may be padded: each row gets what it gets alone. measure_coverage: realised coverage of the
+    prefill patterns over all rows, as costly as dense attention; ``stats`` of what the block yields holds the figures.
     """
-    with applied(model, load_stack(stack)) as state:
+    with applied(model, load_stack(stack), measure_coverage=measure_coverage) as state:
         yield state
 
 

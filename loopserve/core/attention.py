@@ -197,16 +197,16 @@ def _decode(
         if selection is not None:
             cache.select(selection)
     store = cache.store
-    stored = store.keys.shape[0] * store.length - (int(cache.first_valid.sum()) if cache.first_valid is not None else 0)
     bytes_per_pair = (
         store.keys.shape[2] * store.keys.element_size() + store.values.shape[2] * store.values.element_size()
     )
     if cache.active is None:
-        pairs, first_valid, attended = store, cache.first_valid, stored
+        pairs, first_valid = store, cache.first_valid
+        attended = store.keys.shape[0] * store.length - (int(first_valid.sum()) if first_valid is not None else 0)
     else:
         pairs, first_valid, attended = cache.active.pairs, cache.active.first_valid, cache.active.attended()
-        call.compressed = True
-    session.stats.attended(attended, stored, bytes_per_pair)
+    call.compressed |= attended < store.keys.shape[0] * cache.seen
+    session.stats.attended(attended, store.keys.shape[0] * cache.seen, bytes_per_pair)
     output, lse = decode_attention(
         queries, pairs.keys, pairs.values, scaling=scaling, softcap=softcap, first_valid=first_valid, need_lse=need_lse
     )

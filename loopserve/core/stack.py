@@ -59,7 +59,9 @@ class PolicyStack:
         """Every layer attends as the model has it."""
         sparsifiers = [self.prefill, *(each.prefill for each in self.overrides if each.prefill)]
         compressors = [self.decode, *(each.decode for each in self.overrides if each.decode)]
-        return all(each.capabilities.passive for each in [*sparsifiers, *compressors])
+        return all(each.capabilities.passive for each in sparsifiers) and all(
+            each.capabilities.passive for each in compressors
+        )
 
     def describe(self) -> dict[str, Any]:
         """The stack with every option spelt out, as a stack file says it; ``load_stack`` makes an equal stack of it."""

@@ -72,12 +72,15 @@ class TurnStats:
         self.means["prefill_cell_density"].add(float(cells.mean()), causal_pairs * cells.numel())
         self.means["prefill_tile_density"].add(float(tiles.mean()), causal_pairs * tiles.numel())
 
-    def attended(self, pairs: int, stored: int, bytes_per_pair: int) -> None:
-        """One layer of one decode step: pairs attended and pairs stored, both summed over the KV heads."""
-        self.means["attended_fraction"].add(pairs / stored, stored)
+    def attended(self, pairs: int, dense: int, bytes_per_pair: int) -> None:
+        """One layer of one decode step: pairs attended, and pairs that dense attention without eviction would attend.
+
+        Both are summed over the KV heads.
+        """
+        self.means["attended_fraction"].add(pairs / dense, dense)
         self.means["attended_pairs"].add(pairs)
         self.read("attended", pairs * bytes_per_pair)
-        self.dense_bytes += stored * bytes_per_pair
+        self.dense_bytes += dense * bytes_per_pair
 
     def merge(self, other: TurnStats) -> None:
         """Take in another turn's figures: sums add up, means weigh by what they are means of."""

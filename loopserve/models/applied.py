@@ -36,10 +36,10 @@ class Applied:
 
 
 @contextmanager
-def applied(model: PreTrainedModel, stack: PolicyStack) -> Iterator[Applied]:
+def applied(model: PreTrainedModel, stack: PolicyStack, *, measure_coverage: bool = False) -> Iterator[Applied]:
     """Serve every forward pass of ``model`` with a cache under ``stack`` until the block ends."""
     before = {id(config): (config, config._attn_implementation_internal) for config in _configs(model)}
-    engine = TokenEngine(HuggingFaceModel(model), stack)
+    engine = TokenEngine(HuggingFaceModel(model), stack, measure_coverage=measure_coverage)
     stack.check(engine.model.layers, batch=True)
     state = Applied(engine)
     signature = inspect.signature(model.forward)
@@ -118,7 +118,8 @@ def _begin(state: Applied, view: CacheView, token_ids: Tensor, mask: Tensor | No
             session.stats.output_tokens += 1
         session.enter(phase)
         positions = torch.arange(seen, seen + len(tokens), device=token_ids.device)
-        calls.append(Call(session, phase, positions, seen_after=seen + len(tokens)))
+        measure = state.engine.measure_coverage
+        calls.append(Call(session, phase, positions, measure=measure, seen_after=seen + len(tokens)))
     view.bind(calls, valid)
 
 

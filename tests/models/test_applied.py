@@ -101,6 +101,17 @@ def test_a_sparse_stack_really_attends_to_less(llama: PreTrainedModel) -> None:
         assert figures["compressed_share"] > 0.5
 
 
+def test_realised_coverage_is_measured_when_asked(llama: PreTrainedModel) -> None:
+    figures = {}
+    for name, stack in {"dense": "dense", "sparse": SPARSE}.items():
+        with loopserve.apply(llama, stack, measure_coverage=True) as state:
+            answers(llama, padded(rows()[:1]))
+        figures[name] = state.stats[0][0].as_dict()
+    assert figures["dense"]["coverage_realised"] == 1.0
+    assert 0.5 < figures["sparse"]["coverage_realised"] < 1.0
+    assert abs(figures["sparse"]["coverage_realised"] - figures["sparse"]["coverage_estimated"]) < 0.2
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
