@@ -67,7 +67,9 @@ def equal_budget(stack: PolicyStack, tokens: int, turns: int) -> PolicyStack:
         decode = part.get("decode") or {}
         if "budget" in decode:
             # What a policy sets aside of its budget stays the same share of it.
-            decode |= {"page_budget": decode["page_budget"] * budget // decode["budget"]} if "page_budget" in decode else {}
+            decode |= (
+                {"page_budget": decode["page_budget"] * budget // decode["budget"]} if "page_budget" in decode else {}
+            )
             decode["budget"] = budget
     try:
         return load_stack(described)

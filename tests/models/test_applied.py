@@ -13,7 +13,14 @@ from loopserve.core.errors import InputError, ModelError
 from loopserve.models.tiny import VOCABULARY, tiny_model
 
 SPARSE = {
-    "prefill": {"policy": "loopserve", "alpha": 0.8, "min_new_tokens": 8, "min_total_tokens": 16, "sample_rows": 16},
+    "prefill": {
+        "policy": "loopserve",
+        "alpha": 0.8,
+        "min_new_tokens": 8,
+        "min_total_tokens": 16,
+        "sample_rows": 16,
+        "local_window": 2,
+    },
     "decode": {"policy": "snapkv", "budget": 16, "window": 4, "sink_tokens": 1},
 }
 LENGTHS = (40, 23, 57)
