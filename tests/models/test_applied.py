@@ -20,6 +20,7 @@ SPARSE = {
         "min_total_tokens": 16,
         "sample_rows": 16,
         "local_window": 2,
+        "dense_above": 1.0,
     },
     "decode": {"policy": "snapkv", "budget": 16, "window": 4, "sink_tokens": 1},
 }
