@@ -88,8 +88,21 @@ def render(result: Mapping[str, Any]) -> None:
         rows = {name: each["turns"][turn] for name, each in stacks.items() if turn < len(each["turns"])}
         out.print(_figures(f"turn {turn + 1}", rows, out.width))
     out.print(_figures("all turns", stacks, out.width))
+    if all("positions" in each for each in stacks.values()):
+        out.print(_positions(stacks))
     if summary := result.get("summary"):
         out.print(summary, markup=False)
+
+
+def _positions(stacks: Mapping[str, Mapping[str, Any]]) -> Any:
+    """Answers right by where the question stands in its turn."""
+    places = next(iter(stacks.values()))["positions"]
+    answers = table("stack", title="answers right, by where the question stands")
+    for place in places:
+        answers.add_column(place, justify="right")
+    for name, row in stacks.items():
+        answers.add_row(name, *(f"{each['right']}/{each['asked']}" for each in row["positions"].values()))
+    return answers
 
 
 _COLUMNS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
