@@ -35,7 +35,6 @@ class Phase(StrEnum):
 class LayerType(StrEnum):
     FULL = "full_attention"
     SLIDING = "sliding_attention"
-    CHUNKED = "chunked_attention"
 
 
 class Retention(StrEnum):

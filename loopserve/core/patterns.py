@@ -1,36 +1,50 @@
-"""Attention patterns: which cells of a block of new queries are computed. Each says its mask, its cost, and how to attend.
+"""Attention patterns: which cells of a block of new queries are computed. Each says its mask, what it costs, and how to
+attend.
 
-Geometry of a block: m new queries are the last of n stored columns; query i stands at column n - m + i and sees the columns up to it.
-Knows no policy; the property that holds for every pattern is ``attend == dense attention under to_mask()``.
+Geometry of a block: m new queries are the last of n stored columns; query i stands at column n - m + i and sees the
+columns up to it. Knows no policy. What holds for every pattern: ``attend`` equals dense attention under ``to_mask()``.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from loopserve.kernels.block_sparse import block_sparse
-from loopserve.kernels.block_sparse.reference import block_mask
 from loopserve.kernels.dense_attention import dense_attention
 from loopserve.kernels.vertical_slash import vertical_slash
-from loopserve.kernels.vertical_slash.reference import line_mask
 
-TILE = 64
+TILE = 64  # rows and keys of the tiles that tile density counts
 
 
 class AttentionPattern(ABC):
     """A causal choice of cells per query head, in which every query sees itself."""
 
-    heads: int
-    new_tokens: int
-    total_tokens: int
+    @property
+    @abstractmethod
+    def size(self) -> tuple[int, int, int]:
+        """(query heads, new tokens m, total tokens n)."""
+
+    @property
+    def causal_pairs(self) -> int:
+        """Cells that dense attention computes for one head."""
+        _, new, total = self.size
+        return new * (total - new) + new * (new + 1) // 2
+
+    def to_mask(self) -> Tensor:
+        """The cells of the whole block, bool ``[Hq, Tq, Tk]``; for tests and pictures, it grows with Tq times Tk."""
+        _, new, total = self.size
+        return self.rows(torch.arange(total - new, total))
 
     @abstractmethod
-    def to_mask(self) -> Tensor:
-        """The cells as bool ``[Hq, Tq, Tk]``; for tests and pictures."""
+    def rows(self, columns: Tensor) -> Tensor:
+        """The cells of queries of the block that stand at ``columns`` int64 ``[r]``: bool ``[Hq, r, Tk]``."""
 
     @abstractmethod
     def attend(
@@ -44,41 +58,33 @@ class AttentionPattern(ABC):
         first_valid: Tensor | None = None,
         need_lse: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """(output ``[Hq, Tq, D]``, log-sum-exp ``[Hq, Tq]`` if asked for), softmax over the cells of the pattern only."""
+        """(output ``[Hq, Tq, D]``, log-sum-exp float32 ``[Hq, Tq]`` if asked for): softmax over the cells of the
+        pattern only.
+
+        first_valid ``[Hkv]``: columns before it are filler and never attended, whatever the pattern says.
+        """
 
     @abstractmethod
     def cell_density(self) -> Tensor:
-        """Computed pairs over causal pairs, per head ``[Hq]``."""
+        """Computed pairs over causal pairs, float32 ``[Hq]``."""
 
     @abstractmethod
     def tile_density(self) -> Tensor:
-        """64 x 64 tiles a kernel computes over those that dense attention computes, per head ``[Hq]``; at most 1."""
+        """64 x 64 tiles that a kernel computes over those that dense attention does, float32 ``[Hq]``; at most 1."""
 
     def coverage(self, probabilities: Tensor, columns: Tensor) -> Tensor:
-        """Share of the mass of softmax rows ``[Hq, r, n]`` at ``columns`` ``[r]`` that lies inside the pattern, per head ``[Hq]``."""
-        rows = columns - (self.total_tokens - self.new_tokens)
-        inside = probabilities * self.to_mask_rows(rows)
-        return inside.sum((1, 2)) / probabilities.sum((1, 2)).clamp(min=1e-30)
+        """Share of the mass of softmax rows ``[Hq, r, n]`` at ``columns`` ``[r]`` that lies inside the pattern,
+        ``[Hq]``.
+        """
+        inside = (probabilities * self.rows(columns)).sum((1, 2))
+        whole = probabilities.sum((1, 2))
+        return torch.where(whole > 0, inside / whole.clamp(min=1e-30), 1.0)
 
-    @abstractmethod
-    def to_mask_rows(self, rows: Tensor) -> Tensor:
-        """The cells of some rows of the block (indices ``[r]``): bool ``[Hq, r, Tk]``."""
 
-    @property
-    def causal_pairs(self) -> int:
-        return self.new_tokens * (self.total_tokens - self.new_tokens) + self.new_tokens * (self.new_tokens + 1) // 2
-
-    def _columns(self, rows: Tensor) -> Tensor:
-        return rows + self.total_tokens - self.new_tokens
-
-    def _all_rows(self, device: torch.device | None = None) -> Tensor:
-        return torch.arange(self.new_tokens, device=device)
-
-    def _dense_tiles(self) -> int:
-        """Key tiles that dense attention computes, summed over the row tiles."""
-        history = self.total_tokens - self.new_tokens
-        ends = [min(start + TILE, self.new_tokens) + history for start in range(0, self.new_tokens, TILE)]
-        return sum(-(-end // TILE) for end in ends)
+def _tile_ends(new_tokens: int, total_tokens: int) -> list[int]:
+    """One past the last column that each 64-row tile of the block sees."""
+    history = total_tokens - new_tokens
+    return [history + min(start + TILE, new_tokens) for start in range(0, new_tokens, TILE)]
 
 
 @dataclass(frozen=True)
@@ -89,27 +95,18 @@ class DensePattern(AttentionPattern):
     new_tokens: int
     total_tokens: int
 
-    def to_mask(self) -> Tensor:
-        return self.to_mask_rows(self._all_rows())
+    @property
+    def size(self) -> tuple[int, int, int]:
+        return self.heads, self.new_tokens, self.total_tokens
 
-    def to_mask_rows(self, rows: Tensor) -> Tensor:
-        seen = torch.arange(self.total_tokens, device=rows.device) <= self._columns(rows)[:, None]
+    def rows(self, columns: Tensor) -> Tensor:
+        seen = torch.arange(self.total_tokens, device=columns.device) <= columns[:, None]
         return seen.expand(self.heads, -1, -1)
 
     def attend(
-        self,
-        queries: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        *,
-        scaling: float,
-        softcap: float | None = None,
-        first_valid: Tensor | None = None,
-        need_lse: bool = False,
+        self, queries: Tensor, keys: Tensor, values: Tensor, *, need_lse: bool = False, **options: Any
     ) -> tuple[Tensor, Tensor | None]:
-        return dense_attention(
-            queries, keys, values, scaling=scaling, softcap=softcap, first_valid=first_valid, need_lse=need_lse
-        )
+        return dense_attention(queries, keys, values, need_lse=need_lse, **options)
 
     def cell_density(self) -> Tensor:
         return torch.ones(self.heads)
@@ -117,12 +114,16 @@ class DensePattern(AttentionPattern):
     def tile_density(self) -> Tensor:
         return torch.ones(self.heads)
 
+    def coverage(self, probabilities: Tensor, columns: Tensor) -> Tensor:
+        return torch.ones(self.heads, device=probabilities.device)
+
 
 @dataclass(frozen=True, eq=False)
 class LinePattern(AttentionPattern):
-    """Vertical lines (key columns) and slash lines (offsets query minus key), each set bool ``[Hq, Tk]``.
+    """Vertical lines (key columns) and slash lines (offsets, query minus key), each bool ``[Hq, Tk]``.
 
-    The diagonal (offset 0) is always in, so every query sees itself. Heads marked in ``dense_heads`` ``[Hq]`` compute every cell.
+    The diagonal, slash 0, is always in. Heads in ``dense_heads`` ``[Hq]`` get every slash, which is every cell;
+    afterwards the field says which heads are dense for whatever reason. ValueError for shapes that do not fit.
     """
 
     verticals: Tensor
@@ -131,126 +132,102 @@ class LinePattern(AttentionPattern):
     dense_heads: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if (
-            self.verticals.shape != self.slashes.shape
-            or self.verticals.dtype != torch.bool
-            or self.slashes.dtype != torch.bool
-        ):
-            raise ValueError("LinePattern: verticals and slashes must both be bool [Hq, Tk]")
-        if not 0 < self.new_tokens <= self.verticals.shape[1]:
-            raise ValueError(f"LinePattern: {self.new_tokens} new tokens of {self.verticals.shape[1]}")
+        shape = self.verticals.shape
+        if len(shape) != 2 or self.slashes.shape != shape or {self.verticals.dtype, self.slashes.dtype} != {torch.bool}:
+            raise ValueError(
+                f"LinePattern: verticals {list(shape)} and slashes {list(self.slashes.shape)} must be bool [Hq, Tk]"
+            )
+        if not 0 < self.new_tokens <= shape[1]:
+            raise ValueError(f"LinePattern: new_tokens={self.new_tokens} must lie in [1, {shape[1]}]")
         slashes = self.slashes.clone()
         slashes[:, 0] = True
         if self.dense_heads is not None:
             slashes |= self.dense_heads[:, None]
         object.__setattr__(self, "slashes", slashes)
+        object.__setattr__(self, "dense_heads", slashes.all(1))
 
     @classmethod
     def window(cls, heads: int, new_tokens: int, total_tokens: int, sinks: Tensor, local: int) -> LinePattern:
-        """Sink columns (bool ``[Hq, Tk]``) and the last ``local`` columns of each query: the A shape."""
+        """The A shape: sink columns (bool ``[Hq, Tk]``), and the last ``local`` columns up to each query's own."""
         slashes = (torch.arange(total_tokens, device=sinks.device) < local).expand(heads, -1)
         return cls(sinks, slashes, new_tokens)
 
     @property
-    def heads(self) -> int:  # type: ignore[override]
-        return self.verticals.shape[0]
+    def size(self) -> tuple[int, int, int]:
+        heads, total = self.verticals.shape
+        return heads, self.new_tokens, total
 
-    @property
-    def total_tokens(self) -> int:  # type: ignore[override]
-        return self.verticals.shape[1]
-
-    def to_mask(self) -> Tensor:
-        return self.to_mask_rows(self._all_rows(self.verticals.device))
-
-    def to_mask_rows(self, rows: Tensor) -> Tensor:
-        return line_mask(self.verticals, self.slashes, self._columns(rows))
+    def rows(self, columns: Tensor) -> Tensor:
+        heads, _, total = self.size
+        cells = torch.zeros(heads, len(columns), total, dtype=torch.bool, device=self.verticals.device)
+        for row, column in enumerate(columns.tolist()):
+            cells[:, row, : column + 1] = self.verticals[:, : column + 1] | self.slashes[:, : column + 1].flip(1)
+        return cells
 
     def attend(
-        self,
-        queries: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        *,
-        scaling: float,
-        softcap: float | None = None,
-        first_valid: Tensor | None = None,
-        need_lse: bool = False,
+        self, queries: Tensor, keys: Tensor, values: Tensor, *, need_lse: bool = False, **options: Any
     ) -> tuple[Tensor, Tensor | None]:
-        if self.dense_heads is None or not bool(self.dense_heads.any()):
-            return vertical_slash(
-                queries,
-                keys,
-                values,
-                self.verticals,
-                self.slashes,
-                scaling=scaling,
-                softcap=softcap,
-                first_valid=first_valid,
-            )
-        output = queries.new_empty(queries.shape[0], self.new_tokens, values.shape[2])
-        lse = torch.empty(queries.shape[:2], device=queries.device) if need_lse else None
-        # A subset of heads need not be whole groups: each of its query heads gets its KV head by index.
-        for pattern, heads in self._parts():
-            owners = heads // (queries.shape[0] // keys.shape[0])
-            found, found_lse = pattern.attend(
-                queries[heads],
-                keys[owners],
-                values[owners],
-                scaling=scaling,
-                softcap=softcap,
-                first_valid=first_valid[owners] if first_valid is not None else None,
-                need_lse=need_lse,
-            )
-            output[heads] = found
-            if lse is not None and found_lse is not None:
-                lse[heads] = found_lse
-        return output, lse
-
-    def _parts(self) -> list[tuple[AttentionPattern, Tensor]]:
-        """The dense heads and the others, each with a pattern of its own."""
-        assert self.dense_heads is not None
-        dense, sparse = self.dense_heads.nonzero().flatten(), (~self.dense_heads).nonzero().flatten()
-        parts: list[tuple[AttentionPattern, Tensor]] = [
-            (DensePattern(len(dense), self.new_tokens, self.total_tokens), dense)
-        ]
-        if len(sparse):
-            parts.append((LinePattern(self.verticals[sparse], self.slashes[sparse], self.new_tokens), sparse))
-        return parts
-
-    def _line_lengths(self) -> Tensor:
-        history = self.total_tokens - self.new_tokens
-        line = torch.arange(self.total_tokens, device=self.verticals.device)
-        return self.new_tokens - (line - history).clamp(min=0)
+        output, lse = vertical_slash(queries, keys, values, self.verticals, self.slashes, **options)
+        return output, lse if need_lse else None
 
     def cell_density(self) -> Tensor:
-        """By inclusion and exclusion: a vertical j and a slash d share one cell if history <= j + d < n, and none otherwise."""
-        lengths = self._line_lengths()
-        lines = ((self.verticals.long() + self.slashes.long()) * lengths).sum(1)
-        below = torch.nn.functional.pad(self.slashes.long().cumsum(1), (1, 0))  # slashes with an offset below x
-        column = torch.arange(self.total_tokens, device=self.verticals.device)
-        first = (self.total_tokens - self.new_tokens - column).clamp(min=0)
-        crossings = ((below[:, self.total_tokens - column] - below[:, first]) * self.verticals).sum(1)
-        return (lines - crossings).double() / self.causal_pairs
+        return self._cell_density
+
+    @cached_property
+    def _cell_density(self) -> Tensor:
+        """Inclusion and exclusion: line x is m - max(0, x - p) long; vertical j and slash d share a cell if p <= j + d
+        < n.
+        """
+        total = self.verticals.shape[1]
+        history = total - self.new_tokens
+        line = torch.arange(total, device=self.verticals.device)
+        lengths = self.new_tokens - (line - history).clamp(min=0)
+        separate = ((self.verticals.long() + self.slashes.long()) * lengths).sum(1)
+        below = pad(self.slashes.cumsum(1), (1, 0))  # slashes with an offset below x
+        crossings = below[:, total - line] - below[:, (history - line).clamp(min=0)]
+        shared = (crossings * self.verticals).sum(1)
+        return ((separate - shared).double() / self.causal_pairs).float()
 
     def tile_density(self) -> Tensor:
-        """Per tile of 64 rows: key tiles of the slash ranges, plus key tiles of the packed verticals outside them."""
-        counts = torch.zeros(self.heads, dtype=torch.long, device=self.verticals.device)
-        below = torch.nn.functional.pad(self.slashes.int().cumsum(1), (1, 0))
-        history = self.total_tokens - self.new_tokens
-        column = torch.arange(self.total_tokens, device=self.verticals.device)
-        for start in range(0, self.new_tokens, TILE):
-            low, high = history + start, history + min(start + TILE, self.new_tokens)
-            seen = column[:high]
-            in_range = below[:, high - seen] > below[:, (low - seen).clamp(min=0)]
-            packed = self.verticals[:, :high] & ~in_range
-            tiles = -(-in_range.sum(1) // TILE) + -(-packed.sum(1) // TILE)
-            counts += tiles.clamp(max=-(-high // TILE))
-        return counts.double() / self._dense_tiles()
+        return self._tile_density
+
+    @cached_property
+    def _tile_density(self) -> Tensor:
+        """Per tile of 64 rows: the keys that slashes reach, in tiles, and the verticals among the other keys, packed in
+        tiles.
+        """
+        ends = _tile_ends(self.new_tokens, self.verticals.shape[1])
+        whole = self.new_tokens // TILE
+        tiles = self._tiles_of_lines(TILE, ends[:whole]) + self._tiles_of_lines(self.new_tokens % TILE, ends[whole:])
+        return (tiles.double() / sum(-(-end // TILE) for end in ends)).float()
+
+    def _tiles_of_lines(self, height: int, ends: list[int]) -> Tensor:
+        """Key tiles that row tiles of one height compute, summed over those whose columns end at ``ends``: int64
+        ``[Hq]``.
+        """
+        heads, total = self.verticals.shape
+        if not ends:
+            return torch.zeros(heads, dtype=torch.long, device=self.verticals.device)
+        at = torch.tensor(ends, device=self.verticals.device)
+        # Counted back from a tile's last column, slash d reaches the keys d to d + height - 1: the same in every tile.
+        below = pad(self.slashes.cumsum(1), (height, 0))
+        reached = below[:, height:] > below[:, :-height]
+        keys = pad(reached.cumsum(1), (1, 0))[:, at]
+        # Verticals among the other keys: a convolution, so that no tile is visited by itself. Counts are far below 2 **
+        # 52.
+        spectrum = torch.fft.rfft(self.verticals.double(), 2 * total) * torch.fft.rfft((~reached).double(), 2 * total)
+        packed = torch.fft.irfft(spectrum, 2 * total)[:, at - 1].round().long()
+        computed: Tensor = -(-keys // TILE) - (-packed // TILE)
+        return computed.minimum(-(-at // TILE)).sum(1)
 
 
 @dataclass(frozen=True, eq=False)
 class BlockPattern(AttentionPattern):
-    """Key tiles per query tile: bool ``[Hq, ceil(Tq / tile), ceil(Tk / tile)]``, causal inside; own tiles are always in."""
+    """Key tiles per query tile: bool ``[Hq, ceil(Tq / tile), ceil(Tk / tile)]``, causal inside.
+
+    Query tiles count from the first new row, key tiles from column 0. The tiles that hold the queries' own columns are
+    always in. ValueError for shapes that do not fit.
+    """
 
     blocks: Tensor
     new_tokens: int
@@ -258,60 +235,50 @@ class BlockPattern(AttentionPattern):
     tile: int = TILE
 
     def __post_init__(self) -> None:
+        if not 0 < self.new_tokens <= self.total_tokens or self.tile < 1:
+            raise ValueError(
+                f"BlockPattern: {self.new_tokens} new of {self.total_tokens} tokens in tiles of {self.tile}"
+            )
         wanted = (-(-self.new_tokens // self.tile), -(-self.total_tokens // self.tile))
         if self.blocks.dim() != 3 or self.blocks.shape[1:] != wanted or self.blocks.dtype != torch.bool:
             raise ValueError(
                 f"BlockPattern: blocks {list(self.blocks.shape)} must be bool [Hq, {wanted[0]}, {wanted[1]}]"
             )
         blocks = self.blocks.clone()
-        own = self._columns(self._all_rows(blocks.device))
+        own = self._columns()
         blocks[:, (own - own[0]) // self.tile, own // self.tile] = True
         object.__setattr__(self, "blocks", blocks)
 
     @property
-    def heads(self) -> int:  # type: ignore[override]
-        return self.blocks.shape[0]
+    def size(self) -> tuple[int, int, int]:
+        return len(self.blocks), self.new_tokens, self.total_tokens
 
-    def to_mask(self) -> Tensor:
-        return self.to_mask_rows(self._all_rows(self.blocks.device))
+    def _columns(self) -> Tensor:
+        return torch.arange(self.total_tokens - self.new_tokens, self.total_tokens, device=self.blocks.device)
 
-    def to_mask_rows(self, rows: Tensor) -> Tensor:
-        cells = block_mask(self.blocks, self.tile, self.new_tokens, self.total_tokens)[:, rows]
-        return cells & (torch.arange(self.total_tokens, device=rows.device) <= self._columns(rows)[:, None])
+    def rows(self, columns: Tensor) -> Tensor:
+        columns = columns.to(self.blocks.device)
+        tiles = self.blocks[:, (columns - (self.total_tokens - self.new_tokens)) // self.tile]
+        cells = tiles.repeat_interleave(self.tile, dim=2)[:, :, : self.total_tokens]
+        return cells & (torch.arange(self.total_tokens, device=columns.device) <= columns[:, None])
 
     def attend(
-        self,
-        queries: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        *,
-        scaling: float,
-        softcap: float | None = None,
-        first_valid: Tensor | None = None,
-        need_lse: bool = False,
+        self, queries: Tensor, keys: Tensor, values: Tensor, *, need_lse: bool = False, **options: Any
     ) -> tuple[Tensor, Tensor | None]:
-        return block_sparse(
-            queries,
-            keys,
-            values,
-            self.blocks,
-            tile=self.tile,
-            scaling=scaling,
-            softcap=softcap,
-            first_valid=first_valid,
-        )
+        output, lse = block_sparse(queries, keys, values, self.blocks, tile=self.tile, **options)
+        return output, lse if need_lse else None
 
+    @cached_property
     def _cells(self) -> Tensor:
-        """Causal cells of each tile of the block: ``[query tiles, key tiles]``."""
-        columns = self._columns(self._all_rows(self.blocks.device))
-        edges = torch.arange(self.blocks.shape[2], device=columns.device) * self.tile
-        per_row = (columns[:, None] + 1 - edges).clamp(0, self.tile)
-        filled = torch.nn.functional.pad(per_row, (0, 0, 0, self.blocks.shape[1] * self.tile - self.new_tokens))
-        return filled.view(self.blocks.shape[1], self.tile, -1).sum(1)
+        """Causal cells of each tile, int64 ``[query tiles, key tiles]``."""
+        before = torch.arange(self.blocks.shape[2], device=self.blocks.device) * self.tile
+        per_row = (self._columns()[:, None] + 1 - before).clamp(0, self.tile)
+        per_row = pad(per_row, (0, 0, 0, -self.new_tokens % self.tile))
+        return per_row.view(-1, self.tile, self.blocks.shape[2]).sum(1)
 
     def cell_density(self) -> Tensor:
-        return (self.blocks * self._cells()).sum((1, 2)).double() / self.causal_pairs
+        return ((self.blocks * self._cells).sum((1, 2)).double() / self.causal_pairs).float()
 
     def tile_density(self) -> Tensor:
-        cells = self._cells()
-        return (self.blocks & (cells > 0)).sum((1, 2)).double() / int((cells > 0).sum())
+        causal = self._cells > 0
+        return ((self.blocks & causal).sum((1, 2)).double() / causal.sum()).float()

@@ -15,7 +15,7 @@ MINIMAL = {"prefill": {"policy": "dense"}, "decode": {"policy": "full"}}
 
 def layers(*types: str) -> list[LayerSpec]:
     """``layers("ffs")``: two full-attention layers and a sliding one."""
-    kinds = {"f": LayerType.FULL, "s": LayerType.SLIDING, "c": LayerType.CHUNKED}
+    kinds = {"f": LayerType.FULL, "s": LayerType.SLIDING}
     return [LayerSpec(index, kinds[each], 4, 2, 8) for index, each in enumerate("".join(types))]
 
 
@@ -33,7 +33,7 @@ def test_a_stack_that_fits_is_accepted():
 
 def test_a_model_without_full_attention_is_refused_unless_dense():
     stack = load_stack({"prefill": {"policy": "a_shape"}, "decode": {"policy": "full"}}, fake_registry())
-    for specs in ([], layers("ss"), layers("cc")):
+    for specs in ([], layers("ss")):
         assert "no full-attention layer" in refused(stack, specs)
         assert "'dense'" in refused(stack, specs)
         load_stack(MINIMAL, fake_registry()).check(specs)

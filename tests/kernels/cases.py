@@ -31,9 +31,17 @@ class Case:
 
 
 def make(
-    rows: int, total: int, *, group: int = 2, kv_heads: int = 2, dim: int = 8, seed: int = 0, filler: bool = False,
+    rows: int,
+    total: int,
+    *,
+    group: int = 2,
+    kv_heads: int = 2,
+    dim: int = 8,
+    seed: int = 0,
+    filler: bool = False,
     softcap: float | None = None,
-) -> Case:  # fmt: skip
+) -> Case:
+    """Normal numbers; whatever must not be read (room behind the last column, filler columns) is NaN."""
     generator = torch.Generator().manual_seed(seed)
 
     def buffer() -> Tensor:
@@ -42,8 +50,13 @@ def make(
         return whole[:, :total]
 
     queries = torch.randn(kv_heads * group, rows, dim, generator=generator) * 2
-    first_valid = torch.randint(0, total - rows + 1, (kv_heads,), generator=generator) if filler else None
-    return Case(queries, buffer(), buffer(), first_valid, softcap, generator)
+    keys, values = buffer(), buffer()
+    first_valid = None
+    if filler:
+        first_valid = torch.randint(0, total - rows + 1, (kv_heads,), generator=generator)
+        for head, start in enumerate(first_valid.tolist()):
+            keys[head, :start] = values[head, :start] = float("nan")
+    return Case(queries, keys, values, first_valid, softcap, generator)
 
 
 @st.composite

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,14 +14,14 @@ from loopserve.kernels import backend
 from loopserve.kernels.block_sparse import block_sparse
 from loopserve.kernels.decode_attention import decode_attention
 from loopserve.kernels.dense_attention import dense_attention
-from loopserve.kernels.dense_attention.reference import masked_attention
 from loopserve.kernels.gather_kv import gather_kv
+from loopserve.kernels.masked import masked_attention
 from loopserve.kernels.vertical_slash import vertical_slash
 from tests.kernels.cases import Case, cases, make
 
 
-def both(function, *args: object, **options: object) -> None:  # type: ignore[no-untyped-def]
-    """The implementation in force and the reference agree, log-sum-exp included."""
+def both(function: Callable[..., Any], *args: object, **options: object) -> None:
+    """The fast path and the reference agree, log-sum-exp included."""
     with backend.use("reference"):
         wanted, wanted_lse = function(*args, **options)
     with backend.use("cpu"):
@@ -80,7 +83,8 @@ def test_gathered_pairs_are_the_chosen_ones(case: Case, count: int) -> None:
     indices = torch.randint(0, case.keys.shape[1], (case.keys.shape[0], count), generator=case.generator)
     keys, values = gather_kv(case.keys, case.values, indices)
     for head, row in enumerate(indices):
-        assert torch.equal(keys[head], case.keys[head][row]) and torch.equal(values[head], case.values[head][row])
+        torch.testing.assert_close(keys[head], case.keys[head][row], rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(values[head], case.values[head][row], rtol=0, atol=0, equal_nan=True)
     assert keys.untyped_storage().data_ptr() != case.keys.untyped_storage().data_ptr()
 
 
@@ -95,17 +99,91 @@ def test_other_types_stay_what_they_are(dtype: torch.dtype) -> None:
     torch.testing.assert_close(found.float(), exact, atol=0.1, rtol=0.05)
 
 
-@pytest.mark.parametrize("shape", [(4, 9, 8), (3, 2, 8), (4, 2, 7)])
-def test_shapes_that_do_not_fit_are_named(shape: tuple[int, int, int]) -> None:
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"queries": torch.zeros(4, 9, 8)}, "9 queries cannot be the last of 8 keys"),
+        ({"queries": torch.zeros(3, 2, 8)}, "D must agree and Hkv divide Hq"),
+        ({"queries": torch.zeros(4, 2, 7)}, "D must agree and Hkv divide Hq"),
+        ({"queries": torch.zeros(4, 0, 8)}, "must be non-empty"),
+        ({"queries": torch.zeros(4, 2, 8, dtype=torch.float64)}, "queries are torch.float64"),
+        ({"values": torch.zeros(2, 7, 8)}, "values .* do not fit keys"),
+        ({"columns": torch.tensor([3, 8])}, r"columns must lie in \[0, 8\)"),
+        ({"columns": torch.tensor([3])}, r"2 rows need int64 columns \[2\]"),
+        ({"first_valid": torch.tensor([0])}, "first_valid"),
+        ({"window": 0}, "window=0"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_named(change: dict[str, Any], message: str) -> None:
     case = make(2, 8)
-    with pytest.raises(ValueError, match=r"dense_attention: .*queries"):
-        dense_attention(torch.zeros(shape), case.keys, case.values, scaling=1.0)
+    inputs = {"queries": case.queries, "keys": case.keys, "values": case.values, "scaling": 1.0, **change}
+    with pytest.raises(ValueError, match=f"dense_attention: .*{message}"):
+        dense_attention(**inputs)
 
 
-def test_an_unknown_backend_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LOOPSERVE_KERNELS", "cuda13")
-    with pytest.raises(ValueError, match=r"'cuda13' is unknown \(known: auto, reference, cpu\)"):
-        backend.chosen()
+def test_lines_blocks_and_indices_that_do_not_fit_are_named() -> None:
+    case = make(2, 8)
+    lines = torch.zeros(4, 8, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"slashes must be bool \[4, 8\]"):
+        vertical_slash(case.queries, case.keys, case.values, lines, lines[:, 1:], scaling=1.0)
+    with pytest.raises(ValueError, match="blocks must be bool"):
+        block_sparse(case.queries, case.keys, case.values, lines, scaling=1.0)
+    for column in (-1, 8):
+        with pytest.raises(ValueError, match=r"indices must lie in \[0, 8\)"):
+            gather_kv(case.keys, case.values, torch.tensor([[0], [column]]))
+
+
+@pytest.mark.parametrize("total", [1, 63, 64, 65, 111, 257])
+@pytest.mark.parametrize("group", [1, 4, 7])
+def test_odd_lengths(total: int, group: int) -> None:
+    for rows in {1, total, (total + 1) // 2}:
+        case = make(rows, total, group=group, seed=total)
+        lines = case.bools(2 * group, total, share=0.1), case.bools(2 * group, total, share=0.1)
+        both(dense_attention, case.queries, case.keys, case.values, need_lse=True, **case.options)
+        both(vertical_slash, case.queries, case.keys, case.values, *lines, **case.options)
+        blocks = case.bools(2 * group, -(-rows // 64), -(-total // 64), share=0.3)
+        both(block_sparse, case.queries, case.keys, case.values, blocks, **case.options)
+
+
+def test_long_blocks_take_every_branch() -> None:
+    """Several steps of tiles, tall tiles for a wide band, a tail shorter than a tile, heads with one kind of line or
+    all.
+    """
+    case = make(1100, 1900, group=3, kv_heads=2, seed=5)
+    verticals, slashes = case.bools(6, 1900, share=0.02), torch.zeros(6, 1900, dtype=torch.bool)
+    slashes[:, :700] = True
+    slashes[1:, 100:690] = False
+    slashes[2] = case.bools(1900, share=0.01)
+    verticals[3], slashes[4] = False, False
+    slashes[5] = True
+    both(vertical_slash, case.queries, case.keys, case.values, verticals, slashes, **case.options)
+
+
+def test_values_of_another_size_than_keys() -> None:
+    case = make(20, 70)
+    values = torch.randn(2, 70, 5, generator=case.generator)
+    lines = case.bools(4, 70), case.bools(4, 70)
+    both(dense_attention, case.queries, case.keys, values, scaling=0.3, need_lse=True)
+    both(vertical_slash, case.queries, case.keys, values, *lines, scaling=0.3)
+    both(block_sparse, case.queries, case.keys, values, case.bools(4, 1, 2, share=0.5), scaling=0.3)
+
+
+def test_transposed_views() -> None:
+    """The fused kernel reads a view wrongly when its last dimension is strided, so none may reach it."""
+    case = make(30, 90)
+    queries, keys, values = (
+        part.transpose(1, 2).contiguous().transpose(1, 2) for part in (case.queries, case.keys, case.values)
+    )
+    lines = case.bools(4, 90), case.bools(4, 90)
+    both(dense_attention, queries, keys, values, scaling=0.3, need_lse=True)
+    both(vertical_slash, queries, keys, values, *lines, scaling=0.3)
+    both(block_sparse, queries, keys, values, case.bools(4, 1, 2, share=0.5), scaling=0.3)
+
+
+def test_log_sum_exps_come_on_request_only() -> None:
+    case = make(2, 9)
+    assert dense_attention(case.queries, case.keys, case.values, scaling=1.0)[1] is None
+    assert decode_attention(case.queries, case.keys, case.values, scaling=1.0)[1] is None
 
 
 def test_masked_attention_is_softmax_by_hand() -> None:

@@ -8,10 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from loopserve.core.patterns import LinePattern
 from loopserve.kernels import backend
-from loopserve.kernels.select_lines import LineSelection, select_lines
-from loopserve.kernels.select_lines.reference import TILE
+from loopserve.kernels.select_lines import TILE, LineSelection, select_lines
 
 FORMS = ("sinks", "local", "slashes", "verticals", "diffuse")
 
@@ -46,21 +44,18 @@ def covered(selection: LineSelection, probabilities: Tensor, columns: Tensor) ->
 
 
 def cost(selection: LineSelection, new: int, cost_of: str) -> Tensor:
-    """What a selection costs per head, counted from scratch."""
+    """What a selection costs per head, counted cell by cell: ``[Hq]``."""
     total = selection.verticals.shape[1]
-    pattern = LinePattern(selection.verticals, selection.slashes, new)
+    every = torch.arange(total - new, total)
     if cost_of == "length":
-        return pattern.cell_density() * pattern.causal_pairs
-    line = torch.arange(total)
-    lengths = (new - (line - (total - new)).clamp(min=0)).double()
-    spread = torch.nn.functional.pad(lengths, (TILE - 1, 0), value=float(new))
-    keys = []
-    for verticals, slashes in zip(selection.verticals, selection.slashes, strict=True):
-        computed = torch.zeros(total + TILE - 1, dtype=torch.bool)
-        for offset in slashes.nonzero().flatten().tolist():
-            computed[offset : offset + TILE] = True
-        keys.append(lengths[verticals].sum() + spread[computed].sum())
-    return torch.stack(keys)
+        offsets = every[:, None] - torch.arange(total)
+        cells = selection.verticals[:, None] | selection.slashes[:, offsets.clamp(min=0)]
+        return (cells & (offsets >= 0)).sum((1, 2)).float()
+    reached = torch.zeros(len(selection.slashes), total + TILE - 1, dtype=torch.bool)
+    for head, offset in selection.slashes.nonzero().tolist():
+        reached[head, offset : offset + TILE] = True
+    lengths = (new - (torch.arange(1 - TILE, total) - (total - new)).clamp(min=0)) / new
+    return (reached * lengths).sum(1) + (selection.verticals * lengths[TILE - 1 :]).sum(1)
 
 
 @pytest.mark.parametrize("cost_of", ["length", "tile"])
@@ -68,11 +63,54 @@ def cost(selection: LineSelection, new: int, cost_of: str) -> Tensor:
 def test_the_fast_greedy_costs_at_most_two_percent_more(cost_of: str, new: int, total: int) -> None:
     for seed in range(3):
         probabilities, columns = rows_of_heads(new, total, 48, seed)
-        with backend.use("reference"):
-            slow = select_lines(probabilities, columns, new, alpha=0.95, cost=cost_of)
-        fast = select_lines(probabilities, columns, new, alpha=0.95, cost=cost_of)
-        assert (fast.coverage >= 0.95 - 1e-4).all() and (slow.coverage >= 0.95 - 1e-4).all()
-        assert cost(fast, new, cost_of).sum() <= 1.02 * cost(slow, new, cost_of).sum()
+        for alpha in (0.8, 0.95):
+            with backend.use("reference"):
+                slow = select_lines(probabilities, columns, new, alpha=alpha, cost=cost_of)
+            fast = select_lines(probabilities, columns, new, alpha=alpha, cost=cost_of)
+            assert (fast.coverage >= alpha - 1e-5).all() and (slow.coverage >= alpha - 1e-5).all()
+            assert fast.cost.sum() <= 1.02 * slow.cost.sum()
+            # One line more or less is more than 2 % of a short list of lines.
+            assert (fast.cost <= 1.02 * slow.cost + (new if cost_of == "length" else 1.0)).all()
+
+
+@pytest.mark.parametrize("cost_of", ["length", "tile"])
+def test_costs_are_counted_truly(cost_of: str) -> None:
+    for new, total in [(1, 1), (1, 70), (64, 64), (90, 200)]:
+        probabilities, columns = rows_of_heads(new, total, 16, seed=new)
+        for name in ("reference", "cpu"):
+            with backend.use(name):
+                selection = select_lines(probabilities, columns, new, alpha=0.9, cost=cost_of)
+            torch.testing.assert_close(selection.cost, cost(selection, new, cost_of))
+
+
+def test_the_greedy_by_hand() -> None:
+    """One sink column and one far diagonal: both kinds of line, the heavier first, nothing else."""
+    columns = torch.tensor([4, 5, 6, 7])
+    probabilities = torch.zeros(1, 4, 8)
+    probabilities[0, :, 0] = 0.6
+    probabilities[0, torch.arange(4), columns - 3] = 0.4
+    for name in ("reference", "cpu"):
+        with backend.use(name):
+            one = select_lines(probabilities, columns, 4, alpha=0.5)
+            two = select_lines(probabilities, columns, 4, alpha=1.0)
+        assert one.verticals[0].nonzero().tolist() == [[0]] and not one.slashes.any()
+        assert two.verticals[0].nonzero().tolist() == [[0]] and two.slashes[0].nonzero().tolist() == [[3]]
+        assert one.cost.tolist() == [4.0] and two.cost.tolist() == [8.0]
+        torch.testing.assert_close(two.row_coverage, torch.ones(1, 4))
+
+
+def test_of_equals_a_vertical_and_the_lower_index_win() -> None:
+    probabilities, columns = torch.eye(4)[None], torch.arange(4)
+    probabilities[0, 1:] = 0
+    with backend.use("reference"):
+        assert select_lines(probabilities, columns, 4, alpha=1.0).verticals[0].tolist() == [True, False, False, False]
+
+
+def test_rows_that_attend_to_nothing_ask_for_nothing() -> None:
+    for name in ("reference", "cpu"):
+        with backend.use(name):
+            selection = select_lines(torch.zeros(2, 3, 9), torch.tensor([4, 6, 8]), 5, alpha=0.9, row_floor=0.5)
+        assert not selection.verticals.any() and not selection.slashes.any() and (selection.coverage == 1).all()
 
 
 @given(
@@ -114,7 +152,8 @@ def test_every_row_reaches_its_floor(implementation: str) -> None:
         mean_only = select_lines(probabilities, columns, 100, alpha=0.9)
         floored = select_lines(probabilities, columns, 100, alpha=0.9, row_floor=0.85)
     assert covered(mean_only, probabilities, columns).min() < 0.85
-    assert covered(floored, probabilities, columns).min() >= 0.85 - 1e-3
+    assert covered(floored, probabilities, columns).min() >= 0.85 - 1e-4
+    torch.testing.assert_close(floored.row_coverage, covered(floored, probabilities, columns), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("implementation", ["reference", "cpu"])
@@ -125,8 +164,10 @@ def test_heavy_rows_are_served_first(implementation: str) -> None:
     with backend.use(implementation):
         plain = select_lines(probabilities, columns, 100, alpha=0.7)
         heavy = select_lines(probabilities, columns, 100, alpha=0.7, row_weights=weights)
-    worst = [covered(selection, probabilities, columns)[:, 5].min() for selection in (plain, heavy)]
-    assert worst[1] > worst[0] + 0.03
+        by_head = select_lines(probabilities, columns, 100, alpha=0.7, row_weights=weights.expand(len(FORMS), -1))
+    assert torch.equal(heavy.verticals, by_head.verticals)
+    gained = covered(heavy, probabilities, columns)[:, 5] - covered(plain, probabilities, columns)[:, 5]
+    assert gained[-1] > 0.05  # the diffuse head has to choose whom to serve
 
 
 @pytest.mark.parametrize("implementation", ["reference", "cpu"])
@@ -172,7 +213,16 @@ def test_random_rows_find_a_question_that_stands_first_and_last_rows_do_not() ->
     assert front_coverage(torch.arange(new - 64, new)) < 0.3
 
 
-@pytest.mark.parametrize("change", [{"alpha": 1.5}, {"cost": "area"}, {"new_tokens": 0}, {"columns": torch.arange(3)}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"alpha": 1.5},
+        {"cost": "area"},
+        {"new_tokens": 0},
+        {"columns": torch.arange(3)},
+        {"row_weights": -torch.ones(8)},
+    ],
+)
 def test_nonsense_is_named(change: dict[str, object]) -> None:
     probabilities, columns = rows_of_heads(10, 20, 8, 0)
     options = {"columns": columns, "new_tokens": 10, "alpha": 0.9, **change}

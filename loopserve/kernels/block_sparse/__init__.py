@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from loopserve.kernels import backend
@@ -22,15 +23,19 @@ def block_sparse(
     softcap: float | None = None,
     first_valid: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(output ``[Hq, Tq, D]``, log-sum-exp ``[Hq, Tq]``) of end-aligned queries over the chosen tiles, causal inside them.
+    """(output ``[Hq, Tq, D]``, log-sum-exp float32 ``[Hq, Tq]``) of end-aligned queries over the chosen tiles, causal
+    inside them.
 
-    blocks: bool ``[Hq, ceil(Tq / tile), ceil(Tk / tile)]``; query tiles count from the first query, key tiles from column 0.
+    blocks: bool ``[Hq, ceil(Tq / tile), ceil(Tk / tile)]``; query tiles count from the first query, key tiles from
+    column 0. A row without a cell gives 0 and -inf. ValueError for shapes that do not fit.
     """
-    check("block_sparse", queries, keys, values)
+    check("block_sparse", queries, keys, values, first_valid=first_valid)
+    if tile < 1:
+        raise ValueError(f"block_sparse: tile={tile} must be at least 1")
     wanted = (queries.shape[0], -(-queries.shape[1] // tile), -(-keys.shape[1] // tile))
-    if blocks.shape != wanted:
-        raise ValueError(f"block_sparse: blocks {list(blocks.shape)} must be {list(wanted)}")
-    output: tuple[Tensor, Tensor] = _OPERATION.pick(queries)(
+    if blocks.shape != wanted or blocks.dtype != torch.bool:
+        raise ValueError(f"block_sparse: blocks must be bool {list(wanted)}, got {blocks.dtype} {list(blocks.shape)}")
+    found: tuple[Tensor, Tensor] = _OPERATION.pick(queries)(
         queries, keys, values, blocks, tile=tile, scaling=scaling, softcap=softcap, first_valid=first_valid
     )
-    return output
+    return found

@@ -1,11 +1,12 @@
-"""Block attention tile by tile: each query tile gathers its key tiles."""
+"""Block attention query tile by query tile, each over the key tiles gathered for it."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from loopserve.kernels.gathered import attend_gathered
+from loopserve.kernels.fused import MASKED, fused, serves, settle
+from loopserve.kernels.masked import masked_attention
 
 
 def block_sparse(
@@ -20,20 +21,37 @@ def block_sparse(
     first_valid: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """See the package."""
-    rows, total = queries.shape[1], keys.shape[1]
-    group = queries.shape[0] // keys.shape[0]
-    output = torch.empty(queries.shape[0], rows, values.shape[2], dtype=queries.dtype, device=queries.device)
-    lse = torch.empty(queries.shape[0], rows, dtype=torch.float32, device=queries.device)
-    column = torch.arange(total, device=queries.device)
-    for number in range(blocks.shape[1]):
-        start, end = number * tile, min((number + 1) * tile, rows)
-        low, high = total - rows + start, total - rows + end
-        for head in range(queries.shape[0]):
-            touched = blocks[head, number].repeat_interleave(tile)[:high]
-            if first_valid is not None:
-                touched = touched & (column[: len(touched)] >= first_valid[head // group])
-            needed = touched.nonzero().flatten()
-            mask = needed <= column[low:high, None]
-            part = queries[head, start:end], keys[head // group], values[head // group]
-            output[head, start:end], lse[head, start:end] = attend_gathered(*part, needed, mask, scaling, softcap)
+    heads, rows = queries.shape[:2]
+    history, group = keys.shape[1] - rows, heads // keys.shape[0]
+    starts = [0] * keys.shape[0] if first_valid is None else first_valid.tolist()
+    output = queries.new_zeros(heads, rows, values.shape[2])
+    lse = torch.full((heads, rows), float("-inf"), device=queries.device)
+    inside = torch.arange(tile, device=queries.device)
+    for head, tiles in enumerate(blocks):
+        owner = head // group
+        for number, chosen in enumerate(tiles):
+            start, end = number * tile, min((number + 1) * tile, rows)
+            columns = (chosen.nonzero() * tile + inside).flatten()
+            columns = columns[(columns >= starts[owner]) & (columns < history + end)]
+            if not len(columns):
+                continue
+            part = (
+                queries[head, start:end],
+                keys[owner].index_select(0, columns),
+                values[owner].index_select(0, columns),
+            )
+            # Columns ascend, so the last one tells whether any is younger than the tile's first row.
+            later = columns > torch.arange(history + start, history + end, device=columns.device)[:, None]
+            if serves(values, queries.shape[2], softcap):
+                mask = None
+                if int(columns[-1]) > history + start:
+                    mask = torch.zeros(later.shape, device=later.device).masked_fill_(later, MASKED)
+                found, found_lse = fused(*(each[None, None] for each in part), scaling=scaling, mask=mask)
+                found, found_lse = settle(found[0], found_lse[0])
+            else:
+                one, its_keys, its_values = (each[None] for each in part)
+                found, found_lse = masked_attention(
+                    one, its_keys, its_values, ~later[None], scaling=scaling, softcap=softcap
+                )
+            output[head, start:end], lse[head, start:end] = found[0], found_lse[0]
     return output, lse

@@ -4,13 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from loopserve.kernels.dense_attention.reference import masked_attention
-from loopserve.kernels.shapes import query_columns, visible
-
-
-def block_mask(blocks: Tensor, tile: int, rows: int, total: int) -> Tensor:
-    """Tiles spread to cells, causality aside: bool ``[Hq, rows, total]``."""
-    return blocks.repeat_interleave(tile, dim=1)[:, :rows].repeat_interleave(tile, dim=2)[:, :, :total]
+from loopserve.kernels.masked import masked_attention, per_query_head, query_columns, visible
 
 
 def block_sparse(
@@ -25,8 +19,8 @@ def block_sparse(
     first_valid: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """See the package."""
-    seen = visible(query_columns(queries, keys, None), keys.shape[1], first_valid=first_valid)
-    mask = block_mask(blocks, tile, queries.shape[1], keys.shape[1]).unflatten(0, (keys.shape[0], -1))
-    return masked_attention(
-        queries, keys, values, mask & (seen if seen.dim() == 2 else seen[:, None]), scaling=scaling, softcap=softcap
-    )
+    rows, total = queries.shape[1], keys.shape[1]
+    cells = blocks.repeat_interleave(tile, dim=1)[:, :rows].repeat_interleave(tile, dim=2)[:, :, :total]
+    seen = visible(query_columns(queries, keys), total, first_valid=first_valid)
+    mask = cells & per_query_head(seen, queries.shape[0])
+    return masked_attention(queries, keys, values, mask, scaling=scaling, softcap=softcap)

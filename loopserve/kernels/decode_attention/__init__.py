@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from loopserve.kernels.dense_attention import dense_attention
+from loopserve.kernels import backend
+from loopserve.kernels.dense_attention import cpu, reference
+from loopserve.kernels.shapes import check
+
+# By definition it is dense attention over the active set; a kernel of its own pays on a GPU, where it splits over the
+# keys.
+_OPERATION = backend.operation("decode_attention", reference=reference.dense_attention, cpu=cpu.dense_attention)
 
 
 def decode_attention(
@@ -17,7 +23,14 @@ def decode_attention(
     first_valid: Tensor | None = None,
     need_lse: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """(output ``[Hq, t, D]``, log-sum-exp ``[Hq, t]`` if asked for). The last t columns are the queries' own tokens."""
-    return dense_attention(
+    """(output ``[Hq, t, D]``, log-sum-exp float32 ``[Hq, t]`` if asked for) of queries ``[Hq, t, D]`` over ``[Hkv, S,
+    D]``.
+
+    The last t columns are the queries' own tokens, causal among themselves. first_valid ``[Hkv]``: columns before it
+    are filler of heads that keep fewer pairs. ValueError for shapes that do not fit.
+    """
+    check("decode_attention", queries, keys, values, first_valid=first_valid)
+    output, lse = _OPERATION.pick(queries)(
         queries, keys, values, scaling=scaling, softcap=softcap, first_valid=first_valid, need_lse=need_lse
     )
+    return output, lse if need_lse else None

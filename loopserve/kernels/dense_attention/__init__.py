@@ -23,13 +23,16 @@ def dense_attention(
     first_valid: Tensor | None = None,
     need_lse: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """(output ``[Hq, Tq, D]``, log-sum-exp of the scores ``[Hq, Tq]`` float32 if asked for). An empty row gives 0 and -inf.
+    """(output ``[Hq, Tq, D]``, log-sum-exp of the scores float32 ``[Hq, Tq]`` if asked for). An empty row gives 0 and
+    -inf.
 
-    columns ``[Tq]``: where the queries stand (None = the last ones). window: own column and the window - 1 before it.
-    first_valid ``[Hkv]``: columns before it are filler. ValueError for shapes that do not fit.
+    columns int64 ``[Tq]``: where the queries stand (None = the last ones). window: a query sees its own column and the
+    window - 1 before it. first_valid ``[Hkv]``: columns before it are filler. ValueError for shapes that do not fit.
     """
-    check("dense_attention", queries, keys, values, columns)
-    output: tuple[Tensor, Tensor | None] = _OPERATION.pick(queries)(
+    check("dense_attention", queries, keys, values, columns=columns, first_valid=first_valid)
+    if window is not None and window < 1:
+        raise ValueError(f"dense_attention: window={window} must be at least 1")
+    output, lse = _OPERATION.pick(queries)(
         queries,
         keys,
         values,
@@ -40,4 +43,4 @@ def dense_attention(
         first_valid=first_valid,
         need_lse=need_lse,
     )
-    return output
+    return output, lse if need_lse else None

@@ -1,12 +1,18 @@
-"""Dense attention through PyTorch's fused kernel, without repeating keys and without a mask where none is needed."""
+"""Dense attention through PyTorch's fused kernel: keys are never repeated over a group, and masked only where they must
+be.
+"""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from loopserve.kernels.dense_attention import reference
-from loopserve.kernels.shapes import query_columns, visible
+from loopserve.kernels.fused import MASKED, fused, merge, serves
+from loopserve.kernels.masked import masked_attention, query_columns, visible
+
+_FEW_ROWS = 16  # up to here one masked call with the group's heads as rows beats two calls
+_CHUNK = 256  # rows per step where a mask is needed, so that it stays small
 
 
 def dense_attention(
@@ -19,50 +25,131 @@ def dense_attention(
     window: int | None = None,
     columns: Tensor | None = None,
     first_valid: Tensor | None = None,
-    need_lse: bool = False,
+    need_lse: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
-    """See the package. Softcap and log-sum-exp have no fused kernel: the reference serves them."""
-    if softcap or need_lse or queries.shape[1] == 0:
-        return reference.dense_attention(
-            queries,
-            keys,
-            values,
+    """See the package."""
+    if (
+        queries.shape[1] == 1
+        and columns is None
+        and first_valid is None
+        and window is None
+        and not (softcap or need_lse)
+    ):
+        return _one_row(queries, keys, values, scaling), None
+    if first_valid is not None and bool(first_valid.any()):
+        few = queries.shape[1] <= _FEW_ROWS and columns is None and window is None
+        if few and serves(values, queries.shape[2], softcap):
+            output, lse = _few_rows(queries, keys, values, scaling, first_valid)
+            # Masked filler counts 0 times what it holds: numbers vanish, anything else shows as NaN.
+            if not bool(output.isnan().any()):
+                return output, lse
+        return _ragged(queries, keys, values, scaling, softcap, window, columns, first_valid)
+    if columns is not None or softcap or not serves(values, queries.shape[2], softcap):
+        return _in_chunks(queries, keys, values, scaling, softcap, window, query_columns(queries, keys, columns))
+    rows, total = queries.shape[1], keys.shape[1]
+    if window is not None and window < total:
+        if rows > 1:
+            return _in_chunks(queries, keys, values, scaling, softcap, window, query_columns(queries, keys))
+        keys, values = keys[:, -window:], values[:, -window:]
+    if rows <= _FEW_ROWS:
+        return _few_rows(queries, keys, values, scaling)
+    if rows == total:
+        output, lse = fused(queries[None], keys[None], values[None], scaling=scaling, causal=True)
+        return output[0], lse[0]
+    # The fused causal flag is right for square blocks only: history without a mask, own block with it, joined.
+    old, new = slice(None, total - rows), slice(total - rows, None)
+    past = fused(queries[None], keys[None, :, old], values[None, :, old], scaling=scaling)
+    own = fused(queries[None], keys[None, :, new], values[None, :, new], scaling=scaling, causal=True)
+    output, lse = merge(past, own)
+    return output[0].to(queries.dtype), lse[0]
+
+
+def _one_row(queries: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
+    """Plain decoding, where each microsecond shows: the public function, which is quicker to call but gives no
+    log-sum-exp.
+    """
+    grouped = queries.reshape(1, keys.shape[0], -1, queries.shape[2])
+    return scaled_dot_product_attention(grouped, keys[None], values[None], scale=scaling).reshape(
+        queries.shape[0], 1, -1
+    )
+
+
+def _few_rows(
+    queries: Tensor, keys: Tensor, values: Tensor, scaling: float, first_valid: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The last few tokens: the heads of a group become rows of one call, so its keys are read once."""
+    heads, rows, dim = queries.shape
+    owners, total, group = keys.shape[0], keys.shape[1], heads // keys.shape[0]
+    mask = None
+    if rows > 1 or first_valid is not None:
+        seen = visible(torch.arange(total - rows, total, device=keys.device), total, first_valid=first_valid)
+        mask = torch.zeros(seen.shape, device=keys.device).masked_fill_(~seen, float("-inf"))
+        mask = mask[:, None].expand(-1, group, -1, -1).reshape(1, -1, group * rows, total)
+    grouped = queries.reshape(1, owners, group * rows, dim)
+    output, lse = fused(grouped, keys[None], values[None], scaling=scaling, mask=mask)
+    output, lse = output.reshape(heads, rows, dim), lse.reshape(heads, rows)
+    if first_valid is not None and int(first_valid.max()) > total - rows:  # some rows stand in the filler
+        empty = ~seen.any(-1).repeat_interleave(group, dim=0)
+        return output.masked_fill(empty[..., None], 0.0), lse.masked_fill(empty, float("-inf"))
+    return output, lse
+
+
+def _in_chunks(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scaling: float,
+    softcap: float | None,
+    window: int | None,
+    columns: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """With a mask, some rows at a time over the columns that they can see."""
+    outputs, lses = [], []
+    for rows, where in zip(torch.split(queries, _CHUNK, dim=1), torch.split(columns, _CHUNK), strict=True):
+        end = int(where.max()) + 1
+        start = max(0, int(where.min()) + 1 - window) if window is not None else 0
+        part = rows, keys[:, start:end], values[:, start:end]
+        seen = visible(where - start, end - start, window=window)
+        if serves(values, queries.shape[2], softcap):
+            bias = torch.zeros(seen.shape[1:], device=queries.device).masked_fill_(~seen[0], MASKED)
+            output, lse = fused(*(each[None] for each in part), scaling=scaling, mask=bias)
+            output, lse = output[0], lse[0]
+        else:
+            output, lse = masked_attention(*part, seen, scaling=scaling, softcap=softcap)
+        outputs.append(output)
+        lses.append(lse)
+    return torch.cat(outputs, dim=1), torch.cat(lses, dim=1)
+
+
+def _ragged(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scaling: float,
+    softcap: float | None,
+    window: int | None,
+    columns: Tensor | None,
+    first_valid: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """One KV head at a time without its filler columns, so that nothing in them is ever read."""
+    group, rows = queries.shape[0] // keys.shape[0], queries.shape[1]
+    output = queries.new_zeros(queries.shape[0], rows, values.shape[2])
+    lse = torch.full((queries.shape[0], rows), float("-inf"), device=queries.device)
+    standing = query_columns(queries, keys, columns)
+    for head, start in enumerate(first_valid.tolist()):
+        sees = (standing >= start).nonzero().flatten()
+        if not len(sees):
+            continue
+        heads, own = slice(head * group, (head + 1) * group), slice(head, head + 1)
+        output[heads, sees], found = dense_attention(
+            queries[heads, sees],
+            keys[own, start:],
+            values[own, start:],
             scaling=scaling,
             softcap=softcap,
             window=window,
-            columns=columns,
-            first_valid=first_valid,
-            need_lse=need_lse,
+            columns=None if columns is None else columns[sees] - start,
         )
-    rows, total = queries.shape[1], keys.shape[1]
-    if columns is None and first_valid is None and (window is None or window >= total):
-        if rows == 1:
-            return one_row(queries, keys, values, scaling), None
-        if rows == total:
-            return _fused(queries, keys, values, scaling, causal=True), None
-    mask = visible(query_columns(queries, keys, columns), total, window=window, first_valid=first_valid)
-    if mask.dim() == 3:
-        mask = mask.repeat_interleave(queries.shape[0] // keys.shape[0], dim=0)[None]
-    return _fused(queries, keys, values, scaling, mask=mask).nan_to_num(0.0), None
-
-
-def one_row(queries: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
-    """One query per head over all keys: the heads of a group are rows of one call, so keys are read once."""
-    grouped = queries.view(keys.shape[0], -1, queries.shape[2])
-    output = scaled_dot_product_attention(grouped[None], keys[None], values[None], scale=scaling)
-    return output[0].view(queries.shape[0], 1, -1)
-
-
-def _fused(
-    queries: Tensor, keys: Tensor, values: Tensor, scaling: float, *, mask: Tensor | None = None, causal: bool = False
-) -> Tensor:
-    output = scaled_dot_product_attention(
-        queries[None],
-        keys[None],
-        values[None],
-        attn_mask=mask,
-        is_causal=causal,
-        scale=scaling,
-        enable_gqa=queries.shape[0] != keys.shape[0],
-    )
-    return output[0]
+        assert found is not None
+        lse[heads, sees] = found
+    return output, lse

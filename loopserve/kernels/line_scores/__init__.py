@@ -2,35 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+from typing import NamedTuple
 
 from torch import Tensor
 
 from loopserve.kernels import backend
-from loopserve.kernels.line_scores import reference
+from loopserve.kernels.line_scores import cpu, reference
 from loopserve.kernels.shapes import check
 
 
-@dataclass(frozen=True, eq=False)
-class LineScores:
-    """Softmax rows ``[Hq, r, n]`` standing at ``columns`` ``[r]``. The masses of the lines are summed when first asked for."""
+class LineScores(NamedTuple):
+    """What rows attend to, float32.
+
+    probabilities ``[Hq, r, n]``: softmax rows, zero where a row sees nothing. vertical ``[Hq, n]``: mass per key
+    column. slash ``[Hq, n]``: mass per offset (query column minus key column).
+    """
 
     probabilities: Tensor
-    columns: Tensor
-
-    @cached_property
-    def vertical(self) -> Tensor:
-        """Mass of each vertical line, by key column: ``[Hq, n]``."""
-        return self.probabilities.sum(1)
-
-    @cached_property
-    def slash(self) -> Tensor:
-        """Mass of each slash line, by offset (query column minus key column): ``[Hq, n]``."""
-        return reference.slash_mass(self.probabilities, self.columns)
+    vertical: Tensor
+    slash: Tensor
 
 
-_OPERATION = backend.operation("line_scores", reference=reference.probabilities)
+_OPERATION = backend.operation("line_scores", reference=reference.line_scores, cpu=cpu.line_scores)
 
 
 def line_scores(
@@ -42,7 +35,11 @@ def line_scores(
     softcap: float | None = None,
     first_valid: Tensor | None = None,
 ) -> LineScores:
-    """Row-softmax of queries ``[Hq, r, D]`` standing at ``columns`` over keys ``[Hkv, n, D]``, float32."""
-    check("line_scores", queries, keys, columns=columns)
-    rows = _OPERATION.pick(queries)(queries, keys, columns, scaling=scaling, softcap=softcap, first_valid=first_valid)
-    return LineScores(rows, columns)
+    """Row-softmax of queries ``[Hq, r, D]`` standing at ``columns`` int64 ``[r]`` over keys ``[Hkv, n, D]``, with its
+    line masses.
+
+    first_valid ``[Hkv]``: columns before it are filler. ValueError for shapes that do not fit.
+    """
+    check("line_scores", queries, keys, columns=columns, first_valid=first_valid)
+    found = _OPERATION.pick(queries)(queries, keys, columns, scaling=scaling, softcap=softcap, first_valid=first_valid)
+    return LineScores(*found)

@@ -1,27 +1,27 @@
-"""Line masses by definition: softmax rows, then sums along columns and along diagonals."""
+"""Line masses by definition: softmax rows, then sums down the columns and along the diagonals."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from loopserve.kernels.shapes import scores, visible
+from loopserve.kernels.masked import masked_softmax, per_query_head, scaled_scores, visible
 
 
-def probabilities(
+def row_probabilities(
     queries: Tensor, keys: Tensor, columns: Tensor, *, scaling: float, softcap: float | None, first_valid: Tensor | None
 ) -> Tensor:
-    """Softmax over the visible keys ``[Hq, r, n]``; a row that sees none is zero."""
-    mask = visible(columns, keys.shape[1], first_valid=first_valid)
-    if mask.dim() == 3:
-        mask = mask[:, None]
-    found = scores(queries, keys, scaling=scaling, softcap=softcap).masked_fill(~mask, float("-inf"))
-    return found.softmax(-1).nan_to_num(0.0).flatten(0, 1)
+    """Softmax over the visible keys, float32 ``[Hq, r, n]``."""
+    mask = per_query_head(visible(columns, keys.shape[1], first_valid=first_valid), queries.shape[0])
+    return masked_softmax(scaled_scores(queries, keys, scaling=scaling, softcap=softcap), mask)[0].float()
 
 
-def slash_mass(probabilities: Tensor, columns: Tensor) -> Tensor:
-    """Sums along the diagonals: the mass ``[Hq, n]`` at each offset of rows ``[Hq, r, n]`` standing at ``columns``."""
-    slash = torch.zeros_like(probabilities[:, 0])
-    for row, column in enumerate(columns.tolist()):
-        slash[:, : column + 1] += probabilities[:, row, : column + 1].flip(-1)
-    return slash
+def line_scores(
+    queries: Tensor, keys: Tensor, columns: Tensor, *, scaling: float, softcap: float | None, first_valid: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See the package."""
+    rows = row_probabilities(queries, keys, columns, scaling=scaling, softcap=softcap, first_valid=first_valid)
+    slash = torch.zeros_like(rows[:, 0])
+    for row, column in zip(rows.unbind(1), columns.tolist(), strict=True):
+        slash[:, : column + 1] += row[:, : column + 1].flip(-1)
+    return rows, rows.sum(1), slash

@@ -1,4 +1,9 @@
-"""Per-page bounds of keys, and the best score any key of a page could have for a query (Quest, arXiv 2406.10774)."""
+"""Per-page bounds of keys, and the best score any key of a page could have for a query (Quest,
+https://arxiv.org/abs/2406.10774).
+
+Two functions in one room: the second only makes sense on what the first returns. One implementation each, on any
+device.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +12,15 @@ from torch import Tensor
 
 
 def page_bounds(keys: Tensor, page: int) -> tuple[Tensor, Tensor]:
-    """(smallest, largest) key coordinate of each page of ``page`` columns: two ``[Hkv, P, D]``; the last page may be partial."""
-    if page < 1:
-        raise ValueError(f"page_bounds: a page holds at least one key, got {page}")
+    """(smallest, largest) value of each key channel per page of ``page`` columns: two ``[Hkv, P, D]``; the last may be
+    partial.
+    """
+    if page < 1 or keys.dim() != 3 or keys.shape[1] == 0:
+        raise ValueError(
+            f"page_bounds: needs keys [Hkv, n, D] with n > 0 and a page > 0, got {list(keys.shape)} and {page}"
+        )
     whole = keys.shape[1] // page * page
-    pages = (
-        keys[:, :whole].unflatten(1, (whole // page, page))
-        if whole
-        else keys.new_empty(keys.shape[0], 0, 1, keys.shape[2])
-    )
+    pages = keys[:, :whole].reshape(keys.shape[0], -1, page, keys.shape[2])
     low, high = pages.amin(2), pages.amax(2)
     if whole < keys.shape[1]:
         rest = keys[:, whole:]
@@ -25,8 +30,16 @@ def page_bounds(keys: Tensor, page: int) -> tuple[Tensor, Tensor]:
 
 
 def page_scores(queries: Tensor, low: Tensor, high: Tensor, *, scaling: float) -> Tensor:
-    """Upper bound of the scaled score of any key of a page, for the best of queries ``[Hq, t, D]`` of a group: float32 ``[Hkv, P]``."""
-    grouped = queries.float().unflatten(0, (low.shape[0], -1)).flatten(1, 2)
-    bound = grouped.clamp(min=0) @ high.float().transpose(1, 2) + grouped.clamp(max=0) @ low.float().transpose(1, 2)
-    best: Tensor = (bound * scaling).amax(1)
-    return best
+    """Upper bound of the scaled score of any key of a page: float32 ``[Hkv, P]``.
+
+    Per query and channel the larger of query * low and query * high, summed over channels; then the maximum over the
+    queries ``[Hq, t, D]`` and over the query heads of a group, since a page that one of them needs is needed.
+    """
+    if low.dim() != 3 or low.shape != high.shape or queries.dim() != 3 or queries.shape[0] % low.shape[0]:
+        raise ValueError(
+            f"page_scores: queries {list(queries.shape)}, low {list(low.shape)}, high {list(high.shape)} do not fit"
+        )
+    rows = queries.float().reshape(low.shape[0], -1, queries.shape[2])
+    # A positive query channel meets its largest product at the page's largest key, a negative one at the smallest.
+    bound = rows.clamp(min=0) @ high.float().transpose(1, 2) + rows.clamp(max=0) @ low.float().transpose(1, 2)
+    return bound.amax(1) * scaling

@@ -1,4 +1,6 @@
-"""Which lines of each head hold a wanted share of its attention at the lowest cost: greedy by gain per cost, overlap counted out."""
+"""Which lines of each head hold a wanted share of its attention at the lowest cost: greedy by gain per cost, overlap
+counted out.
+"""
 
 from __future__ import annotations
 
@@ -9,19 +11,26 @@ from torch import Tensor
 
 from loopserve.kernels import backend
 from loopserve.kernels.select_lines import cpu, reference
+from loopserve.kernels.shapes import check_columns, check_lines
 
 Cost = Literal["length", "tile"]
+TILE = 64  # rows per tile of the kernels whose work the cost ``tile`` counts
+_OPERATION = backend.operation("select_lines", reference=reference.select_lines, cpu=cpu.select_lines, any_device=True)
 
 
 class LineSelection(NamedTuple):
-    """verticals, slashes: bool ``[Hq, n]``. coverage ``[Hq]``: weighted share of the sampled rows' mass on their union."""
+    """The chosen lines of each head, and what they reach on the sampled rows.
+
+    verticals, slashes: bool ``[Hq, n]``. coverage ``[Hq]``: weighted share of the rows' mass on the union. row_coverage
+    ``[Hq, r]``: share of each row's mass. cost ``[Hq]``: cells of the union (``length``), or keys computed per tile of
+    64 rows, averaged over the block (``tile``).
+    """
 
     verticals: Tensor
     slashes: Tensor
     coverage: Tensor
-
-
-_OPERATION = backend.operation("select_lines", reference=reference.select_lines, cpu=cpu.select_lines)
+    row_coverage: Tensor
+    cost: Tensor
 
 
 def select_lines(
@@ -35,33 +44,58 @@ def select_lines(
     row_floor: float | None = None,
     forced_verticals: Tensor | None = None,
     forced_slashes: Tensor | None = None,
+    tile: int = TILE,
 ) -> LineSelection:
-    """Lines whose union holds at least ``alpha`` of the (weighted) mass of the sampled rows, per head.
+    """Lines whose union holds at least ``alpha`` of the weighted mass of the sampled rows, per head.
 
-    probabilities float32 ``[Hq, r, n]``: softmax rows standing at ``columns`` ``[r]`` among the last ``new_tokens`` of n columns.
-    cost ``length``: cells of the block a line adds to the union. ``tile``: keys a kernel of 64-row tiles computes for it, so a slash
-    next to a chosen one is nearly free and an isolated one costs 64. row_weights ``[r]``; row_floor: every sampled row must also
-    reach this share. forced lines ``[Hq, n]`` are taken first. ValueError for shapes or values that make no sense.
+    probabilities float32 ``[Hq, r, n]``: softmax rows of queries at ``columns`` int64 ``[r]``; the block is the last
+    ``new_tokens`` of n columns. cost ``length``: cells of the block that a line adds to the union. ``tile``: keys that
+    a kernel working in tiles of ``tile`` rows computes more: a vertical 1, an isolated slash ``tile``, a slash next to
+    a chosen one 1 (less where a line crosses only part of the block). row_weights ``[r]`` or ``[Hq, r]``: what a row's
+    mass counts. row_floor: in addition every sampled row must reach this share. forced lines ``[n]`` or ``[Hq, n]`` are
+    taken first. ValueError for what makes no sense.
     """
+    if probabilities.dim() != 3 or 0 in probabilities.shape:
+        raise ValueError(f"select_lines: probabilities {list(probabilities.shape)} must be non-empty [Hq, r, n]")
     heads, rows, total = probabilities.shape
-    if columns.shape != (rows,) or not 0 < new_tokens <= total:
+    check_columns("select_lines", columns, rows, total)
+    if not 0 < new_tokens <= total:
+        raise ValueError(f"select_lines: new_tokens={new_tokens} must lie in [1, {total}]")
+    if not 0.0 <= alpha <= 1.0 or not 0.0 <= (row_floor or 0.0) <= 1.0:
+        raise ValueError(f"select_lines: alpha={alpha} and row_floor={row_floor} must lie in [0, 1]")
+    if cost not in ("length", "tile") or tile < 1:
+        raise ValueError(f"select_lines: cost={cost!r} must be 'length' or 'tile', tile={tile} at least 1")
+    weights = torch.ones(heads, rows, device=probabilities.device) if row_weights is None else row_weights
+    if weights.shape not in ((rows,), (heads, rows)) or bool((weights < 0).any()):
         raise ValueError(
-            f"select_lines: {rows} rows at columns {list(columns.shape)}, {new_tokens} new of {total} tokens"
+            f"select_lines: row_weights {list(weights.shape)} must be [{rows}] or [{heads}, {rows}], none negative"
         )
-    if not 0.0 <= alpha <= 1.0 or cost not in ("length", "tile"):
-        raise ValueError(f"select_lines: alpha={alpha} must lie in [0, 1] and cost={cost!r} be 'length' or 'tile'")
-    none = torch.zeros(heads, total, dtype=torch.bool, device=probabilities.device)
-    weights = torch.ones(rows) if row_weights is None else row_weights
-    return LineSelection(
-        *_OPERATION.pick(probabilities)(
-            probabilities,
-            columns,
-            new_tokens,
-            alpha=alpha,
-            cost=cost,
-            row_weights=weights.to(probabilities),
-            row_floor=row_floor or 0.0,
-            forced_verticals=none if forced_verticals is None else forced_verticals,
-            forced_slashes=none if forced_slashes is None else forced_slashes,
-        )
+    forced = []
+    for lines in (forced_verticals, forced_slashes):
+        none = torch.zeros(heads, total, dtype=torch.bool, device=probabilities.device)
+        forced.append(none if lines is None else lines.expand(heads, -1))
+    check_lines("select_lines (forced)", forced[0], forced[1], heads, total)
+    chosen, covered, spent = _OPERATION.pick(probabilities)(
+        probabilities,
+        columns,
+        new_tokens,
+        alpha=alpha,
+        tile=tile if cost == "tile" else None,
+        row_weights=weights.expand(heads, -1),
+        row_floor=row_floor or 0.0,
+        forced=torch.stack(forced, dim=1),
     )
+    mass = probabilities.to(covered.dtype).sum(-1)
+    weights = weights.to(covered.dtype)
+    return LineSelection(
+        verticals=chosen[:, 0],
+        slashes=chosen[:, 1],
+        coverage=_share((covered * weights).sum(-1), (mass * weights).sum(-1)).float(),
+        row_coverage=_share(covered, mass).float(),
+        cost=spent.float(),
+    )
+
+
+def _share(part: Tensor, whole: Tensor) -> Tensor:
+    """part / whole; of nothing, everything is covered."""
+    return torch.where(whole > 0, part / whole.clamp(min=1e-30), 1.0).clamp(max=1.0)

@@ -1,114 +1,27 @@
-"""The greedy in batches: every head at once, several nearly equal lines per round, sums corrected only where lines cross.
+"""The greedy in rounds: all heads at once, several nearly equal lines per round, masses corrected only where lines
+cross.
 
-A round takes the lines whose gain per cost is close to the best, but never more than what is still missing, so the result
-overshoots by at most one line, as the line-by-line greedy does.
+A round takes lines whose gain per cost is close to the best. Inside a round they are counted one after another, each
+without the cells of those before it, so coverage is exact and the last round is cut at the line that reaches the
+target.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, fields, replace
+
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from loopserve.kernels.line_scores.reference import slash_mass
-from loopserve.kernels.select_lines.reference import TILE
+from loopserve.kernels.line_scores.cpu import diagonal_sums
+from loopserve.kernels.select_lines.geometry import cells_added, keys_added, total_cost
+from loopserve.kernels.select_lines.reference import NEGLIGIBLE
 
-_CLOSE = 0.9  # share of the best gain per cost that still joins a round
-_CHEAP_KEYS = (
-    8.0  # under tile cost, slashes that add more keys than this are taken one per round: each changes its neighbours
-)
-_REACHED = 1e-5
-
-
-class _Heads:
-    """All heads' state. ``residual`` ``[H, r, n]``; ``gains`` and ``cells_left`` ``[H, 2, n]`` for verticals and slashes."""
-
-    def __init__(self, probabilities: Tensor, columns: Tensor, new_tokens: int, by_tile: bool, weights: Tensor) -> None:
-        heads, _, total = probabilities.shape
-        self.by_tile, self.columns, self.weights = by_tile, columns, weights
-        self.history = total - new_tokens
-        self.residual = probabilities.clone()
-        self.line = torch.arange(total, device=probabilities.device)
-        self.lengths = (new_tokens - (self.line - self.history).clamp(min=0)).to(probabilities.dtype)
-        self.cells_left = self.lengths.expand(heads, 2, total).clone()
-        self.computed = torch.zeros(heads, total + TILE - 1, dtype=torch.bool, device=probabilities.device)
-        self.keys_left = probabilities.new_full((heads, total), float(TILE))
-        self.chosen = torch.zeros(heads, 2, total, dtype=torch.bool, device=probabilities.device)
-        self.covered = probabilities.new_zeros(heads, len(columns))
-        self.weigh(weights.expand(heads, -1))
-
-    def weigh(self, weights: Tensor) -> None:
-        """Gains under row weights ``[H, r]``, from the residual."""
-        self.row_weights = weights
-        weighted = self.residual * weights[..., None]
-        self.gains = torch.stack([weighted.sum(1), slash_mass(weighted, self.columns)], dim=1)
-
-    def costs(self) -> Tensor:
-        if self.by_tile:
-            return torch.stack([self.lengths.expand_as(self.keys_left), self.lengths * self.keys_left], dim=1)
-        return self.cells_left.clamp(min=1.0)
-
-    def take(self, chosen: Tensor) -> None:
-        """Add lines, bool ``[H, 2, n]``, to the union; verticals first, so a crossing is counted once."""
-        self.chosen |= chosen
-        for kind in (0, 1):
-            heads, lines = chosen[:, kind].nonzero(as_tuple=True)
-            if len(heads):
-                self._cover(kind, heads, lines)
-                self._charge(kind, heads, lines)
-
-    def _cover(self, kind: int, heads: Tensor, lines: Tensor) -> None:
-        crossing = self.columns - lines[:, None]  # [K, r]: the other kind's line through the same cell
-        seen = crossing >= 0
-        places = lines[:, None].expand_as(crossing) if kind == 0 else crossing.clamp(min=0)
-        rows = torch.arange(len(self.columns), device=lines.device).expand_as(crossing)
-        heads = heads[:, None].expand_as(crossing)
-        mass = self.residual[heads, rows, places].masked_fill(~seen, 0.0)
-        self.residual[heads[seen], rows[seen], places[seen]] = 0.0
-        self.covered.index_put_((heads, rows), mass, accumulate=True)
-        gone = mass * self.row_weights[heads, rows]
-        other = crossing.clamp(min=0)
-        flat = (heads * 2 + (1 - kind)) * self.gains.shape[2] + other
-        self.gains.view(-1).index_add_(0, flat.flatten(), -gone.flatten())
-        own = (heads[:, 0] * 2 + kind) * self.gains.shape[2] + lines
-        self.gains.view(-1)[own] = 0.0
-
-    def _charge(self, kind: int, heads: Tensor, lines: Tensor) -> None:
-        total = self.gains.shape[2]
-        if self.by_tile:
-            if kind == 1:
-                reach = torch.arange(TILE, device=lines.device)
-                self.computed[heads[:, None], lines[:, None] + reach] = True
-                missing = pad((~self.computed).int().cumsum(1), (1, 0))
-                self.keys_left = (missing[:, TILE:] - missing[:, :-TILE]).to(self.gains.dtype)
-            return
-        steps = torch.zeros(len(self.chosen), total + 1, device=lines.device)
-        one = torch.ones(len(lines), device=lines.device)
-        steps.index_put_((heads, (self.history - lines).clamp(min=0)), one, accumulate=True)
-        steps.index_put_((heads, total - lines), -one, accumulate=True)
-        self.cells_left[:, 1 - kind] -= steps.cumsum(1)[:, :total]
-
-    def round(self, missing: Tensor) -> Tensor:
-        """The lines to take now, bool ``[H, 2, n]``, given the weighted mass still missing ``[H]`` (0 = the head is done)."""
-        costs = self.costs()
-        gains = self.gains.masked_fill(self.chosen | (self.gains <= 1e-9), 0.0)
-        ratios = torch.where(costs > 0, gains / costs.clamp(min=1e-9), gains * 1e9)
-        ratios[missing <= 0] = 0.0
-        flat = ratios.flatten(1)
-        best, first = flat.max(1)
-        close = (ratios >= _CLOSE * best[:, None, None]) & (ratios > 0)
-        if self.by_tile:
-            close[:, 1] &= self.keys_left <= _CHEAP_KEYS
-        close = close.flatten(1)
-        close[torch.arange(len(best)), first] |= best > 0
-        flat_gains = gains.flatten(1)
-        if bool(((flat_gains * close).sum(1) < missing).logical_or(missing <= 0).all()):
-            return close.view_as(ratios)  # no head would overshoot: nothing to rank
-        order = flat.masked_fill(~close, -1.0).topk(int(close.sum(1).max()), dim=1).indices
-        before = flat_gains.gather(1, order).cumsum(1)
-        before = pad(before[:, :-1], (1, 0))  # gained by the better ones of this round
-        fits = (before < missing[:, None]) & close.gather(1, order)
-        return torch.zeros_like(close).scatter_(1, order, fits).view_as(ratios)
+_CLOSE = 0.8  # share of the best gain per cost that joins a round ...
+_CLOSE_FAR = 0.5  # ... and while more than _FAR of the mass is missing: such lines are taken in any order
+_FAR = 0.1
+_SHARE = 0.7  # share of the missing mass that the lines of a round may claim
+_UNRANKED = torch.iinfo(torch.int32).max
 
 
 def select_lines(
@@ -117,29 +30,174 @@ def select_lines(
     new_tokens: int,
     *,
     alpha: float,
-    cost: str,
+    tile: int | None,
     row_weights: Tensor,
     row_floor: float,
-    forced_verticals: Tensor,
-    forced_slashes: Tensor,
+    forced: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See the package."""
-    state = _Heads(probabilities.float(), columns, new_tokens, cost == "tile", row_weights.float())
-    state.take(torch.stack([forced_verticals, forced_slashes], dim=1))
-    weight = float(row_weights.sum())
-    while True:
-        missing = alpha * weight - _REACHED * weight - state.covered @ state.weights
-        chosen = state.round(missing)
-        if not bool(chosen.any()):
-            break
-        state.take(chosen)
+    """(chosen bool ``[Hq, 2, n]``, covered mass per row ``[Hq, r]``, cost ``[Hq]``); kind 0 is vertical, 1 slash. See
+    the package.
+    """
+    state = _Heads(probabilities, columns, new_tokens, tile)
+    state.weigh(row_weights.float())
+    state.take_all(forced)
+    whole = (state.mass * state.weights).sum(1)
+    while state.round((alpha - NEGLIGIBLE) * whole - (state.covered * state.weights).sum(1), whole):
+        pass
     while row_floor > 0:
-        low = (state.covered < row_floor - _REACHED).float()
-        state.weigh(low)
-        missing = (low * (row_floor - state.covered)).sum(1)
-        chosen = state.round(missing)
-        if not bool(chosen.any()):
+        wanted = (row_floor - NEGLIGIBLE) * state.mass
+        below = (state.covered < wanted).float()
+        if not torch.equal(below, state.weights):
+            state.weigh(below)
+        # Rows leave one by one; the smallest gap bounds what a round may claim, so that none is lifted far above its
+        # floor.
+        gap = torch.where(below > 0, wanted - state.covered, torch.inf).amin(1)
+        if not state.round(gap.masked_fill(gap.isinf(), 0.0) * below.sum(1), (state.mass * below).sum(1)):
             break
-        state.take(chosen)
-    coverage = state.covered @ state.weights / max(weight, 1e-30)
-    return state.chosen[:, 0], state.chosen[:, 1], coverage
+    return state.chosen, state.covered, total_cost(state.chosen, new_tokens, tile)
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """K lines in the order they are taken, head after head, and the uncovered mass ``[K, r]`` each brings."""
+
+    heads: Tensor
+    kinds: Tensor
+    lines: Tensor
+    cells: Tensor  # [K, r]: flat places in the residual
+    met: Tensor  # [K, r]: flat places, among the lines, of the line of the other kind through the same cell
+    held: Tensor  # [K, r]: uncovered mass of the cells
+    mass: Tensor  # [K, r]: the same without cells that belong to a line before
+
+    def __getitem__(self, which: Tensor) -> _Batch:
+        kept = which.nonzero().flatten()  # once, where seven bool indexings would each look for it
+        return _Batch(*(getattr(self, each.name).index_select(0, kept) for each in fields(self)))
+
+
+class _Heads:
+    """All heads: uncovered mass ``[H, r, n]``, weighted sums along the lines ``[H, 2, n]``, chosen lines, covered mass
+    ``[H, r]``.
+    """
+
+    def __init__(self, probabilities: Tensor, columns: Tensor, new_tokens: int, tile: int | None) -> None:
+        heads, _, total = probabilities.shape
+        self.residual = probabilities.float().clone()
+        self.mass = self.residual.sum(-1)
+        self.columns, self.new_tokens, self.tile = columns, new_tokens, tile
+        self.chosen = torch.zeros(heads, 2, total, dtype=torch.bool, device=probabilities.device)
+        self.covered = torch.zeros_like(self.mass)
+        self._ranks = torch.full(self.chosen.shape, _UNRANKED, dtype=torch.int32, device=probabilities.device)
+        self._price()
+
+    def weigh(self, weights: Tensor) -> None:
+        """Gains under row weights ``[H, r]``, summed anew from the residual."""
+        self.weights = weights
+        weighted = self.residual * weights[..., None]
+        self.gains = torch.stack([weighted.sum(1), diagonal_sums(weighted, self.columns)], dim=1)
+        self._fresh = True
+
+    def _price(self) -> None:
+        if self.tile is None:
+            self.costs = cells_added(self.chosen, self.new_tokens).float()
+        else:
+            self.costs = keys_added(self.chosen, self.new_tokens, self.tile).float()
+
+    def take_all(self, lines: Tensor) -> None:
+        """Take lines bool ``[H, 2, n]`` whatever they bring."""
+        if bool(lines.any()):
+            self._take(self._batch(*lines.nonzero(as_tuple=True)))
+            self._price()
+
+    def round(self, missing: Tensor, whole: Tensor) -> bool:
+        """Take the best lines of each head for its missing mass ``[H]`` (of ``whole``); False if there is nothing to
+        take.
+        """
+        open_heads = missing > 0
+        if not bool(open_heads.any()):
+            return False
+        # Sums corrected many times drift; below the drift they are no ground to take a line until they are summed anew.
+        least = 0.0 if self._fresh else NEGLIGIBLE * self.weights.amax(1)[:, None, None]
+        possible = (self.gains > least) & ~self.chosen & open_heads[:, None, None]
+        ratios = (self.gains / self.costs).masked_fill_(~possible, 0.0)
+        if not bool(possible.any()):
+            if self._fresh:
+                return False
+            self.weigh(self.weights)
+            return True
+        self._take(self._cut(*self._candidates(ratios, missing, whole), missing))
+        self._price()
+        return True
+
+    def _candidates(self, ratios: Tensor, missing: Tensor, whole: Tensor) -> tuple[_Batch, Tensor]:
+        """The lines worth trying in this round, best first, and the gain per cost ``[H]`` that they must bring."""
+        paid = ratios.masked_fill(ratios.isinf(), 0.0).amax((1, 2))
+        close = torch.where(missing > _FAR * whole, _CLOSE_FAR, _CLOSE) * paid
+        heads, kinds, lines = ((ratios >= close[:, None, None]) & (ratios > 0)).nonzero(as_tuple=True)
+        value = ratios[heads, kinds, lines]
+        order = value.argsort(descending=True, stable=True)
+        order = order[heads[order].argsort(stable=True)]
+        heads, kinds, lines = heads[order], kinds[order], lines[order]
+        before = _running(self.gains[heads, kinds, lines].double(), heads) - self.gains[heads, kinds, lines]
+        first = torch.ones_like(heads, dtype=torch.bool)
+        first[1:] = heads[1:] != heads[:-1]
+        fits = first | (before < _SHARE * missing[heads])
+        return self._batch(heads[fits], kinds[fits], lines[fits]), close
+
+    def _batch(self, heads: Tensor, kinds: Tensor, lines: Tensor) -> _Batch:
+        rows, total = self.residual.shape[1:]
+        crossing = self.columns - lines[:, None]
+        # A slash beyond a row stands for the row's last column: it lies after the row, so it holds nothing.
+        other = torch.where(crossing >= 0, crossing, total - 1)
+        places = torch.where(kinds[:, None] == 0, lines[:, None], other)
+        cells = (heads[:, None] * rows + torch.arange(rows, device=lines.device)) * total + places
+        met = (heads * 2 + 1 - kinds)[:, None] * total + other
+        held = _at(self.residual, cells)
+        return self._share_out(_Batch(heads, kinds, lines, cells, met, held, held))
+
+    def _share_out(self, batch: _Batch) -> _Batch:
+        """A cell on two lines of the batch belongs to the one that comes first."""
+        own = (batch.heads, batch.kinds, batch.lines)
+        rank = torch.arange(len(batch.lines), dtype=torch.int32, device=batch.lines.device)
+        self._ranks[own] = rank
+        first = _at(self._ranks, batch.met) > rank[:, None]
+        self._ranks[own] = _UNRANKED
+        return replace(batch, mass=batch.held * first)
+
+    def _gained(self, batch: _Batch) -> Tensor:
+        return (batch.mass * self.weights[batch.heads]).sum(1)
+
+    def _cut(self, batch: _Batch, close: Tensor, missing: Tensor) -> _Batch:
+        """Without the lines that those before them leave too little, and those after the target of their head is
+        reached.
+        """
+        ratios = self._gained(batch) / self.costs[batch.heads, batch.kinds, batch.lines]
+        enough = ratios >= close[batch.heads]
+        enough[0] = True
+        enough[1:] |= batch.heads[1:] != batch.heads[:-1]
+        if not bool(enough.all()):
+            batch = self._share_out(batch[enough])
+        gained = self._gained(batch)
+        empty = gained <= 0
+        self.gains[batch.heads[empty], batch.kinds[empty], batch.lines[empty]] = 0.0
+        before = _running(gained.double(), batch.heads) - gained
+        return batch[(before < missing[batch.heads]) & ~empty]
+
+    def _take(self, batch: _Batch) -> None:
+        self.chosen[batch.heads, batch.kinds, batch.lines] = True
+        self.covered.index_add_(0, batch.heads, batch.mass)
+        self.residual.view(-1).index_fill_(0, batch.cells.flatten(), 0.0)
+        gone = batch.mass * self.weights[batch.heads]
+        self.gains.view(-1).index_add_(0, batch.met.flatten(), gone.flatten(), alpha=-1.0)
+        self._fresh = False
+
+
+def _at(values: Tensor, places: Tensor) -> Tensor:
+    """Values at flat places of any shape: ``index_select`` is four times faster than indexing."""
+    return values.view(-1).index_select(0, places.view(-1)).view_as(places)
+
+
+def _running(values: Tensor, heads: Tensor) -> Tensor:
+    """Running sums that start anew with each head; ``heads`` ascend."""
+    sums = values.cumsum(0)
+    start = torch.searchsorted(heads, heads)
+    return sums - (sums - values)[start]

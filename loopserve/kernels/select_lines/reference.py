@@ -2,101 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-TILE = 64
-_REACHED = 1e-6  # float sums of a row's probabilities miss 1 by about this much
+from loopserve.kernels.line_scores.cpu import diagonal_sums
+from loopserve.kernels.select_lines.geometry import cells_added, keys_added, total_cost
 
-Floats = NDArray[np.float64]
-
-
-def line_lengths(new_tokens: int, total: int) -> Floats:
-    """Cells of each line in the block of the last ``new_tokens`` rows: the same for vertical x and slash x."""
-    history = total - new_tokens
-    return new_tokens - np.maximum(0, np.arange(total) - history).astype(np.float64)
-
-
-@dataclass
-class Greedy:
-    """One head. ``residual`` holds the mass not covered yet, ``vertical`` and ``slash`` its sums along the lines."""
-
-    residual: Floats  # [r, n]
-    columns: NDArray[np.int64]
-    new_tokens: int
-    by_tile: bool
-
-    def __post_init__(self) -> None:
-        total = self.residual.shape[1]
-        self.lengths = line_lengths(self.new_tokens, total)
-        self.chosen = np.zeros((2, total), dtype=bool)  # verticals, slashes
-        self.cells_left = np.stack([self.lengths, self.lengths])  # cells a line would add to the union
-        self.computed = np.zeros(total + TILE - 1, dtype=bool)  # offsets -63 .. n-1 inside the tiles of chosen slashes
-        self.keys_left = np.full(total, float(TILE))  # keys a slash would add to a row tile
-        self.covered = np.zeros(len(self.columns))
-
-    def sums(self) -> Floats:
-        """Uncovered mass on each line: ``[2, n]``."""
-        total = self.residual.shape[1]
-        slash = np.zeros(total)
-        for row, column in zip(self.residual, self.columns, strict=True):
-            slash[: column + 1] += row[column::-1]
-        return np.stack([self.residual.sum(0), slash])
-
-    def costs(self) -> Floats:
-        if self.by_tile:
-            return np.stack([self.lengths, self.lengths * self.keys_left])
-        return np.maximum(self.cells_left, 1.0)
-
-    def take(self, kind: int, line: int) -> None:
-        """Add a vertical (kind 0) or slash (1) to the union."""
-        total = self.residual.shape[1]
-        self.chosen[kind, line] = True
-        rows = np.nonzero(self.columns >= line)[0]
-        places = np.full(len(rows), line) if kind == 0 else self.columns[rows] - line
-        self.covered[rows] += self.residual[rows, places]
-        self.residual[rows, places] = 0.0
-        # Vertical j and slash d share one cell of the block if history <= j + d < total.
-        first = max(total - self.new_tokens - line, 0)
-        self.cells_left[1 - kind, first : total - line] -= 1
-        if kind == 1:
-            self.computed[line : line + TILE] = True
-            missing = np.concatenate([[0], np.cumsum(~self.computed)])
-            self.keys_left = (missing[TILE:] - missing[:-TILE]).astype(np.float64)
-
-    def run(self, weights: Floats, alpha: float, floor: float) -> None:
-        """Take lines until the weighted mass reaches alpha, then until every row reaches its floor."""
-        self._until(weights, alpha * weights.sum() - _REACHED)
-        while True:
-            low = self.covered < floor - _REACHED
-            if not low.any():
-                return
-            # A row is done at its floor: only rows below it say what is gained.
-            before = self.covered.sum()
-            self._take_best(low.astype(np.float64))
-            if self.covered.sum() <= before:
-                return
-
-    def _until(self, weights: Floats, wanted: float) -> None:
-        while float(self.covered @ weights) < wanted:
-            before = self.covered.sum()
-            self._take_best(weights)
-            if self.covered.sum() <= before:  # nothing left to gain
-                return
-
-    def _take_best(self, weights: Floats) -> None:
-        kept, self.residual = self.residual, self.residual * weights[:, None]
-        gains = self.sums()
-        self.residual = kept
-        costs = self.costs()
-        ratios = np.divide(gains, costs, out=np.where(gains > 0, np.inf, 0.0), where=costs > 0)
-        ratios[self.chosen] = -1.0
-        kind, line = divmod(int(ratios.argmax()), ratios.shape[1])  # the first of equals: vertical, then lower index
-        self.take(kind, line)
+# Of a mass of 1, what counts as nothing: probabilities arrive in float32, and their sums miss 1 by about this much.
+NEGLIGIBLE = 1e-6
 
 
 def select_lines(
@@ -105,22 +18,84 @@ def select_lines(
     new_tokens: int,
     *,
     alpha: float,
-    cost: str,
+    tile: int | None,
     row_weights: Tensor,
     row_floor: float,
-    forced_verticals: Tensor,
-    forced_slashes: Tensor,
+    forced: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See the package."""
-    weights = row_weights.double().cpu().numpy()
-    chosen, coverage = [], []
-    for head, probability in enumerate(probabilities.double().cpu().numpy()):
-        greedy = Greedy(probability.copy(), columns.cpu().numpy(), new_tokens, cost == "tile")
-        for kind, forced in enumerate((forced_verticals, forced_slashes)):
-            for line in forced[head].nonzero().flatten().tolist():
-                greedy.take(kind, line)
-        greedy.run(weights, alpha, row_floor)
-        chosen.append(greedy.chosen)
-        coverage.append(float(greedy.covered @ weights) / max(float(weights.sum()), 1e-30))
-    lines = torch.from_numpy(np.stack(chosen)).to(probabilities.device)
-    return lines[:, 0], lines[:, 1], torch.tensor(coverage, device=probabilities.device)
+    """(chosen bool ``[Hq, 2, n]``, covered mass per row ``[Hq, r]``, cost ``[Hq]``); kind 0 is vertical, 1 slash. See
+    the package.
+    """
+    heads = []
+    for mass, weights, lines in zip(probabilities.double(), row_weights.double(), forced, strict=True):
+        head = _Head(mass, columns, new_tokens, tile)
+        for kind, line in lines.nonzero().tolist():
+            head.take(kind, line)
+        head.cover(weights, alpha)
+        head.lift_rows(row_floor)
+        heads.append(head)
+    chosen = torch.stack([head.chosen for head in heads])
+    return chosen, torch.stack([head.covered for head in heads]), total_cost(chosen, new_tokens, tile)
+
+
+class _Head:
+    """One head: uncovered mass ``[r, n]``, its weighted sums along the lines ``[2, n]``, chosen lines, covered mass
+    ``[r]``.
+    """
+
+    def __init__(self, mass: Tensor, columns: Tensor, new_tokens: int, tile: int | None) -> None:
+        self.residual = mass.clone()
+        self.mass = mass.sum(-1)
+        self.columns, self.new_tokens, self.tile = columns, new_tokens, tile
+        self.chosen = torch.zeros(2, mass.shape[1], dtype=torch.bool, device=mass.device)
+        self.covered = torch.zeros_like(self.mass)
+        self._weigh(torch.ones_like(self.mass))
+
+    def _weigh(self, weights: Tensor) -> None:
+        self.weights = weights
+        weighted = self.residual * weights[:, None]
+        self.gains = torch.stack([weighted.sum(0), diagonal_sums(weighted[None], self.columns)[0]])
+
+    def take(self, kind: int, line: int) -> None:
+        """Add a line to the union: its mass is covered, and the lines that cross it can no longer gain it."""
+        self.chosen[kind, line] = True
+        rows = (self.columns >= line).nonzero().flatten()
+        crossing = self.columns[rows] - line
+        places = torch.full_like(rows, line) if kind == 0 else crossing
+        mass = self.residual[rows, places]
+        self.covered[rows] += mass
+        self.residual[rows, places] = 0.0
+        self.gains[1 - kind].index_add_(0, crossing, -mass * self.weights[rows])
+
+    def cover(self, weights: Tensor, share: float) -> None:
+        """Take lines until the weighted covered mass reaches its share, or nothing is left to gain."""
+        self._weigh(weights)
+        whole = float(self.mass @ weights)
+        while float(self.covered @ weights) < (share - NEGLIGIBLE) * whole:
+            if not self._take_best():
+                return
+
+    def lift_rows(self, floor: float) -> None:
+        """Take lines until each row has its share. Only rows still below it say what is worth taking."""
+        while True:
+            below = self.covered < (floor - NEGLIGIBLE) * self.mass
+            if not torch.equal(below.double(), self.weights):
+                self._weigh(below.double())
+            if not bool(below.any()) or not self._take_best():
+                return
+
+    def _take_best(self) -> bool:
+        chosen = self.chosen[None]
+        costs = (
+            cells_added(chosen, self.new_tokens)
+            if self.tile is None
+            else keys_added(chosen, self.new_tokens, self.tile)
+        )
+        # A line may cost nothing: the kernel computes its keys already, and only leaves them out.
+        possible = (self.gains > 1e-12 * float(self.weights.max())) & ~self.chosen
+        ratios = torch.where(possible, self.gains / costs[0], -1.0)
+        best = int(ratios.argmax())  # of equals the first: a vertical before a slash, then the lower index
+        if not bool(possible.any()):
+            return False
+        self.take(*divmod(best, ratios.shape[1]))
+        return True

@@ -8,10 +8,11 @@ from torch import Tensor
 
 from loopserve.kernels import backend
 from loopserve.kernels.shapes import check
-from loopserve.kernels.token_scores import reference
+from loopserve.kernels.token_scores import cpu, reference
 
 OverRows = Literal["mean", "sum", "max"]
-_OPERATION = backend.operation("token_scores", reference=reference.token_scores)
+_OVER_ROWS = ("mean", "sum", "max")
+_OPERATION = backend.operation("token_scores", reference=reference.token_scores, cpu=cpu.token_scores)
 
 
 def token_scores(
@@ -22,12 +23,17 @@ def token_scores(
     scaling: float,
     softcap: float | None = None,
     first_valid: Tensor | None = None,
-    over_rows: OverRows = "mean",
+    over_rows: OverRows | str = "mean",
 ) -> Tensor:
-    """Row-softmax of queries ``[Hq, r, D]`` over keys, joined over the rows per query head, mean over the group: ``[Hkv, n]``."""
-    check("token_scores", queries, keys, columns=columns)
-    if over_rows not in ("mean", "sum", "max"):
-        raise ValueError(f"token_scores: over_rows={over_rows!r} is unknown (known: mean, sum, max)")
+    """Row-softmax of queries ``[Hq, r, D]`` at ``columns`` over all keys, joined over rows, mean over the group:
+    float32 ``[Hkv, n]``.
+
+    over_rows: ``mean``, ``sum`` or ``max`` over the rows of each query head. ValueError for shapes or names that do not
+    fit.
+    """
+    check("token_scores", queries, keys, columns=columns, first_valid=first_valid)
+    if over_rows not in _OVER_ROWS:
+        raise ValueError(f"token_scores: over_rows={over_rows!r} is unknown (known: {', '.join(_OVER_ROWS)})")
     found: Tensor = _OPERATION.pick(queries)(
         queries, keys, columns, scaling=scaling, softcap=softcap, first_valid=first_valid, over_rows=over_rows
     )

@@ -1,10 +1,10 @@
-"""Token scores by definition."""
+"""Token scores by definition: all softmax rows, joined over rows, then over the group."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from loopserve.kernels.line_scores.reference import probabilities
+from loopserve.kernels.line_scores.reference import row_probabilities
 
 
 def token_scores(
@@ -18,7 +18,6 @@ def token_scores(
     over_rows: str,
 ) -> Tensor:
     """See the package."""
-    rows = probabilities(queries, keys, columns, scaling=scaling, softcap=softcap, first_valid=first_valid)
-    joined = {"mean": lambda: rows.mean(1), "sum": lambda: rows.sum(1), "max": lambda: rows.amax(1)}[over_rows]()
-    grouped: Tensor = joined.unflatten(0, (keys.shape[0], -1))
-    return grouped.mean(1)
+    rows = row_probabilities(queries, keys, columns, scaling=scaling, softcap=softcap, first_valid=first_valid)
+    joined = {"mean": rows.mean(1), "sum": rows.sum(1), "max": rows.amax(1)}[over_rows]
+    return joined.view(keys.shape[0], -1, keys.shape[1]).mean(1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from loopserve.kernels import backend
-from loopserve.kernels.shapes import check
+from loopserve.kernels.shapes import check, check_lines
 from loopserve.kernels.vertical_slash import cpu, reference
 
 _OPERATION = backend.operation("vertical_slash", reference=reference.vertical_slash, cpu=cpu.vertical_slash)
@@ -22,18 +22,16 @@ def vertical_slash(
     softcap: float | None = None,
     first_valid: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(output ``[Hq, Tq, D]``, log-sum-exp ``[Hq, Tq]``) of end-aligned queries over the cells of the chosen lines.
+    """(output ``[Hq, Tq, D]``, log-sum-exp float32 ``[Hq, Tq]``) of end-aligned queries over the cells of the chosen
+    lines.
 
-    verticals, slashes: bool ``[Hq, Tk]``, by key column and by offset (query column minus key column). A row without a cell
-    gives 0 and -inf. ValueError for shapes that do not fit.
+    verticals, slashes: bool ``[Hq, Tk]``, by key column and by offset (query column minus key column); a cell on two
+    lines counts once. A head with every slash is dense. A row without a cell gives 0 and -inf. ValueError for shapes
+    that do not fit.
     """
-    check("vertical_slash", queries, keys, values)
-    wanted = (queries.shape[0], keys.shape[1])
-    if verticals.shape != wanted or slashes.shape != wanted:
-        raise ValueError(
-            f"vertical_slash: lines {list(verticals.shape)} and {list(slashes.shape)} must be {list(wanted)}"
-        )
-    output: tuple[Tensor, Tensor] = _OPERATION.pick(queries)(
+    check("vertical_slash", queries, keys, values, first_valid=first_valid)
+    check_lines("vertical_slash", verticals, slashes, queries.shape[0], keys.shape[1])
+    found: tuple[Tensor, Tensor] = _OPERATION.pick(queries)(
         queries, keys, values, verticals, slashes, scaling=scaling, softcap=softcap, first_valid=first_valid
     )
-    return output
+    return found

@@ -1,13 +1,27 @@
-"""Line attention tile by tile: each tile of rows gathers only the keys its lines touch, once, and masks inside them."""
+"""Line attention in two parts per head, joined by their log-sum-exps.
+
+Slashes: each tile of rows gathers the keys in the ranges that its offsets touch, without those of chosen verticals.
+Which offsets are chosen depends on row minus key alone, so one small mask serves every tile. Verticals: their keys are
+packed once per head and attended by all rows. Together they compute each cell of the union once.
+"""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from loopserve.kernels.gathered import attend_gathered
+from loopserve.kernels.dense_attention.cpu import dense_attention
+from loopserve.kernels.fused import MASKED, fused, merge, serves, settle
+from loopserve.kernels.masked import masked_attention
+from loopserve.kernels.vertical_slash.reference import line_mask
 
-_ROWS = 64  # an isolated slash touches as many keys as a tile has rows, so tiles are small
+# Cost of a cell by rows per tile, relative (measured): taller tiles multiply faster but touch more keys per slash.
+_TILES = {64: 1.25, 128: 1.1, 256: 1.0}
+_CELLS = 1 << 18  # cells computed per step: mask and gathered keys stay in the processor's cache
+_ROWS = 512  # rows per step over the packed verticals
+_CHUNK = 128  # rows per step where the fused kernel cannot serve
 
 
 def vertical_slash(
@@ -21,25 +35,170 @@ def vertical_slash(
     softcap: float | None,
     first_valid: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """See the package."""
-    rows, total = queries.shape[1], keys.shape[1]
-    group = queries.shape[0] // keys.shape[0]
-    output = torch.empty(queries.shape[0], rows, values.shape[2], dtype=queries.dtype, device=queries.device)
-    lse = torch.empty(queries.shape[0], rows, dtype=torch.float32, device=queries.device)
-    column = torch.arange(total, device=queries.device)
-    counts = torch.nn.functional.pad(slashes.int().cumsum(1), (1, 0))  # slashes with an offset below x
-    for start in range(0, rows, _ROWS):
-        end = min(start + _ROWS, rows)
-        low, high = total - rows + start, total - rows + end  # the tile's query columns
-        seen = column[:high]
-        touched = counts[:, high - seen] > counts[:, (low - seen).clamp(min=0)]
-        touched |= verticals[:, :high]
-        if first_valid is not None:
-            touched &= seen >= first_valid.repeat_interleave(group)[:, None]
-        for head in range(queries.shape[0]):
-            needed = touched[head].nonzero().flatten()
-            offsets = column[low:high, None] - needed
-            mask = (verticals[head, needed] | slashes[head, offsets.clamp(min=0)]) & (offsets >= 0)
-            part = queries[head, start:end], keys[head // group], values[head // group]
-            output[head, start:end], lse[head, start:end] = attend_gathered(*part, needed, mask, scaling, softcap)
+    """See the package. Computes in float32: the fused kernel is no faster in half precision on a CPU."""
+    heads, rows = queries.shape[:2]
+    group = heads // keys.shape[0]
+    starts = [0] * keys.shape[0] if first_valid is None else first_valid.tolist()
+    output = queries.new_zeros(heads, rows, values.shape[2])
+    lse = torch.full((heads, rows), float("-inf"), device=queries.device)
+    for owner, start in enumerate(starts):
+        # Filler columns are cut off; offsets do not change, and rows that stand in the filler see nothing.
+        own_keys, own_values = keys[owner, start:].float(), values[owner, start:].float()
+        held = len(own_keys)
+        seeing = slice(max(0, rows - held), rows)
+        for head in range(owner * group, (owner + 1) * group) if held else ():
+            part = queries[head, seeing].float(), own_keys, own_values
+            lines = verticals[head, start:], slashes[head, :held]
+            found, found_lse = _one_head(*part, *lines, scaling, softcap)
+            output[head, seeing], lse[head, seeing] = found.to(output.dtype), found_lse
     return output, lse
+
+
+def _one_head(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    verticals: Tensor,
+    slashes: Tensor,
+    scaling: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """(output ``[Tq, D]``, log-sum-exp ``[Tq]``) of queries ``[Tq, D]`` over ``[Tk, D]`` on lines ``[Tk]``, all
+    float32.
+    """
+    if bool(slashes.all()):  # every cell
+        output, lse = dense_attention(queries[None], keys[None], values[None], scaling=scaling, softcap=softcap)
+        assert lse is not None
+        return output[0], lse[0]
+    if not serves(values, queries.shape[1], softcap):
+        return _by_mask(queries, keys, values, verticals, slashes, scaling, softcap)
+    chosen = verticals.nonzero().flatten()
+    parts = []
+    if bool(slashes.any()):
+        parts.append(_on_slashes(queries, keys, values, verticals, slashes, scaling))
+    if len(chosen):
+        parts.append(_on_verticals(queries, keys, values, chosen, scaling))
+    if not parts:
+        return torch.zeros_like(queries), queries.new_full(queries.shape[:1], float("-inf"))
+    return settle(*(parts[0] if len(parts) == 1 else merge(*parts)))
+
+
+@dataclass(frozen=True)
+class _Reach:
+    """The keys that a tile of rows needs for its slashes, nearest first: key minus first row of the tile, int64
+    ``[W]``.
+    """
+
+    tile: int
+    steps: Tensor
+
+    @classmethod
+    def best(cls, slashes: Tensor, rows: int) -> _Reach:
+        """Of the tile heights, the one that computes cheapest."""
+        offsets = slashes.nonzero().flatten()
+        found = [cls._of(offsets, tile) for tile in _TILES]
+        return min(found, key=lambda each: len(each.steps) * _TILES[each.tile] * max(1, each.tile / rows))
+
+    @classmethod
+    def _of(cls, offsets: Tensor, tile: int) -> _Reach:
+        # Row i of the tile and offset d meet at step i - d: each offset needs the steps from -d to tile - 1 - d.
+        reached = torch.zeros(int(offsets[-1]) + tile + 1, dtype=torch.int32, device=offsets.device)
+        reached[offsets] += 1
+        reached[offsets + tile] -= 1
+        return cls(tile, tile - 1 - reached.cumsum(0)[:-1].nonzero().flatten())
+
+    def mask(self, slashes: Tensor) -> Tensor:
+        """Additive float32 ``[tile, W]``: 0 where row minus step is a chosen offset."""
+        bias = torch.full((len(slashes) + 2 * self.tile,), MASKED, device=slashes.device)
+        bias[self.tile : -self.tile].masked_fill_(slashes, 0.0)
+        row = torch.arange(self.tile, device=slashes.device)
+        return bias[row[:, None] - self.steps + self.tile]
+
+
+def _on_slashes(
+    queries: Tensor, keys: Tensor, values: Tensor, verticals: Tensor, slashes: Tensor, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """Over the cells of the slashes that lie on no chosen vertical."""
+    rows, total = len(queries), len(keys)
+    reach = _Reach.best(slashes, rows)
+    tile, pattern = reach.tile, reach.mask(slashes)
+    per_key = torch.zeros(total, device=keys.device).masked_fill_(verticals, MASKED)
+    output = torch.empty_like(queries)
+    lse = queries.new_empty(rows)
+    start = 0
+    while start < rows:
+        height = min(tile, rows - start)
+        tiles = max(1, min((rows - start) // tile, _CELLS // (tile * len(reach.steps))))
+        end = start + tiles * height
+        first = total - rows + start + tile * torch.arange(tiles, device=keys.device)  # column of each tile's first row
+        # Steps run from near to far: what lies before column 0 for the last tile is cut off, for the others it is
+        # masked.
+        width = int((reach.steps >= -int(first[-1])).sum())
+        if width == 0:
+            output[start:end], lse[start:end] = 0.0, MASKED
+            start = end
+            continue
+        columns = first[:, None] + reach.steps[:width]
+        inside = columns.clamp(0, total - 1)
+        bias = per_key[inside].masked_fill_(columns < 0, MASKED)
+        flat = inside.flatten()
+        found, found_lse = fused(
+            queries[start:end].view(tiles, 1, height, -1),
+            keys.index_select(0, flat).view(tiles, 1, width, -1),
+            values.index_select(0, flat).view(tiles, 1, width, -1),
+            scaling=scaling,
+            mask=(pattern[:height, :width] + bias[:, None])[:, None],
+        )
+        output[start:end], lse[start:end] = found.reshape(end - start, -1), found_lse.flatten()
+        start = end
+    return output, lse
+
+
+def _on_verticals(
+    queries: Tensor, keys: Tensor, values: Tensor, chosen: Tensor, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """Over the chosen columns, causal."""
+    history = len(keys) - len(queries)
+    packed_keys, packed_values = keys.index_select(0, chosen), values.index_select(0, chosen)
+    output = torch.zeros_like(queries)
+    lse = queries.new_full(queries.shape[:1], MASKED)
+    for start in range(0, len(queries), _ROWS):
+        end = min(start + _ROWS, len(queries))
+        seen = int((chosen < history + end).sum())
+        if seen == 0:
+            continue
+        mask = None
+        if int(chosen[seen - 1]) > history + start:  # some column is younger than the first row
+            rows = torch.arange(history + start, history + end, device=keys.device)
+            mask = torch.zeros(end - start, seen, device=keys.device).masked_fill_(
+                chosen[:seen] > rows[:, None], MASKED
+            )
+        part = queries[start:end], packed_keys[:seen], packed_values[:seen]
+        found, found_lse = fused(*(each[None, None] for each in part), scaling=scaling, mask=mask)
+        output[start:end], lse[start:end] = found[0, 0], found_lse[0, 0]
+    return output, lse
+
+
+def _by_mask(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    verticals: Tensor,
+    slashes: Tensor,
+    scaling: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """For what the fused kernel cannot do (softcap, values of another size): as costly as dense attention, some rows at
+    a time.
+    """
+    columns = torch.arange(len(keys) - len(queries), len(keys), device=keys.device)
+    outputs, lses = [], []
+    for rows, where in zip(torch.split(queries, _CHUNK), torch.split(columns, _CHUNK), strict=True):
+        end = int(where[-1]) + 1
+        mask = line_mask(verticals[None, :end], slashes[None, :end], where)
+        found, lse = masked_attention(
+            rows[None], keys[None, :end], values[None, :end], mask, scaling=scaling, softcap=softcap
+        )
+        outputs.append(found[0])
+        lses.append(lse[0])
+    return torch.cat(outputs), torch.cat(lses)

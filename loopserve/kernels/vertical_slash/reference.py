@@ -5,12 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from loopserve.kernels.dense_attention.reference import masked_attention
-from loopserve.kernels.shapes import query_columns, visible
+from loopserve.kernels.masked import masked_attention, per_query_head, query_columns, visible
 
 
 def line_mask(verticals: Tensor, slashes: Tensor, columns: Tensor) -> Tensor:
-    """Cells of the lines at or before each query: bool ``[Hq, Tq, Tk]``."""
+    """Cells of the lines that queries at ``columns`` ``[Tq]`` see: bool ``[Hq, Tq, Tk]``."""
     offsets = columns[:, None] - torch.arange(verticals.shape[1], device=verticals.device)
     return (verticals[:, None] | slashes[:, offsets.clamp(min=0)]) & (offsets >= 0)
 
@@ -27,8 +26,7 @@ def vertical_slash(
     first_valid: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """See the package."""
-    columns = query_columns(queries, keys, None)
-    mask = line_mask(verticals, slashes, columns).unflatten(0, (keys.shape[0], -1))
-    if first_valid is not None:
-        mask = mask & visible(columns, keys.shape[1], first_valid=first_valid)[:, None]
+    columns = query_columns(queries, keys)
+    seen = per_query_head(visible(columns, keys.shape[1], first_valid=first_valid), queries.shape[0])
+    mask = line_mask(verticals, slashes, columns) & seen
     return masked_attention(queries, keys, values, mask, scaling=scaling, softcap=softcap)
