@@ -14,7 +14,7 @@ from loopserve.api import ChatSession
 from loopserve.core.errors import ConfigError, InputError, ModelError
 from loopserve.models.demo import bundled_path
 
-TOLD = "the code of lisbon is amber falcon river . we had soup for lunch today . the code of oslo is north copper ."
+TOLD = "the code of lisbon is amber falcon river . we had soup for lunch today . the code of oslo is silver lantern ."
 STACKS = ["dense", "loopserve", "snapkv", "snapkv-evict"]
 
 
@@ -30,7 +30,7 @@ def chat(engine: Engine) -> Iterator[ChatSession]:
 
 
 def test_facts_told_are_recalled_over_turns(chat: ChatSession) -> None:
-    assert chat.send(f"{TOLD} what is the code of oslo ?").text == "oslo is north copper ."
+    assert chat.send(f"{TOLD} what is the code of oslo ?").text == "oslo is silver lantern ."
     reply = chat.send("what is the code of lisbon ?")
     assert reply.text == "lisbon is amber falcon river ."
     assert reply.usage.reused_tokens > reply.usage.prompt_tokens
@@ -55,14 +55,14 @@ def test_undo_takes_a_turn_back_whole(chat: ChatSession) -> None:
 
 def test_retry_gives_the_same_greedy_answer(chat: ChatSession) -> None:
     chat.send(f"{TOLD} what is the code of oslo ?")
-    assert chat.retry().text == "oslo is north copper ."
+    assert chat.retry().text == "oslo is silver lantern ."
     assert len(chat.turns) == 1
 
 
 def test_a_fork_does_not_touch_its_origin(chat: ChatSession) -> None:
     chat.send(f"{TOLD} what is the code of oslo ?")
     other = chat.fork()
-    other.send("the code of quito is silver lantern . what is the code of quito ?")
+    other.send("the code of quito is stone maple . what is the code of quito ?")
     assert len(chat.messages) == 2 and len(other.messages) == 4
     assert chat.send("what is the code of lisbon ?").text == "lisbon is amber falcon river ."
 
