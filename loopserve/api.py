@@ -43,8 +43,10 @@ def apply(
 ) -> Iterator[Applied]:
     """Serve a plain transformers model under a stack: ``with apply(model, "loopserve"): model.generate(**batch)``.
 
-    Undone fully at exit. Batches may be padded: each row gets what it gets alone. measure_coverage: realised coverage of the
-    prefill patterns over all rows, as costly as dense attention; ``stats`` of what the block yields holds the figures.
+    Undone fully at exit. Batches may be padded: each row gets what it gets alone. A forward pass of several tokens is a new
+    turn, one of a single token a decode step; leave ``prefill_chunk_size`` unset, or each chunk is a turn.
+    measure_coverage: realised coverage of the prefill patterns over all rows, as costly as dense attention; ``stats`` of
+    what the block yields holds the figures.
     """
     with applied(model, load_stack(stack), measure_coverage=measure_coverage) as state:
         yield state
@@ -77,15 +79,28 @@ class Reply:
 class Engine:
     """A model under a stack, with its tokenizer; opens chat sessions."""
 
-    def __init__(self, model: PreTrainedModel, tokenizer: Any, stack: StackLike = "loopserve", **options: Any) -> None:
-        """options: ``chunk_tokens`` and ``measure_coverage`` of ``core.engine.TokenEngine``."""
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        stack: StackLike = "loopserve",
+        *,
+        chunk_tokens: int = 4096,
+        measure_coverage: bool = False,
+    ) -> None:
+        """Takes the model over: its attention is loopserve's from here on (``apply`` is what undoes itself).
+
+        chunk_tokens: longest piece of a prefill. measure_coverage: realised coverage over all rows, for reports.
+        """
         try:
             kernels.chosen()
         except ValueError as error:
             raise ConfigError(str(error)) from error
         self.stack = load_stack(stack)
         self.tokenizer = ChatTokenizer(tokenizer)
-        self.tokens = TokenEngine(HuggingFaceModel(model), self.stack, **options)
+        self.tokens = TokenEngine(
+            HuggingFaceModel(model), self.stack, chunk_tokens=chunk_tokens, measure_coverage=measure_coverage
+        )
         set_implementation(model, IMPLEMENTATION)
         self.model = model
         self.stop_ids = self.tokenizer.stop_ids | _stop_ids(model)
@@ -100,14 +115,15 @@ class Engine:
         device: str = "auto",
         revision: str | None = None,
         trust_remote_code: bool = False,
-        **options: Any,
+        chunk_tokens: int = 4096,
+        measure_coverage: bool = False,
     ) -> Engine:
         """Load by hub id, local directory, or ``demo``. The stack is checked before the weights are read."""
         resolved = load_stack(stack)
         loaded, tokenizer = load(
             model, dtype=dtype, device=device, revision=revision, trust_remote_code=trust_remote_code
         )
-        return cls(loaded, tokenizer, resolved, **options)
+        return cls(loaded, tokenizer, resolved, chunk_tokens=chunk_tokens, measure_coverage=measure_coverage)
 
     def session(self, system: str | None = None) -> ChatSession:
         return ChatSession(self, system)
@@ -115,7 +131,7 @@ class Engine:
     def load_session(self, path: str | Path) -> ChatSession:
         """A conversation saved by ``ChatSession.save``; its cache is computed anew with the next message."""
         try:
-            saved = json.loads(Path(path).read_text())
+            saved = json.loads(Path(path).read_text(encoding="utf-8"))
             messages = [{"role": str(m["role"]), "content": str(m["content"])} for m in saved["messages"]]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{path}: not a saved conversation ({error})") from error
@@ -178,8 +194,11 @@ class ChatSession:
             first = error.errors()[0]
             raise ConfigError(f"{'.'.join(map(str, first['loc']))}: {first['msg']} (got {first['input']!r})") from error
         session = self._open
+        session.require_rest()
         asked = [*self.messages, {"role": "user", "content": text}]
-        ids = self._new_ids(session, asked)
+        return self._answer(session, asked, self._new_ids(session, asked), config)
+
+    def _answer(self, session: Session, asked: list[Message], ids: list[int], config: SamplingConfig) -> Iterator[str]:
         decoder = StreamDecoder(self.engine.tokenizer)
         answer: list[int] = []
         for token in self.engine.tokens.generate(session, ids, config, self.engine.stop_ids):
@@ -197,14 +216,18 @@ class ChatSession:
     def _new_ids(self, session: Session, asked: list[Message]) -> list[int]:
         tokenizer = self.engine.tokenizer
         if session.tokens:
-            return tokenizer.turn_tokens(asked, session.tokens[-1])
+            return tokenizer.turn_tokens(asked, self._end_token(session.tokens))
         ids: list[int] = []  # a loaded conversation: every turn of it is rendered as it was
         for end, message in enumerate(asked, 1):
             if message["role"] == "user":
-                ids += tokenizer.turn_tokens(asked[:end], ids[-1] if ids else None)
+                ids += tokenizer.turn_tokens(asked[:end], self._end_token(ids))
             elif message["role"] == "assistant":
                 ids += tokenizer.answer_tokens(message["content"])
         return ids
+
+    def _end_token(self, tokens: list[int]) -> int | None:
+        """The end-of-turn token the conversation ends with, if the model gave it itself."""
+        return tokens[-1] if tokens and tokens[-1] in self.engine.stop_ids else None
 
     def _reply(self, answer: list[int], stats: TurnStats) -> Reply:
         return Reply(
@@ -249,7 +272,7 @@ class ChatSession:
         """Write the messages and the stack as JSON; ``Engine.load_session`` reads them."""
         body = {"version": 1, "stack": self.engine.stack.describe(), "messages": self.messages}
         try:
-            Path(path).write_text(json.dumps(body, indent=2, ensure_ascii=False) + "\n")
+            Path(path).write_text(json.dumps(body, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         except OSError as error:
             raise InputError(f"{path}: cannot save the conversation ({error.strerror})") from error
 

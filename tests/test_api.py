@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from loopserve import Engine, LoopServeError, load_stack
 from loopserve.api import ChatSession
@@ -84,6 +87,34 @@ def test_a_stream_left_at_its_last_piece_takes_its_turn_back(chat: ChatSession) 
     assert chat.messages == [] and chat.turns == []
 
 
+def test_a_second_turn_cannot_begin_while_an_answer_is_being_written(chat: ChatSession) -> None:
+    stream = chat.stream(f"{TOLD} what is the code of oslo ?")
+    next(stream)
+    for attempt in (lambda: chat.send("hello"), chat.undo, chat.fork):
+        with pytest.raises(InputError, match=r"still being written|nothing to undo"):
+            attempt()
+    rest = "".join(stream)
+    assert rest and len(chat.messages) == 2
+    assert chat.send("what is the code of lisbon ?").text == "lisbon is amber falcon river ."
+
+
+def test_a_closed_session_frees_its_cache(engine: Engine) -> None:
+    with engine.session() as session:
+        session.send(f"{TOLD} what is the code of oslo ?")
+        held = weakref.ref(session._session)
+    gc.collect()
+    assert held() is None
+
+
+def test_a_word_that_repeats_the_end_of_the_answer_is_kept(engine: Engine) -> None:
+    with engine.session() as session:
+        session.send(f"{TOLD} what is the code of oslo ?", max_new_tokens=2)  # cut off after "oslo is"
+        before = len(session._session.tokens)
+        session.send("is it so ?", max_new_tokens=1)
+        said = session.engine.tokenizer.decode(session._session.tokens[before:])
+    assert said.startswith("is it so ?")
+
+
 def test_a_retry_that_breaks_off_keeps_the_old_answer(chat: ChatSession, monkeypatch: pytest.MonkeyPatch) -> None:
     old = chat.send(f"{TOLD} what is the code of oslo ?")
 
@@ -150,6 +181,7 @@ def test_bad_requests_are_one_line_and_lose_nothing(chat: ChatSession) -> None:
         ("hi", {"temperature": float("nan")}, "temperature"),
         ("hi", {"max_new_tokens": 10**6}, "does not fit"),
         ("hi", {"top_q": 1}, "top_q: Extra inputs"),
+        ("\udcff", {}, "no text"),
     ]:
         with pytest.raises((InputError, ConfigError), match=says) as caught:
             chat.send(text, **options)
@@ -178,6 +210,26 @@ def test_a_corrupt_weight_file_is_one_clear_error(damage: str, tmp_path: Path) -
     with pytest.raises(ModelError, match=r"cannot load model .*safetensors") as caught:
         Engine.from_pretrained(str(broken), stack="dense")
     assert "\n" not in str(caught.value)
+
+
+def test_weights_that_lack_a_layer_are_refused(tmp_path: Path) -> None:
+    broken = tmp_path / "model"
+    shutil.copytree(bundled_path(), broken)
+    tensors = {name: each for name, each in load_file(broken / "model.safetensors").items() if ".layers.0." not in name}
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"its weights lack model\.layers\.0\."):
+        Engine.from_pretrained(str(broken), stack="dense")
+
+
+@pytest.mark.parametrize("device", ["foo", "cuda:99"])
+def test_a_device_that_is_not_there_is_one_clear_error(device: str) -> None:
+    with pytest.raises(ConfigError, match=f"device '{device}' is unknown or not there"):
+        Engine.from_pretrained("demo", stack="dense", device=device)
+
+
+def test_a_chunk_of_no_tokens_is_refused() -> None:
+    with pytest.raises(ConfigError, match="chunk_tokens must be at least 1"):
+        Engine.from_pretrained("demo", stack="dense", chunk_tokens=0)
 
 
 def test_an_unknown_model_is_one_clear_error() -> None:

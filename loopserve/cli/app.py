@@ -12,6 +12,7 @@ import typer
 from loopserve import __version__
 from loopserve.cli import bench, chat, demo, env, policies, run, stack
 from loopserve.cli.options import Settings
+from loopserve.cli.output import unexpected
 from loopserve.core.errors import LoopServeError
 
 app = typer.Typer(
@@ -62,3 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except Exception as error:
+        if os.environ.get("LOOPSERVE_TRACEBACK"):
+            raise
+        print(f"error: {unexpected(error)} (LOOPSERVE_TRACEBACK=1 shows where)", file=sys.stderr)
+        sys.exit(1)

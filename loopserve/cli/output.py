@@ -72,3 +72,9 @@ def turn_line(stats: Mapping[str, Any]) -> str:
             f"held {size(stats['store_bytes'] + stats['active_bytes'])}",
         )
     )
+
+
+def unexpected(error: Exception) -> str:
+    """One line about an error that is not ours."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-from loopserve.cli.output import turn_line
+from loopserve.cli.output import turn_line, unexpected
 from loopserve.core.errors import LoopServeError, did_you_mean
 
 LEFT_BY_INTERRUPT = 130
@@ -91,6 +91,10 @@ class Repl:
             except LoopServeError as error:
                 for reason in str(error).splitlines():
                     self._say(f"error: {reason}")
+            except Exception as error:  # out of memory, a broken plugin: the turn was taken back, the talk goes on
+                self._say(
+                    f"error: {unexpected(error)}; the conversation stands at its last complete turn, /save keeps it"
+                )
 
     def _take(self, line: str) -> None:
         if line.startswith("/"):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from loopserve.core.errors import PolicyError
-from loopserve.core.interfaces import AttentionInputs, LayerType, Phase
+from loopserve.core.interfaces import AttentionInputs, DecodeCompressor, KVSelection, LayerType, Phase
 from loopserve.core.patterns import AttentionPattern, DensePattern
 from loopserve.core.session import LayerPolicies, Session
 from loopserve.kernels.decode_attention import decode_attention
@@ -70,6 +70,14 @@ def attend(
         assert lse is not None
         output = output * torch.sigmoid(lse - sinks.float()[:, None])[..., None].to(output.dtype)
     return output
+
+
+def check_retention(compressor: DecodeCompressor[Any], selection: KVSelection) -> None:
+    """PolicyError for a selection that keeps or evicts otherwise than its policy declares; undo relies on it."""
+    if selection.retention is not compressor.retention:
+        raise PolicyError(
+            f"{compressor.name}: a selection says {selection.retention}, the policy declares {compressor.retention}"
+        )
 
 
 def _inputs(
@@ -195,7 +203,9 @@ def _decode(
         assert policies.compressor is not None
         selection = policies.compressor.before_attention(inputs, session.states[id(policies.compressor)])
         if selection is not None:
+            check_retention(policies.compressor, selection)
             cache.select(selection)
+            inputs = None  # what it says of the selection, and after an eviction of the store, is no longer true
     store = cache.store
     bytes_per_pair = (
         store.keys.shape[2] * store.keys.element_size() + store.values.shape[2] * store.values.element_size()

@@ -9,8 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from loopserve.core.attention import Call
-from loopserve.core.errors import InputError, PolicyError
+from loopserve.core.attention import Call, check_retention
+from loopserve.core.errors import ConfigError, InputError, PolicyError
 from loopserve.core.interfaces import LayerSpec, Observation, Phase, Step
 from loopserve.core.sampling import Sampler, SamplingConfig
 from loopserve.core.session import Session, assign
@@ -44,6 +44,8 @@ class TokenEngine:
         self, model: Model, stack: PolicyStack, *, chunk_tokens: int = _CHUNK_TOKENS, measure_coverage: bool = False
     ) -> None:
         """chunk_tokens: longest piece of a prefill. measure_coverage: realised coverage over all rows, for reports."""
+        if chunk_tokens < 1:
+            raise ConfigError(f"chunk_tokens must be at least 1, got {chunk_tokens}")
         stack.check(model.layers)
         self.model = model
         self.stack = stack
@@ -64,6 +66,7 @@ class TokenEngine:
         self._fits(session, new_tokens, sampling)
         sampler = Sampler(sampling)
         session.begin_turn(new_tokens)
+        session.answering = True
         complete = False
         try:
             started = time.perf_counter()
@@ -83,6 +86,7 @@ class TokenEngine:
                 token = sampler(logits)
                 session.stats.decode_ms += (time.perf_counter() - started) * 1e3
         finally:
+            session.answering = False
             if not complete:
                 session.undo()
 
@@ -160,7 +164,13 @@ class TokenEngine:
                 raise PolicyError(f"{compressor.name}: an observation may not ask for another one")
             self._observe(session, wish, key)
             return
+        ruled = {layer.index for layer in step.layers}
         for layer, selection in wish.items():
+            if layer not in ruled:
+                raise PolicyError(
+                    f"{compressor.name}: selected for layer {layer}, but it rules the layers {sorted(ruled)}"
+                )
+            check_retention(compressor, selection)
             session.cache.layers[layer].select(selection)
 
     def _observe(self, session: Session, wish: Observation, key: int) -> None:
@@ -175,4 +185,5 @@ class TokenEngine:
 
     def _weigh(self, session: Session) -> None:
         session.stats.store_bytes = session.cache.store_bytes
-        session.stats.active_bytes = session.cache.active_bytes
+        summaries = sum(each.held_bytes(session.states[key]) for key, each in session.compressors.items())
+        session.stats.active_bytes = session.cache.active_bytes + summaries

@@ -137,14 +137,15 @@ class AttentionInputs:
         """Original positions ``[Tk]`` of one KV head's columns."""
         return self.positions if self.positions.dim() == 1 else self.positions[head]
 
-    def row_attention(self, rows: Tensor) -> LineScores:
+    def row_attention(self, rows: Tensor, *, kind: str = "scoring") -> LineScores:
         """Softmax attention of some rows of this call over all keys, with the masses of the lines; computed once per call.
 
-        rows: int64 ``[r]``, indices into the queries. Both policies of a layer share the result.
+        rows: int64 ``[r]``, indices into the queries. Both policies of a layer share the result. kind: what the reading of the
+        keys counts as; a sparsifier says ``lines``.
         """
         key = ("rows", tuple(rows.tolist()))
         if key not in self.memo:
-            self.record.read("scoring", _bytes(self.keys))
+            self.record.read(kind, _bytes(self.keys))
             self.memo[key] = line_scores(
                 self.queries[:, rows],
                 self.keys,
@@ -308,6 +309,10 @@ class DecodeCompressor(ABC, Generic[State]):
     @abstractmethod
     def init_state(self) -> State:
         """A fresh state for one session. It must survive ``copy.deepcopy`` (a session can be forked)."""
+
+    def held_bytes(self, state: State) -> int:
+        """Bytes a state holds beside the store (summaries of keys); they count as held by the active set."""
+        return 0
 
     def before_attention(self, inputs: AttentionInputs, state: State) -> KVSelection | None:
         """In decoding, with the current query at hand: a new selection for this layer and from this very step on, or None."""

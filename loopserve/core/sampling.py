@@ -6,6 +6,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from loopserve.core.errors import ModelError
+
 
 class SamplingConfig(BaseModel):
     """How an answer is drawn. The default is greedy."""
@@ -33,6 +35,8 @@ class Sampler:
     def __call__(self, logits: Tensor) -> int:
         """The next token id, from logits ``[vocabulary]``. Equal logits: the lowest id."""
         config = self.config
+        if bool(logits.isnan().any()):
+            raise ModelError("the model's logits are not numbers (NaN): its weights are damaged or its dtype overflows")
         if config.temperature == 0.0:
             return int(logits.argmax())
         values, ids = (logits.float().cpu() / config.temperature).sort(descending=True, stable=True)

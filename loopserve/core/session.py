@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from loopserve.core.cache import KVCache
-from loopserve.core.errors import CacheError
+from loopserve.core.errors import CacheError, InputError
 from loopserve.core.interfaces import DecodeCompressor, LayerSpec, LayerType, Phase, PrefillSparsifier, Retention
 from loopserve.core.stack import PolicyStack
 from loopserve.core.stats import TurnStats
@@ -66,6 +66,7 @@ class Session:
         self.turns: list[TurnStats] = []
         self.output_index = 0
         self.turn_start = 0
+        self.answering = False  # an answer is being written: no other turn may begin, end or be copied
         self._starts: list[_TurnStart] = []
         self._ruled: dict[int, list[LayerSpec]] = {}
         self.compressors: dict[int, DecodeCompressor[Any]] = {}
@@ -88,10 +89,19 @@ class Session:
         """The layers of one compressor."""
         return tuple(self._ruled[key])
 
-    def begin_turn(self, new_tokens: Sequence[int]) -> None:
-        """Take in the tokens a turn adds; they are not computed yet."""
+    def require_rest(self) -> None:
+        """InputError while an answer is being written."""
+        if self.answering:
+            raise InputError("an answer is still being written: read it to its end, or close its stream, first")
+
+    def begin_turn(self, new_tokens: Sequence[int], *, undoable: bool = True) -> None:
+        """Take in the tokens a turn adds; they are not computed yet.
+
+        undoable: under an evicting stack, keep a copy of the survivors, so that the turn can be taken back.
+        """
+        self.require_rest()
         self.cache.release()
-        kept = self.cache.fork() if self.evicts else None
+        kept = self.cache.fork() if self.evicts and undoable else None
         self._starts.append(_TurnStart(len(self.tokens), self.cache.seen, copy.deepcopy(self.states), kept))
         if self.evicts and len(self._starts) > 1:
             self._starts[-2].cache = None  # one copy at a time: an evicting stack is there to save memory
@@ -102,6 +112,7 @@ class Session:
 
     def undo(self) -> None:
         """Take back the last turn (complete or broken off): tokens, pairs, states and figures are as before it."""
+        self.require_rest()
         if not self._starts:
             raise CacheError("nothing to undo: the conversation has no turn yet")
         start = self._starts[-1]
@@ -120,6 +131,7 @@ class Session:
 
     def fork(self) -> Session:
         """An independent copy, to try two answers. Policies are shared (they never change), nothing else is."""
+        self.require_rest()
         other = Session(self.policies)
         other.cache = self.cache.fork()
         other.tokens = list(self.tokens)

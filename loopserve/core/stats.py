@@ -30,8 +30,9 @@ class Mean:
 class TurnStats:
     """Figures of one turn. Fulfils ``interfaces.Record``.
 
-    Bytes are of keys, values and page summaries read from the cache; what a decode step reads is counted over all its reasons
-    (attended pairs, re-scoring, summaries), and the observation pass of a turn is charged to its output tokens too.
+    Bytes are of keys, values and key summaries read from the cache. What decode steps read is counted over all reasons (attended
+    pairs, re-scoring, summaries); copying a selection together is not, since a kernel that takes indices needs no copy. What
+    a compressor reads of the keys before the first output (observation windows, hops) is counted apart, as observation.
     """
 
     turn: int
@@ -49,6 +50,7 @@ class TurnStats:
     counters: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     means: dict[str, Mean] = field(default_factory=lambda: defaultdict(Mean))
     bytes_read: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    observation_bytes: float = 0.0  # read by compressors before the first output
     dense_bytes: float = 0.0  # what dense attention would have read in the same decode steps
 
     def count(self, name: str, amount: float = 1.0) -> None:
@@ -63,8 +65,8 @@ class TurnStats:
     def read(self, kind: str, amount: float) -> None:
         if self.phase is Phase.DECODE:
             self.bytes_read[kind] += amount
-        elif self.phase is Phase.OBSERVE:
-            self.bytes_read["observation"] += amount
+        elif kind != "lines":  # what a sparsifier reads is part of the prefill
+            self.observation_bytes += amount
 
     def pattern(self, pattern: AttentionPattern, causal_pairs: int) -> None:
         """Densities of one layer's prefill call; calls weigh by the pairs that dense attention would compute."""
@@ -96,6 +98,7 @@ class TurnStats:
         self.store_bytes = max(self.store_bytes, other.store_bytes)
         self.active_bytes = max(self.active_bytes, other.active_bytes)
         self.dense_bytes += other.dense_bytes
+        self.observation_bytes += other.observation_bytes
         for name, mean in other.means.items():
             self.means[name].total += mean.total
             self.means[name].weight += mean.weight
@@ -134,6 +137,9 @@ class TurnStats:
             "tpot_ms": self.tpot_ms,
             **fixed,
             "kv_bytes_per_token": self.kv_bytes_per_token,
+            "kv_bytes_per_token_with_observation": (
+                (sum(self.bytes_read.values()) + self.observation_bytes) / steps if steps else None
+            ),
             "dense_kv_bytes_per_token": self.dense_bytes / steps if steps else None,
             "kv_bytes_by_kind": {kind: total / steps for kind, total in self.bytes_read.items()} if steps else {},
             "compressed_share": self.compressed_steps / steps if steps else None,

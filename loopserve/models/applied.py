@@ -85,6 +85,8 @@ def _view_of(state: Applied, cache: Cache | None, rows: int) -> CacheView:
     if isinstance(cache, CacheView):
         if len(cache.sessions) != rows:
             raise InputError(f"the cache holds {len(cache.sessions)} rows, the batch has {rows}")
+        if cache.owner is not state.engine:
+            raise ModelError("this cache was made under another stack or model; start without past_key_values")
         return cache
     if cache is not None and (not isinstance(cache, DynamicCache) or cache.get_seq_length() > 0):
         raise ModelError(
@@ -92,7 +94,7 @@ def _view_of(state: Applied, cache: Cache | None, rows: int) -> CacheView:
             "or go on with the cache that an earlier call under apply returned"
         )
     engine = state.engine
-    return CacheView([engine.session() for _ in range(rows)], len(engine.model.layers))
+    return CacheView([engine.session() for _ in range(rows)], len(engine.model.layers), owner=engine)
 
 
 def _begin(state: Applied, view: CacheView, token_ids: Tensor, mask: Tensor | None) -> None:
@@ -112,7 +114,7 @@ def _begin(state: Applied, view: CacheView, token_ids: Tensor, mask: Tensor | No
         seen = session.cache.seen
         phase = Phase.DECODE if len(tokens) == 1 and seen else Phase.PREFILL
         if phase is Phase.PREFILL:
-            session.begin_turn(tokens)
+            session.begin_turn(tokens, undoable=False)
         else:
             session.tokens.extend(tokens)
             session.stats.output_tokens += 1

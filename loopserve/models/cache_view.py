@@ -53,8 +53,10 @@ class _ViewLayer(DynamicLayer):
 class CacheView(Cache):
     """The sessions of a batch, row by row, as one transformers cache."""
 
-    def __init__(self, sessions: Sequence[Session], layers: int) -> None:
+    def __init__(self, sessions: Sequence[Session], layers: int, owner: object = None) -> None:
+        """owner: whose view it is; another one's is refused."""
         self.sessions = list(sessions)
+        self.owner = owner
         self.padded_length = 0  # columns seen by the caller, padding included
         self.calls: list[Call | None] = []
         self.valid: Tensor | None = None  # bool [B, T] of the pass under way; None = no padding

@@ -41,6 +41,8 @@ class ChatTokenizer:
         """
         if not messages or messages[-1]["role"] != "user" or not messages[-1]["content"].strip():
             raise InputError("the message is empty: write something")
+        if not _writable(messages[-1]["content"]):
+            raise InputError("the message holds bytes that are no text; send it as UTF-8")
         if any("\ue000" in message["content"] or "\ue001" in message["content"] for message in messages):
             raise InputError("the message contains the private characters U+E000 or U+E001; remove them")
         ids = self._encode(self._new_text(messages), messages)
@@ -94,6 +96,15 @@ class ChatTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         text: str = self.tokenizer.decode(list(ids), skip_special_tokens=True)
         return text
+
+
+def _writable(text: str) -> bool:
+    """False for lone surrogates, which stand for bytes that were no UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 class StreamDecoder:

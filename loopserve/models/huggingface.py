@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -18,7 +17,6 @@ from transformers.modeling_utils import AttentionInterface
 from loopserve.core.attention import Call, attend
 from loopserve.core.errors import ModelError
 from loopserve.core.interfaces import LayerSpec, LayerType, Phase
-from loopserve.core.session import Session
 from loopserve.models.cache_view import CacheView, split_rows
 
 IMPLEMENTATION = "loopserve"
@@ -101,7 +99,9 @@ def read_layers(model: PreTrainedModel) -> tuple[LayerSpec, ...]:
     count = getattr(config, "num_hidden_layers", None)
     attends = any(hasattr(m, "layer_idx") and (hasattr(m, "q_proj") or hasattr(m, "qkv_proj")) for m in model.modules())
     if not query_heads or not count or not attends:
-        raise ModelError(f"{name} has no attention layers that loopserve could serve")
+        raise ModelError(
+            f"{name} has no attention layers that loopserve recognises (modules with layer_idx and q_proj or qkv_proj)"
+        )
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"{name} is an encoder-decoder model; loopserve serves decoder-only models")
     kv_heads = getattr(config, "num_key_value_heads", None) or query_heads
@@ -143,7 +143,6 @@ class HuggingFaceModel:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self._layers = read_layers(model)
-        self._views: WeakKeyDictionary[Session, CacheView] = WeakKeyDictionary()
 
     @property
     def layers(self) -> Sequence[LayerSpec]:
@@ -158,15 +157,9 @@ class HuggingFaceModel:
         device: torch.device = self.model.device
         return device
 
-    def view(self, session: Session) -> CacheView:
-        """The session as a transformers cache of one row, made once."""
-        if session not in self._views:
-            self._views[session] = CacheView([session], len(self._layers))
-        return self._views[session]
-
     def forward(self, call: Call, token_ids: Tensor) -> Tensor:
         """Run ``[T]`` token ids of one session; logits ``[vocabulary]`` of the last."""
-        view = CacheView([call.session], len(self._layers)) if call.phase is Phase.OBSERVE else self.view(call.session)
+        view = CacheView([call.session], len(self._layers))
         view.padded_length = call.session.cache.seen
         view.bind([call])
         with torch.no_grad():

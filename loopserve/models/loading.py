@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
@@ -26,19 +25,39 @@ def load(
 ) -> tuple[PreTrainedModel, Any]:
     """(model, tokenizer), in evaluation mode. dtype ``auto`` is the checkpoint's own, but float32 for float16 on a CPU."""
     source = str(bundled_path(model)) if is_bundled(model) else model
-    place = torch.device(_best_device() if device == "auto" else device)
+    place = _device(device)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     if is_bundled(model):
         disable_progress_bar()  # two megabytes need none
     try:
         config = AutoConfig.from_pretrained(source, **options)
         wanted = _dtype(dtype, getattr(config, "dtype", None), place)
-        loaded = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=wanted, **options)
+        # A tuple only with output_loading_info, which the stubs do not say.
+        found: Any = AutoModelForCausalLM.from_pretrained(
+            source, config=config, dtype=wanted, output_loading_info=True, **options
+        )
+        loaded, report = found
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-    except (OSError, ValueError, SafetensorError, RuntimeError, KeyError) as error:
+    except Exception as error:  # whatever a damaged file makes a parser raise
         raise ModelError(f"cannot load model {model!r}: {_reason(error)}; {_remedy(model)}") from error
-    loaded.to(place).eval()  # type: ignore[arg-type]  # the decorated method lost its signature
+    absent = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
+    if absent:
+        raise ModelError(
+            f"cannot load model {model!r}: its weights lack {absent[0]} and {len(absent) - 1} more; {_remedy(model)}"
+        )
+    loaded.to(place).eval()
     return loaded, tokenizer
+
+
+def _device(name: str) -> torch.device:
+    try:
+        place = torch.device(_best_device() if name == "auto" else name)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(
+            f"device {name!r} is unknown or not there ({_reason(error)}); use auto or {_best_device()}"
+        ) from error
+    return place
 
 
 def _dtype(name: str, own: torch.dtype | None, device: torch.device) -> torch.dtype:

@@ -147,6 +147,13 @@ def test_a_cache_of_another_batch_is_refused(llama: PreTrainedModel) -> None:
             llama(torch.tensor([[3], [4]]), past_key_values=cache)
 
 
+def test_a_cache_made_under_another_stack_is_refused(llama: PreTrainedModel) -> None:
+    with loopserve.apply(llama, SPARSE), torch.no_grad():
+        cache = llama(torch.tensor([[3, 4, 5]])).past_key_values
+    with loopserve.apply(llama, "dense"), torch.no_grad(), pytest.raises(ModelError, match="another stack or model"):
+        llama(torch.tensor([[6]]), past_key_values=cache)
+
+
 def test_training_is_refused(llama: PreTrainedModel) -> None:
     with loopserve.apply(llama, "dense"), pytest.raises(ModelError, match="for inference"):
         llama(torch.tensor([[3, 4, 5]]))

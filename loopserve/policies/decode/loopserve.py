@@ -63,6 +63,11 @@ class LoopServeState:
     pages: dict[int, PageSummaries] = field(default_factory=dict)
 
 
+def _over_group(scores: Tensor, inputs: AttentionInputs) -> Tensor:
+    """The mean over each group of query heads: ``[Hq, Tk]`` to ``[Hkv, Tk]``."""
+    return scores.view(-1, inputs.group, inputs.total_tokens).mean(1)
+
+
 class LoopServeDecode(DecodeCompressor[LoopServeState]):
     """Every few outputs, scores the last output queries against the full store and attends to the best pairs.
 
@@ -101,6 +106,9 @@ class LoopServeDecode(DecodeCompressor[LoopServeState]):
 
     def init_state(self) -> LoopServeState:
         return LoopServeState()
+
+    def held_bytes(self, state: LoopServeState) -> int:
+        return sum(pages.nbytes for pages in state.pages.values() if pages.columns)
 
     # Before a layer's attention: what only the current query can tell.
 
@@ -173,15 +181,18 @@ class LoopServeDecode(DecodeCompressor[LoopServeState]):
                 source = generator(config.seed, inputs.turn, inputs.layer.index, inputs.total_tokens)
                 rows = uniform_rows(torch.arange(inputs.new_tokens), config.hop_rows, source).to(inputs.queries.device)
             per_query = inputs.row_attention(rows).probabilities.amax(1)
-            self._add(inputs, state, per_query.view(-1, inputs.group, inputs.total_tokens).mean(1))
+            self._add(inputs, state, _over_group(per_query, inputs))
             return
-        queries, columns = inputs.queries[:, -config.hop_window :], inputs.columns[-config.hop_window :]
+        last = torch.arange(inputs.new_tokens, device=inputs.queries.device)[-config.hop_window :]
         if config.first_block is FirstBlock.LAST_WINDOW:
-            self._add(inputs, state, inputs.token_scores(queries, columns, over_rows=config.rows.value))
-        else:
-            self._take(inputs, state, queries, columns)
-            looked_at = by_position(inputs.token_scores(queries, columns, over_rows="sum"), inputs).sum(0)
-            state.row_importance = looked_at if state.row_importance is None else state.row_importance + looked_at
+            rows, columns = inputs.queries[:, last], inputs.columns[last]
+            self._add(inputs, state, inputs.token_scores(rows, columns, over_rows=config.rows.value))
+            return
+        # One reading of the keys gives both: what the rows look at most, and which rows of the turn they look at.
+        per_query = inputs.row_attention(last).probabilities
+        self._add(inputs, state, _over_group(per_query.amax(1), inputs))
+        looked_at = by_position(_over_group(per_query.sum(1), inputs), inputs).sum(0)
+        state.row_importance = looked_at if state.row_importance is None else state.row_importance + looked_at
 
     def _take(self, inputs: AttentionInputs, state: LoopServeState, queries: Tensor, columns: Tensor) -> None:
         """Take what some rows of the turn attend to into the observation under way: the maximum over the rows."""

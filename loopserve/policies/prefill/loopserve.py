@@ -97,6 +97,7 @@ class LoopServePrefill(PrefillSparsifier):
         reason = self._dense_reason(inputs)
         if reason is not None:
             inputs.record.count(f"fallback:{reason}")
+            inputs.record.mean("coverage_estimated", torch.ones(inputs.queries.shape[0]))
             return DensePattern(inputs.queries.shape[0], inputs.new_tokens, inputs.total_tokens)
         rows = self._rows(inputs)
         inputs.memo[SAMPLED_ROWS] = rows
@@ -124,7 +125,7 @@ class LoopServePrefill(PrefillSparsifier):
     def _choose(self, inputs: AttentionInputs, rows: Tensor) -> tuple[LinePattern, Tensor]:
         """The pattern, and the coverage of the sample per head ``[Hq]``."""
         config = self.config
-        probabilities = inputs.row_attention(rows).probabilities
+        probabilities = inputs.row_attention(rows, kind="lines").probabilities
         columns = inputs.columns[rows]
         verticals = sink_lines(inputs, config.sink_tokens)
         offsets = torch.arange(inputs.total_tokens, device=inputs.keys.device)
