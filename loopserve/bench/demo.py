@@ -21,7 +21,7 @@ STACKS = ("dense", "loopserve", "loopserve-paper", "snapkv", "streaming_llm")
 POSITIONS: tuple[Position, ...] = ("begin", "middle", "end")
 ATTENDED = 0.10
 _LONGEST_ANSWER = 96
-_ANSWER_ROOM = 8  # outputs attended besides the budget, on average over a short answer
+_ANSWER_ROOM = 12  # outputs attended besides the budget, on average over a short answer
 
 Progress = Callable[[str, int, int], None]
 
