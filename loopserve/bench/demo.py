@@ -11,6 +11,7 @@ from statistics import median
 from typing import Any
 
 from loopserve.api import Engine, load_stack
+from loopserve.bench.engine import machine
 from loopserve.bench.recall import Dialogue, Position, RecallTask, make_dialogues
 from loopserve.core.errors import ConfigError
 from loopserve.core.stack import PolicyStack
@@ -112,8 +113,9 @@ def run_demo(
             "turns": [tally.as_dict() for tally in per_turn],
             "positions": {position: tally.as_dict() for position, tally in per_position.items()},
         }
-    settings = {"model": model, "seed": seed, "tokens": tokens, "turns": turns, "dialogues": len(work)}
-    return {"settings": {**settings, "budget": sorted(budgets)}, "stacks": result, "summary": summary(result)}
+    settings: dict[str, Any] = {"model": model, "seed": seed, "tokens": tokens, "turns": turns, "dialogues": len(work)}
+    settings["budget"] = sorted(budgets)
+    return {"settings": settings, "machine": machine(), "stacks": result, "summary": summary(result)}
 
 
 def summary(stacks: dict[str, Any]) -> str:

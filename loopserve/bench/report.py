@@ -1,0 +1,52 @@
+"""From result files to the tables in the documents: ``python -m loopserve.bench.report README.md``."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+_BEGIN, _END = "<!-- demo: {} -->", "<!-- end of demo -->"
+_PLACE = re.compile(r"<!-- demo: (\S+) -->.*?<!-- end of demo -->", re.DOTALL)
+
+
+def demo_table(result: dict[str, Any]) -> str:
+    """A markdown table of a demonstration, and how and where it was had."""
+    lines = [
+        "| stack | right, question at begin / middle / end | prefill cells / tiles | KV pairs attended | KV bytes per output token "
+        "| TTFT | TPOT |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, row in result["stacks"].items():
+        right = " / ".join(f"{each['right']}" for each in row["positions"].values())
+        asked = next(iter(row["positions"].values()))["asked"]
+        read = row["kv_bytes_per_token"] / row["dense_kv_bytes_per_token"]
+        lines.append(
+            f"| `{name}` | {right} of {asked} each | {row['prefill_cell_density']:.1%} / {row['prefill_tile_density']:.1%} "
+            f"| {row['attended_fraction']:.1%} | {read:.1%} | {row['ttft_ms']:.0f} ms | {row['tpot_ms']:.1f} ms |"
+        )
+    settings, machine = result["settings"], result["machine"]
+    said = (
+        f"{settings['dialogues']} held-out dialogues of {settings['tokens']:,} tokens and {settings['turns']} turns, one and two keys "
+        f"asked, budget {settings['budget'][0]} pairs per head; {machine['processor']}, {machine['threads']} thread(s), torch "
+        f"{machine['torch']}, float32. `loopserve demo --tokens {settings['tokens']} --turns {settings['turns']} "
+        f"--dialogues {settings['dialogues'] // 3} --seed {settings['seed']} --format json`"
+    )
+    return "\n".join([*lines, "", said])
+
+
+def renew(text: str, root: Path) -> str:
+    """A document with each demo table made again from the result file that its marker names, relative to ``root``."""
+
+    def table(match: re.Match[str]) -> str:
+        result = json.loads((root / match.group(1)).read_text(encoding="utf-8"))
+        return f"{_BEGIN.format(match.group(1))}\n{demo_table(result)}\n{_END}"
+
+    return _PLACE.sub(table, text)
+
+
+if __name__ == "__main__":
+    for each in map(Path, sys.argv[1:]):
+        each.write_text(renew(each.read_text(encoding="utf-8"), Path.cwd()), encoding="utf-8")
