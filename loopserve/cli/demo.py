@@ -97,7 +97,7 @@ def render(result: Mapping[str, Any]) -> None:
 def _positions(stacks: Mapping[str, Mapping[str, Any]]) -> Any:
     """Answers right by where the question stands in its turn."""
     places = next(iter(stacks.values()))["positions"]
-    answers = table("stack", title="answers right, by where the question stands")
+    answers = table("stack", title="right, by place of the question")
     for place in places:
         answers.add_column(place, justify="right")
     for name, row in stacks.items():
