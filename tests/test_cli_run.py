@@ -262,3 +262,17 @@ def test_bench_engine_passes_its_options_on(cli: Cli, monkeypatch: pytest.Monkey
     row = json.loads(cli("bench", "engine", "--runs", "2", "--format", "json")[1])["rows"][0]
     assert row["model"] == "demo" and row["runs"] == 2 and row["stack"] == "dense"
     assert "0.9877" in cli("bench", "engine")[1]
+
+
+def test_a_saved_conversation_goes_on_at_the_command_line(cli: Cli, tmp_path: Path):
+    file = tmp_path / "talk.json"
+    told = "the code of lisbon is amber falcon river . what is the code of lisbon ?"
+    assert cli("chat", "demo", "--stack", "dense", stdin=f"{told}\n/save {file}\n")[0] == 0
+    code, out, _ = cli(
+        "chat", "demo", "--stack", "dense", "--continue", str(file), stdin="what is the code of lisbon ?\n"
+    )
+    assert (code, out.strip()) == (0, "lisbon is amber falcon river .")
+    code, _, err = cli(
+        "chat", "demo", "--stack", "dense", "--continue", str(tmp_path / "nowhere.json"), stdin="hello\n"
+    )
+    assert code == 2 and "not a saved conversation" in err

@@ -15,14 +15,17 @@ def plot_demo(result: dict[str, Any], path: str | Path) -> None:
     except ImportError as error:
         raise ConfigError("--plot needs matplotlib: pip install 'loopserve[plot]'") from error
     stacks: dict[str, dict[str, Any]] = result["stacks"]
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(11, 5), layout="constrained")
     right, costs = figure.subplots(1, 2)
-    for name, figures in stacks.items():
+    turns = len(next(iter(stacks.values()))["turns"])
+    width = 0.8 / len(stacks)
+    for number, (name, figures) in enumerate(stacks.items()):
         shares = [turn["right"] / turn["asked"] for turn in figures["turns"]]
-        right.plot(range(1, len(shares) + 1), shares, marker="o", label=name)
-    right.set(xlabel="turn", ylabel="share of answers right", ylim=(-0.03, 1.03), title="Answers")
-    right.set_xticks(range(1, len(next(iter(stacks.values()))["turns"]) + 1))
-    right.legend()
+        places = [turn + (number - (len(stacks) - 1) / 2) * width for turn in range(turns)]
+        right.bar(places, shares, width, label=name)
+    right.set_xticks(range(turns), [f"turn {turn + 1}" for turn in range(turns)])
+    right.set(ylabel="share of answers right", ylim=(0, 1.02), title="Answers")
+    right.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=3)
     bars = {
         "prefill cells": [figures["prefill_cell_density"] for figures in stacks.values()],
         "KV pairs attended": [figures["attended_fraction"] for figures in stacks.values()],
@@ -34,7 +37,7 @@ def plot_demo(result: dict[str, Any], path: str | Path) -> None:
         costs.bar(places, [value or 0.0 for value in values], width, label=label)
     costs.set_xticks(range(len(stacks)), list(stacks), rotation=20)
     costs.set(ylabel="share of dense", title="Cost")
-    costs.legend()
+    costs.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3)
     try:
         figure.savefig(path, dpi=120)
     except (OSError, ValueError) as error:

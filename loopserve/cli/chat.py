@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
+from typing import Annotated
 
 import typer
 
@@ -31,6 +33,9 @@ def chat(
     model: ModelArgument,
     stack: StackOption = "loopserve",
     system: SystemOption = None,
+    resume: Annotated[
+        Path | None, typer.Option("--continue", metavar="FILE", help="Go on with a conversation that /save wrote.")
+    ] = None,
     verbose: VerboseOption = False,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
@@ -62,7 +67,7 @@ def chat(
         "top_k": top_k,
         "seed": seed,
     }
-    with engine.session(system) as conversation:
+    with engine.load_session(resume) if resume else engine.session(system) as conversation:
         repl = Repl(
             conversation,
             stack=to_yaml(resolved.describe()),
