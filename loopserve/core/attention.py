@@ -16,6 +16,7 @@ from loopserve.core.errors import PolicyError
 from loopserve.core.interfaces import AttentionInputs, DecodeCompressor, KVSelection, LayerType, Phase
 from loopserve.core.patterns import AttentionPattern, DensePattern
 from loopserve.core.session import LayerPolicies, Session
+from loopserve.core.stats import LayerRecord
 from loopserve.kernels.decode_attention import decode_attention
 from loopserve.kernels.dense_attention import dense_attention
 from loopserve.kernels.line_scores import line_scores
@@ -106,7 +107,7 @@ def _inputs(
         final=call.final,
         scaling=scaling,
         softcap=softcap,
-        record=session.stats,
+        record=LayerRecord(session.stats, index),
         selection=cache.active.selection if cache.active is not None else None,
         memo=call.memos.setdefault(index, {}),
     )
@@ -166,9 +167,9 @@ def _report(call: Call, inputs: AttentionInputs, pattern: AttentionPattern) -> N
     causal = rows * (total - rows) + rows * (rows + 1) // 2
     started = time.perf_counter()
     stats = call.session.stats
-    stats.pattern(pattern, causal)
+    stats.pattern(inputs.layer.index, pattern, causal)
     if call.measure:
-        stats.mean("coverage_realised", _realised(inputs, pattern))
+        inputs.record.mean("coverage_realised", _realised(inputs, pattern))
     stats.measuring_s += time.perf_counter() - started
 
 

@@ -51,6 +51,7 @@ class TurnStats:
     means: dict[str, Mean] = field(default_factory=lambda: defaultdict(Mean))
     bytes_read: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     observation_bytes: float = 0.0  # read by compressors before the first output
+    per_head: dict[int, dict[str, list[Mean]]] = field(default_factory=dict)  # by layer, then figure: one mean per head
     dense_bytes: float = 0.0  # what dense attention would have read in the same decode steps
 
     def count(self, name: str, amount: float = 1.0) -> None:
@@ -62,15 +63,30 @@ class TurnStats:
         else:
             self.means[name].add(value)
 
+    def head_figures(self) -> dict[int, dict[str, list[float | None]]]:
+        """By layer and figure (lines, densities, coverages, ...), the value of each head."""
+        return {
+            layer: {name: [mean.value for mean in means] for name, means in figures.items()}
+            for layer, figures in self.per_head.items()
+        }
+
+    def heads(self, layer: int, name: str, values: Tensor) -> None:
+        """Add one value per head ``[H]`` to a figure of a layer."""
+        means = self.per_head.setdefault(layer, {}).setdefault(name, [Mean() for _ in range(len(values))])
+        for mean, value in zip(means, values.tolist(), strict=True):
+            mean.add(value)
+
     def read(self, kind: str, amount: float) -> None:
         if self.phase is Phase.DECODE:
             self.bytes_read[kind] += amount
         elif kind != "lines":  # what a sparsifier reads is part of the prefill
             self.observation_bytes += amount
 
-    def pattern(self, pattern: AttentionPattern, causal_pairs: int) -> None:
+    def pattern(self, layer: int, pattern: AttentionPattern, causal_pairs: int) -> None:
         """Densities of one layer's prefill call; calls weigh by the pairs that dense attention would compute."""
         cells, tiles = pattern.cell_density(), pattern.tile_density()
+        self.heads(layer, "prefill_cell_density", cells)
+        self.heads(layer, "prefill_tile_density", tiles)
         self.means["prefill_cell_density"].add(float(cells.mean()), causal_pairs * cells.numel())
         self.means["prefill_tile_density"].add(float(tiles.mean()), causal_pairs * tiles.numel())
 
@@ -149,3 +165,22 @@ class TurnStats:
             "counters": dict(self.counters),
             "means": {name: mean.value for name, mean in self.means.items() if name not in names},
         }
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """The record that a policy sees in one layer's call: figures go to the turn, those told per head to the layer as well."""
+
+    stats: TurnStats
+    layer: int
+
+    def count(self, name: str, amount: float = 1.0) -> None:
+        self.stats.count(name, amount)
+
+    def mean(self, name: str, value: float | Tensor) -> None:
+        self.stats.mean(name, value)
+        if isinstance(value, Tensor) and value.dim() == 1:
+            self.stats.heads(self.layer, name, value)
+
+    def read(self, kind: str, amount: float) -> None:
+        self.stats.read(kind, amount)

@@ -134,6 +134,18 @@ def test_what_cannot_be_served_is_refused_by_name(llama: PreTrainedModel, option
         llama(**named)
 
 
+def test_figures_are_told_per_layer_and_head(llama: PreTrainedModel) -> None:
+    with loopserve.apply(llama, SPARSE, measure_coverage=True) as state:
+        answers(llama, padded(rows()[:1]))
+    (turn,) = state.stats[0]
+    figures = turn.head_figures()
+    assert set(figures) == {0, 1, 2}
+    for name in ("lines", "prefill_cell_density", "prefill_tile_density", "coverage_estimated", "coverage_realised"):
+        per_head = [value for layer in figures.values() for value in layer[name]]
+        assert len(per_head) == 3 * 4
+        assert sum(per_head) / len(per_head) == pytest.approx(turn.means[name].value, rel=1e-6)
+
+
 def test_a_static_cache_is_refused(llama: PreTrainedModel) -> None:
     cache = StaticCache(config=llama.config, max_cache_len=64)
     with loopserve.apply(llama, "dense"), torch.no_grad(), pytest.raises(ModelError, match="StaticCache"):
