@@ -128,11 +128,6 @@ class AttentionInputs:
     def total_tokens(self) -> int:
         return self.keys.shape[1]
 
-    @property
-    def turn_start_column(self) -> int:
-        """First column of this turn's pairs (they are never evicted within their turn)."""
-        return int(torch.searchsorted(self.head_positions(0), self.turn_start))
-
     def head_positions(self, head: int) -> Tensor:
         """Original positions ``[Tk]`` of one KV head's columns."""
         return self.positions if self.positions.dim() == 1 else self.positions[head]
