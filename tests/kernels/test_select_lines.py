@@ -77,7 +77,7 @@ def test_the_fast_greedy_costs_at_most_two_percent_more(cost_of: str, new: int, 
 def test_costs_are_counted_truly(cost_of: str) -> None:
     for new, total in [(1, 1), (1, 70), (64, 64), (90, 200)]:
         probabilities, columns = rows_of_heads(new, total, 16, seed=new)
-        for name in ("reference", "cpu"):
+        for name in ("reference", "packed"):
             with backend.use(name):
                 selection = select_lines(probabilities, columns, new, alpha=0.9, cost=cost_of)
             torch.testing.assert_close(selection.cost, cost(selection, new, cost_of))
@@ -89,7 +89,7 @@ def test_the_greedy_by_hand() -> None:
     probabilities = torch.zeros(1, 4, 8)
     probabilities[0, :, 0] = 0.6
     probabilities[0, torch.arange(4), columns - 3] = 0.4
-    for name in ("reference", "cpu"):
+    for name in ("reference", "packed"):
         with backend.use(name):
             one = select_lines(probabilities, columns, 4, alpha=0.5)
             two = select_lines(probabilities, columns, 4, alpha=1.0)
@@ -107,7 +107,7 @@ def test_of_equals_a_vertical_and_the_lower_index_win() -> None:
 
 
 def test_rows_that_attend_to_nothing_ask_for_nothing() -> None:
-    for name in ("reference", "cpu"):
+    for name in ("reference", "packed"):
         with backend.use(name):
             selection = select_lines(torch.zeros(2, 3, 9), torch.tensor([4, 6, 8]), 5, alpha=0.9, row_floor=0.5)
         assert not selection.verticals.any() and not selection.slashes.any() and (selection.coverage == 1).all()
@@ -117,7 +117,7 @@ def test_rows_that_attend_to_nothing_ask_for_nothing() -> None:
     st.sampled_from([(1, 1), (1, 40), (7, 7), (63, 111), (30, 200)]),
     st.floats(0.0, 1.0),
     st.sampled_from(["length", "tile"]),
-    st.sampled_from(["reference", "cpu"]),
+    st.sampled_from(["reference", "packed"]),
     st.integers(0, 100),
 )
 @settings(max_examples=60)
@@ -132,7 +132,7 @@ def test_coverage_is_reached_and_told_truly(
     assert (selection.coverage >= alpha - 1e-4).all()
 
 
-@given(st.integers(0, 50), st.sampled_from(["reference", "cpu"]))
+@given(st.integers(0, 50), st.sampled_from(["reference", "packed"]))
 @settings(max_examples=20)
 def test_more_coverage_never_takes_fewer_cells(seed: int, implementation: str) -> None:
     probabilities, columns = rows_of_heads(40, 90, 24, seed)
@@ -145,7 +145,7 @@ def test_more_coverage_never_takes_fewer_cells(seed: int, implementation: str) -
     torch.testing.assert_close(before, torch.ones_like(before), atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("implementation", ["reference", "cpu"])
+@pytest.mark.parametrize("implementation", ["reference", "packed"])
 def test_every_row_reaches_its_floor(implementation: str) -> None:
     probabilities, columns = rows_of_heads(100, 200, 32, 0)
     with backend.use(implementation):
@@ -156,7 +156,7 @@ def test_every_row_reaches_its_floor(implementation: str) -> None:
     torch.testing.assert_close(floored.row_coverage, covered(floored, probabilities, columns), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("implementation", ["reference", "cpu"])
+@pytest.mark.parametrize("implementation", ["reference", "packed"])
 def test_heavy_rows_are_served_first(implementation: str) -> None:
     probabilities, columns = rows_of_heads(100, 200, 32, 0)
     weights = torch.ones(32)
@@ -170,7 +170,7 @@ def test_heavy_rows_are_served_first(implementation: str) -> None:
     assert gained[-1] > 0.05  # the diffuse head has to choose whom to serve
 
 
-@pytest.mark.parametrize("implementation", ["reference", "cpu"])
+@pytest.mark.parametrize("implementation", ["reference", "packed"])
 def test_forced_lines_are_in_and_count(implementation: str) -> None:
     probabilities, columns = rows_of_heads(50, 80, 16, 1)
     forced = torch.zeros(len(FORMS), 80, dtype=torch.bool)

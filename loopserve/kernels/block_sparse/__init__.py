@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 
 from loopserve.kernels import backend
-from loopserve.kernels.block_sparse import cpu, reference
 from loopserve.kernels.shapes import check
 
-_OPERATION = backend.operation("block_sparse", reference=reference.block_sparse, cpu=cpu.block_sparse)
+_OPERATION = backend.operation("block_sparse", "packed")
 
 
 def block_sparse(
@@ -35,7 +34,7 @@ def block_sparse(
     wanted = (queries.shape[0], -(-queries.shape[1] // tile), -(-keys.shape[1] // tile))
     if blocks.shape != wanted or blocks.dtype != torch.bool:
         raise ValueError(f"block_sparse: blocks must be bool {list(wanted)}, got {blocks.dtype} {list(blocks.shape)}")
-    found: tuple[Tensor, Tensor] = _OPERATION.pick(queries)(
+    found: tuple[Tensor, Tensor] = _OPERATION(
         queries, keys, values, blocks, tile=tile, scaling=scaling, softcap=softcap, first_valid=first_valid
     )
     return found

@@ -5,12 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from loopserve.kernels import backend
-from loopserve.kernels.dense_attention import cpu, reference
 from loopserve.kernels.shapes import check
 
-# By definition it is dense attention over the active set; a kernel of its own pays on a GPU, where it splits over the
-# keys.
-_OPERATION = backend.operation("decode_attention", reference=reference.dense_attention, cpu=cpu.dense_attention)
+_OPERATION = backend.operation("decode_attention", "packed")
 
 
 def decode_attention(
@@ -30,7 +27,7 @@ def decode_attention(
     are filler of heads that keep fewer pairs. ValueError for shapes that do not fit.
     """
     check("decode_attention", queries, keys, values, first_valid=first_valid)
-    output, lse = _OPERATION.pick(queries)(
+    output, lse = _OPERATION(
         queries, keys, values, scaling=scaling, softcap=softcap, first_valid=first_valid, need_lse=need_lse
     )
     return output, lse if need_lse else None

@@ -5,10 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from loopserve.kernels import backend
-from loopserve.kernels.dense_attention import cpu, reference
 from loopserve.kernels.shapes import check
 
-_OPERATION = backend.operation("dense_attention", reference=reference.dense_attention, cpu=cpu.dense_attention)
+_OPERATION = backend.operation("dense_attention", "packed")
 
 
 def dense_attention(
@@ -32,7 +31,7 @@ def dense_attention(
     check("dense_attention", queries, keys, values, columns=columns, first_valid=first_valid)
     if window is not None and window < 1:
         raise ValueError(f"dense_attention: window={window} must be at least 1")
-    output, lse = _OPERATION.pick(queries)(
+    output, lse = _OPERATION(
         queries,
         keys,
         values,

@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 
 from loopserve.kernels import backend
-from loopserve.kernels.gather_kv import cpu, reference
 from loopserve.kernels.shapes import check_range
 
-_OPERATION = backend.operation("gather_kv", reference=reference.gather_kv, cpu=cpu.gather_kv)
+_OPERATION = backend.operation("gather_kv", "packed", "cpu")
 
 
 def gather_kv(keys: Tensor, values: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
@@ -23,5 +22,5 @@ def gather_kv(keys: Tensor, values: Tensor, indices: Tensor) -> tuple[Tensor, Te
         raise ValueError(f"gather_kv: indices {indices.dtype} {list(indices.shape)} must be int64 [{keys.shape[0]}, S]")
     if indices.device.type == "cpu":
         check_range("gather_kv: indices", indices, keys.shape[1])
-    copies: tuple[Tensor, Tensor] = _OPERATION.pick(keys)(keys, values, indices)
+    copies: tuple[Tensor, Tensor] = _OPERATION(keys, values, indices)
     return copies

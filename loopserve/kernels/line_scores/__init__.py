@@ -7,7 +7,6 @@ from typing import NamedTuple
 from torch import Tensor
 
 from loopserve.kernels import backend
-from loopserve.kernels.line_scores import cpu, reference
 from loopserve.kernels.shapes import check
 
 
@@ -23,7 +22,7 @@ class LineScores(NamedTuple):
     slash: Tensor
 
 
-_OPERATION = backend.operation("line_scores", reference=reference.line_scores, cpu=cpu.line_scores)
+_OPERATION = backend.operation("line_scores", "packed")
 
 
 def line_scores(
@@ -41,5 +40,5 @@ def line_scores(
     first_valid ``[Hkv]``: columns before it are filler. ValueError for shapes that do not fit.
     """
     check("line_scores", queries, keys, columns=columns, first_valid=first_valid)
-    found = _OPERATION.pick(queries)(queries, keys, columns, scaling=scaling, softcap=softcap, first_valid=first_valid)
+    found = _OPERATION(queries, keys, columns, scaling=scaling, softcap=softcap, first_valid=first_valid)
     return LineScores(*found)

@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 
 from loopserve.kernels import backend
-from loopserve.kernels.select_lines import cpu, reference
 from loopserve.kernels.shapes import check_columns, check_lines
 
 Cost = Literal["length", "tile"]
 TILE = 64  # rows per tile of the kernels whose work the cost ``tile`` counts
-_OPERATION = backend.operation("select_lines", reference=reference.select_lines, cpu=cpu.select_lines, any_device=True)
+_OPERATION = backend.operation("select_lines", "packed", any_device=True)
 
 
 class LineSelection(NamedTuple):
@@ -75,7 +74,7 @@ def select_lines(
         none = torch.zeros(heads, total, dtype=torch.bool, device=probabilities.device)
         forced.append(none if lines is None else lines.expand(heads, -1))
     check_lines("select_lines (forced)", forced[0], forced[1], heads, total)
-    chosen, covered, spent = _OPERATION.pick(probabilities)(
+    chosen, covered, spent = _OPERATION(
         probabilities,
         columns,
         new_tokens,

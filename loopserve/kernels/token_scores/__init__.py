@@ -8,11 +8,10 @@ from torch import Tensor
 
 from loopserve.kernels import backend
 from loopserve.kernels.shapes import check
-from loopserve.kernels.token_scores import cpu, reference
 
 OverRows = Literal["mean", "sum", "max"]
 _OVER_ROWS = ("mean", "sum", "max")
-_OPERATION = backend.operation("token_scores", reference=reference.token_scores, cpu=cpu.token_scores)
+_OPERATION = backend.operation("token_scores", "packed")
 
 
 def token_scores(
@@ -34,7 +33,7 @@ def token_scores(
     check("token_scores", queries, keys, columns=columns, first_valid=first_valid)
     if over_rows not in _OVER_ROWS:
         raise ValueError(f"token_scores: over_rows={over_rows!r} is unknown (known: {', '.join(_OVER_ROWS)})")
-    found: Tensor = _OPERATION.pick(queries)(
+    found: Tensor = _OPERATION(
         queries, keys, columns, scaling=scaling, softcap=softcap, first_valid=first_valid, over_rows=over_rows
     )
     return found

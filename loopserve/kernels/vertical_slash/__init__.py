@@ -6,9 +6,8 @@ from torch import Tensor
 
 from loopserve.kernels import backend
 from loopserve.kernels.shapes import check, check_lines
-from loopserve.kernels.vertical_slash import cpu, reference
 
-_OPERATION = backend.operation("vertical_slash", reference=reference.vertical_slash, cpu=cpu.vertical_slash)
+_OPERATION = backend.operation("vertical_slash", "packed")
 
 
 def vertical_slash(
@@ -31,7 +30,7 @@ def vertical_slash(
     """
     check("vertical_slash", queries, keys, values, first_valid=first_valid)
     check_lines("vertical_slash", verticals, slashes, queries.shape[0], keys.shape[1])
-    found: tuple[Tensor, Tensor] = _OPERATION.pick(queries)(
+    found: tuple[Tensor, Tensor] = _OPERATION(
         queries, keys, values, verticals, slashes, scaling=scaling, softcap=softcap, first_valid=first_valid
     )
     return found

@@ -1,0 +1,137 @@
+"""Builds the C sources into one shared library: several times over, once for each instruction set it may run on.
+
+Knows compilers and files, nothing of torch. Used when the package is installed (all instruction sets of the architecture) and
+at first use (this machine's only). Nothing is downloaded, and no header beyond the C library's is needed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+SOURCES = Path(__file__).parent / "src"
+_COMMON = ("-std=gnu11", "-O3", "-fPIC", "-fno-math-errno", "-ffp-contract=fast", "-fno-trapping-math", "-Wall")
+# -fno-math-errno and -fno-trapping-math let loops vectorise. -ffast-math is left out on purpose: linking with it makes old gcc
+# set a flush-to-zero mode for the whole process, and NaN checks would vanish.
+
+
+class BuildError(Exception):
+    """No library could be made, and why."""
+
+
+@dataclass(frozen=True)
+class Level:
+    """An instruction set: what the compiler is told, and the macro by which a compiler says it has it."""
+
+    name: str
+    flags: tuple[str, ...]
+    macro: str | None = None
+
+
+_X86 = (  # best first
+    Level(
+        "avx512bf16",
+        ("-march=x86-64-v4", "-mavx512bf16", "-mavx512vnni", "-mprefer-vector-width=512"),
+        "__AVX512BF16__",
+    ),
+    Level("avx512", ("-march=x86-64-v4", "-mprefer-vector-width=512"), "__AVX512BW__"),
+    Level("avx2", ("-march=x86-64-v3",), "__AVX2__"),
+)
+_GENERIC = (Level("generic", ()),)  # NEON is part of every aarch64
+
+
+def levels() -> tuple[Level, ...]:
+    """The instruction sets of this architecture, best first."""
+    return _X86 if platform.machine() in ("x86_64", "AMD64") else _GENERIC
+
+
+@cache
+def source_digest() -> str:
+    """Changes with every change of a source."""
+    digest = hashlib.sha256()
+    for path in sorted(SOURCES.iterdir()):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def find_compiler() -> str:
+    """Path of a C compiler: ``$CC``, else the first of cc, gcc, clang. Raises BuildError."""
+    wanted = os.environ.get("CC")
+    for name in (wanted,) if wanted else ("cc", "gcc", "clang"):
+        path = shutil.which(name)
+        if path:
+            return path
+    raise BuildError(
+        f"CC={wanted} is not found" if wanted else "no C compiler found (cc, gcc, clang); set CC to name one"
+    )
+
+
+def machine_level(compiler: str) -> Level:
+    """The best instruction set of the machine this runs on, as its compiler sees it. Raises BuildError."""
+    if levels() is _GENERIC:
+        return _GENERIC[0]
+    macros = _run([compiler, "-march=native", "-dM", "-E", "-x", "c", os.devnull])
+    for level in levels():
+        if level.macro is None or f"#define {level.macro} " in macros:
+            return level
+    raise BuildError("this processor has no AVX2")
+
+
+def build(target: Path, wanted: tuple[Level, ...], compiler: str) -> None:
+    """Compile the sources for each level and link them to ``target``, atomically. Raises BuildError."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".build-") as folder:
+            room = Path(folder)
+            library = room / "library.so"
+            try:
+                _compile(room, library, wanted, compiler, threads=("-fopenmp",))
+            except BuildError:  # a compiler without OpenMP still gives fast kernels, on one thread
+                _compile(room, library, wanted, compiler, threads=())
+            os.replace(library, target)
+    except OSError as error:
+        raise BuildError(f"cannot write {target}: {error.strerror}") from error
+
+
+def _compile(room: Path, library: Path, wanted: tuple[Level, ...], compiler: str, threads: tuple[str, ...]) -> None:
+    files = sorted(SOURCES.glob("*.c"))
+    digest = f'-DLS_DIGEST="{source_digest()}"'
+    jobs: list[tuple[Path, str, tuple[str, ...]]] = []
+    for source in files:
+        if source.name == "dispatch.c":
+            names = "".join(f" LS_LEVEL({level.name})" for level in wanted)
+            jobs.append((source, "all", (f"-DLS_LEVELS={names.strip()}", digest)))
+        else:
+            jobs.extend((source, level.name, (f"-DLS_SUFFIX={level.name}", *level.flags)) for level in wanted)
+
+    def run(job: tuple[Path, str, tuple[str, ...]]) -> str:
+        source, name, flags = job
+        made = str(room / f"{source.stem}-{name}.o")
+        _run([compiler, *_COMMON, *threads, *flags, "-c", str(source), "-o", made])
+        return made
+
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        made = list(pool.map(run, jobs))
+    _run([compiler, "-shared", *threads, *made, "-lm", "-o", str(library)])
+
+
+def _run(command: list[str]) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except subprocess.CalledProcessError as error:
+        lines = (
+            [line for line in error.stderr.splitlines() if "error" in line]
+            or error.stderr.splitlines()
+            or ["no message"]
+        )
+        raise BuildError(f"{command[0]} failed: {lines[0]}") from error
+    except OSError as error:
+        raise BuildError(f"{command[0]} does not start: {error.strerror}") from error
