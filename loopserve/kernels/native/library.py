@@ -64,6 +64,19 @@ def function(name: str, *kinds: Any) -> Callable[..., Any]:
     return found
 
 
+@cache
+def call(name: str, *kinds: Any) -> Callable[..., None]:
+    """Like ``function``, for one that answers whether memory ran out: MemoryError if so."""
+    found = getattr(_load(), f"ls_{name}_{level()}")
+    found.argtypes, found.restype = kinds, ctypes.c_int
+
+    def checked(*arguments: Any) -> None:
+        if found(*arguments):
+            raise MemoryError(f"{name}: no memory for its scratch space")
+
+    return checked
+
+
 def threads() -> int:
     """How many threads a kernel may use: as many as torch does."""
     return torch.get_num_threads()
