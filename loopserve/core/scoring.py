@@ -8,7 +8,6 @@ from __future__ import annotations
 from abc import abstractmethod
 from dataclasses import dataclass, field
 
-import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
@@ -22,38 +21,7 @@ from loopserve.core.interfaces import (
     Selections,
     Step,
 )
-
-
-def select_top(
-    scores: Tensor,
-    budget: int,
-    *,
-    sink_tokens: int = 0,
-    recent_window: int = 0,
-    first_valid: Tensor | None = None,
-) -> Tensor:
-    """Columns of the ``budget`` best scores per head, sorted: int64 ``[Hkv, min(budget, n)]``.
-
-    scores ``[Hkv, n]``, any float type; NaN counts as lowest. The first ``sink_tokens`` and last ``recent_window`` columns are
-    always among them (recent ones win when the budget is smaller than both). Equal scores: the lowest column wins. Heads with
-    filler columns (``first_valid``) must all hold at least ``budget`` pairs.
-    """
-    heads, total = scores.shape
-    budget = min(budget, total)
-    ranked = scores.float().nan_to_num(nan=float("-inf")).clone()
-    columns = torch.arange(total, device=scores.device).expand(heads, total)
-    start = (
-        torch.zeros(heads, 1, dtype=torch.long, device=scores.device) if first_valid is None else first_valid[:, None]
-    )
-    # Finite scores are squeezed below the forced ones, so infinite scores cannot push sinks out.
-    order = ranked.argsort(dim=-1, descending=True, stable=True)
-    rank = torch.empty_like(order).scatter_(1, order, columns)
-    rank = torch.where(columns < start + sink_tokens, rank - 2 * total, rank)
-    if recent_window:
-        rank = torch.where(columns >= total - recent_window, rank - 4 * total, rank)
-    rank = torch.where(columns < start, rank + 8 * total, rank)
-    best = rank.argsort(dim=-1, stable=True)[:, :budget]
-    return best.sort(dim=-1).values
+from loopserve.kernels.top_columns import top_columns
 
 
 def to_positions(columns: Tensor, inputs: AttentionInputs) -> Tensor:
@@ -115,7 +83,7 @@ class ScoredCompressor(DecodeCompressor[ScoredState]):
             return
         if inputs.total_tokens <= self.config.budget:  # nothing to leave out
             return
-        columns = select_top(
+        columns = top_columns(
             self.score(inputs),
             self.config.budget,
             sink_tokens=self.config.sink_tokens,

@@ -16,8 +16,11 @@ ROWS = 64  # rows per tile, as in tile.h
 class _Attention(Structure):
     """``Attention`` of vertical_slash.c; strides count numbers."""
 
-    _fields_ = [  # noqa: RUF012  # ctypes wants a plain list
-        *((name, c_void_p) for name in ("queries", "keys", "values", "output", "lse", "verticals", "slashes", "first_valid")),
+    _fields_ = [  # ctypes wants a plain list
+        *(
+            (name, c_void_p)
+            for name in ("queries", "keys", "values", "output", "lse", "verticals", "slashes", "first_valid")
+        ),
         *((name, c_int64) for name in ("query_head", "query_row", "key_head", "key_row", "value_head", "value_row")),
         *((name, c_int64) for name in ("heads", "group", "rows", "total", "dim", "window", "half", "threads")),
         ("scaling", c_float),
@@ -41,12 +44,13 @@ def attend(
     values: Tensor,
     *,
     scaling: float,
+    kernel: str = "vertical_slash",
     lines: tuple[Tensor, Tensor] | None = None,
     window: int | None = None,
     first_valid: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(output ``[Hq, Tq, D]``, log-sum-exp ``[Hq, Tq]``) of end-aligned queries, on lines (verticals and slashes, bool
-    ``[Hq, Tk]``) or on every cell within a window of at least ``ROWS``.
+    ``[Hq, Tk]``) or on every cell within a window of at least ``ROWS``. kernel: ``decode_attention`` for few queries.
     """
     queries, keys, values = rows_of(queries), rows_of(keys), rows_of(values)
     heads, rows, dim = queries.shape
@@ -80,5 +84,5 @@ def attend(
         library.threads(),
         scaling,
     )
-    library.call("vertical_slash", POINTER(_Attention))(byref(call))
+    library.call(kernel, POINTER(_Attention))(byref(call))
     return output, lse

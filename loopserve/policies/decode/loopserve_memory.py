@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool1d, max_pool1d, pad
 
 from loopserve.core.interfaces import AttentionInputs, KVSelection, Retention
-from loopserve.core.scoring import select_top
+from loopserve.kernels.top_columns import top_columns
 from loopserve.policies.decode.loopserve_config import LoopServeDecodeConfig, Pool, PoolingKind, Share
 
 
@@ -112,7 +112,7 @@ def choose(config: LoopServeDecodeConfig, scores: Tensor, inputs: AttentionInput
 
 def _best(config: LoopServeDecodeConfig, scores: Tensor) -> Tensor:
     """Sorted columns ``[H, budget]`` of the best scores ``[H, n]``; the part of the budget for jumps stays free."""
-    return select_top(
+    return top_columns(
         scores,
         config.budget - config.page_budget,
         sink_tokens=config.sink_tokens,
@@ -137,7 +137,7 @@ def looked_at_most(config: LoopServeDecodeConfig, importance: Tensor, start: int
     """
     start = max(start, config.sink_tokens)
     candidates = importance[start : max(start, length - config.hop_window)]
-    return select_top(candidates[None], config.hop_rows)[0] + start if len(candidates) else None
+    return top_columns(candidates[None], config.hop_rows)[0] + start if len(candidates) else None
 
 
 def captured_share(scores: Tensor, selection: KVSelection) -> Tensor:

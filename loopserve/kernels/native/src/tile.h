@@ -5,22 +5,27 @@
 // lane; and a mask that depends on row minus key is a contiguous load.
 #pragma once
 #include <stdlib.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include "vec.h"
 
 #define ROWS 64               // rows of a tile
 #define ROW_VECTORS (ROWS / VW)
-#define SLICE (ROW_VECTORS < 4 ? ROW_VECTORS : 4)  // vectors of rows per inner product kernel
-#define KEYS 64               // keys of a block: its scores stay in the first-level cache
-#define NK (VW == 8 ? 2 : 4)  // keys per inner product kernel: as many sums as fit the registers
-#define ND (VW == 8 ? 2 : 4)
+#define SLICE 4               // vectors of rows that an inner kernel takes at once
+#define KEYS 64               // keys of a block: its scores stay near
+#define WIDE (VW == 8 ? 2 : 4)  // keys, or channels, that it takes at once: as many sums as there are registers
+#define KEY_STEP 8            // a block's keys come in multiples of this
 
+#define LARGE ((size_t)2 << 20)
 #define LOG2E 1.4426950408889634f
 #define LN2 0.6931471805599453f
 
 typedef struct {
     int64_t dim;      // channels of queries, keys and values
     int half;         // the numbers are bfloat16
+    int vectors;      // of rows in use, 1 to ROW_VECTORS
     int pairs;        // ... and multiplied in pairs by the processor
     float scale;      // of scores, times log2(e): the softmax is in powers of 2
     void *queries;    // packed: float [dim][ROWS], or pairs [dim / 2][ROWS]
@@ -40,7 +45,15 @@ static const float nothing[ROWS] __attribute__((unused)) = {
 #define N16 N4, N4, N4, N4
     N16, N16, N16, N16};
 
-static inline __attribute__((unused)) void *room(size_t bytes) { return aligned_alloc(64, (bytes + 63) / 64 * 64 + 64); }
+// Memory for a while. Large pieces ask for large pages: a fault for each 4 KiB takes longer than filling them.
+static inline __attribute__((unused)) void *room(size_t bytes) {
+    size_t step = bytes >= LARGE ? LARGE : 64;
+    void *found = aligned_alloc(step, (bytes + step - 1) / step * step + (step == 64 ? 64 : 0));
+#if defined(__linux__)
+    if (found && bytes >= LARGE) madvise(found, (bytes + step - 1) / step * step, MADV_HUGEPAGE);
+#endif
+    return found;
+}
 
 static __attribute__((unused)) int tile_open(Tile *t, int64_t dim, int half, float scale) {
     t->dim = dim, t->half = half, t->scale = scale * LOG2E;
@@ -56,12 +69,13 @@ static __attribute__((unused)) void tile_close(Tile *t) {
     free(t->most), free(t->sum);
 }
 
-// Begin a tile: rows [rows][dim] at a stride in numbers; rows that are missing are zero.
-static __attribute__((unused)) void tile_begin(Tile *t, const char *rows, int64_t count, int64_t stride) {
+// Take rows [rows][dim] at a stride in numbers as the tile's queries; lanes without a row are zero.
+static __attribute__((unused)) void tile_queries(Tile *t, const char *rows, int64_t count, int64_t stride) {
     int64_t dim = t->dim, words = t->pairs ? dim / 2 : dim;  // a word is a number or a pair
     int64_t step = stride * (t->half ? 2 : 4);
+    t->vectors = (count + VW - 1) / VW;
     float *packed = t->queries;
-    for (int64_t r = 0; r < ROWS; r += VW)
+    for (int64_t r = 0; r < t->vectors * VW; r += VW)
         for (int64_t d = 0; d < words; d += VW) {
             vf block[VW];
             for (int i = 0; i < VW; i++) {
@@ -73,56 +87,109 @@ static __attribute__((unused)) void tile_begin(Tile *t, const char *rows, int64_
             transpose(block);
             for (int i = 0; i < VW; i++) store(packed + (d + i) * ROWS + r, block[i]);
         }
-    memset(t->output, 0, dim * ROWS * 4);
+}
+
+// Begin a tile of attention.
+static __attribute__((unused)) void tile_begin(Tile *t, const char *rows, int64_t count, int64_t stride) {
+    tile_queries(t, rows, count, stride);
+    memset(t->output, 0, t->dim * ROWS * 4);
     for (int r = 0; r < ROWS; r++) t->most[r] = -INFINITY, t->sum[r] = 0;
     t->count = 0;
 }
 
+// Scores of `vectors` vectors of rows from `part` on with `wide` keys from `j` on; both are constants where it is inlined.
+INLINE void products_of(const Tile *t, float *scores, int j, int part, int vectors, int wide) {
+    const float *queries = (const float *)t->queries + part * VW;
+    const char *const *key = t->key + j;
+    vf sums[8][SLICE];
+    UNROLL for (int i = 0; i < wide; i++) UNROLL for (int v = 0; v < vectors; v++) sums[i][v] = (vf){};
+    if (t->pairs) {
 #if LS_BF16
-static __attribute__((unused)) void products_pairs(const Tile *t, int count, float *scores) {
-    const uint32_t *queries = t->queries;
-    int64_t steps = t->dim / 2;
-    for (int j = 0; j < count; j += NK) {
-        const int32_t *key[NK];
-        UNROLL for (int i = 0; i < NK; i++) key[i] = (const int32_t *)t->key[j + i];
-        vf sums[NK][SLICE];
-        UNROLL for (int i = 0; i < NK; i++) UNROLL for (int v = 0; v < SLICE; v++) sums[i][v] = (vf){};
-        for (int64_t d = 0; d < steps; d++) {
+        for (int64_t d = 0; d < t->dim / 2; d++) {
             __m512bh query[SLICE];
-            UNROLL for (int v = 0; v < SLICE; v++) query[v] = (__m512bh)load((const float *)queries + d * ROWS + v * VW);
-            UNROLL for (int i = 0; i < NK; i++) {
-                int32_t bits;
-                memcpy(&bits, key[i] + d, 4);
-                __m512bh both = (__m512bh)_mm512_set1_epi32(bits);
-                UNROLL for (int v = 0; v < SLICE; v++) sums[i][v] = (vf)_mm512_dpbf16_ps((__m512)sums[i][v], query[v], both);
+            UNROLL for (int v = 0; v < vectors; v++) query[v] = (__m512bh)load(queries + d * ROWS + v * VW);
+            UNROLL for (int i = 0; i < wide; i++) {
+                int32_t pair;
+                memcpy(&pair, key[i] + 4 * d, 4);
+                __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
+                UNROLL for (int v = 0; v < vectors; v++)
+                    sums[i][v] = (vf)_mm512_dpbf16_ps((__m512)sums[i][v], query[v], both);
             }
         }
-        UNROLL for (int i = 0; i < NK; i++) UNROLL for (int v = 0; v < SLICE; v++)
-            store(scores + (j + i) * ROWS + v * VW, sums[i][v]);
+#endif
+    } else {
+        for (int64_t d = 0; d < t->dim; d++) {
+            vf query[SLICE];
+            UNROLL for (int v = 0; v < vectors; v++) query[v] = load(queries + d * ROWS + v * VW);
+            UNROLL for (int i = 0; i < wide; i++) {
+                vf one = splat(((const float *)key[i])[d]);
+                UNROLL for (int v = 0; v < vectors; v++) sums[i][v] += query[v] * one;
+            }
+        }
     }
+    float *to = scores + j * ROWS + part * VW;
+    UNROLL for (int i = 0; i < wide; i++) UNROLL for (int v = 0; v < vectors; v++) store(to + i * ROWS + v * VW, sums[i][v]);
 }
 
-static void add_values_pairs(Tile *t, int count) {
-    const uint32_t *values = t->values;
-    for (int64_t d = 0; d < t->dim; d += ND) {
-        vf sums[ND][SLICE];
-        UNROLL for (int i = 0; i < ND; i++) UNROLL for (int v = 0; v < SLICE; v++)
-            sums[i][v] = load(t->output + (d + i) * ROWS + v * VW);
+// Scores [count][ROWS] of the block's keys, not yet scaled; count is a multiple of KEY_STEP.
+static __attribute__((unused)) void products(const Tile *t, int count, float *scores) {
+    int part = 0;
+    for (; t->vectors - part >= 3; part += SLICE)
+        for (int j = 0; j < count; j += WIDE) products_of(t, scores, j, part, SLICE, WIDE);
+    if (t->vectors - part == 2)
+        for (int j = 0; j < count; j += 4) products_of(t, scores, j, part, 2, 4);
+    if (t->vectors - part == 1)
+        for (int j = 0; j < count; j += 8) products_of(t, scores, j, part, 1, 8);
+}
+
+// Add the weighted values of the block's keys to the output.
+INLINE void add_values_of(Tile *t, int count, int64_t d, int part, int vectors, int wide) {
+    vf sums[8][SLICE];
+    float *output = t->output + d * ROWS + part * VW;
+    UNROLL for (int i = 0; i < wide; i++) UNROLL for (int v = 0; v < vectors; v++)
+        sums[i][v] = load(output + i * ROWS + v * VW);
+    if (t->pairs) {
+#if LS_BF16
+        const uint32_t *values = (const uint32_t *)t->values + d;
+        const float *weights = (const float *)t->weights + part * VW;
         for (int k = 0; k < count / 2; k++) {
             __m512bh weight[SLICE];
-            UNROLL for (int v = 0; v < SLICE; v++) weight[v] = (__m512bh)load((const float *)t->weights + k * ROWS + v * VW);
-            UNROLL for (int i = 0; i < ND; i++) {
-                __m512bh both = (__m512bh)_mm512_set1_epi32((int)values[k * t->dim + d + i]);
-                UNROLL for (int v = 0; v < SLICE; v++) sums[i][v] = (vf)_mm512_dpbf16_ps((__m512)sums[i][v], weight[v], both);
+            UNROLL for (int v = 0; v < vectors; v++) weight[v] = (__m512bh)load(weights + k * ROWS + v * VW);
+            UNROLL for (int i = 0; i < wide; i++) {
+                __m512bh both = (__m512bh)_mm512_set1_epi32((int)values[k * t->dim + i]);
+                UNROLL for (int v = 0; v < vectors; v++)
+                    sums[i][v] = (vf)_mm512_dpbf16_ps((__m512)sums[i][v], weight[v], both);
             }
         }
-        UNROLL for (int i = 0; i < ND; i++) UNROLL for (int v = 0; v < SLICE; v++)
-            store(t->output + (d + i) * ROWS + v * VW, sums[i][v]);
+#endif
+    } else {
+        for (int k = 0; k < count; k++) {
+            const float *value = (const float *)t->value[k] + d, *weights = t->scores + k * ROWS + part * VW;
+            vf weight[SLICE];
+            UNROLL for (int v = 0; v < vectors; v++) weight[v] = load(weights + v * VW);
+            UNROLL for (int i = 0; i < wide; i++) {
+                vf one = splat(value[i]);
+                UNROLL for (int v = 0; v < vectors; v++) sums[i][v] += weight[v] * one;
+            }
+        }
     }
+    UNROLL for (int i = 0; i < wide; i++) UNROLL for (int v = 0; v < vectors; v++)
+        store(output + i * ROWS + v * VW, sums[i][v]);
 }
 
+static __attribute__((unused)) void add_values(Tile *t, int count) {
+    int part = 0;
+    for (; t->vectors - part >= 3; part += SLICE)
+        for (int64_t d = 0; d < t->dim; d += WIDE) add_values_of(t, count, d, part, SLICE, WIDE);
+    if (t->vectors - part == 2)
+        for (int64_t d = 0; d < t->dim; d += 4) add_values_of(t, count, d, part, 2, 4);
+    if (t->vectors - part == 1)
+        for (int64_t d = 0; d < t->dim; d += 8) add_values_of(t, count, d, part, 1, 8);
+}
+
+#if LS_BF16
 // Values of two keys, channel by channel side by side: [count / 2][dim].
-static void pair_values(Tile *t, int count) {
+static __attribute__((unused)) void pair_values(Tile *t, int count) {
     uint32_t *values = t->values;
     for (int k = 0; k < count; k += 2) {
         const bf16 *first = (const bf16 *)t->value[k], *second = (const bf16 *)t->value[k + 1];
@@ -134,7 +201,7 @@ static void pair_values(Tile *t, int count) {
     }
 }
 
-static void pair_weights(Tile *t, int count) {
+static __attribute__((unused)) void pair_weights(Tile *t, int count) {
     for (int k = 0; k < count / 2; k++)
         UNROLL for (int v = 0; v < ROW_VECTORS; v++) {
             __m512i first = _mm512_castps_si512(_mm512_loadu_ps(t->scores + 2 * k * ROWS + v * VW));
@@ -147,49 +214,8 @@ static void pair_weights(Tile *t, int count) {
 }
 #endif
 
-static __attribute__((unused)) void products(const Tile *t, int count, float *scores) {
-    const float *queries = t->queries;
-    for (int j = 0; j < count; j += NK)
-        for (int part = 0; part < ROW_VECTORS; part += SLICE) {
-            const float *key[NK];
-            UNROLL for (int i = 0; i < NK; i++) key[i] = (const float *)t->key[j + i];
-            vf sums[NK][SLICE];
-            UNROLL for (int i = 0; i < NK; i++) UNROLL for (int v = 0; v < SLICE; v++) sums[i][v] = (vf){};
-            for (int64_t d = 0; d < t->dim; d++) {
-                vf query[SLICE];
-                UNROLL for (int v = 0; v < SLICE; v++) query[v] = load(queries + d * ROWS + (part + v) * VW);
-                UNROLL for (int i = 0; i < NK; i++) {
-                    vf one = splat(key[i][d]);
-                    UNROLL for (int v = 0; v < SLICE; v++) sums[i][v] += query[v] * one;
-                }
-            }
-            UNROLL for (int i = 0; i < NK; i++) UNROLL for (int v = 0; v < SLICE; v++)
-                store(scores + (j + i) * ROWS + (part + v) * VW, sums[i][v]);
-        }
-}
-
-static void add_values(Tile *t, int count) {
-    for (int64_t d = 0; d < t->dim; d += ND)
-        for (int part = 0; part < ROW_VECTORS; part += SLICE) {
-            vf sums[ND][SLICE];
-            UNROLL for (int i = 0; i < ND; i++) UNROLL for (int v = 0; v < SLICE; v++)
-                sums[i][v] = load(t->output + (d + i) * ROWS + (part + v) * VW);
-            for (int k = 0; k < count; k++) {
-                const float *value = (const float *)t->value[k] + d;
-                vf weight[SLICE];
-                UNROLL for (int v = 0; v < SLICE; v++) weight[v] = load(t->scores + k * ROWS + (part + v) * VW);
-                UNROLL for (int i = 0; i < ND; i++) {
-                    vf one = splat(value[i]);
-                    UNROLL for (int v = 0; v < SLICE; v++) sums[i][v] += weight[v] * one;
-                }
-            }
-            UNROLL for (int i = 0; i < ND; i++) UNROLL for (int v = 0; v < SLICE; v++)
-                store(t->output + (d + i) * ROWS + (part + v) * VW, sums[i][v]);
-        }
-}
-
 // Rows of half numbers as floats, for processors that do not multiply them.
-static void widen(const char **from, float *to, int count, int64_t dim) {
+static __attribute__((unused)) void widen(const char **from, float *to, int count, int64_t dim) {
     for (int k = 0; k < count; k++) {
         for (int64_t d = 0; d < dim; d += VW) store(to + k * dim + d, load_bf16((const bf16 *)from[k] + d));
         from[k] = (const char *)(to + k * dim);
@@ -197,8 +223,8 @@ static void widen(const char **from, float *to, int count, int64_t dim) {
 }
 
 // Scores become weights; the running maximum and sum of each row move on, and with them what the output was scaled by.
-static void tile_softmax(Tile *t, int count) {
-    for (int part = 0; part < ROW_VECTORS; part += SLICE) {  // several vectors at once, since each step waits for the last
+static __attribute__((unused)) void tile_softmax(Tile *t, int count) {
+    for (int part = 0; part < t->vectors; part += SLICE) {  // several vectors at once, since each step waits for the last
         float *scores = t->scores + part * VW;
         vf before[SLICE], most[SLICE], sum[SLICE], base[SLICE];
         UNROLL for (int v = 0; v < SLICE; v++) {
@@ -238,27 +264,20 @@ static void tile_softmax(Tile *t, int count) {
 static __attribute__((unused)) void tile_flush(Tile *t) {
     int count = t->count;
     if (!count) return;
-    while (count % NK || count % 2) {  // a repeated key that no row sees
+    while (count % KEY_STEP) {  // a repeated key that no row sees
         t->key[count] = t->key[count - 1], t->value[count] = t->value[count - 1], t->bias[count] = nothing;
         count++;
     }
     t->count = 0;
-#if LS_BF16
-    if (t->pairs) {
-        products_pairs(t, count, t->scores);
-        tile_softmax(t, count);
-        pair_weights(t, count);
-        pair_values(t, count);
-        add_values_pairs(t, count);
-        return;
-    }
-#endif
-    if (t->half) {
+    if (t->half && !t->pairs) {
         widen(t->key, t->keys, count, t->dim);
         widen(t->value, t->values, count, t->dim);
     }
     products(t, count, t->scores);
     tile_softmax(t, count);
+#if LS_BF16
+    if (t->pairs) pair_weights(t, count), pair_values(t, count);
+#endif
     add_values(t, count);
 }
 

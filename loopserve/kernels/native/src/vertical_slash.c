@@ -2,19 +2,10 @@
 //
 // Slashes that lie close together become bands, computed by tiles; a lonely slash is computed cell by cell. A key on a vertical
 // is left out of both, and all rows of a tile attend to the verticals together: so each cell is computed once.
+#include "attention.h"
+#include "cells.h"
 #include "common.h"
 #include "tile.h"
-
-typedef struct {
-    const char *queries, *keys, *values;
-    char *output;
-    float *lse;  // [heads][rows]
-    const uint8_t *verticals, *slashes;  // [heads][total]; NULL: every cell within the window
-    const int64_t *first_valid;          // [heads / group], or NULL
-    int64_t query_head, query_row, key_head, key_row, value_head, value_row;  // strides in numbers
-    int64_t heads, group, rows, total, dim, window, half, threads;
-    float scaling;
-} Attention;
 
 typedef struct {
     int32_t from, to;  // offsets from <= d < to
@@ -85,54 +76,6 @@ typedef struct {
     float *output;   // [ROWS][dim]
     float most[ROWS], sum[ROWS];
 } Lonely;
-
-// Scores of VW rows with one key each.
-INLINE vf row_products(const char *const *rows, const char *const *keys, int64_t dim, int half) {
-    vf sums[VW];
-#if LS_BF16
-    if (half) {
-        UNROLL for (int r = 0; r < VW; r++) {
-            __m512 sum = _mm512_setzero_ps();
-            for (int64_t d = 0; d < dim; d += 32)
-                sum = _mm512_dpbf16_ps(sum, (__m512bh)_mm512_loadu_si512(rows[r] + 2 * d),
-                                       (__m512bh)_mm512_loadu_si512(keys[r] + 2 * d));
-            sums[r] = (vf)sum;
-        }
-        return sums_of(sums);
-    }
-#endif
-    for (int r = 0; r < VW; r++) {
-        vf sum = {};
-        for (int64_t d = 0; d < dim; d += VW)
-            sum += half ? load_bf16((const bf16 *)rows[r] + d) * load_bf16((const bf16 *)keys[r] + d)
-                        : load((const float *)rows[r] + d) * load((const float *)keys[r] + d);
-        sums[r] = sum;
-    }
-    return sums_of(sums);
-}
-
-// output [dim] += weights of one row over the values of its keys.
-INLINE void add_row(float *output, const float *weights, const char *const *values, int64_t count, int64_t dim, int half) {
-    int64_t d = 0;
-    for (; d + 4 * VW <= dim; d += 4 * VW) {
-        vf sums[4];
-        UNROLL for (int v = 0; v < 4; v++) sums[v] = load(output + d + v * VW);
-        for (int64_t i = 0; i < count; i++) {
-            vf weight = splat(weights[i]);
-            UNROLL for (int v = 0; v < 4; v++)
-                sums[v] += weight * (half ? load_bf16((const bf16 *)values[i] + d + v * VW)
-                                          : load((const float *)values[i] + d + v * VW));
-        }
-        UNROLL for (int v = 0; v < 4; v++) store(output + d + v * VW, sums[v]);
-    }
-    for (; d < dim; d += VW) {
-        vf sum = load(output + d);
-        for (int64_t i = 0; i < count; i++)
-            sum += splat(weights[i]) *
-                   (half ? load_bf16((const bf16 *)values[i] + d) : load((const float *)values[i] + d));
-        store(output + d, sum);
-    }
-}
 
 static void attend_lonely(const Attention *a, const Lines *l, const Tile *t, Lonely *own, const char *queries,
                           const char *keys, const char *values, int64_t column, int64_t rows) {
