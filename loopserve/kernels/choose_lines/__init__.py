@@ -6,6 +6,8 @@ kernel goes head by head, and a head's rows never leave the cache.
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
 from loopserve.kernels import backend
@@ -32,6 +34,7 @@ def choose_lines(
     forced_verticals: Tensor | None = None,
     forced_slashes: Tensor | None = None,
     tile: int = TILE,
+    most_cost: float = math.inf,
 ) -> LineSelection:
     """Lines that hold a share ``alpha`` of the softmax rows of queries ``[Hq, r, D]`` standing at ``columns`` over keys ``[Hkv, n,
     D]``; all options as in ``line_scores`` and ``select_lines``, and so are the errors.
@@ -49,6 +52,7 @@ def choose_lines(
         row_floor=row_floor,
         forced=(forced_verticals, forced_slashes),
         tile=tile,
+        most_cost=most_cost,
     )
     chosen, covered, mass, spent = _OPERATION(
         queries, keys, columns, new_tokens, scaling=scaling, softcap=softcap, first_valid=first_valid, **options

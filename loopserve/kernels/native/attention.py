@@ -7,6 +7,7 @@ from ctypes import POINTER, Structure, byref, c_float, c_int64, c_void_p
 import torch
 from torch import Tensor
 
+from loopserve.kernels.memory import large_pages
 from loopserve.kernels.native import library
 from loopserve.kernels.native.arrays import rows_of
 
@@ -19,10 +20,22 @@ class _Attention(Structure):
     _fields_ = [  # ctypes wants a plain list
         *(
             (name, c_void_p)
-            for name in ("queries", "keys", "values", "output", "lse", "verticals", "slashes", "first_valid")
+            for name in (
+                "queries",
+                "keys",
+                "values",
+                "output",
+                "lse",
+                "verticals",
+                "slashes",
+                "first_valid",
+                "columns",
+            )
         ),
         *((name, c_int64) for name in ("query_head", "query_row", "key_head", "key_row", "value_head", "value_row")),
         *((name, c_int64) for name in ("heads", "group", "rows", "total", "dim", "window", "half", "threads")),
+        ("chosen", c_int64),
+        ("tail", c_int64),
         ("scaling", c_float),
     ]
 
@@ -48,17 +61,21 @@ def attend(
     lines: tuple[Tensor, Tensor] | None = None,
     window: int | None = None,
     first_valid: Tensor | None = None,
+    columns: Tensor | None = None,
+    tail: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """(output ``[Hq, Tq, D]``, log-sum-exp ``[Hq, Tq]``) of end-aligned queries, on lines (verticals and slashes, bool
-    ``[Hq, Tk]``) or on every cell within a window of at least ``ROWS``. kernel: ``decode_attention`` for few queries.
+    ``[Hq, Tk]``) or on every cell within a window of at least ``ROWS``. kernel: ``decode_attention`` for few queries,
+    which may attend to ``columns`` int64 ``[Hkv, S]`` and what stands from ``tail`` on.
     """
     queries, keys, values = rows_of(queries), rows_of(keys), rows_of(values)
     heads, rows, dim = queries.shape
     total = keys.shape[1]
-    output = queries.new_empty(heads, rows, dim)
+    output = large_pages(queries.new_empty(heads, rows, dim))
     lse = torch.empty(heads, rows)
     held = [each.contiguous() for each in lines] if lines is not None else []
     starts = None if first_valid is None else first_valid.contiguous()
+    columns = None if columns is None else columns.contiguous()
     call = _Attention(
         queries.data_ptr(),
         keys.data_ptr(),
@@ -68,6 +85,7 @@ def attend(
         held[0].data_ptr() if held else None,
         held[1].data_ptr() if held else None,
         None if starts is None else starts.data_ptr(),
+        None if columns is None else columns.data_ptr(),
         queries.stride(0),
         queries.stride(1),
         keys.stride(0),
@@ -82,6 +100,8 @@ def attend(
         total if window is None else min(window, total),
         queries.dtype is not torch.float32,
         library.threads(),
+        -1 if columns is None else columns.shape[1],
+        tail,
         scaling,
     )
     library.call(kernel, POINTER(_Attention))(byref(call))

@@ -22,6 +22,7 @@ class _Selection(Structure):
         ("tile", c_int64),
         ("alpha", c_double),
         ("floor", c_double),
+        ("most_cost", c_double),
     ]
 
 
@@ -33,6 +34,7 @@ def select(
     tile: int | None,
     row_weights: Tensor,
     row_floor: float,
+    most_cost: float,
     forced: Tensor,
     probabilities: Tensor | None = None,
     queries: Tensor | None = None,
@@ -76,6 +78,7 @@ def select(
         tile or 0,
         alpha,
         row_floor,
+        most_cost,
     )
     library.call("select_lines", POINTER(_Selection))(byref(call))
     return chosen, covered, mass, spent

@@ -7,6 +7,7 @@ from ctypes import POINTER, Structure, byref, c_float, c_int64, c_void_p
 import torch
 from torch import Tensor
 
+from loopserve.kernels.memory import large_pages
 from loopserve.kernels.native import library
 from loopserve.kernels.native.arrays import rows_of
 
@@ -46,7 +47,7 @@ def line_scores(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(softmax rows ``[Hq, r, n]``, masses of verticals and slashes ``[Hq, n]`` each), float32."""
     heads, rows, total = *queries.shape[:2], keys.shape[1]
-    probabilities, lines = torch.empty(heads, rows, total), torch.empty(2, heads, total)
+    probabilities, lines = large_pages(torch.empty(heads, rows, total)), torch.empty(2, heads, total)
     pointers = (probabilities.data_ptr(), lines[0].data_ptr(), lines[1].data_ptr(), None)
     _run("line_scores", queries, keys, columns, scaling, first_valid, pointers, 0)
     return probabilities, lines[0], lines[1]

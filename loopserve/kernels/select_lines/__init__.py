@@ -4,6 +4,7 @@ counted out.
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -45,6 +46,7 @@ def select_lines(
     forced_verticals: Tensor | None = None,
     forced_slashes: Tensor | None = None,
     tile: int = TILE,
+    most_cost: float = math.inf,
 ) -> LineSelection:
     """Lines whose union holds at least ``alpha`` of the weighted mass of the sampled rows, per head.
 
@@ -53,7 +55,8 @@ def select_lines(
     a kernel working in tiles of ``tile`` rows computes more: a vertical 1, an isolated slash ``tile``, a slash next to
     a chosen one 1 (less where a line crosses only part of the block). row_weights ``[r]`` or ``[Hq, r]``: what a row's
     mass counts. row_floor: in addition every sampled row must reach this share. forced lines ``[n]`` or ``[Hq, n]`` are
-    taken first. ValueError for what makes no sense.
+    taken first. most_cost: a head whose target would cost more is given up, its coverage staying below the target: as soon
+    as the rate of its best line tells, so that a head without structure costs next to nothing. ValueError for what makes no sense.
     """
     if probabilities.dim() != 3 or 0 in probabilities.shape:
         raise ValueError(f"select_lines: probabilities {list(probabilities.shape)} must be non-empty [Hq, r, n]")
@@ -71,6 +74,7 @@ def select_lines(
         row_floor=row_floor,
         forced=(forced_verticals, forced_slashes),
         tile=tile,
+        most_cost=most_cost,
     )
     chosen, covered, spent = _OPERATION(probabilities, columns, new_tokens, **options)
     return finish(chosen, covered, probabilities.to(covered.dtype).sum(-1), spent, options["row_weights"])
@@ -89,6 +93,7 @@ def prepare(
     row_floor: float | None,
     forced: tuple[Tensor | None, Tensor | None],
     tile: int,
+    most_cost: float,
 ) -> dict[str, Any]:
     """The options of an implementation, checked (but for the columns): weights ``[Hq, r]``, forced lines ``[Hq, 2, n]``.
 
@@ -118,6 +123,7 @@ def prepare(
         "tile": tile if cost == "tile" else None,
         "row_weights": weights.expand(heads, -1),
         "row_floor": row_floor or 0.0,
+        "most_cost": most_cost,
         "forced": lines,
     }
 

@@ -16,6 +16,7 @@ def select_lines(
     tile: int | None,
     row_weights: Tensor,
     row_floor: float,
+    most_cost: float,
     forced: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See the package."""
@@ -26,6 +27,7 @@ def select_lines(
         tile=tile,
         row_weights=row_weights,
         row_floor=row_floor,
+        most_cost=most_cost,
         forced=forced,
         probabilities=probabilities,
     )

@@ -101,7 +101,9 @@ def choose(config: LoopServeDecodeConfig, scores: Tensor, inputs: AttentionInput
     if inputs.positions.dim() == 1 and length_of(inputs) == inputs.total_tokens:
         if boundary <= config.budget:
             return None
-        return KVSelection.uniform(_best(config, scores).expand(heads, -1), boundary, retention)
+        # With a part of the budget for jumps, the selection changes at every step.
+        fleeting = config.page_budget > 0
+        return KVSelection.uniform(_best(config, scores).expand(heads, -1), boundary, retention, fleeting=fleeting)
     candidates = [row[(row >= 0) & (row < boundary)] for row in inputs.positions.expand(heads, -1)]
     if all(len(each) <= config.budget for each in candidates):
         return None

@@ -1,9 +1,10 @@
-// Attention of a few queries over an active set: keys are read once, in order, for all query heads of a group; long sets are split
-// over threads and the parts joined by their sums.
+// Attention of a few queries over an active set, a copy of its own or chosen columns of the store in place: keys are read once for
+// all query heads of a group; long sets are split over threads and the parts joined by their sums.
 #include "attention.h"
 #include "cells.h"
 #include "common.h"
 
+#define AHEAD (2 * VW)
 #define CHUNK 256  // keys at once: they stay in the second-level cache for the next query of the group
 
 // What a row has seen so far.
@@ -11,16 +12,23 @@ typedef struct {
     float most, sum;
 } State;
 
-static void attend_chunk(const Attention *a, const char *query, const char *keys, const char *values, int64_t from, int64_t to,
-                         State *state, float *output) {
-    int64_t size = a->half ? 2 : 4, count = to - from;
+// columns [count]: where the pairs stand.
+static void attend_chunk(const Attention *a, const char *query, const char *keys, const char *values, const int64_t *columns,
+                         int64_t count, int scattered, State *state, float *output) {
+    int64_t size = a->half ? 2 : 4;
     float scores[CHUNK] __attribute__((aligned(64)));
     const char *value[CHUNK], *row[VW];
     for (int i = 0; i < VW; i++) row[i] = query;
     vf most = splat(state->most);
     for (int64_t i = 0; i < count; i += VW) {
         const char *key[VW];
-        for (int j = 0; j < VW; j++) key[j] = keys + (from + (i + j < count ? i + j : count - 1)) * a->key_row * size;
+        if (scattered)  // rows in no order: ask for them early, the values for the sum below and the keys of the steps to come
+            for (int64_t j = i; j < i + VW && j < count; j++)
+                for (int64_t b = 0; b < a->dim * size; b += 64) {
+                    __builtin_prefetch(values + columns[j] * a->value_row * size + b);
+                    if (j + AHEAD < count) __builtin_prefetch(keys + columns[j + AHEAD] * a->key_row * size + b);
+                }
+        for (int j = 0; j < VW; j++) key[j] = keys + columns[i + j < count ? i + j : count - 1] * a->key_row * size;
         vf score = row_products(row, key, a->dim, a->half) * (a->scaling * LOG2E);
         store(scores + i, score);
         most = vmax(most, score);  // a key repeated to fill the vector changes no maximum
@@ -40,14 +48,15 @@ static void attend_chunk(const Attention *a, const char *query, const char *keys
         store(scores + i, weight);
     }
     state->sum += sum_of(sums);
-    for (int64_t i = 0; i < count; i++) value[i] = values + (from + i) * a->value_row * size;
+    for (int64_t i = 0; i < count; i++) value[i] = values + columns[i] * a->value_row * size;
     add_row(output, scores, value, count, a->dim, a->half);
 }
 
 // Returns 0, or 1 if memory ran out.
 int LS(decode_attention)(const Attention *a) {
     int64_t kv_heads = a->heads / a->group, size = a->half ? 2 : 4, lines = a->group * a->rows;  // lines: rows of a KV head
-    int64_t chunks = (a->total + CHUNK - 1) / CHUNK, splits = (4 * a->threads + kv_heads - 1) / kv_heads;
+    int64_t sparse = a->chosen >= 0, chosen = sparse ? a->chosen : 0, tail = sparse ? a->tail : 0, pairs = chosen + a->total - tail;
+    int64_t chunks = (pairs + CHUNK - 1) / CHUNK, splits = (4 * a->threads + kv_heads - 1) / kv_heads;
     if (splits > chunks) splits = chunks;
     if (a->threads == 1) splits = 1;
     int64_t per_split = (chunks + splits - 1) / splits * CHUNK, items = kv_heads * splits;
@@ -58,21 +67,26 @@ int LS(decode_attention)(const Attention *a) {
 #pragma omp parallel for num_threads(a->threads) schedule(dynamic, 1) if (a->threads > 1)
     for (int64_t item = 0; item < items; item++) {
         int64_t kv = item / splits, split = item % splits, start = a->first_valid ? a->first_valid[kv] : 0;
-        int64_t from = split * per_split, to = from + per_split < a->total ? from + per_split : a->total;
+        int64_t from = split * per_split, to = from + per_split < pairs ? from + per_split : pairs;
         const char *keys = a->keys + kv * a->key_head * size, *values = a->values + kv * a->value_head * size;
         State *state = states + item * lines;
         float *output = outputs + item * lines * a->dim;
         for (int64_t line = 0; line < lines; line++) state[line] = (State){-INFINITY, 0};
-        if (from < start) from = start;
-        for (int64_t at = from; at < to; at += CHUNK)
+        const int64_t *own = a->columns + kv * chosen;
+        if (sparse)
+            while (from < chosen && own[from] < 0) from++;
+        else if (from < start) from = start;
+        for (int64_t at = from; at < to; at += CHUNK) {
+            int64_t columns[CHUNK], last = at + CHUNK < to ? at + CHUNK : to;
+            for (int64_t i = at; i < last; i++) columns[i - at] = i < chosen ? own[i] : tail + i - chosen;
             for (int64_t line = 0; line < lines; line++) {
                 int64_t head = kv * a->group + line / a->rows, row = line % a->rows;
-                int64_t seen = a->total - a->rows + row + 1, end = at + CHUNK < to ? at + CHUNK : to;
-                if (end > seen) end = seen;
+                int64_t seen = pairs - a->rows + row + 1, end = last < seen ? last : seen;
                 if (at < end)
-                    attend_chunk(a, a->queries + (head * a->query_head + row * a->query_row) * size, keys, values, at, end,
+                    attend_chunk(a, a->queries + (head * a->query_head + row * a->query_row) * size, keys, values, columns, end - at, sparse,
                                  state + line, output + line * a->dim);
             }
+        }
     }
     for (int64_t place = 0; place < a->heads * a->rows; place++) {  // join the splits
         int64_t head = place / a->rows, kv = head / a->group, line = (head % a->group) * a->rows + place % a->rows;

@@ -16,6 +16,7 @@ typedef struct {
     double *spent;         // [heads]
     int64_t new_tokens, tile;  // tile: rows of a kernel's tiles whose keys a line costs; 0: a line costs its cells
     double alpha, floor;
+    double most_cost;      // where more is needed, the head is given up
 } Selection;
 
 #define BLOCK 128
@@ -229,8 +230,9 @@ static void look_into(Greedy *g, int64_t b) {
     g->cheapest[b] = cheapest;
 }
 
-// Take the line of the highest gain per cost; of equals a vertical before a slash, then the lower index. 0 if there is none.
-static int take_best(Greedy *g) {
+// Take the line of the highest gain per cost; of equals a vertical before a slash, then the lower index. 0 if there is none, or if
+// at its rate the missing mass would cost too much: no later line brings more.
+static int take_best(Greedy *g, double missing, double most_cost) {
     for (;;) {
         double bound;
         int64_t b = first_largest(g->bound, (2 * g->blocks + DW - 1) / DW * DW, &bound);
@@ -246,12 +248,13 @@ static int take_best(Greedy *g) {
             g->gain[kind][line] = 0, g->exact[b] = 0;
             continue;
         }
+        if (g->spent + missing / bound > most_cost) return 0;
         take(g, kind, line);
         return 1;
     }
 }
 
-static void lift_rows(Greedy *g, double floor, const double *mass) {
+static void lift_rows(Greedy *g, double floor, const double *mass, double most_cost) {
     g->total_covered = 0;
     for (int64_t i = 0; i < g->rows; i++) g->weights[i] = g->covered[i] < (floor - NEGLIGIBLE) * mass[i];
     weigh(g);
@@ -262,7 +265,7 @@ static void lift_rows(Greedy *g, double floor, const double *mass) {
             if (g->covered[i] < (floor - NEGLIGIBLE) * mass[i]) below = 1;
             else drop_row(g, i);
         }
-        if (!below || !take_best(g)) return;
+        if (!below || !take_best(g, 0, most_cost)) return;
     }
 }
 
@@ -305,8 +308,9 @@ static void select_head(Greedy *g, const Selection *s, int64_t head, const float
     for (int kind = 0; kind < 2; kind++)
         for (int64_t x = 0; x < total; x++)
             if (forced[kind * total + x]) take(g, kind, x);
-    while (g->total_covered < (s->alpha - NEGLIGIBLE) * whole && take_best(g)) {}
-    if (s->floor > 0) lift_rows(g, s->floor, mass);
+    double target = (s->alpha - NEGLIGIBLE) * whole;
+    while (g->total_covered < target && take_best(g, target - g->total_covered, s->most_cost)) {}
+    if (s->floor > 0) lift_rows(g, s->floor, mass, s->most_cost);
     s->spent[head] = g->spent;
 }
 

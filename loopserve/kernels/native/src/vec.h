@@ -28,6 +28,7 @@ typedef int32_t vi __attribute__((vector_size(VW * 4)));
 typedef uint32_t vu __attribute__((vector_size(VW * 4)));
 typedef float vf_loose __attribute__((vector_size(VW * 4), aligned(4), may_alias));
 typedef uint16_t vh_loose __attribute__((vector_size(VW * 2), aligned(2), may_alias));
+typedef uint8_t vb_loose __attribute__((vector_size(VW), aligned(1), may_alias));
 typedef uint16_t bf16;
 
 INLINE vf load(const float *from) { return *(const vf_loose *)from; }
