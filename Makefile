@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 OLDEST := .venv-oldest
 ARGS ?=
 
-.PHONY: demo test check test-oldest bench-engine clean
+.PHONY: demo test check test-oldest sanitize bench-engine clean
 
 $(VENV)/ready: pyproject.toml constraints.txt plugins/loopserve-keydiff/pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -36,8 +36,15 @@ $(OLDEST)/ready: pyproject.toml constraints-oldest.txt
 test-oldest: $(OLDEST)/ready
 	$(OLDEST)/bin/python -m pytest -n 2 tests/models $(ARGS)
 
+# The C kernels under AddressSanitizer and UndefinedBehaviorSanitizer, over all cases that hypothesis draws for them.
+sanitize: $(VENV)/ready
+	LOOPSERVE_CACHE=.sanitize LOOPSERVE_KERNELS=cpu OMP_NUM_THREADS=2 \
+	LOOPSERVE_CFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g -O1" \
+	LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+	$(BIN)/python -m pytest -q -p no:xdist tests/kernels --ignore tests/kernels/triton $(ARGS)
+
 bench-engine: $(VENV)/ready
 	$(BIN)/loopserve bench engine $(ARGS)
 
 clean:
-	rm -rf $(VENV) $(OLDEST) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) .sanitize build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
