@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, get_args
 
 import torch
 
@@ -15,8 +15,8 @@ from loopserve.bench.paired import Runner, paired_runs, wall_clock, watched
 from loopserve.bench.parity import Verdict
 from loopserve.bench.prefill_ops import prefill_case
 from loopserve.bench.rows import Row, provenance, ratio, times
-from loopserve.bench.suite import Suite, cases
-from loopserve.core.errors import ConfigError
+from loopserve.bench.suite import DecodeOp, PrefillOp, Suite, cases
+from loopserve.core.errors import ConfigError, did_you_mean
 
 Progress = Callable[[str], None]
 
@@ -48,6 +48,15 @@ def target_for(device: str) -> Target:
     from loopserve.bench.gpu import CudaTarget
 
     return CudaTarget(device)
+
+
+def check_ops(names: Iterable[str]) -> tuple[str, ...]:
+    """Names of operations as they are; ConfigError for one that is none."""
+    known = (*get_args(PrefillOp), *get_args(DecodeOp))
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"unknown operation {name!r}{did_you_mean(name, known)}")
+    return tuple(names)
 
 
 def run_kernels(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import ClassVar, Literal
 
-from loopserve.bench.heads import planted_lines
+from loopserve.bench.heads import Heads, planted_lines, structured_heads
 from loopserve.core.interfaces import AttentionInputs, PrefillSparsifier
 from loopserve.core.patterns import AttentionPattern, DensePattern, LinePattern
 
@@ -20,17 +21,38 @@ class PlantedSparsifier(PrefillSparsifier):
     name: ClassVar[str] = "planted"
     paper: ClassVar[str] = ""
 
-    def __init__(self, chooser: PrefillSparsifier, density: float, of: Literal["cells", "tiles"] = "cells") -> None:
+    def __init__(
+        self,
+        chooser: PrefillSparsifier,
+        density: float,
+        of: Literal["cells", "tiles"] = "cells",
+        *,
+        structured: bool = False,
+    ) -> None:
+        """structured: the other one chooses on synthetic heads of the call's shape (``bench.heads``) instead of on flat
+        attention, where a share of the mass can only be had with as large a share of the lines.
+        """
         super().__init__()
+        self.structured = structured
+        self._heads: dict[tuple[int, ...], Heads] = {}
         self.chooser, self.density, self.of = chooser, density, of
         self.choosing_s = 0.0
         self._patterns: dict[tuple[int, int, int, str], LinePattern] = {}
 
     def sparsify(self, inputs: AttentionInputs) -> AttentionPattern:
+        inputs = self._structured(inputs) if self.structured else inputs
         started = time.perf_counter()
         chosen = self.chooser.sparsify(inputs)
         self.choosing_s += time.perf_counter() - started
         return chosen if isinstance(chosen, DensePattern) else self.planted(inputs)
+
+    def _structured(self, inputs: AttentionInputs) -> AttentionInputs:
+        shape = (len(inputs.queries), len(inputs.keys), inputs.new_tokens, inputs.total_tokens, inputs.keys.shape[2])
+        if shape not in self._heads:
+            made = structured_heads(*shape, device=str(inputs.keys.device))
+            self._heads = {shape: made.to(inputs.keys.dtype)}  # of one length at a time
+        heads = self._heads[shape]
+        return replace(inputs, queries=heads.queries, keys=heads.keys, scaling=heads.scaling, softcap=None, memo={})
 
     def planted(self, inputs: AttentionInputs) -> LinePattern:
         """The pattern for such a call."""

@@ -21,6 +21,7 @@ PrefillOp = Literal[
     "line_scores", "select_lines", "vertical_slash", "block_sparse", "dense_attention", "sparse_prefill"
 ]
 DecodeOp = Literal["token_scores", "gather_kv", "decode_attention", "sparse_decode"]
+ChoosesOn = Literal["own", "structured"]  # a layer's own flat attention, or synthetic heads of its shape
 OneOrMore = int | tuple[int, ...]
 _FOLDER = Path("benchmarks") / "suites"
 Case = TypeVar("Case", bound=BaseModel)
@@ -104,6 +105,7 @@ class Prefill(ModelShape):
     new_tokens: int = Field(512, gt=0)
     stacks: tuple[str, ...] = ("loopserve",)
     density: float = Field(0.10, gt=0, le=1, description="Cells computed, planted: random weights have no structure.")
+    chooses_on: ChoosesOn = Field("own", description="What scoring and selection are paid on.")
     runs: int | None = Field(None, gt=0)
 
 
@@ -124,6 +126,7 @@ class Conversation(ModelShape):
     output_tokens: int = Field(33, gt=1)
     stacks: tuple[str, ...] = ("dense", "loopserve")
     density: float = Field(0.10, gt=0, le=1)
+    chooses_on: ChoosesOn = "structured"
 
 
 class Suite(_Part):
