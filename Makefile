@@ -5,7 +5,11 @@ BIN := $(VENV)/bin
 OLDEST := .venv-oldest
 ARGS ?=
 
-.PHONY: demo test check test-oldest bench-engine clean
+# Rows of `make bench` and `make bench-gpu` are appended to benchmarks/results/$(NAME).jsonl.
+NAME ?= cpu
+RESULTS = benchmarks/results/$(NAME).jsonl
+
+.PHONY: demo test check test-oldest bench bench-gpu bench-engine clean
 
 $(VENV)/ready: pyproject.toml constraints.txt plugins/loopserve-keydiff/pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -35,6 +39,19 @@ $(OLDEST)/ready: pyproject.toml constraints-oldest.txt
 
 test-oldest: $(OLDEST)/ready
 	$(OLDEST)/bin/python -m pytest -n 2 tests/models $(ARGS)
+
+# At most twenty minutes on two cores. A wrong operation gets no time and fails the target, after all else was measured.
+bench: $(VENV)/ready
+	@status=0; for part in kernels decode prefill; do \
+	    $(BIN)/loopserve bench $$part --suite cpu --output $(RESULTS) $(ARGS) > /dev/null || status=1; \
+	done; $(BIN)/loopserve bench report $(RESULTS); exit $$status
+
+# At most ten minutes on one GPU of the H200's class.
+bench-gpu: NAME = gpu
+bench-gpu: $(VENV)/ready
+	@status=0; for part in kernels conversation; do \
+	    $(BIN)/loopserve bench $$part --suite gpu --device cuda --output $(RESULTS) $(ARGS) > /dev/null || status=1; \
+	done; $(BIN)/loopserve bench report $(RESULTS); exit $$status
 
 bench-engine: $(VENV)/ready
 	$(BIN)/loopserve bench engine $(ARGS)

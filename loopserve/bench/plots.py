@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from loopserve.bench.rows import Row
+from loopserve.bench.speed import count, crossing
 from loopserve.core.errors import ConfigError
 
-_FIRST_TURN = ("dense_attention", "vertical_slash", "sparse_prefill")
+_WHOLE = "sparse_prefill"  # scoring, selection and attention
+_FIRST_TURN = ("dense_attention", "vertical_slash", _WHOLE)
 
 
 def plot_demo(result: dict[str, Any], path: str | Path) -> None:
@@ -62,11 +64,15 @@ def plot_speed(rows: Sequence[Row], directory: Path) -> list[Path]:
         for axes, group in figure:
             dense = {row["shape"]["n"]: row["sdpa_ms"] for row in group if "sdpa_ms" in row}
             axes.plot(*_line(dense), "k--", marker="o", label="fastest SDPA")
-            for op in _FIRST_TURN:
-                times = {row["shape"]["n"]: row["median_ms"] for row in group if row["op"] == op}
-                if times:
-                    axes.plot(*_line(times), marker="o", label=op)
-            _log_log(axes, "tokens", "ms")
+            for op, impl in dict.fromkeys((row["op"], row["impl"]) for row in group):
+                own = [row for row in group if (row["op"], row["impl"]) == (op, impl)]
+                axes.plot(
+                    *_line({row["shape"]["n"]: row["median_ms"] for row in own}), marker="o", label=f"{op}, {impl}"
+                )
+                even = crossing(sorted((row["shape"]["n"], row["ratio_sdpa"]) for row in own))
+                if op == _WHOLE and even is not None:
+                    axes.axvline(even, color="gray", linestyle=":", label=f"break-even, {impl}: {count(even)}")
+            _log_log(axes, "tokens", "ms", dense)
         made.append(_save(figure[0][0].figure, directory / "time_by_length.png"))
     if steps:
         figure = _panels(steps, lambda row: f"{row['shape']['kv_heads']} KV heads, {row['dtype']}")
@@ -74,7 +80,7 @@ def plot_speed(rows: Sequence[Row], directory: Path) -> list[Path]:
             for stack in dict.fromkeys(row["stack"] for row in group):
                 times = {row["shape"]["n"]: row["median_ms"] for row in group if row["stack"] == stack}
                 axes.plot(*_line(times), marker="o", label=stack)
-            _log_log(axes, "tokens of history", "ms per output token")
+            _log_log(axes, "tokens of history", "ms per output token", [row["shape"]["n"] for row in group])
         made.append(_save(figure[0][0].figure, directory / "tpot_by_history.png"))
     return made
 
@@ -100,9 +106,11 @@ def _line(times: dict[int, float]) -> tuple[list[int], list[float]]:
     return lengths, [times[length] for length in lengths]
 
 
-def _log_log(axes: Any, across: str, up: str) -> None:
-    axes.set(xlabel=across, ylabel=up, yscale="log")
-    axes.set_xscale("log", base=2)
+def _log_log(axes: Any, across: str, up: str, lengths: Iterable[int]) -> None:
+    axes.set(xlabel=across, ylabel=up, xscale="log", yscale="log")
+    ticks = sorted(set(lengths))
+    axes.set_xticks(ticks, [count(each) for each in ticks])
+    axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
 

@@ -41,7 +41,7 @@ def case(row: Row) -> str:
     shape = row["shape"]
     heads = f"{shape['q_heads']}/{shape['kv_heads']} heads, D {shape['head_dim']}"
     new, total = shape["m"], shape["n"]
-    place = _count(total) if new in (1, total) else f"{_count(new)} new of {_count(total)}"
+    place = count(total) if new in (1, total) else f"{count(new)} new of {count(total)}"
     parts = [f"{shape['layers']} layers, {heads}" if "layers" in shape else heads, place]
     if shape.get("batch", 1) > 1:
         parts.append(f"batch {shape['batch']}")
@@ -62,7 +62,7 @@ def note(row: Row) -> str:
     if "scaled_from_heads" in row:
         said.append(f"dense on {row['scaled_from_heads']} heads, scaled")
     if "growth" in row and row.get("growth_from") != row["shape"]["n"]:
-        said.append(f"{row['growth']:.2f} times {_count(row['growth_from'])}")
+        said.append(f"{row['growth']:.2f} times {count(row['growth_from'])}")
     if "ratio_eager" in row:
         said.append(f"{_times(row['ratio_eager'])} eager")
     return "; ".join(said)
@@ -89,14 +89,22 @@ def _kind(row: Row) -> tuple[str, str, str, str]:
     return f"D {row['shape']['head_dim']}", row["dtype"], row["impl"], inputs
 
 
+def crossing(points: Sequence[tuple[int, float]]) -> int | None:
+    """The length at which ratios, given by rising length, reach 1; None if they do so never or from the first."""
+    for (shorter, below), (longer, above) in pairwise(points):
+        if below < 1 <= above:
+            part = -math.log(below) / (math.log(above) - math.log(below))
+            return round(float(shorter * (longer / shorter) ** part))
+    return None
+
+
 def _crossing(points: Sequence[tuple[int, float]]) -> str:
     if points[0][1] >= 1:
-        return f"faster at {_count(points[0][0])}, the shortest measured"
-    for (shorter, below), (longer, above) in pairwise(points):
-        if above >= 1:
-            part = -math.log(below) / (math.log(above) - math.log(below))
-            return f"from about {_count(round(shorter * (longer / shorter) ** part))} on"
-    return f"not up to {_count(points[-1][0])} ({points[-1][1]:.2f} times as fast there)"
+        return f"faster at {count(points[0][0])}, the shortest measured"
+    length = crossing(points)
+    if length is not None:
+        return f"from about {count(length)} on"
+    return f"not up to {count(points[-1][0])} ({points[-1][1]:.2f} times as fast there)"
 
 
 def machines(rows: Iterable[Row]) -> str:
@@ -130,5 +138,6 @@ def _times(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}" if value < 10 else f"{value:.1f}"
 
 
-def _count(tokens: int) -> str:
+def count(tokens: int) -> str:
+    """``16K``, or the number."""
     return f"{tokens // 1024}K" if tokens % 1024 == 0 and tokens else f"{tokens:,}"
