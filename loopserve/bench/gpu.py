@@ -6,6 +6,7 @@ Everything here also runs on a CPU (tests do), where it means nothing.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from loopserve.bench.candidates import Candidate, Case
 from loopserve.bench.heads import Heads
+from loopserve.core.errors import ConfigError
 from loopserve.core.patterns import LinePattern
 
 BACKENDS = {
@@ -56,16 +58,27 @@ def fused_dense(
 ) -> dict[str, Callable[[], object]]:
     """By name, each of torch's fused attentions that serves the block; those that refuse it are left out."""
     found: dict[str, Callable[[], object]] = {}
+    repeated = heads.queries.shape[0] != heads.keys.shape[0]
     for dtype in dtypes:
-        cast = heads.to(dtype)
+        kind = str(dtype).removeprefix("torch.")
         for name, backend in (backends or BACKENDS).items():
-            run = partial(_dense, cast, backend)
-            try:
-                run()
-            except RuntimeError:  # this backend does not serve such shapes or this device
-                continue
-            found[f"sdpa {str(dtype).removeprefix('torch.')} {name}"] = run
+            # Not every backend takes grouped heads; with keys repeated beforehand it computes the same.
+            for spread in (False, True) if repeated else (False,):
+                run = partial(_dense, _spread(heads.to(dtype)) if spread else heads.to(dtype), backend)
+                try:
+                    run()
+                except (RuntimeError, ValueError):  # this backend does not serve such shapes or this device
+                    continue
+                found[f"sdpa {kind} {name}" + (", keys repeated" if spread else "")] = run
+                break
+    if not found:
+        raise ConfigError("none of torch's fused attentions serves this block: there is nothing to compare with")
     return found
+
+
+def _spread(heads: Heads) -> Heads:
+    group = heads.queries.shape[0] // heads.keys.shape[0]
+    return replace(heads, keys=heads.keys.repeat_interleave(group, 0), values=heads.values.repeat_interleave(group, 0))
 
 
 def _dense(heads: Heads, backend: SDPBackend) -> Tensor:

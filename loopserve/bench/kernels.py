@@ -113,7 +113,19 @@ def measure(case: Case, target: Target, runs: int, only: tuple[str, ...] = (), s
             row["own_dense"] = judged[_name(own[each.dtype])][0]["impl"]
         if f"eager {each.dtype}" in found:
             row |= ratio("ratio_eager", found[f"eager {each.dtype}"], seconds)
+        if row["pattern"] and "tile_density" in row["pattern"]:  # tiles per second, as a share of dense attention's
+            row["tile_throughput"] = row["pattern"]["tile_density"] * row["ratio_sdpa"]
+    _add_choosing(rows)
     return rows
+
+
+def _add_choosing(rows: list[Row]) -> None:
+    """To ``sparse_prefill``, ``choosing_share``: what scoring and selection take of it, where they were timed as well."""
+    timed = {(row["op"], row["dtype"]): row["median_ms"] for row in rows if "median_ms" in row}
+    for row in rows:
+        parts = [timed.get((op, row["dtype"])) for op in ("line_scores", "select_lines")]
+        if row["op"] == "sparse_prefill" and "median_ms" in row and None not in parts:
+            row["choosing_share"] = sum(part for part in parts if part is not None) / row["median_ms"]
 
 
 def _name(candidate: Candidate) -> str:

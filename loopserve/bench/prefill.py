@@ -65,11 +65,12 @@ def _later_turn(part: Prefill, dtype: Dtype, device: str, runs: int, suite: str)
     for _ in range(runs):
         for name, side in sides.items():
             planted = made[name][1] if name in made else None
-            if planted is not None:
-                planted.choosing_s = 0.0
-            seconds[name].append(side.answer(1)[0])
-            if planted is not None:
-                choosing[name].append(planted.choosing_s)
+            if planted is None:
+                seconds[name].append(side.answer(1)[0])
+                continue
+            planted.choosing_s = planted.drawing_s = 0.0
+            seconds[name].append(side.answer(1)[0] - planted.drawing_s)
+            choosing[name].append(planted.choosing_s)
     for name in [*engines, _PLAIN]:
         row = _head("ttft", shared, part, dtype, name, suite, device)
         row["shape"] |= {"m": part.new_tokens, "n": part.tokens + part.new_tokens}
@@ -126,7 +127,8 @@ def run_conversation(suite: Suite, *, device: str = "cpu", progress: Progress = 
 def _conversation(part: Conversation, dtype: Dtype, device: str, suite: str) -> Iterator[Row]:
     new_tokens = part.tokens // part.turns - part.output_tokens
     shared = SharedModel(part, dtype, 0, min(new_tokens, 512), device, positions=part.tokens)
-    sides = {name: EngineSide(shared, planted_stack(name, part.density, part.chooses_on)[0]) for name in part.stacks}
+    made = {name: planted_stack(name, part.density, part.chooses_on) for name in part.stacks}
+    sides = {name: EngineSide(shared, stack) for name, (stack, _) in made.items()}
     draw = torch.Generator().manual_seed(1)
     set_implementation(shared.model, IMPLEMENTATION)
     for turn in range(part.turns):
@@ -136,10 +138,13 @@ def _conversation(part: Conversation, dtype: Dtype, device: str, suite: str) -> 
         for name, side in sides.items():
             if side.audit.problems:
                 continue
+            planted = made[name][1]
+            if planted is not None:
+                planted.drawing_s = 0.0
             started = time.perf_counter()
             sampling = SamplingConfig(max_new_tokens=part.output_tokens)
             arrivals = [time.perf_counter() for _ in side.engine.generate(side.session, ids, sampling, frozenset())]
-            first[name] = [arrivals[0] - started]
+            first[name] = [arrivals[0] - started - (planted.drawing_s if planted is not None else 0.0)]
             later[name] = [fmean(b - a for a, b in pairwise(arrivals))]
         for op, seconds in (("ttft", first), ("decode_step", later)):
             for name in sides:

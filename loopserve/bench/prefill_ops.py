@@ -20,6 +20,7 @@ from loopserve.bench.parity import (
     verdict,
 )
 from loopserve.bench.planted import PlantedSparsifier
+from loopserve.bench.selection import SAMPLED, check_selection, of_kv_head, select
 from loopserve.bench.suite import KernelPrefill
 from loopserve.core.interfaces import PrefillSparsifier
 from loopserve.core.patterns import TILE, AttentionPattern, BlockPattern, DensePattern, LinePattern
@@ -27,15 +28,10 @@ from loopserve.kernels import backend
 from loopserve.kernels.block_sparse import block_sparse
 from loopserve.kernels.dense_attention import dense_attention
 from loopserve.kernels.line_scores import LineScores, line_scores
-from loopserve.kernels.select_lines import LineSelection, select_lines
 from loopserve.kernels.vertical_slash import vertical_slash
 from loopserve.policies.draws import Sampling, generator, sample_rows
 
 SPARSE_PARTS = ("line_scores", "select_lines", "vertical_slash")
-_SAMPLED = 128
-_SINKS, _LOCAL = 4, 64
-_CUT = 2048  # tokens on which the greedy is held against the line-by-line one, which is slow
-_COST_SLACK = 0.05
 _BLOCK_SHARE = 0.12  # key tiles that the block pattern keeps of those before a query tile
 
 
@@ -54,8 +50,9 @@ def prefill_case(part: KernelPrefill, device: str) -> Case:
     candidates, own = [], {}
     for dtype in (DTYPES[name] for name in part.dtypes):
         block = _Block(heads.to(dtype), pattern, sparsifier, part.alpha)
-        own[dtype] = block.dense(dense_heads)
-        candidates += [own[dtype] if op == "dense_attention" else getattr(block, op)() for op in part.ops]
+        own[dtype] = block.dense(dense_heads, "auto")
+        chosen = own[dtype] if backend.chosen() == "auto" else block.dense(dense_heads, backend.chosen())
+        candidates += [chosen if op == "dense_attention" else getattr(block, op)() for op in part.ops]
     fields = {"alpha": part.alpha if part.data != "planted" else None}
     if dense_heads < kv_heads:
         fields["scaled_from_heads"] = dense_heads * (query_heads // kv_heads)
@@ -88,7 +85,7 @@ class _Block:
         self.dtype = heads.queries.dtype
         self.new, self.total = heads.queries.shape[1], heads.keys.shape[1]
         self.stretches = sampled_rows(self.new)
-        self.rows = sample_rows(self.new, _SAMPLED, Sampling.MIXED, generator(0)).to(heads.keys.device)
+        self.rows = sample_rows(self.new, SAMPLED, Sampling.MIXED, generator(0)).to(heads.keys.device)
         self.columns = self.rows + heads.history
         self.exact_dense = cache(partial(exact_dense, heads, self.stretches))
         self.probabilities = cache(lambda: self._scores().probabilities)
@@ -96,9 +93,13 @@ class _Block:
     def _scores(self) -> LineScores:
         return line_scores(self.heads.queries[:, self.rows], self.heads.keys, self.columns, scaling=self.heads.scaling)
 
-    def dense(self, kv_heads: int) -> Candidate:
-        """Our dense attention on the first KV heads."""
+    def dense(self, kv_heads: int, choice: str) -> Candidate:
+        """Our dense attention on the first KV heads, under a choice of implementations (``auto``: the fastest there is)."""
         part = self.heads.first(kv_heads)
+
+        def run() -> Tensor:
+            with backend.use(choice):
+                return dense_attention(*part.tensors, scaling=part.scaling)[0]
 
         def check(found: Tensor) -> Verdict:
             exact = self.exact_dense()[: part.queries.shape[0]]
@@ -107,7 +108,7 @@ class _Block:
         return Candidate(
             "dense_attention",
             self.dtype,
-            lambda: dense_attention(*part.tensors, scaling=part.scaling)[0],
+            run,
             check,
             ("dense_attention",),
             scale=self.heads.keys.shape[0] / kv_heads,
@@ -117,7 +118,7 @@ class _Block:
         def check(found: LineScores) -> Verdict:
             judged = []
             for kv in sorted({0, self.heads.keys.shape[0] - 1}):  # all heads at once would take gigabytes in float64
-                own = _of_kv_head(self.heads, kv)
+                own = of_kv_head(self.heads, kv)
                 with backend.use("reference"):
                     exact = line_scores(
                         own.queries[:, self.rows].double(), own.keys.double(), self.columns, scaling=own.scaling
@@ -133,14 +134,14 @@ class _Block:
         return Candidate(
             "select_lines",
             self.dtype,
-            lambda: _select(self.probabilities(), self.columns, self.new, self.alpha),
+            lambda: select(self.probabilities(), self.columns, self.new, self.alpha),
             lambda found: check_selection(found, self.probabilities(), self.columns, self.new, self.alpha, self.heads),
             ("select_lines",),
             lambda found: described(LinePattern(found.verticals, found.slashes, self.new)),
         )
 
     def vertical_slash(self) -> Candidate:
-        lines = _as_lines(self.pattern)
+        lines = _as_lines(self.pattern, self.columns.device)
         return Candidate(
             "vertical_slash",
             self.dtype,
@@ -180,7 +181,7 @@ class _Block:
             "sparse_prefill",
             self.dtype,
             run,
-            lambda found: self._judge(found[0], _as_lines(found[1])),
+            lambda found: self._judge(found[0], _as_lines(found[1], self.columns.device)),
             SPARSE_PARTS,
             lambda found: described(found[1]),
         )
@@ -190,65 +191,13 @@ class _Block:
         return verdict(rows_of(found, self.stretches), exact, self.exact_dense(), self.dtype)
 
 
-def _of_kv_head(heads: Heads, kv: int) -> Heads:
-    group = heads.queries.shape[0] // heads.keys.shape[0]
-    return Heads(
-        heads.queries[kv * group : (kv + 1) * group], heads.keys[kv : kv + 1], heads.values[kv : kv + 1], heads.data
-    )
-
-
-def _as_lines(pattern: AttentionPattern) -> LinePattern:
+def _as_lines(pattern: AttentionPattern, device: torch.device) -> LinePattern:
     """A pattern of lines; a dense one is every slash."""
     if isinstance(pattern, LinePattern):
         return pattern
     assert isinstance(pattern, DensePattern)
-    every = torch.ones(pattern.heads, pattern.total_tokens, dtype=torch.bool)
+    every = torch.ones(pattern.heads, pattern.total_tokens, dtype=torch.bool, device=device)
     return LinePattern(torch.zeros_like(every), every, pattern.new_tokens)
-
-
-def _select(probabilities: Tensor, columns: Tensor, new: int, alpha: float) -> LineSelection:
-    """As the preset calls it: sinks and a local window are forced, lines cost what a kernel computing in tiles adds."""
-    line = torch.arange(probabilities.shape[2], device=probabilities.device).expand(probabilities.shape[0], -1)
-    return select_lines(
-        probabilities,
-        columns,
-        new,
-        alpha=alpha,
-        cost="tile",
-        forced_verticals=line < _SINKS,
-        forced_slashes=line < _LOCAL,
-    )
-
-
-def check_selection(
-    found: LineSelection, probabilities: Tensor, columns: Tensor, new: int, alpha: float, heads: Heads
-) -> Verdict:
-    """A selection is right if the mass it says it covers is there and is enough, and if on a cut-down problem it costs
-    hardly more than the line-by-line greedy's. ``error`` is that excess of cost, ``worst`` the coverage misstated or missing.
-    """
-    lines = LinePattern(found.verticals, found.slashes, new)
-    inside = lines.coverage(probabilities.double(), columns)
-    missing = float((alpha - inside).clamp(min=0).max())
-    worst = max(missing, float((inside - found.coverage).abs().max()))
-    forced = bool(found.verticals[:, :_SINKS].all() and found.slashes[:, :_LOCAL].all())
-    excess = _excess_cost(heads, alpha)
-    ok = worst <= 1e-3 and forced and excess <= _COST_SLACK
-    why = "" if ok else f"coverage off by {worst:.1e}, cost {excess:+.1%} to the reference, forced lines kept: {forced}"
-    return Verdict(worst, excess, None, ok, why)
-
-
-def _excess_cost(heads: Heads, alpha: float) -> float:
-    """Cost of the chosen lines over the reference's, minus 1, on the first tokens of one KV head."""
-    own = _of_kv_head(heads, 0)
-    new = min(own.queries.shape[1], _CUT)
-    total = min(own.keys.shape[1], max(_CUT, new))
-    rows = sample_rows(new, _SAMPLED // 2, Sampling.MIXED, generator(1)).to(own.keys.device)
-    columns = rows + total - new
-    # Queries of another place are queries all the same: what matters is that both sides get the same probabilities.
-    with backend.use("reference"):
-        cut = line_scores(own.queries[:, rows], own.keys[:, :total], columns, scaling=own.scaling).probabilities
-        exact = _select(cut, columns, new, alpha).cost
-    return float(_select(cut, columns, new, alpha).cost.sum() / exact.sum()) - 1.0
 
 
 def pooled_blocks(heads: Heads) -> BlockPattern:

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from typing import Any, Literal, Protocol
 
 import torch
-from torch import Tensor
 
 from loopserve.bench.audit import audited
 from loopserve.bench.candidates import DTYPES
@@ -62,17 +61,17 @@ class SharedModel:
         draw = torch.Generator().manual_seed(0)
         self.new_ids = torch.randint(0, shape.vocabulary, (new_tokens,), generator=draw)
         self.tokens = tokens
-        self.pairs = [self._random_pairs(layer) for layer in range(shape.layers)] if tokens else []
+        self.pairs = self._random_pairs() if tokens else []
 
-    def _random_pairs(self, layer: int) -> PairBuffer:
-        draw = torch.Generator(device=self.device).manual_seed(layer)
+    def _random_pairs(self) -> list[PairBuffer]:
+        """A buffer per layer. Layers hold the same numbers, shifted: drawing a billion takes longer than using them."""
         assert isinstance(self.shape.kv_heads, int)
-        size = (self.shape.kv_heads, self.tokens, self.shape.hidden // self.shape.heads)
-
-        def half() -> Tensor:
-            return torch.randn(size, generator=draw, dtype=DTYPES[self.dtype], device=self.device) * _SPREAD
-
-        return PairBuffer(half(), half(), slack=len(self.new_ids) + _ROOM)
+        draw = torch.Generator(device=self.device).manual_seed(0)
+        size = (2, self.shape.kv_heads, self.tokens, self.shape.hidden // self.shape.heads)
+        drawn = torch.randn(size, generator=draw, device=self.device).mul_(_SPREAD).to(DTYPES[self.dtype])
+        room = len(self.new_ids) + _ROOM
+        layers = range(self.shape.layers)
+        return [PairBuffer(drawn[0].roll(each, dims=1), drawn[1].roll(each, dims=1), slack=room) for each in layers]
 
     def stand_at(self, length: int) -> None:
         """Forget what sides have appended beyond a length. What another side left below it is as good as any."""

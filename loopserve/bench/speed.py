@@ -63,6 +63,8 @@ def note(row: Row) -> str:
         said.append(f"dense on {row['scaled_from_heads']} heads, scaled")
     if "growth" in row and row.get("growth_from") != row["shape"]["n"]:
         said.append(f"{row['growth']:.2f} times {count(row['growth_from'])}")
+    if "choosing_share" in row:
+        said.append(f"choosing {row['choosing_share']:.0%}")
     if "ratio_eager" in row:
         said.append(f"{_times(row['ratio_eager'])} eager")
     return "; ".join(said)

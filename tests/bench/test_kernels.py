@@ -56,6 +56,7 @@ def test_rows_say_what_was_computed(rows: list[Row]) -> None:
     row = next(row for row in rows if row["op"] == "sparse_prefill" and row["dtype"] == "float32")
     assert 0 < row["pattern"]["cell_density"] <= row["pattern"]["tile_density_most"] <= 1
     assert set(row["impl_parts"]) == {"line_scores", "select_lines", "vertical_slash"}
+    assert row["tile_throughput"] > 0 and row["choosing_share"] > 0
     assert row["rel_err_pattern"] < 1e-4 < row["rel_err"]  # exact under its pattern, not beside dense
     later = [row for row in rows if row["shape"]["m"] == 130]
     assert later and all(row["scaled_from_heads"] == 2 and "past + causal" in row["sdpa"] for row in later)
