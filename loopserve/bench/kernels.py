@@ -155,7 +155,7 @@ def _judge(candidate: Candidate) -> tuple[Row, Verdict]:
             impl = candidate.impl or seen.impl(*candidate.parts)
             parts = {op: "+".join(sorted(seen.served.get(op, ()))) for op in candidate.parts}
             judged, pattern = candidate.check(found), candidate.pattern(found)
-        except (RuntimeError, ValueError, IndexError) as error:
+        except Exception as error:  # whatever an implementation raises, it is no result
             first = (str(error).strip().splitlines() or [""])[0]
             impl, parts = candidate.impl or seen.impl(*candidate.parts), {}
             judged = Verdict(float("inf"), float("inf"), None, False, f"{type(error).__name__}: {first}")

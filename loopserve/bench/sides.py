@@ -6,7 +6,6 @@ All sides use the same buffers, one after another; each puts the length back to 
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Iterator
 from typing import Any, Literal, Protocol
@@ -124,16 +123,21 @@ class EngineSide:
         """What a row says of implementations and parity, from the first turn."""
         parts = {op: "+".join(sorted(names)) for op, names in sorted(self.seen.served.items())}
         said: Row = {"impl": self.seen.impl(), "impl_parts": parts, "parity_errs": self.audit.errors}
+        if unaudited := sorted(parts.keys() - self.audit.errors.keys()):
+            said["unaudited"] = unaudited
         if self.audit.problems:
             return said | {"parity": "failed", "error": self.audit.problems[0]}
         return said | {"parity": "ok"}
 
     def phases(self, outputs: int) -> dict[str, float]:
-        """Share of the decode steps' time by operation, over one answer that is watched and not otherwise timed."""
+        """Share of the decode steps' time by operation, and of the policy's own code, over one answer that is watched.
+
+        The rest is the model's and the loop's.
+        """
         answer = self._generate(outputs)
         next(answer)
         started = time.perf_counter()
-        with watched() as seen:
+        with watched(type(each) for each in self.session.compressors.values()) as seen:
             for _ in answer:
                 pass
         shares = seen.shares(time.perf_counter() - started)
@@ -171,7 +175,6 @@ class PlainSide:
 
         seconds = list(_between(tokens()))
         shared.stand_at(shared.tokens)
-        gc.collect()  # a growing cache is gigabytes, and transformers ties it up in cycles
         return seconds[0], seconds[1:]
 
 

@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend
 
-from loopserve.bench import capture, kernels
-from loopserve.bench.gpu import BACKENDS, flex_rival, fused_dense
-from loopserve.bench.heads import structured_heads
+from loopserve.bench import capture, kernels, paired
+from loopserve.bench.candidates import Candidate, Case
+from loopserve.bench.decode_ops import decode_case
+from loopserve.bench.gpu import BACKENDS, flex_mask, flex_rival, fused_dense
+from loopserve.bench.heads import Heads
 from loopserve.bench.kernels import CpuTarget, measure, run_kernels
-from loopserve.bench.paired import Runner, paired_runs, watched
+from loopserve.bench.paired import Runner, Watched, paired_runs, watched
 from loopserve.bench.prefill_ops import prefill_case
 from loopserve.bench.rows import Row, quantiles
-from loopserve.bench.suite import KernelPrefill
+from loopserve.bench.suite import KernelPrefill, load_suite
 from loopserve.cli import main
 from loopserve.core.errors import ConfigError
+from loopserve.core.interfaces import DecodeCompressor
+from loopserve.core.patterns import LinePattern
 from loopserve.kernels.backend import Operation
+from loopserve.policies.decode.full import FullDecode
 from tests.bench.small import by_op, suite
 
 PREFILL_OPS = ["line_scores", "select_lines", "vertical_slash", "block_sparse", "dense_attention", "sparse_prefill"]
@@ -174,20 +181,73 @@ def test_the_bundled_models_heads(monkeypatch: pytest.MonkeyPatch) -> None:
     capture._recorded.cache_clear()
 
 
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_the_gpu_part_runs_on_a_cpu() -> None:
-    from torch.nn.attention import SDPBackend
+class GpuOnCpu(CpuTarget):
+    """What the GPU part does, with the one fused attention that a CPU has, and FlexAttention as it is without a compiler."""
 
-    heads = structured_heads(4, 2, 64, 300, 32)
-    math = fused_dense(heads, (torch.float32,), {"math": SDPBackend.MATH})
-    assert list(math) == ["sdpa float32 math"] and BACKENDS.keys() == {"flash", "cudnn", "efficient"}
-    part = KernelPrefill(
-        tokens=300, new_tokens=200, query_heads=4, kv_heads=2, ops=("vertical_slash",), dtypes=("float32",)
+    def dense(self, heads: Heads, dtypes: tuple[torch.dtype, ...]) -> dict[str, Callable[[], object]]:
+        return fused_dense(heads, dtypes, {"math": SDPBackend.MATH})
+
+    def rivals(self, case: Case) -> list[Candidate]:
+        return [flex_rival(each, compiled=False) for each in case.candidates if each.op == "vertical_slash"]
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_the_gpu_suite_runs_on_a_cpu_when_it_is_small() -> None:
+    gpu = load_suite("gpu")
+    small = {"query_heads": 4, "kv_heads": 2, "head_dim": 32, "dtypes": ("float32",), "density": 0.4, "tokens": 384}
+    for part in gpu.prefill_kernels:
+        changes = small | {"new_tokens": 200 if part.new_tokens else None}
+        if part.data != "planted":
+            changes["density"] = None
+        rows = measure(prefill_case(part.model_copy(update=changes), "cpu"), GpuOnCpu(), runs=1)
+        assert all(row["parity"] == "ok" and row["sdpa"] == "sdpa float32 math" for row in rows), rows
+        rival = next(row for row in rows if row["impl"] == "flex_attention")
+        assert rival["op"] == "vertical_slash" and rival["ratio_sdpa"] > 0 and rival["rel_err_pattern"] < 1e-4
+    (steps,) = gpu.decode_kernels
+    small = {
+        "query_heads": 4,
+        "kv_heads": 2,
+        "head_dim": 32,
+        "dtypes": ("float32",),
+        "tokens": 384,
+        "budget": 64,
+        "batch": 2,
+    }
+    assert all(
+        row["parity"] == "ok" for row in measure(decode_case(steps.model_copy(update=small), "cpu"), GpuOnCpu(), 1)
     )
-    case = prefill_case(part, "cpu")
-    (ours,) = case.candidates
-    rival = flex_rival(ours, compiled=False)
-    judged = rival.check(rival.run())
-    assert judged.ok, judged.why
+    assert BACKENDS.keys() == {"flash", "cudnn", "efficient"}
     with pytest.raises(ConfigError, match="torch sees no GPU"):
         kernels.target_for("cuda")
+
+
+def test_a_block_mask_holds_the_tiles_that_lines_touch() -> None:
+    draw = torch.Generator().manual_seed(0)
+    verticals, slashes = (torch.rand(2, 700, generator=draw) < 0.003 for _ in range(2))
+    lines = LinePattern(verticals, slashes, 300)
+    mask = flex_mask(lines)
+    cells = torch.nn.functional.pad(lines.to_mask(), (0, -700 % 128, 0, -300 % 128))
+    touched = cells.view(2, 3, 128, 6, 128).any(4).any(2)
+    held = mask.to_dense()[0].bool()
+    assert bool((held >= touched).all()) and int(held.sum()) <= int(touched.sum()) + 6  # more only where a tile is cut
+
+
+def test_time_goes_to_the_innermost_that_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(paired, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    seen = Watched()
+
+    def wait(seconds: float) -> None:
+        now[0] += seconds
+
+    def outer() -> None:
+        wait(1.0)
+        seen.clocked("inner", lambda: wait(5.0))
+        wait(0.5)
+
+    seen.clocked("outer", outer)
+    assert seen.seconds == {"inner": 5.0, "outer": 1.5}
+    assert seen.shares(10.0) == {"inner": 0.5, "outer": 0.15}
+    with watched([FullDecode]):
+        assert FullDecode.after_forward is not DecodeCompressor.after_forward
+    assert "after_forward" not in FullDecode.__dict__

@@ -58,6 +58,7 @@ def test_decode_rows(shared: SharedModel) -> None:
         assert row["worst_step_ms"] >= row["typical_step_ms"] > 0 and row["growth_from"] == 70
     ours = next(row for row in rows if row["stack"] == "loopserve")
     assert ours["impl_parts"]["decode_attention"] and 0 < ours["phase_shares"]["decode_attention"] < 1
+    assert 0 < ours["phase_shares"]["policy"] < 1 and "unaudited" not in ours
 
 
 def test_prefill_rows_say_that_the_density_was_planted() -> None:
