@@ -11,6 +11,7 @@ from loopserve.bench.sides import EngineSide, PlainSide, SharedModel
 from loopserve.bench.suite import Decode, Dtype, Suite, cases
 
 Progress = Callable[[str], None]
+_WATCHED_OUTPUTS = 17  # one interval of the presets: enough for shares
 _GROWING_OUTPUTS = 4  # copies the whole cache at every step: a few steps say it
 
 
@@ -86,7 +87,7 @@ def _ratios(seconds: dict[str, list[float]], name: str) -> Row:
 
 def _engine_fields(side: EngineSide, outputs: int) -> Row:
     said = side.described()
-    return said if side.audit.problems else said | {"phase_shares": side.phases(outputs)}
+    return said if side.audit.problems else said | {"phase_shares": side.phases(min(outputs, _WATCHED_OUTPUTS))}
 
 
 def _add_growth(rows: list[Row]) -> None:

@@ -110,7 +110,7 @@ def _log_log(axes: Any, across: str, up: str, lengths: Iterable[int]) -> None:
     axes.set(xlabel=across, ylabel=up, xscale="log", yscale="log")
     ticks = sorted(set(lengths))
     axes.set_xticks(ticks, [count(each) for each in ticks])
-    axes.minorticks_off()
+    axes.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
 
