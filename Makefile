@@ -5,7 +5,11 @@ BIN := $(VENV)/bin
 OLDEST := .venv-oldest
 ARGS ?=
 
-.PHONY: demo test check test-oldest sanitize bench-engine clean
+# Rows of `make bench` and `make bench-gpu` are appended to benchmarks/results/$(NAME).jsonl.
+NAME ?= cpu
+RESULTS = benchmarks/results/$(NAME).jsonl
+
+.PHONY: demo test check test-oldest sanitize bench bench-gpu bench-engine clean
 
 $(VENV)/ready: pyproject.toml constraints.txt plugins/loopserve-keydiff/pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -42,6 +46,19 @@ sanitize: $(VENV)/ready
 	LOOPSERVE_CFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g -O1" \
 	LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
 	$(BIN)/python -m pytest -q -p no:xdist tests/kernels --ignore tests/kernels/triton $(ARGS)
+
+# At most twenty minutes on two cores. A wrong operation gets no time and fails the target, after all else was measured.
+bench: $(VENV)/ready
+	@status=0; for part in kernels decode prefill; do \
+	    $(BIN)/loopserve bench $$part --suite cpu --output $(RESULTS) $(ARGS) > /dev/null || status=1; \
+	done; $(BIN)/loopserve bench report $(RESULTS); exit $$status
+
+# At most ten minutes on one GPU of the H200's class.
+bench-gpu: NAME = gpu
+bench-gpu: $(VENV)/ready
+	@status=0; for part in kernels conversation; do \
+	    $(BIN)/loopserve bench $$part --suite gpu --device cuda --output $(RESULTS) $(ARGS) > /dev/null || status=1; \
+	done; $(BIN)/loopserve bench report $(RESULTS); exit $$status
 
 bench-engine: $(VENV)/ready
 	$(BIN)/loopserve bench engine $(ARGS)
