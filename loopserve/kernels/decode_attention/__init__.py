@@ -5,9 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from loopserve.kernels import backend
+from loopserve.kernels.gpu import limits
 from loopserve.kernels.shapes import check
 
-_OPERATION = backend.operation("decode_attention", "packed")
+_OPERATION = backend.operation("decode_attention", "packed", "triton", limits={"triton": limits.attention})
 
 
 def decode_attention(

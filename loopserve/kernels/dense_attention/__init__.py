@@ -5,9 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from loopserve.kernels import backend
+from loopserve.kernels.gpu import limits
 from loopserve.kernels.shapes import check
 
-_OPERATION = backend.operation("dense_attention", "packed")
+_OPERATION = backend.operation("dense_attention", "packed", "triton", limits={"triton": limits.attention})
 
 
 def dense_attention(

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from loopserve.kernels import backend
+from loopserve.kernels.gpu import limits
 from loopserve.kernels.shapes import check_columns, check_lines
 
 Cost = Literal["length", "tile"]
 TILE = 64  # rows per tile of the kernels whose work the cost ``tile`` counts
-_OPERATION = backend.operation("select_lines", "packed", any_device=True)
+_OPERATION = backend.operation("select_lines", "packed", "triton", any_device=True, limits={"triton": limits.selection})
 
 
 class LineSelection(NamedTuple):
@@ -65,7 +66,9 @@ def select_lines(
     if cost not in ("length", "tile") or tile < 1:
         raise ValueError(f"select_lines: cost={cost!r} must be 'length' or 'tile', tile={tile} at least 1")
     weights = torch.ones(heads, rows, device=probabilities.device) if row_weights is None else row_weights
-    if weights.shape not in ((rows,), (heads, rows)) or bool((weights < 0).any()):
+    # Reading a value waits for an accelerator, so there the signs of weights are the caller's business.
+    negative = weights.device.type == "cpu" and bool((weights < 0).any())
+    if weights.shape not in ((rows,), (heads, rows)) or negative:
         raise ValueError(
             f"select_lines: row_weights {list(weights.shape)} must be [{rows}] or [{heads}, {rows}], none negative"
         )
@@ -97,4 +100,4 @@ def select_lines(
 
 def _share(part: Tensor, whole: Tensor) -> Tensor:
     """part / whole; of nothing, everything is covered."""
-    return torch.where(whole > 0, part / whole.clamp(min=1e-30), 1.0).clamp(max=1.0)
+    return (part / whole.clamp(min=1e-30)).masked_fill(whole <= 0, 1.0).clamp(max=1.0)

@@ -7,11 +7,12 @@ from typing import Literal
 from torch import Tensor
 
 from loopserve.kernels import backend
+from loopserve.kernels.gpu import limits
 from loopserve.kernels.shapes import check
 
 OverRows = Literal["mean", "sum", "max"]
 _OVER_ROWS = ("mean", "sum", "max")
-_OPERATION = backend.operation("token_scores", "packed")
+_OPERATION = backend.operation("token_scores", "packed", "triton", limits={"triton": limits.scores})
 
 
 def token_scores(

@@ -5,9 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from loopserve.kernels import backend
+from loopserve.kernels.gpu import limits
 from loopserve.kernels.shapes import check, check_lines
 
-_OPERATION = backend.operation("vertical_slash", "packed")
+_OPERATION = backend.operation("vertical_slash", "packed", "triton", limits={"triton": limits.lines})
 
 
 def vertical_slash(
