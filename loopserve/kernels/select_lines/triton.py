@@ -90,12 +90,12 @@ class _Heads:
         close = (paid * (_CLOSE_FAR + (_CLOSE - _CLOSE_FAR) * near))[:, None]
         expected = self.gains.gather(1, lines).masked_fill_(best <= 0, 0.0)
         fits = _before(expected) < _SHARE * self.missing[:, None]
-        fits[:, 0] = True
+        fits[:, 0].fill_(True)
         tried = (best > 0) & (best >= close) & fits
         gained = self._ranked(lines, tried)
         # What those before it leave to a line may no longer be worth its cost; the first is worth it by definition.
         enough = gained >= close * costs.gather(1, lines)
-        enough[:, 0] = True
+        enough[:, 0].fill_(True)
         tried &= enough
         gained = self._ranked(lines, tried)
         empty = tried & (gained <= 0)
