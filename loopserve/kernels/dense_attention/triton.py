@@ -52,9 +52,13 @@ def dense_kernel(
     SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
     HAS_FILLER: tl.constexpr,
+    WINDOWED: tl.constexpr,
     ANYWHERE: tl.constexpr,
 ) -> None:
-    """Grid: tiles of rows, query heads. Late tiles, which see most, start first. ANYWHERE: columns are read."""
+    """Grid: tiles of rows, query heads. Late tiles, which see most, start first.
+
+    WINDOWED: rows do not see all from the first key on. ANYWHERE: columns are read.
+    """
     head = tl.program_id(1).to(tl.int64)
     start = (tl.num_programs(0) - 1 - tl.program_id(0)) * ROWS
     row = start + tl.arange(0, ROWS)
@@ -84,10 +88,11 @@ def dense_kernel(
     sums = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, VALUE_PADDED], tl.float32)
     whole = clear + tl.maximum(lowest + 1 - clear, 0) // KEYS * KEYS
-    acc, sums, peak = spans(
-        acc, sums, peak, q_tile, keys_at, values_at, k_row, v_row, begin, clear, oldest, column, inner, outer,
-        KEYS, CHANNELS, PADDED, VALUE_CHANNELS, VALUE_PADDED, SOFTCAP, PRECISION, True,
-    )  # fmt: skip
+    if WINDOWED:
+        acc, sums, peak = spans(
+            acc, sums, peak, q_tile, keys_at, values_at, k_row, v_row, begin, clear, oldest, column, inner, outer,
+            KEYS, CHANNELS, PADDED, VALUE_CHANNELS, VALUE_PADDED, SOFTCAP, PRECISION, True,
+        )  # fmt: skip
     acc, sums, peak = spans(
         acc, sums, peak, q_tile, keys_at, values_at, k_row, v_row, clear, whole, oldest, column, inner, outer,
         KEYS, CHANNELS, PADDED, VALUE_CHANNELS, VALUE_PADDED, SOFTCAP, PRECISION, False,
@@ -173,6 +178,7 @@ def _tiled(
         SOFTCAP=bool(softcap),
         PRECISION=precision(queries.dtype),
         HAS_FILLER=first_valid is not None,
+        WINDOWED=window is not None,
         ANYWHERE=columns is not None,
         num_warps=shape.warps,
         num_stages=shape.stages,

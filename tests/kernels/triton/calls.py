@@ -47,6 +47,7 @@ def variants(dtype: torch.dtype, channels: int) -> Iterator[Call]:
     for tile in (16, 32, 128):
         yield "block_sparse", (queries, keys, values, _blocks(tile)), options | {"tile": tile}
     yield "dense_attention", (queries[:, :64], keys, values), options | {"columns": torch.arange(64)}
+    yield "dense_attention", (queries, keys, values), options | {"window": 4096}
     for rows in (4, 16):
         yield "decode_attention", (queries[:, :rows], keys, values), options
     yield "decode_attention", (queries[:, :1], keys[:, :256], values[:, :256]), options

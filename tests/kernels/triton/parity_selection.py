@@ -11,7 +11,7 @@ from torch import Tensor
 
 from loopserve.kernels import backend
 from loopserve.kernels.select_lines import LineSelection, select_lines
-from tests.kernels.test_select_lines import FORMS, cost, covered, rows_of_heads
+from tests.kernels.test_select_lines import cost, covered, rows_of_heads
 
 assert os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -41,13 +41,11 @@ def told_truly(selection: LineSelection, probabilities: Tensor, columns: Tensor,
 @pytest.mark.parametrize(("cost_of", "new", "total"), [("length", 60, 60), ("length", 128, 300), ("tile", 100, 200)])
 def test_it_costs_at_most_two_percent_more(cost_of: str, new: int, total: int) -> None:
     probabilities, columns = rows_of_heads(new, total, 32, seed=1)
-    for alpha in (0.8, 0.95):
-        options = {"alpha": alpha, "cost": cost_of}
-        slow = selected("reference", probabilities, columns, new, **options)
-        fast = selected("triton", probabilities, columns, new, **options)
-        told_truly(fast, probabilities, columns, alpha)
-        assert fast.cost.sum() <= 1.02 * slow.cost.sum()
-        torch.testing.assert_close(fast.cost, cost(fast, new, cost_of))
+    slow = selected("reference", probabilities, columns, new, alpha=0.9, cost=cost_of)
+    fast = selected("triton", probabilities, columns, new, alpha=0.9, cost=cost_of)
+    told_truly(fast, probabilities, columns, 0.9)
+    assert fast.cost.sum() <= 1.02 * slow.cost.sum()
+    torch.testing.assert_close(fast.cost, cost(fast, new, cost_of))
 
 
 def test_too_few_rounds_still_reach_the_target(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,7 +58,8 @@ def test_too_few_rounds_still_reach_the_target(monkeypatch: pytest.MonkeyPatch) 
 
 def test_forced_lines_are_in_and_count() -> None:
     probabilities, columns = rows_of_heads(50, 80, 16, 1)
-    forced = torch.zeros(len(FORMS), 80, dtype=torch.bool)
+    probabilities = probabilities[2:4]
+    forced = torch.zeros(2, 80, dtype=torch.bool)
     forced[:, [3, 40]] = True
     options = {"forced_verticals": forced, "forced_slashes": forced}
     nothing_else = selected("triton", probabilities, columns, 50, alpha=0.0, **options)
@@ -72,12 +71,13 @@ def test_forced_lines_are_in_and_count() -> None:
 
 def test_heavy_rows_are_served_first() -> None:
     probabilities, columns = rows_of_heads(100, 200, 32, 0)
+    probabilities = probabilities[-1:]  # the diffuse head has to choose whom to serve
     weights = torch.ones(32)
     weights[5] = 200.0
     plain = selected("triton", probabilities, columns, 100, alpha=0.7)
     heavy = selected("triton", probabilities, columns, 100, alpha=0.7, row_weights=weights)
     gained = covered(heavy, probabilities, columns)[:, 5] - covered(plain, probabilities, columns)[:, 5]
-    assert gained[-1] > 0.05  # the diffuse head has to choose whom to serve
+    assert gained[0] > 0.05
 
 
 def test_rows_that_attend_to_nothing_ask_for_nothing() -> None:
