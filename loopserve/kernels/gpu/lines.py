@@ -121,7 +121,7 @@ def take_lines_kernel(
         row = start + tl.arange(0, ROWS)
         mass, met = owned_cells(probabilities, columns, ranks, line, rank, head, row, rows, total, True)
         mass *= tl.load(weights + head * rows + row, mask=row < rows, other=0.0)[:, None]
-        tl.atomic_add(gains + head * 2 * total + met, -mass, mask=mass > 0.0)
+        tl.atomic_add(gains + head * 2 * total + met, -mass, mask=mass > 0.0, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["rows", "total"])
