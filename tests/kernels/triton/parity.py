@@ -97,6 +97,18 @@ def test_attention_on_lines(case: Case, vertical: float, slash: float) -> None:
     equal(vertical_slash, case.queries, case.keys, case.values, *lines(case, vertical, slash), **case.options)
 
 
+@pytest.mark.parametrize("half", [False, True])
+def test_attention_on_lines_whose_chunks_overlap(half: bool) -> None:
+    """The last chunk of a run of keys reaches into the next run, which counts those cells itself."""
+    case = make(100, 300, group=1, kv_heads=1)
+    slashes = torch.zeros(1, 300, dtype=torch.bool)
+    tile = 64 if half else 32
+    slashes[0, [3, 8, 8 + tile + 5, 200, 207]] = True
+    part = in_half(case) if half else case
+    none = torch.zeros_like(slashes)
+    equal(vertical_slash, part.queries, part.keys, part.values, none, slashes, **part.options)
+
+
 @pytest.mark.parametrize("group", [1, 4, 7])
 def test_attention_on_lines_of_a_late_turn(group: int) -> None:
     case = in_half(make(20, 1000, group=group, kv_heads=1, dim=16, seed=group, filler=group == 4))
