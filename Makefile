@@ -9,7 +9,7 @@ ARGS ?=
 NAME ?= cpu
 RESULTS = benchmarks/results/$(NAME).jsonl
 
-.PHONY: demo test check test-oldest sanitize bench bench-gpu bench-engine clean
+.PHONY: demo test check test-oldest test-compiled test-gpu sanitize bench bench-gpu bench-engine clean
 
 $(VENV)/ready: pyproject.toml constraints.txt plugins/loopserve-keydiff/pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -59,6 +59,17 @@ bench-gpu: $(VENV)/ready
 	@status=0; for part in kernels conversation; do \
 	    $(BIN)/loopserve bench $$part --suite gpu --device cuda --output $(RESULTS) $(ARGS) > /dev/null || status=1; \
 	done; $(BIN)/loopserve bench report $(RESULTS); exit $$status
+
+# Every Triton kernel in every configuration, compiled for every GPU generation; `make test` compiles a part of them.
+test-compiled: $(VENV)/ready
+	LOOPSERVE_COMPILE=all $(BIN)/python -m pytest -n 2 tests/kernels/triton/test_compiled.py $(ARGS)
+
+# The kernels on an NVIDIA GPU: parity, no waiting, graph capture. On a machine that has torch and triton already:
+# `make test-gpu GPU_PYTHON=python3`, which needs pytest and hypothesis beside them and builds nothing.
+GPU_PYTHON ?= $(BIN)/python
+test-gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(VENV)/ready)
+	$(GPU_PYTHON) -c 'import torch, sys; sys.exit(None if torch.cuda.is_available() else "test-gpu needs an NVIDIA GPU")'
+	$(GPU_PYTHON) -m pytest tests/gpu $(ARGS)
 
 bench-engine: $(VENV)/ready
 	$(BIN)/loopserve bench engine $(ARGS)

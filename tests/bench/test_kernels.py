@@ -29,7 +29,15 @@ from loopserve.kernels.backend import Operation
 from loopserve.policies.decode.full import FullDecode
 from tests.bench.small import by_op, suite
 
-PREFILL_OPS = ["line_scores", "select_lines", "choose_lines", "vertical_slash", "block_sparse", "dense_attention", "sparse_prefill"]
+PREFILL_OPS = [
+    "line_scores",
+    "select_lines",
+    "choose_lines",
+    "vertical_slash",
+    "block_sparse",
+    "dense_attention",
+    "sparse_prefill",
+]
 ALWAYS = {"op", "shape", "dtype", "data", "pattern", "impl", "parity", "suite", "rel_err", "rel_err_pattern"}
 ALWAYS |= {"threads", "device", "versions", "commit", "date"}
 TIMES = {"median_ms", "q20_ms", "q80_ms", "runs", "ratio_sdpa", "ratio_own_dense", "sdpa", "sdpa_ms", "own_dense"}

@@ -94,7 +94,10 @@ def test_the_readme_can_show_some_rows_with_their_machine(tmp_path: Path) -> Non
     assert "No rows." in markdown([])
 
 
-def test_report_prints_tables_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_report_prints_tables_and_draws(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
     file = tmp_path / "r.jsonl"
     steps = [step_row(tokens, stack, tokens / 1e3) for tokens in (8192, 16384) for stack in ("dense", "loopserve")]
     append_rows(file, [prefill_row(4096, 0.5), prefill_row(16384, 2.0), FAILED, *steps])

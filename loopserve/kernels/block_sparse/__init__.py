@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from loopserve.kernels import backend
+from loopserve.kernels.gpu import limits
 from loopserve.kernels.shapes import check
 
-_OPERATION = backend.operation("block_sparse", "packed")
+_OPERATION = backend.operation("block_sparse", "packed", "triton", limits={"triton": limits.blocks})
 
 
 def block_sparse(

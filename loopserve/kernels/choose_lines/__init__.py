@@ -12,10 +12,13 @@ from torch import Tensor
 
 from loopserve.kernels import backend
 from loopserve.kernels.choose_lines import cpu
+from loopserve.kernels.gpu import limits
 from loopserve.kernels.select_lines import TILE, Cost, LineSelection, finish, prepare
 from loopserve.kernels.shapes import check
 
-_OPERATION = backend.operation("choose_lines", "packed", "cpu", limits={"cpu": cpu.limit})
+_OPERATION = backend.operation(
+    "choose_lines", "packed", "cpu", "triton", limits={"cpu": cpu.limit, "triton": limits.choice}
+)
 
 
 def choose_lines(

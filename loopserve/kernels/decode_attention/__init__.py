@@ -7,9 +7,12 @@ from torch import Tensor
 
 from loopserve.kernels import backend
 from loopserve.kernels.decode_attention import cpu
+from loopserve.kernels.gpu import limits
 from loopserve.kernels.shapes import check, check_range
 
-_OPERATION = backend.operation("decode_attention", "packed", "cpu", limits={"cpu": cpu.limit})
+_OPERATION = backend.operation(
+    "decode_attention", "packed", "cpu", "triton", limits={"cpu": cpu.limit, "triton": limits.attention}
+)
 
 
 def decode_attention(

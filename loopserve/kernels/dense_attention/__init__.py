@@ -6,9 +6,12 @@ from torch import Tensor
 
 from loopserve.kernels import backend
 from loopserve.kernels.dense_attention import cpu
+from loopserve.kernels.gpu import limits
 from loopserve.kernels.shapes import check
 
-_OPERATION = backend.operation("dense_attention", "packed", "cpu", limits={"cpu": cpu.limit})
+_OPERATION = backend.operation(
+    "dense_attention", "packed", "cpu", "triton", limits={"cpu": cpu.limit, "triton": limits.attention}
+)
 
 
 def dense_attention(

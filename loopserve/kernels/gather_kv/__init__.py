@@ -8,7 +8,7 @@ from torch import Tensor
 from loopserve.kernels import backend
 from loopserve.kernels.shapes import check_range
 
-_OPERATION = backend.operation("gather_kv", "packed", "cpu")
+_OPERATION = backend.operation("gather_kv", "packed", "cpu", "triton")
 
 
 def gather_kv(keys: Tensor, values: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:

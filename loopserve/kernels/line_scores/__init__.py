@@ -7,6 +7,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from loopserve.kernels import backend
+from loopserve.kernels.gpu import limits
 from loopserve.kernels.line_scores import cpu
 from loopserve.kernels.shapes import check
 
@@ -23,7 +24,9 @@ class LineScores(NamedTuple):
     slash: Tensor
 
 
-_OPERATION = backend.operation("line_scores", "packed", "cpu", limits={"cpu": cpu.limit})
+_OPERATION = backend.operation(
+    "line_scores", "packed", "cpu", "triton", limits={"cpu": cpu.limit, "triton": limits.scores}
+)
 
 
 def line_scores(

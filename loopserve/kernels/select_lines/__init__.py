@@ -11,12 +11,15 @@ import torch
 from torch import Tensor
 
 from loopserve.kernels import backend
+from loopserve.kernels.gpu import limits
 from loopserve.kernels.shapes import check_columns, check_lines
 
 Cost = Literal["length", "tile"]
 TILE = 64  # rows per tile of the kernels whose work the cost ``tile`` counts
 MOST_TILE = 256
-_OPERATION = backend.operation("select_lines", "packed", "cpu", any_device=True)
+_OPERATION = backend.operation(
+    "select_lines", "packed", "cpu", "triton", any_device=True, limits={"triton": limits.selection}
+)
 
 
 class LineSelection(NamedTuple):
@@ -55,8 +58,9 @@ def select_lines(
     a kernel working in tiles of ``tile`` rows computes more: a vertical 1, an isolated slash ``tile``, a slash next to
     a chosen one 1 (less where a line crosses only part of the block). row_weights ``[r]`` or ``[Hq, r]``: what a row's
     mass counts. row_floor: in addition every sampled row must reach this share. forced lines ``[n]`` or ``[Hq, n]`` are
-    taken first. most_cost: a head whose target would cost more is given up, its coverage staying below the target: as soon
-    as the rate of its best line tells, so that a head without structure costs next to nothing. ValueError for what makes no sense.
+    taken first. most_cost: a head whose target would cost more is given up, its coverage staying below the target, as soon
+    as the rate of its best line tells, so that a head without structure costs next to nothing (on a GPU, where all heads
+    take the same rounds, it is not). ValueError for what makes no sense.
     """
     if probabilities.dim() != 3 or 0 in probabilities.shape:
         raise ValueError(f"select_lines: probabilities {list(probabilities.shape)} must be non-empty [Hq, r, n]")
@@ -142,4 +146,4 @@ def finish(chosen: Tensor, covered: Tensor, mass: Tensor, spent: Tensor, weights
 
 def _share(part: Tensor, whole: Tensor) -> Tensor:
     """part / whole; of nothing, everything is covered."""
-    return torch.where(whole > 0, part / whole.clamp(min=1e-30), 1.0).clamp(max=1.0)
+    return (part / whole.clamp(min=1e-30)).masked_fill(whole <= 0, 1.0).clamp(max=1.0)

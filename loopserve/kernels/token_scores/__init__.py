@@ -7,12 +7,15 @@ from typing import Literal
 from torch import Tensor
 
 from loopserve.kernels import backend
+from loopserve.kernels.gpu import limits
 from loopserve.kernels.shapes import check
 from loopserve.kernels.token_scores import cpu
 
 OverRows = Literal["mean", "sum", "max"]
 _OVER_ROWS = ("mean", "sum", "max")
-_OPERATION = backend.operation("token_scores", "packed", "cpu", limits={"cpu": cpu.limit})
+_OPERATION = backend.operation(
+    "token_scores", "packed", "cpu", "triton", limits={"cpu": cpu.limit, "triton": limits.scores}
+)
 
 
 def token_scores(

@@ -5,10 +5,13 @@ from __future__ import annotations
 from torch import Tensor
 
 from loopserve.kernels import backend
+from loopserve.kernels.gpu import limits
 from loopserve.kernels.shapes import check, check_lines
 from loopserve.kernels.vertical_slash import cpu
 
-_OPERATION = backend.operation("vertical_slash", "packed", "cpu", limits={"cpu": cpu.limit})
+_OPERATION = backend.operation(
+    "vertical_slash", "packed", "cpu", "triton", limits={"cpu": cpu.limit, "triton": limits.lines}
+)
 
 
 def vertical_slash(

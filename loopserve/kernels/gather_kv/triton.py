@@ -1,0 +1,84 @@
+"""The copy on a GPU: one kernel for keys and values, whole rows at a time."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from loopserve.kernels.gpu.launch import launch, padded, readable
+from loopserve.kernels.gpu.tiles import store_rows
+
+_ROWS = 32
+
+
+@triton.jit(do_not_specialize=["total", "chosen"])
+def gather_kernel(
+    k: tl.tensor,
+    v: tl.tensor,
+    indices: tl.tensor,
+    key_copies: tl.tensor,
+    value_copies: tl.tensor,
+    k_head: tl.tensor,
+    k_row: tl.tensor,
+    v_head: tl.tensor,
+    v_row: tl.tensor,
+    index_head: tl.tensor,
+    index_step: tl.tensor,
+    total: tl.tensor,
+    chosen: tl.tensor,
+    ROWS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    PADDED: tl.constexpr,
+    VALUE_CHANNELS: tl.constexpr,
+    VALUE_PADDED: tl.constexpr,
+) -> None:
+    """Grid: blocks of chosen columns, KV heads. A column that is not there is never read; it gives NaN, which shows."""
+    head = tl.program_id(1).to(tl.int64)
+    slot = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = slot < chosen
+    column = tl.load(indices + head * index_head + slot.to(tl.int64) * index_step, mask=inside, other=-1)
+    there = (column >= 0) & (column < total)
+    channel = tl.arange(0, PADDED)[None, :]
+    places = k + head * k_head + column[:, None] * k_row + channel
+    tile = tl.load(places, mask=there[:, None] & (channel < CHANNELS), other=float("nan"))
+    store_rows(key_copies + head * chosen * CHANNELS, slot, CHANNELS, inside, tile, CHANNELS, PADDED)
+    channel = tl.arange(0, VALUE_PADDED)[None, :]
+    places = v + head * v_head + column[:, None] * v_row + channel
+    tile = tl.load(places, mask=there[:, None] & (channel < VALUE_CHANNELS), other=float("nan"))
+    store_rows(
+        value_copies + head * chosen * VALUE_CHANNELS, slot, VALUE_CHANNELS, inside, tile, VALUE_CHANNELS, VALUE_PADDED
+    )
+
+
+def gather_kv(keys: Tensor, values: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """See the package. The range of indices cannot be checked without waiting for the device."""
+    keys, values = readable(keys), readable(values)
+    heads, chosen = indices.shape
+    key_copies = keys.new_empty(heads, chosen, keys.shape[2])
+    value_copies = values.new_empty(heads, chosen, values.shape[2])
+    if chosen:
+        launch(
+            gather_kernel,
+            (-(-chosen // _ROWS), heads),
+            keys,
+            values,
+            indices,
+            key_copies,
+            value_copies,
+            keys.stride(0),
+            keys.stride(1),
+            values.stride(0),
+            values.stride(1),
+            indices.stride(0),
+            indices.stride(1),
+            keys.shape[1],
+            chosen,
+            ROWS=_ROWS,
+            CHANNELS=keys.shape[2],
+            PADDED=padded(keys.shape[2]),
+            VALUE_CHANNELS=values.shape[2],
+            VALUE_PADDED=padded(values.shape[2]),
+            num_warps=4,
+        )
+    return key_copies, value_copies

@@ -1,0 +1,116 @@
+"""Steps of attention over one tile, inlined into the kernels. Scores and log-sum-exps inside are base 2."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_rows(
+    base: tl.tensor, rows: tl.tensor, stride: tl.tensor, inside: tl.tensor, CHANNELS: tl.constexpr, PADDED: tl.constexpr
+) -> tl.tensor:
+    """Rows of a matrix as ``[len(rows), PADDED]``; what is not inside is 0 and not read. Places are 64 bits wide."""
+    channel = tl.arange(0, PADDED)
+    places = base + rows.to(tl.int64)[:, None] * stride + channel[None, :]
+    mask = inside[:, None]
+    if CHANNELS != PADDED:
+        mask = mask & (channel < CHANNELS)[None, :]
+    return tl.load(places, mask=mask, other=0.0)
+
+
+@triton.jit
+def store_rows(
+    base: tl.tensor,
+    rows: tl.tensor,
+    stride: tl.tensor,
+    inside: tl.tensor,
+    tile: tl.tensor,
+    CHANNELS: tl.constexpr,
+    PADDED: tl.constexpr,
+) -> None:
+    """The reverse of ``load_rows``."""
+    channel = tl.arange(0, PADDED)
+    places = base + rows.to(tl.int64)[:, None] * stride + channel[None, :]
+    mask = inside[:, None]
+    if CHANNELS != PADDED:
+        mask = mask & (channel < CHANNELS)[None, :]
+    tl.store(places, tile.to(base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def scored(
+    q: tl.tensor, k: tl.tensor, inner: tl.tensor, outer: tl.tensor, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr
+) -> tl.tensor:
+    """Scores of rows ``[R, D]`` and keys ``[K, D]``: float32 ``[R, K]``."""
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * inner
+    if SOFTCAP:
+        scores = outer * (1.0 - 2.0 / (tl.exp(2.0 * scores) + 1.0))  # tanh, which saturates instead of overflowing
+    return scores
+
+
+@triton.jit
+def taken_in(
+    acc: tl.tensor, total: tl.tensor, peak: tl.tensor, scores: tl.tensor, v: tl.tensor, PRECISION: tl.constexpr
+) -> tl.tensor:
+    """The running softmax after one more tile of scores (-inf where not seen): sums ``[R, D]``, ``[R]``, peak
+    ``[R]``.
+    """
+    higher = tl.maximum(peak, tl.max(scores, 1))
+    base = tl.where(higher == float("-inf"), 0.0, higher)  # a row that has seen nothing yet: -inf - -inf is NaN
+    weights = tl.exp2(scores - base[:, None])
+    shrink = tl.exp2(peak - base)
+    acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+    return acc, total * shrink + tl.sum(weights, 1), higher
+
+
+@triton.jit
+def finished(acc: tl.tensor, total: tl.tensor, peak: tl.tensor) -> tl.tensor:
+    """(output, natural log-sum-exp) of a running softmax; an empty row is 0 and -inf."""
+    empty = total == 0.0
+    divisor = tl.where(empty, 1.0, total)
+    lse = tl.where(empty, float("-inf"), (peak + tl.log2(divisor)) * 0.6931471805599453)
+    return acc / divisor[:, None], lse
+
+
+@triton.jit
+def spans(
+    acc: tl.tensor,
+    total: tl.tensor,
+    peak: tl.tensor,
+    q: tl.tensor,
+    k: tl.tensor,
+    v: tl.tensor,
+    k_stride: tl.tensor,
+    v_stride: tl.tensor,
+    begin: tl.tensor,
+    end: tl.tensor,
+    oldest: tl.tensor,
+    newest: tl.tensor,
+    inner: tl.tensor,
+    outer: tl.tensor,
+    KEYS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    PADDED: tl.constexpr,
+    VALUE_CHANNELS: tl.constexpr,
+    VALUE_PADDED: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    MASKED: tl.constexpr,
+) -> tl.tensor:
+    """The running softmax after the keys ``[begin, end)``, tile by tile.
+
+    k, v: places of key 0. MASKED: row i sees the keys ``oldest[i]`` to ``newest[i]`` only; else every row sees all of
+    them, and their number is a multiple of KEYS.
+    """
+    for key0 in range(begin, end, KEYS):
+        keys = key0 + tl.arange(0, KEYS)
+        inside = keys < end
+        k_tile = load_rows(k, keys, k_stride, inside, CHANNELS, PADDED)
+        v_tile = load_rows(v, keys, v_stride, inside, VALUE_CHANNELS, VALUE_PADDED)
+        scores = scored(q, k_tile, inner, outer, SOFTCAP, PRECISION)
+        if MASKED:
+            seen = inside[None, :] & (keys[None, :] >= oldest[:, None]) & (keys[None, :] <= newest[:, None])
+            scores = tl.where(seen, scores, float("-inf"))
+        acc, total, peak = taken_in(acc, total, peak, scores, v_tile, PRECISION)
+    return acc, total, peak

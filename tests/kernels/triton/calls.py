@@ -1,0 +1,93 @@
+"""Calls that start every kernel in every configuration, to be recorded and compiled; nothing of them is computed."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from pathlib import Path
+from pkgutil import walk_packages
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import loopserve.kernels
+from loopserve.kernels import backend
+
+ROWS, TOTAL = 512, 32768  # enough that columns overflow the packed room and keys are split
+KV_HEADS, GROUP = 2, 4
+
+
+def heads(dtype: torch.dtype, channels: int, rows: int = ROWS) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of a late turn."""
+    keys = torch.zeros(KV_HEADS, TOTAL, channels, dtype=dtype)
+    return torch.zeros(KV_HEADS * GROUP, rows, channels, dtype=dtype), keys, torch.zeros_like(keys)
+
+
+Call = tuple[str, tuple[Any, ...], dict[str, Any]]  # operation, arguments, options
+
+
+def attention(dtype: torch.dtype, channels: int, **options: Any) -> Iterator[Call]:
+    """Every attention and score operation on such heads."""
+    queries, keys, values = heads(dtype, channels)
+    lines = torch.zeros(KV_HEADS * GROUP, TOTAL, dtype=torch.bool)
+    options = {"scaling": 0.1, "softcap": None, "first_valid": None, **options}
+    yield "vertical_slash", (queries, keys, values, lines, lines), options
+    yield "block_sparse", (queries, keys, values, _blocks(64)), options | {"tile": 64}
+    yield "dense_attention", (queries, keys, values), options
+    yield "decode_attention", (queries[:, :1], keys, values), options
+    yield "line_scores", (queries[:, :64], keys, torch.arange(64)), options
+
+
+def variants(dtype: torch.dtype, channels: int) -> Iterator[Call]:
+    """What else the same kernels are compiled to, by other options or shapes."""
+    queries, keys, values = heads(dtype, channels)
+    options = {"scaling": 0.1, "softcap": None, "first_valid": None}
+    for tile in (16, 32, 128):
+        yield "block_sparse", (queries, keys, values, _blocks(tile)), options | {"tile": tile}
+    yield "dense_attention", (queries[:, :64], keys, values), options | {"columns": torch.arange(64)}
+    yield "dense_attention", (queries, keys, values), options | {"window": 4096}
+    for rows in (4, 16):
+        yield "decode_attention", (queries[:, :rows], keys, values), options
+    yield "decode_attention", (queries[:, :1], keys[:, :256], values[:, :256]), options
+    for over_rows in ("mean", "max"):
+        yield "token_scores", (queries[:, :16], keys, torch.arange(16)), options | {"over_rows": over_rows}
+
+
+def _blocks(tile: int) -> Tensor:
+    return torch.zeros(KV_HEADS * GROUP, -(-ROWS // tile), -(-TOTAL // tile), dtype=torch.bool)
+
+
+def others() -> Iterator[Call]:
+    """Calls whose kernels multiply nothing."""
+    _, keys, values = heads(torch.bfloat16, 128)
+    yield "gather_kv", (keys, values, torch.zeros(KV_HEADS, 1024, dtype=torch.long)), {}
+    probabilities = torch.zeros(2, 64, 4096)
+    options = {"row_weights": torch.ones(2, 64), "row_floor": 0.0, "most_cost": math.inf}
+    options |= {"forced": torch.zeros(2, 2, 4096, dtype=torch.bool)}
+    yield "select_lines", (probabilities, torch.arange(64), 64), {"alpha": 0.9, "tile": 64, **options}
+
+
+def call(operation: str, args: tuple[Any, ...], options: dict[str, Any]) -> Callable[[], object]:
+    """The Triton implementation of an operation on these arguments."""
+    function = backend.operations()[operation].implementation("triton")
+    return lambda: function(*args, **options)
+
+
+def kernels() -> set[str]:
+    """Names of all kernels in the package: functions for the device that are started rather than called from one."""
+    found = set()
+    for module in walk_packages(loopserve.kernels.__path__, "loopserve.kernels."):
+        source = Path(inspect.getfile(import_module(module.name))).read_text() if _has_kernels(module.name) else ""
+        found |= {line.split("(")[0].removeprefix("def ") for line in source.splitlines() if _starts_kernel(line)}
+    return found
+
+
+def _has_kernels(module: str) -> bool:
+    return module.endswith(".triton") or ".gpu." in module
+
+
+def _starts_kernel(line: str) -> bool:
+    return line.startswith("def ") and line.split("(")[0].endswith("_kernel")

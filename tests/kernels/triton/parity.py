@@ -1,0 +1,227 @@
+"""Every Triton kernel equals its reference, run by Triton's interpreter. Started by ``test_interpreted``, in a process
+of its own: interpreting must be chosen before a kernel is imported, and then nothing can be compiled.
+
+Splitting and packing thresholds are lowered so that short inputs take every path. bfloat16 is left out: the interpreter
+multiplies its raw bits.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from loopserve.kernels import backend
+from loopserve.kernels.block_sparse import block_sparse
+from loopserve.kernels.decode_attention import decode_attention
+from loopserve.kernels.dense_attention import dense_attention
+from loopserve.kernels.gather_kv import gather_kv
+from loopserve.kernels.line_scores import line_scores
+from loopserve.kernels.token_scores import token_scores
+from loopserve.kernels.vertical_slash import vertical_slash
+from tests.kernels.cases import Case, make
+
+assert os.environ.get("TRITON_INTERPRET") == "1"
+few = settings(max_examples=8)
+shares = st.sampled_from([0.0, 0.03, 0.4, 1.0])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def short_inputs_take_every_path() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("loopserve.kernels.gpu.work._LEAST_PART", 1)
+        patch.setattr("loopserve.kernels.gpu.rows._LEAST_KEYS", 32)
+        patch.setattr("loopserve.kernels.gpu.compact._BLOCK", 128)
+        patch.setattr("loopserve.kernels.decode_attention.triton._LEAST_KEYS", 32)
+        patch.setattr("loopserve.kernels.vertical_slash.triton._LEAST_PACKED", 32)
+        yield
+
+
+@st.composite
+def short(draw: st.DrawFn, most: int = 130) -> Case:
+    total = draw(st.one_of(st.sampled_from([1, 63, 64, 65, 111]), st.integers(1, most)))
+    case = make(
+        draw(st.one_of(st.just(1), st.just(total), st.integers(1, total))),
+        total,
+        group=draw(st.sampled_from([1, 4, 7])),
+        kv_heads=draw(st.sampled_from([1, 2])),
+        dim=draw(st.sampled_from([8, 16, 24])),
+        seed=draw(st.integers(0, 1000)),
+        filler=draw(st.booleans()),
+        softcap=draw(st.sampled_from([None, 5.0])),
+    )
+    return in_half(case) if draw(st.booleans()) else case
+
+
+def in_half(case: Case) -> Case:
+    parts = (each.half() for each in (case.queries, case.keys, case.values))
+    return Case(*parts, case.first_valid, case.softcap, case.generator)
+
+
+def equal(function: Callable[..., Any], *args: Any, **options: Any) -> None:
+    """Triton and the reference agree, in all that is returned."""
+    with backend.use("reference"):
+        wanted = function(*args, **options)
+    with backend.use("triton"):
+        found = function(*args, **options)
+    if isinstance(wanted, Tensor):
+        wanted, found = (wanted,), (found,)
+    half = args[0].dtype == torch.float16
+    for each, right in zip(found, wanted, strict=True):
+        assert (each is None) == (right is None)
+        if each is not None:
+            assert each.dtype == right.dtype and not each.isnan().any()
+            torch.testing.assert_close(each, right, atol=1e-2 if half else 3e-5, rtol=1e-2 if half else 1e-4)
+
+
+def lines(case: Case, vertical: float, slash: float) -> tuple[Tensor, Tensor]:
+    """Lines drawn at random; the first head gets a band, the last all slashes of one half."""
+    shape = case.queries.shape[0], case.keys.shape[1]
+    verticals, slashes = case.bools(*shape, share=vertical), case.bools(*shape, share=slash)
+    if slash:
+        slashes[0, : shape[1] // 2] = True
+        slashes[-1] = False
+        slashes[-1, shape[1] // 2 :] = True
+    return verticals, slashes
+
+
+@given(short(), shares, shares)
+@settings(max_examples=16)
+def test_attention_on_lines(case: Case, vertical: float, slash: float) -> None:
+    equal(vertical_slash, case.queries, case.keys, case.values, *lines(case, vertical, slash), **case.options)
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_attention_on_lines_whose_chunks_overlap(half: bool) -> None:
+    """The last chunk of a run of keys reaches into the next run, which counts those cells itself."""
+    case = make(100, 300, group=1, kv_heads=1)
+    slashes = torch.zeros(1, 300, dtype=torch.bool)
+    tile = 64 if half else 32
+    slashes[0, [3, 8, 8 + tile + 5, 200, 207]] = True
+    part = in_half(case) if half else case
+    none = torch.zeros_like(slashes)
+    equal(vertical_slash, part.queries, part.keys, part.values, none, slashes, **part.options)
+
+
+@pytest.mark.parametrize("group", [1, 4, 7])
+def test_attention_on_lines_of_a_late_turn(group: int) -> None:
+    case = in_half(make(20, 1000, group=group, kv_heads=1, dim=16, seed=group, filler=group == 4))
+    equal(vertical_slash, case.queries, case.keys, case.values, *lines(case, 0.1, 0.02), **case.options)
+
+
+@given(short(), st.sampled_from([16, 32, 64, 128]), shares)
+@few
+def test_attention_on_blocks(case: Case, tile: int, share: float) -> None:
+    heads, rows, total = case.queries.shape[0], case.queries.shape[1], case.keys.shape[1]
+    blocks = case.bools(heads, -(-rows // tile), -(-total // tile), share=share)
+    equal(block_sparse, case.queries, case.keys, case.values, blocks, tile=tile, **case.options)
+
+
+@given(short(), st.sampled_from([None, 1, 7, 100]), st.booleans())
+@few
+def test_attention_on_everything(case: Case, window: int | None, need_lse: bool) -> None:
+    with backend.use("triton"):
+        dense_attention(case.queries, case.keys, case.values, window=window, need_lse=need_lse, **case.options)
+    equal(dense_attention, case.queries, case.keys, case.values, window=window, need_lse=True, **case.options)
+
+
+@given(short(), st.data())
+@few
+def test_attention_of_rows_that_stand_anywhere(case: Case, data: st.DataObject) -> None:
+    total = case.keys.shape[1]
+    columns = torch.tensor(data.draw(st.lists(st.integers(0, total - 1), min_size=1, max_size=90)))
+    queries = torch.randn(case.queries.shape[0], len(columns), case.queries.shape[2], generator=case.generator)
+    queries = queries.to(case.keys.dtype)
+    equal(dense_attention, queries, case.keys, case.values, columns=columns, need_lse=True, **case.options)
+
+
+@given(short(), st.integers(1, 5))
+@few
+def test_attention_while_decoding(case: Case, rows: int) -> None:
+    queries = case.queries[:, :rows]
+    equal(decode_attention, queries, case.keys, case.values, need_lse=True, **case.options)
+
+
+def test_attention_while_decoding_over_a_long_set() -> None:
+    for group in (1, 4):
+        case = in_half(make(2, 1000, group=group, dim=64, filler=True))
+        equal(decode_attention, case.queries, case.keys, case.values, need_lse=True, **case.options)
+
+
+def test_attention_of_heads_with_other_values() -> None:
+    case = make(20, 70)
+    values = torch.randn(2, 70, 5, generator=case.generator)
+    equal(vertical_slash, case.queries, case.keys, values, *lines(case, 0.2, 0.1), scaling=0.3)
+    equal(block_sparse, case.queries, case.keys, values, case.bools(4, 1, 2, share=0.5), scaling=0.3)
+    equal(dense_attention, case.queries, case.keys, values, scaling=0.3, need_lse=True)
+    equal(decode_attention, case.queries[:, :2], case.keys, values, scaling=0.3, need_lse=True)
+
+
+def test_attention_reads_transposed_views() -> None:
+    case = make(30, 90)
+    queries, keys, values = (
+        part.transpose(1, 2).contiguous().transpose(1, 2) for part in (case.queries, case.keys, case.values)
+    )
+    rows = case.queries.transpose(0, 1).contiguous().transpose(0, 1)  # as a model hands them over
+    for each in (queries, rows):
+        equal(vertical_slash, each, keys, values, *lines(case, 0.2, 0.1), scaling=0.3)
+        equal(decode_attention, each[:, :2], keys, values, scaling=0.3, need_lse=True)
+
+
+# Sorting and small products that torch itself does on a GPU.
+BY_TORCH = {"top_columns", "summarise_pages", "code_logits", "code_jumps"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.bfloat16])
+def test_triton_is_what_runs(dtype: torch.dtype) -> None:
+    with backend.use("triton"):
+        served = {name: each.choose("cpu", dtype).name for name, each in backend.operations().items()}
+    assert {name for name, by in served.items() if by != "triton"} == BY_TORCH
+
+
+def test_attention_of_rows_that_see_nothing_is_zero() -> None:
+    case = make(3, 8)
+    none = torch.zeros(4, 8, dtype=torch.bool)
+    equal(vertical_slash, case.queries, case.keys, case.values, none, none, scaling=1.0)
+    equal(block_sparse, case.queries, case.keys, case.values, none[:, None, :1], scaling=1.0)
+
+
+def test_what_triton_cannot_serve_goes_to_the_reference() -> None:
+    case = make(4, 40, dim=300)
+    equal(dense_attention, case.queries, case.keys, case.values, need_lse=True, **case.options)
+    equal(block_sparse, case.queries, case.keys, case.values, case.bools(4, 1, 2), tile=24, scaling=0.1)
+
+
+@given(short(), st.data())
+@few
+def test_scores_of_lines(case: Case, data: st.DataObject) -> None:
+    total = case.keys.shape[1]
+    columns = torch.tensor(data.draw(st.lists(st.integers(0, total - 1), min_size=1, max_size=70)))
+    queries = torch.randn(case.queries.shape[0], len(columns), case.queries.shape[2], generator=case.generator)
+    equal(line_scores, queries.to(case.keys.dtype), case.keys, columns, **case.options)
+
+
+@given(short(), st.sampled_from(["mean", "sum", "max"]))
+@few
+def test_scores_of_tokens(case: Case, over_rows: str) -> None:
+    rows = min(case.queries.shape[1], 40)
+    columns = torch.arange(case.keys.shape[1] - rows, case.keys.shape[1])
+    equal(token_scores, case.queries[:, :rows], case.keys, columns, over_rows=over_rows, **case.options)
+
+
+@given(short(), st.integers(0, 70))
+@few
+def test_scores_do_not_matter_to_copies(case: Case, count: int) -> None:
+    """Gathered pairs are the chosen ones, bit by bit, whatever they hold."""
+    indices = torch.randint(0, case.keys.shape[1], (case.keys.shape[0], count), generator=case.generator)
+    with backend.use("triton"):
+        keys, values = gather_kv(case.keys, case.values, indices)
+    for head, row in enumerate(indices):
+        torch.testing.assert_close(keys[head], case.keys[head][row], rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(values[head], case.values[head][row], rtol=0, atol=0, equal_nan=True)

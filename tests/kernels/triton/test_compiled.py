@@ -1,0 +1,80 @@
+"""Every kernel in every configuration, compiled for GPUs that are not there: it fits, does not spill much, and
+multiplies on matrix units.
+
+Without a GPU this is what can be known about speed. ``calls`` is the one table of what is started; a kernel that no
+call starts fails a test.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from tests.kernels.triton.ahead import SHARED_LIMIT, Launch, compiled, launches_of
+from tests.kernels.triton.calls import attention, call, kernels, others, variants
+
+CAPABILITIES = sorted(SHARED_LIMIT)
+MULTIPLYING = {
+    "vertical_slash_kernel",
+    "block_sparse_kernel",
+    "dense_kernel",
+    "decode_kernel",
+    "row_sums_kernel",
+    "row_masses_kernel",
+}
+# Bytes of stack per thread. At 128 channels a few pointers, at 256 the sums themselves; float32 keeps its three products.
+SPILL = {(torch.bfloat16, 64): 16, (torch.bfloat16, 128): 128, (torch.bfloat16, 256): 128, (torch.float32, 128): 256}
+
+
+def check(launches: list[Launch], capability: int, spill: int) -> None:
+    for each in launches:
+        made = compiled(each, capability)
+        where = f"{each.name} on sm_{capability}: {made}"
+        assert made.shared <= SHARED_LIMIT[capability], where
+        assert made.spilled <= spill, where
+        assert (made.matrix > 0) == (each.name in MULTIPLYING), where
+
+
+# One head size for every GPU, the others for one. `make test-compiled` compiles all for all, in about six minutes.
+EVERYTHING = os.environ.get("LOOPSERVE_COMPILE") == "all"
+CONFIGURATIONS = [
+    (dtype, channels, capability)
+    for dtype, channels in SPILL
+    for capability in CAPABILITIES
+    if EVERYTHING or capability == 90 or (channels == 128 and dtype == torch.bfloat16)
+]
+
+
+@pytest.mark.parametrize(("dtype", "channels", "capability"), CONFIGURATIONS)
+def test_attention_and_scores(dtype: torch.dtype, channels: int, capability: int) -> None:
+    for operation, args, options in attention(dtype, channels):
+        check(launches_of(call(operation, args, options), capability), capability, SPILL[dtype, channels])
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES if EVERYTHING else [90])
+def test_variants(capability: int) -> None:
+    for operation, args, options in variants(torch.bfloat16, 128):
+        check(launches_of(call(operation, args, options), capability), capability, SPILL[torch.bfloat16, 128])
+
+
+def test_what_changes_the_scores() -> None:
+    """Float16, filler columns and a softcap are other kernels; one GPU says enough of them."""
+    first_valid = torch.zeros(2, dtype=torch.long)
+    for operation, args, options in attention(torch.float16, 64, softcap=30.0, first_valid=first_valid):
+        check(launches_of(call(operation, args, options), 90), 90, 0)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_selection_and_copies(capability: int) -> None:
+    for operation, args, options in others():
+        check(launches_of(call(operation, args, options), capability), capability, 16)
+
+
+def test_no_kernel_is_forgotten() -> None:
+    started = set()
+    for operation, args, options in [*attention(torch.bfloat16, 64), *others()]:
+        started |= {each.name for each in launches_of(call(operation, args, options), 90)}
+    assert started == kernels()
+    assert started >= MULTIPLYING
