@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loopserve.core.cache import counted
 from loopserve.core.errors import PolicyError
 from loopserve.core.interfaces import AttentionInputs, DecodeCompressor, KVSelection, LayerType, Phase
 from loopserve.core.patterns import AttentionPattern, DensePattern
@@ -91,7 +92,7 @@ def _inputs(
     if call.phase is Phase.OBSERVE:
         columns = _columns_of(call.positions, cache.positions())
     else:
-        columns = torch.arange(total - queries.shape[1], total, device=queries.device)
+        columns = counted(total - queries.shape[1], total, queries.device)
     return AttentionInputs(
         queries=queries,
         keys=cache.store.keys,

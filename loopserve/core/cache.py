@@ -19,6 +19,17 @@ _FIRST_CAPACITY = 256
 _ACTIVE_SLACK = 64  # room for outputs behind a gathered selection before the buffer must grow
 
 
+_counted: dict[torch.device, Tensor] = {}
+
+
+def counted(start: int, end: int, device: torch.device) -> Tensor:
+    """int64 ``start`` to ``end - 1``, a view of one tensor that all calls share; not to be written to."""
+    known = _counted.get(device)
+    if known is None or len(known) < end:
+        _counted[device] = known = torch.arange(max(end, 4096) * 3 // 2, device=device)
+    return known[start:end]
+
+
 class PairBuffer:
     """Keys and values ``[Hkv, capacity, D]`` that grow by half, so appending one token copies one token."""
 
@@ -138,8 +149,8 @@ class LayerCache:
         """Original positions: int64 ``[columns]``, or ``[Hkv, columns]`` once heads differ; filler columns hold -1."""
         device = self.store.keys.device if self.store is not None else torch.device("cpu")
         if self._positions is None:
-            return torch.arange(self.seen, device=device)
-        tail = torch.arange(self._evicted_at, self.seen, device=device).expand(self._positions.shape[0], -1)
+            return counted(0, self.seen, device)
+        tail = counted(self._evicted_at, self.seen, device).expand(self._positions.shape[0], -1)
         return torch.cat([self._positions, tail], dim=1)
 
     def select(self, selection: KVSelection) -> None:

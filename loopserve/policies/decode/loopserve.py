@@ -192,7 +192,7 @@ class LoopServeDecode(DecodeCompressor[LoopServeState]):
     def _observe_prefill(self, inputs: AttentionInputs, state: LoopServeState) -> None:
         """The first observation; in a layer that has nothing to leave out, none."""
         config = self.config
-        if config.first_block is FirstBlock.DENSE or inputs.total_tokens <= config.budget:
+        if config.first_block is FirstBlock.DENSE or inputs.total_tokens <= config.dense_tokens:
             return
         call = replace(inputs, memo={})
         if config.first_block is not FirstBlock.TWO_HOP or config.second_hop is SecondHop.AGAIN:
@@ -287,9 +287,9 @@ class LoopServeDecode(DecodeCompressor[LoopServeState]):
         return state.drifted or 0 < config.drift_max_interval <= state.since
 
     def _crowded(self, call: AttentionInputs, state: LoopServeState) -> bool:
-        """Whether a layer holds more pairs before the boundary than the budget."""
+        """Whether a layer holds more pairs before the boundary than are attended anyway."""
         tail = length_of(call) - self._boundary(call, state)
-        return call.total_tokens - tail > self.config.budget
+        return call.total_tokens - tail > self.config.dense_tokens
 
     def _boundary(self, inputs: AttentionInputs, state: LoopServeState) -> int:
         return state.input_end if self.config.scope is Scope.INPUTS else length_of(inputs)

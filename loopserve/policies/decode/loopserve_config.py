@@ -63,6 +63,11 @@ class LoopServeDecodeConfig(PolicyConfig):
     budget: int = Field(
         1024, gt=0, description="KV pairs selected per KV head, in tokens, forced and jumped-to ones included."
     )
+    dense_below: float = Field(
+        1.0,
+        ge=1,
+        description="Conversations of up to this many budgets are decoded dense: selecting costs more than it saves there.",
+    )
     interval: int = Field(16, gt=0, description="Outputs between two selections (n_d).")
     window: int | None = Field(
         None, gt=0, description="Last output queries that a re-selection scores; as many as the interval by default."
@@ -137,6 +142,11 @@ class LoopServeDecodeConfig(PolicyConfig):
     )
     page: int = Field(16, gt=0, description="Columns per page of the key summaries (page_budget and drift).")
     seed: int = Field(0, ge=0, description="Seed of first_block: sampled.")
+
+    @property
+    def dense_tokens(self) -> int:
+        """Tokens up to which everything is attended."""
+        return int(self.budget * self.dense_below)
 
     @model_validator(mode="after")
     def _consistent(self) -> LoopServeDecodeConfig:

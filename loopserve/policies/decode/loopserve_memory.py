@@ -99,13 +99,13 @@ def choose(config: LoopServeDecodeConfig, scores: Tensor, inputs: AttentionInput
     scores = pooled(config, scores[:, :boundary])
     heads = inputs.keys.shape[0]
     if inputs.positions.dim() == 1 and length_of(inputs) == inputs.total_tokens:
-        if boundary <= config.budget:
+        if boundary <= config.dense_tokens:
             return None
         # With a part of the budget for jumps, the selection changes at every step.
         fleeting = config.page_budget > 0
         return KVSelection.uniform(_best(config, scores).expand(heads, -1), boundary, retention, fleeting=fleeting)
     candidates = [row[(row >= 0) & (row < boundary)] for row in inputs.positions.expand(heads, -1)]
-    if all(len(each) <= config.budget for each in candidates):
+    if all(len(each) <= config.dense_tokens for each in candidates):
         return None
     rows = scores.expand(heads, -1)
     best = [each[_best(config, row[each][None])[0]] for row, each in zip(rows, candidates, strict=True)]
