@@ -110,6 +110,8 @@ def _inputs(
         record=LayerRecord(session.stats, index),
         selection=cache.active.selection if cache.active is not None else None,
         memo=call.memos.setdefault(index, {}),
+        notebook=session.states[id(policies.sparsifier)],
+        ruled=session.ruled_by(id(policies.compressor)),
     )
 
 

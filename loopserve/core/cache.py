@@ -12,6 +12,7 @@ from torch import Tensor
 
 from loopserve.core.errors import CacheError
 from loopserve.core.interfaces import KVSelection, Retention
+from loopserve.core.ragged import RaggedBuffer
 from loopserve.kernels.gather_kv import gather_kv
 
 _FIRST_CAPACITY = 256
@@ -66,6 +67,14 @@ class PairBuffer:
         return PairBuffer(self.keys, self.values, slack=_ACTIVE_SLACK)
 
 
+def _survivors(keys: Tensor, values: Tensor, first_valid: Tensor | None, width: int) -> PairBuffer | RaggedBuffer:
+    """A store of what an eviction left, ``[Hkv, width or more, D]``; without the padding of heads that keep fewer."""
+    if first_valid is None:
+        return PairBuffer(keys, values, slack=_ACTIVE_SLACK)
+    tail = PairBuffer(keys[:, width:], values[:, width:], slack=_ACTIVE_SLACK)
+    return RaggedBuffer(keys[:, :width], values[:, :width], first_valid, tail)
+
+
 @dataclass
 class ActiveSet:
     """The gathered copy that decoding attends to: a selection, then every pair from its boundary on."""
@@ -85,7 +94,7 @@ class LayerCache:
 
     def __init__(self) -> None:
         self.seen = 0  # logical length: tokens of the conversation, evicted ones included
-        self.store: PairBuffer | None = None
+        self.store: PairBuffer | RaggedBuffer | None = None
         self.active: ActiveSet | None = None
         self.first_valid: Tensor | None = None
         self._positions: Tensor | None = None  # [Hkv, survivors] before the last boundary; None = nothing was evicted
@@ -168,7 +177,7 @@ class LayerCache:
         self._positions = selection.indices
         self._evicted_at = selection.boundary
         self.first_valid = first_valid
-        self.store = PairBuffer(keys, values, slack=_ACTIVE_SLACK)
+        self.store = _survivors(keys, values, first_valid, selection.indices.shape[1])
         self.active = None
 
     def truncate(self, length: int) -> None:
@@ -194,9 +203,10 @@ class LayerCache:
         kept = KVSelection.from_heads(heads, self.seen)  # columns stand in for positions
         filler = kept.indices < 0
         keys, values = gather_kv(self.store.keys, self.store.values, kept.indices.clamp(min=0))
-        self.store = PairBuffer(keys, values, slack=_ACTIVE_SLACK)
+        first_valid = kept.indices.shape[1] - kept.lengths if kept.ragged else None
+        self.store = _survivors(keys, values, first_valid, kept.indices.shape[1])
         self._positions = positions.gather(1, kept.indices.clamp(min=0)).masked_fill(filler, -1)
-        self.first_valid = kept.indices.shape[1] - kept.lengths if kept.ragged else None
+        self.first_valid = first_valid
         self._evicted_at = length
 
     def fork(self) -> LayerCache:
