@@ -34,10 +34,19 @@ def loopserve_register_policies(registry: Registry) -> None:
     from loopserve.policies.decode.tova import TOVADecode
     from loopserve.policies.prefill.a_shape import AShapePrefill
     from loopserve.policies.prefill.dense import DensePrefill
+    from loopserve.policies.prefill.flexprefill import FlexPrefillPrefill
     from loopserve.policies.prefill.loopserve import LoopServePrefill
+    from loopserve.policies.prefill.minference import MInferencePrefill
+    from loopserve.policies.prefill.sample_attention import SampleAttentionPrefill
+    from loopserve.policies.prefill.static_lines import StaticLinesPrefill
+    from loopserve.policies.prefill.topk_blocks import TopKBlocksPrefill
+    from loopserve.policies.prefill.tri_shape import TriShapePrefill
+    from loopserve.policies.prefill.xattention import XAttentionPrefill
 
-    for policy in (DensePrefill, LoopServePrefill, AShapePrefill):
-        registry.register(policy)
+    for fixed in (DensePrefill, AShapePrefill, TriShapePrefill, MInferencePrefill, StaticLinesPrefill):
+        registry.register(fixed)
+    for found in (LoopServePrefill, FlexPrefillPrefill, XAttentionPrefill, TopKBlocksPrefill, SampleAttentionPrefill):
+        registry.register(found)
     for scored in (
         SnapKVDecode,
         TOVADecode,

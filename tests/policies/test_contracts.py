@@ -38,7 +38,14 @@ def test_all_are_there() -> None:
     assert registered().names(Kind.PREFILL) == [
         "a_shape",
         "dense",
+        "flexprefill",
         "loopserve",
+        "minference",
+        "sample_attention",
+        "static_lines",
+        "topk_blocks",
+        "tri_shape",
+        "xattention",
     ]
     assert registered().names(Kind.DECODE) == [
         "adakv",
