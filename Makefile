@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OLDEST := .venv-oldest
+ORACLE := .venv-oracle
 ARGS ?=
 
-.PHONY: demo test check test-oldest bench-engine clean
+.PHONY: demo test check test-oldest oracle oracle-check bench-engine clean
 
 $(VENV)/ready: pyproject.toml constraints.txt plugins/loopserve-keydiff/pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -36,8 +37,22 @@ $(OLDEST)/ready: pyproject.toml constraints-oldest.txt
 test-oldest: $(OLDEST)/ready
 	$(OLDEST)/bin/python -m pytest -n 2 tests/models $(ARGS)
 
+# kvpress answers, in an environment of its own (it does not run on our transformers); its answers are frozen as fixtures.
+$(ORACLE)/ready: constraints-oracle.txt
+	$(PYTHON) -m venv $(ORACLE)
+	$(ORACLE)/bin/pip install --quiet -c constraints-oracle.txt torch
+	$(ORACLE)/bin/pip install --quiet -c constraints-oracle.txt kvpress safetensors
+	touch $@
+
+oracle: $(ORACLE)/ready
+	$(ORACLE)/bin/python -W ignore tests/oracle/make_fixtures.py
+
+oracle-check: $(VENV)/ready
+	$(BIN)/python -m tests.oracle.report
+	$(BIN)/python -m pytest tests/oracle $(ARGS)
+
 bench-engine: $(VENV)/ready
 	$(BIN)/loopserve bench engine $(ARGS)
 
 clean:
-	rm -rf $(VENV) $(OLDEST) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(ORACLE) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
