@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Protocol
 
-from pydantic import Field, PlainSerializer, PlainValidator, ValidationInfo, WithJsonSchema
+from pydantic import Field, PlainSerializer, PlainValidator, ValidationInfo, WithJsonSchema, model_validator
 from torch import Tensor
 
 from loopserve.core.config import mistake, mistake_at
@@ -76,6 +76,15 @@ class WrapperConfig(PolicyConfig):
     inner: ScoredInner = Field(
         description="The policy wrapped, written as {policy: NAME, ...}; it says budget, forced pairs and retention."
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _wraps_something(cls, fields: Any) -> Any:
+        if isinstance(fields, dict) and "inner" not in fields:
+            raise mistake_at(
+                ("inner",), f"this policy wraps another one, which is missing: name it, {_EXAMPLE}", fields
+            )
+        return fields
 
 
 class ScoredWrapper(ScoredCompressor):

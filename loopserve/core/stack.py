@@ -131,9 +131,15 @@ class PolicyStack:
 
 
 def pair_refusals(
-    prefill: PrefillSparsifier, decode: DecodeCompressor[Any], layer: LayerSpec | None = None
+    prefill: PrefillSparsifier,
+    decode: DecodeCompressor[Any],
+    layer: LayerSpec | None = None,
+    retention: Retention | None = None,
 ) -> Iterable[str]:
-    """Why two policies cannot work together (in a layer, if one is given); nothing if they can."""
+    """Why two policies cannot work together (in a layer, if one is given); nothing if they can.
+
+    retention: as if the decode policy were configured so; its own by default.
+    """
     pair: tuple[tuple[Kind, PrefillSparsifier | DecodeCompressor[Any]], ...]
     pair = ((Kind.PREFILL, prefill), (Kind.DECODE, decode))
     for kind, policy in pair:
@@ -144,7 +150,7 @@ def pair_refusals(
         reason = policy.refuses(layer) if layer is not None else None
         if reason is not None:
             yield f"{kind} policy {policy.name!r} {reason}"
-    if Need.FULL_HISTORY in prefill.able.needs and decode.retention is Retention.EVICT:
+    if Need.FULL_HISTORY in prefill.able.needs and (retention or decode.retention) is Retention.EVICT:
         yield (
             f"prefill policy {prefill.name!r} needs every pair of the conversation, and decode policy {decode.name!r} "
             "evicts: set its retention to keep, or choose another prefill policy"

@@ -208,10 +208,10 @@ def test_an_undone_turn_leaves_no_trace(policy: Registration, options: dict[str,
         assert all(torch.equal(left[layer].indices, right[layer].indices) for layer in left | right)
 
 
-def test_the_page_of_policies_is_up_to_date() -> None:
-    page = Path(__file__).parents[2] / "docs" / "policies.md"
-    text = page.read_text("utf-8")
-    assert renewed(text, registered()) == text, "run: python -m loopserve.testing.tables docs/policies.md"
+@pytest.mark.parametrize("page", ["docs/policies.md", "README.md"])
+def test_the_tables_are_up_to_date(page: str) -> None:
+    text = (Path(__file__).parents[2] / page).read_text("utf-8")
+    assert renewed(text, registered()) == text, "run: python -m loopserve.testing.tables docs/policies.md README.md"
 
 
 def test_the_plugin_is_cheap_to_import() -> None:
