@@ -61,9 +61,10 @@ def largest_share(mass: Tensor, share: float, least: int = 1) -> Tensor:
     order = mass.argsort(dim=-1, descending=True, stable=True)
     before = mass.gather(-1, order).cumsum(-1).roll(1, -1)
     before[..., 0] = 0
-    wanted = share * mass.sum(-1, keepdim=True)
+    # Rounding must not ask for one entry more than the share needs; the whole is every entry, however small.
+    wanted = share * mass.sum(-1, keepdim=True) * (1 - 1e-6 if share < 1 else 2)
     rank = torch.arange(mass.shape[-1], device=mass.device)
-    taken = (before < wanted * (1 - 1e-6)) | (rank < least)
+    taken = (before < wanted) | (rank < least)
     return torch.zeros_like(taken).scatter_(-1, order, taken) & (mass > 0)
 
 

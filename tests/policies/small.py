@@ -11,7 +11,14 @@ from loopserve.policies import loopserve_register_policies
 
 SNAP = {"policy": "snapkv", "budget": 24, "window": 8}
 SMALL: dict[str, dict[str, Any]] = {
-    "prefill loopserve": {"min_new_tokens": 1, "min_total_tokens": 1, "sample_rows": 16},
+    "prefill loopserve": {
+        "alpha": 0.7,
+        "sample_rows": 16,
+        "local_window": 4,
+        "min_new_tokens": 1,
+        "min_total_tokens": 1,
+        "dense_above": 1.0,
+    },
     "prefill a_shape": {"sink_tokens": 3, "local_window": 8},
     "prefill tri_shape": {"sink_tokens": 3, "local_window": 8, "last_rows": 5},
     "prefill minference": {"vertical_size": 6, "slash_size": 10, "sink_tokens": 2, "local_window": 4},
