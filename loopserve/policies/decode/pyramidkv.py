@@ -16,7 +16,7 @@ class PyramidKVDecode(ScoredWrapper):
     """Gives low layers more of the budget and high layers less, in equal steps (PyramidKV).
 
     Paper: https://arxiv.org/abs/2406.02069. Variant, as in kvpress: with n pairs per head on the average, the last layer
-    gets ``n / beta`` and the first ``2 n`` less that; where the first would exceed all but ``window`` of the pairs stored,
+    gets ``n / beta`` and the first ``2 n`` less that; where the first would exceed all but ``window`` of the tokens so far,
     both move towards the mean; where a layer would fall below ``window``, all get n. Rounded to whole pairs, so the mean
     over the layers can be off by half a pair. The inner policy (SnapKV in the paper) chooses within each layer.
 
@@ -44,10 +44,11 @@ class PyramidKVDecode(ScoredWrapper):
     def layer_budget(self, inputs: AttentionInputs) -> int:
         mean = self.inner.layer_budget(inputs)
         ruled = [each.index for each in inputs.ruled]
-        if inputs.layer.index not in ruled or inputs.total_tokens <= mean:
+        # By the length of the conversation, which all layers share: after an eviction they hold different numbers.
+        if inputs.layer.index not in ruled or inputs.length <= mean:
             return mean
         window = self.config.window or max(1, self.limits.always_kept)
-        return pyramid(inputs.total_tokens, mean, window, self.config.beta, len(ruled))[ruled.index(inputs.layer.index)]
+        return pyramid(inputs.length, mean, window, self.config.beta, len(ruled))[ruled.index(inputs.layer.index)]
 
     def ranking(self, inputs: AttentionInputs, state: ScoredState, budget: int) -> Tensor:
         return self.inner.ranking(inputs, state, budget)
@@ -57,7 +58,7 @@ class PyramidKVDecode(ScoredWrapper):
 
 
 def pyramid(total: int, mean: int, window: int, beta: int, layers: int) -> list[int]:
-    """Budgets of ``layers`` layers, the first first, for ``total`` stored pairs and a mean budget."""
+    """Budgets of ``layers`` layers, the first first, for ``total`` tokens so far and a mean budget."""
     least = mean / beta
     most = 2 * mean - least
     if most >= total - window:
