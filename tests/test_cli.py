@@ -154,7 +154,8 @@ def test_presets_are_listed_validated_and_shown(cli: Cli):
     assert {"dense", "snapkv", "streaming_llm", "a_shape", "random", "snapkv-evict"} <= set(names)
     code, out, err = cli("stack", "validate", *names)
     assert (code, err) == (0, "") and out.count(": ok (") == len(names)
-    assert all(name in cli("stack", "ls")[1] for name in names)
+    table = cli("stack", "ls")[1]
+    assert all(name in table for name in names)
 
 
 def test_what_show_prints_is_a_stack_file_that_does_the_same(cli: Cli, tmp_path: Path):

@@ -40,13 +40,13 @@ def prompts(seed: int, turns: tuple[int, ...] = TURNS) -> list[list[int]]:
 
 
 def answers(
-    served: TokenEngine, session: Session, seed: int = 0, turns: tuple[int, ...] = TURNS
+    served: TokenEngine, session: Session, seed: int = 0, turns: tuple[int, ...] = TURNS, answer: int = ANSWER
 ) -> Iterator[torch.Tensor]:
     """The logits ``[answer, vocabulary]`` of each turn, one turn at a time, greedily answered."""
     for prompt in prompts(seed, turns):
         session.begin_turn(prompt)
         logits = [served.prefill(session)]
-        for _ in range(ANSWER - 1):
+        for _ in range(answer - 1):
             session.tokens.append(int(logits[-1].argmax()))
             logits.append(served.decode(session))
         session.tokens.append(int(logits[-1].argmax()))

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from loopserve.core.interfaces import AttentionInputs, Phase, Retention
 from loopserve.policies.attended import attended, attention_over
+from loopserve.policies.decode.chunkkv import ChunkKVDecode
 from loopserve.policies.decode.expected_attention import ExpectedAttentionDecode
 from loopserve.policies.decode.h2o import H2ODecode
+from loopserve.policies.decode.knorm import KnormDecode
 from loopserve.policies.decode.lagkv import LagKVDecode
 from loopserve.policies.decode.quest import QuestDecode
 from loopserve.policies.decode.recover_alpha import RecoverAlphaDecode, fewest
@@ -326,3 +328,30 @@ def test_lagkv_survives_a_channel_that_never_changes() -> None:
         inputs.keys[..., 3] = 1.0
         scores = LagKVDecode(LagKVDecode.Config(budget=40, lag=8, recent_window=4, cross_scoring=cross)).score(inputs)
         assert torch.isfinite(scores).all()
+
+
+def test_h2o_does_not_care_how_a_prefill_is_cut() -> None:
+    found = []
+    for chunks in ([60], [7, 1, 30, 22]):
+        talk = ScriptedConversation(H2ODecode(H2ODecode.Config(budget=20)), *script())
+        talk.prefill(30)
+        talk.prefill(60, chunks)
+        chosen = talk.active()
+        assert chosen is not None
+        found.append(chosen.indices)
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("budget", [13, 20, 24])
+def test_chunkkv_keeps_whole_chunks_and_the_first_part_of_one_more(budget: int) -> None:
+    """kvpress rounds the number of chunks down instead: its budget is not honoured, so loops are the oracle here."""
+    inputs = make_inputs(new_tokens=20, total_tokens=47, seed=2)
+    inner = KnormDecode(KnormDecode.Config(budget=budget, sink_tokens=0, recent_window=0))
+    policy = ChunkKVDecode(ChunkKVDecode.Config(inner=inner, chunk=5))
+    scores = inner.score(inputs).sum(0)
+    chunks = [list(range(start, min(start + 5, 47))) for start in range(0, 47, 5)]
+    ranked = sorted(chunks, key=lambda chunk: -sum(float(scores[at]) for at in chunk) / len(chunk))
+    wanted = sorted([at for chunk in ranked for at in chunk][:budget])
+    state = policy.init_state()
+    policy.after_attention(inputs, state)
+    assert [state.pending[0].head(head).tolist() for head in range(2)] == [wanted, wanted]
