@@ -210,16 +210,13 @@ def _decode(
             cache.select(selection)
             inputs = None  # what it says of the selection, and after an eviction of the store, is no longer true
     store = cache.store
-    bytes_per_pair = (
-        store.keys.shape[2] * store.keys.element_size() + store.values.shape[2] * store.values.element_size()
-    )
     if cache.active is None:
         pairs, first_valid = store, cache.first_valid
-        attended = store.keys.shape[0] * store.length - (int(first_valid.sum()) if first_valid is not None else 0)
+        attended = store.heads * store.length - (int(first_valid.sum()) if first_valid is not None else 0)
     else:
         pairs, first_valid, attended = cache.active.pairs, cache.active.first_valid, cache.active.attended()
-    call.compressed |= attended < store.keys.shape[0] * cache.seen
-    session.stats.attended(attended, store.keys.shape[0] * cache.seen, bytes_per_pair)
+    call.compressed |= attended < store.heads * cache.seen
+    session.stats.attended(attended, store.heads * cache.seen, store.pair_bytes)
     output, lse = decode_attention(
         queries, pairs.keys, pairs.values, scaling=scaling, softcap=softcap, first_valid=first_valid, need_lse=need_lse
     )

@@ -54,6 +54,19 @@ class PairBuffer:
         return self._values[:, : self.length]
 
     @property
+    def device(self) -> torch.device:
+        return self._keys.device
+
+    @property
+    def heads(self) -> int:
+        return self._keys.shape[0]
+
+    @property
+    def pair_bytes(self) -> int:
+        """Bytes of one head's key and value."""
+        return sum(part.shape[-1] * part.element_size() for part in (self._keys, self._values))
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the pairs held (room not yet used is not counted)."""
         return self.keys.numel() * self.keys.element_size() + self.values.numel() * self.values.element_size()
@@ -121,7 +134,7 @@ class LayerCache:
 
     def positions(self) -> Tensor:
         """Original positions: int64 ``[columns]``, or ``[Hkv, columns]`` once heads differ; filler columns hold -1."""
-        device = self.store.keys.device if self.store is not None else torch.device("cpu")
+        device = self.store.device if self.store is not None else torch.device("cpu")
         if self._positions is None:
             return torch.arange(self.seen, device=device)
         tail = torch.arange(self._evicted_at, self.seen, device=device).expand(self._positions.shape[0], -1)
@@ -131,7 +144,7 @@ class LayerCache:
         """Make ``selection`` the active set (gathered from the store), or evict all else if it says so."""
         if self.store is None:
             raise CacheError("select: the layer holds no pairs yet")
-        selection.check(self.store.keys.shape[0], self.seen)
+        selection.check(self.store.heads, self.seen)
         if selection.retention is Retention.EVICT:
             self._evict(selection)
             return
@@ -148,10 +161,11 @@ class LayerCache:
         width = selection.indices.shape[1]
         columns = self._columns(selection)
         tail = self.stored - (self.seen - selection.boundary)
-        keys, values = gather_kv(self.store.keys, self.store.values, columns)
+        held_keys, held_values = self.store.keys, self.store.values  # once: a ragged store pads them anew each time
+        keys, values = gather_kv(held_keys, held_values, columns)
         if tail < self.stored:
-            keys = torch.cat([keys, self.store.keys[:, tail:]], dim=1)
-            values = torch.cat([values, self.store.values[:, tail:]], dim=1)
+            keys = torch.cat([keys, held_keys[:, tail:]], dim=1)
+            values = torch.cat([values, held_values[:, tail:]], dim=1)
         first_valid = width - selection.lengths if selection.ragged else None
         return keys, values, first_valid
 

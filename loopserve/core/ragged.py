@@ -52,6 +52,19 @@ class RaggedBuffer:
         return whole
 
     @property
+    def device(self) -> torch.device:
+        return self._keys.device
+
+    @property
+    def heads(self) -> int:
+        return len(self._held)
+
+    @property
+    def pair_bytes(self) -> int:
+        """Bytes of one head's key and value."""
+        return sum(part.shape[-1] * part.element_size() for part in (self._keys, self._values))
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the pairs held; padding is not."""
         return sum(part.numel() * part.element_size() for part in (self._keys, self._values)) + self._tail.nbytes
