@@ -20,8 +20,8 @@ class AdaKVDecode(ScoredWrapper):
     budget; the rest of the layer's ``Hkv * budget`` pairs goes to the best scores of all heads taken together. Wraps any
     scored policy, whose budget is the mean per head.
 
-    Deviations: heads are really ragged, where kvpress keeps all keys and masks them with fakes (so a dense continuation is
-    not undone there): with ``evict`` each head's pairs are stored without padding. Sinks and recent window of the inner
+    Deviations: heads are really ragged, where kvpress keeps all keys and masks some with fakes, which saves no memory and
+    outlasts its context: with ``evict`` each head's pairs are stored without padding. Sinks and recent window of the inner
     policy are kept in every head. The authors' code pools by maximum and rounds its floor otherwise. Scores that are not
     shares of attention are compared across heads as they are.
 
