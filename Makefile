@@ -6,7 +6,11 @@ OLDEST := .venv-oldest
 ORACLE := .venv-oracle
 ARGS ?=
 
-.PHONY: demo test check test-oldest oracle oracle-check bench-engine clean
+# Rows of `make bench` and `make bench-gpu` are appended to benchmarks/results/$(NAME).jsonl.
+NAME ?= cpu
+RESULTS = benchmarks/results/$(NAME).jsonl
+
+.PHONY: demo test check test-oldest oracle oracle-check sanitize bench bench-gpu bench-engine clean
 
 $(VENV)/ready: pyproject.toml constraints.txt plugins/loopserve-keydiff/pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -51,8 +55,28 @@ oracle-check: $(VENV)/ready
 	$(BIN)/python -m tests.oracle.report
 	$(BIN)/python -m pytest tests/oracle $(ARGS)
 
+# The C kernels under AddressSanitizer and UndefinedBehaviorSanitizer, over all cases that hypothesis draws for them.
+sanitize: $(VENV)/ready
+	LOOPSERVE_CACHE=.sanitize LOOPSERVE_KERNELS=cpu OMP_NUM_THREADS=2 \
+	LOOPSERVE_CFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g -O1" \
+	LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+	$(BIN)/python -m pytest -q -p no:xdist tests/kernels --ignore tests/kernels/triton $(ARGS)
+
+# At most twenty minutes on two cores. A wrong operation gets no time and fails the target, after all else was measured.
+bench: $(VENV)/ready
+	@status=0; for part in kernels decode prefill; do \
+	    $(BIN)/loopserve bench $$part --suite cpu --output $(RESULTS) $(ARGS) > /dev/null || status=1; \
+	done; $(BIN)/loopserve bench report $(RESULTS); exit $$status
+
+# At most ten minutes on one GPU of the H200's class.
+bench-gpu: NAME = gpu
+bench-gpu: $(VENV)/ready
+	@status=0; for part in kernels conversation; do \
+	    $(BIN)/loopserve bench $$part --suite gpu --device cuda --output $(RESULTS) $(ARGS) > /dev/null || status=1; \
+	done; $(BIN)/loopserve bench report $(RESULTS); exit $$status
+
 bench-engine: $(VENV)/ready
 	$(BIN)/loopserve bench engine $(ARGS)
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(ORACLE) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(ORACLE) .sanitize build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

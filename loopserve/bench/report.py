@@ -1,4 +1,8 @@
-"""From result files to the tables in the documents: ``python -m loopserve.bench.report README.md``."""
+"""From result files to the tables in the documents: ``python -m loopserve.bench.report README.md``.
+
+A table stands between markers that name its file: ``<!-- demo: FILE -->`` ... ``<!-- end of demo -->``, or ``<!-- speed:
+FILE op,op -->`` ... ``<!-- end of speed -->`` for rows of ``loopserve bench``, of all operations or of those named.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +12,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from loopserve.bench.rows import read_rows
+from loopserve.bench.speed import markdown
+
 _BEGIN, _END = "<!-- demo: {} -->", "<!-- end of demo -->"
 _PLACE = re.compile(r"<!-- demo: (\S+) -->.*?<!-- end of demo -->", re.DOTALL)
+_SPEED = re.compile(r"(<!-- speed: (\S+)(?: (\S+))? -->).*?<!-- end of speed -->", re.DOTALL)
 
 
 def demo_table(result: dict[str, Any]) -> str:
@@ -38,13 +46,17 @@ def demo_table(result: dict[str, Any]) -> str:
 
 
 def renew(text: str, root: Path) -> str:
-    """A document with each demo table made again from the result file that its marker names, relative to ``root``."""
+    """A document with each table made again from the result file that its marker names, relative to ``root``."""
 
     def table(match: re.Match[str]) -> str:
         result = json.loads((root / match.group(1)).read_text(encoding="utf-8"))
         return f"{_BEGIN.format(match.group(1))}\n{demo_table(result)}\n{_END}"
 
-    return _PLACE.sub(table, text)
+    def speed(match: re.Match[str]) -> str:
+        ops = tuple(match.group(3).split(",")) if match.group(3) else ()
+        return f"{match.group(1)}\n{markdown(read_rows(root / match.group(2)), ops)}\n<!-- end of speed -->"
+
+    return _SPEED.sub(speed, _PLACE.sub(table, text))
 
 
 if __name__ == "__main__":

@@ -2,19 +2,121 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from loopserve.cli.options import Format, FormatOption, Settings
 from loopserve.cli.output import console, print_json, table
 
+if TYPE_CHECKING:
+    from loopserve.bench.suite import Suite
+
 app = typer.Typer(help="Measure on this machine.", no_args_is_help=True)
 
+SuiteOption = Annotated[str, typer.Option(help="A suite of benchmarks/suites by name, or a YAML file.")]
+OutputOption = Annotated[Path | None, typer.Option(help="File of JSON lines that the rows are appended to.")]
+RunsOption = Annotated[int | None, typer.Option(min=1, help="Rounds of paired runs; the suite's by default.")]
+DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
 
-@app.callback()
-def _group() -> None:
-    """Keeps ``bench`` a group while it has a single command."""
+
+@app.command()
+def kernels(
+    suite: SuiteOption = "cpu",
+    only: Annotated[list[str] | None, typer.Option(help="An operation to measure; may be given several times.")] = None,
+    device: DeviceOption = "cpu",
+    runs: RunsOption = None,
+    output: OutputOption = None,
+    format: FormatOption = Format.HUMAN,
+) -> None:
+    """Each operation beside dense attention, in paired runs.
+
+    An operation whose result differs from its reference on the same inputs gets no time, and the exit code is 1.
+    """
+    loaded = _suite(suite)
+    from loopserve.bench.kernels import check_ops, run_kernels
+
+    rows = run_kernels(loaded, device=device, only=check_ops(only or ()), runs=runs, progress=_progress)
+    _show(rows, output, format)
+
+
+@app.command()
+def decode(
+    suite: SuiteOption = "cpu",
+    device: DeviceOption = "cpu",
+    runs: RunsOption = None,
+    output: OutputOption = None,
+    format: FormatOption = Format.HUMAN,
+) -> None:
+    """Milliseconds per output token after a long history, re-scoring included, beside transformers' own model."""
+    loaded = _suite(suite)
+    from loopserve.bench.decode import run_decode
+
+    _show(run_decode(loaded, device=device, runs=runs, progress=_progress), output, format)
+
+
+@app.command()
+def prefill(
+    suite: SuiteOption = "cpu",
+    device: DeviceOption = "cpu",
+    runs: RunsOption = None,
+    output: OutputOption = None,
+    format: FormatOption = Format.HUMAN,
+) -> None:
+    """Time to first token of a later turn over a long history, and short turns end to end."""
+    loaded = _suite(suite)
+    from loopserve.bench.prefill import run_prefill
+
+    _show(run_prefill(loaded, device=device, runs=runs, progress=_progress), output, format)
+
+
+@app.command()
+def conversation(
+    suite: SuiteOption = "gpu",
+    device: DeviceOption = "cuda",
+    output: OutputOption = None,
+    format: FormatOption = Format.HUMAN,
+) -> None:
+    """Time to first token and per token of every turn of a growing conversation, dense and sparse."""
+    loaded = _suite(suite)
+    from loopserve.bench.prefill import run_conversation
+
+    _show(run_conversation(loaded, device=device, progress=_progress), output, format)
+
+
+@app.command()
+def report(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Result files of JSON lines.")],
+    only: Annotated[list[str] | None, typer.Option(help="An operation to show; may be given several times.")] = None,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="A table for a document, with the machine named.")
+    ] = False,
+    plots: Annotated[Path | None, typer.Option(help="Directory that plots are written to (needs matplotlib).")] = None,
+    format: FormatOption = Format.HUMAN,
+) -> None:
+    """Result rows as a table and as plots; of repeated measurements the newest."""
+    from loopserve.bench import speed
+    from loopserve.bench.rows import latest, read_rows
+
+    rows = latest(row for file in files for row in read_rows(file))
+    shown = [row for row in rows if not only or row["op"] in only]
+    if plots is not None:
+        from loopserve.bench.plots import plot_speed
+
+        plots.mkdir(parents=True, exist_ok=True)
+        for path in plot_speed(rows, plots):
+            _progress(f"wrote {path}")
+    if format is Format.JSON:
+        print_json({"rows": shown, "break_even": speed.break_even(rows)})
+    elif markdown:
+        print(speed.markdown(shown))
+    else:
+        _print_rows(shown)
+        if shown:
+            print(speed.machines(shown))
 
 
 @app.command()
@@ -47,3 +149,45 @@ def engine(
         for name, value in row.items():
             figures.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
         console().print(figures)
+
+
+def _suite(spec: str) -> Suite:
+    from loopserve.bench.suite import load_suite
+
+    return load_suite(spec)
+
+
+def _progress(said: str) -> None:
+    print(said, file=sys.stderr, flush=True)
+
+
+def _show(rows: Iterator[dict[str, Any]], output: Path | None, format: Format) -> None:
+    """Append each row as it comes, print all of them, and end with code 1 if one was wrong."""
+    from loopserve.bench.rows import append_rows
+
+    found = []
+    for row in rows:
+        found.append(row)
+        if output is not None:
+            append_rows(output, [row])
+    if format is Format.JSON:
+        print_json({"rows": found})
+    else:
+        _print_rows(found)
+    wrong = [row for row in found if row["parity"] != "ok"]
+    for row in wrong:
+        print(f"error: {row['op']} ({row['dtype']}) is not timed, its result is wrong: {row['error']}", file=sys.stderr)
+    if wrong:
+        raise typer.Exit(1)
+
+
+def _print_rows(rows: Iterable[dict[str, Any]]) -> None:
+    from loopserve.bench import speed
+
+    rows = list(rows)
+    figures = table(*speed.COLUMNS)
+    for cells in speed.table(rows):
+        figures.add_row(*cells)
+    console().print(figures)
+    for said in speed.break_even(rows):
+        print(f"break-even with SDPA, first turn: {said}")

@@ -210,15 +210,27 @@ def _decode(
             cache.select(selection)
             inputs = None  # what it says of the selection, and after an eviction of the store, is no longer true
     store = cache.store
-    if cache.active is None:
-        pairs, first_valid = store, cache.first_valid
+    active, pairs, first_valid, columns, tail = cache.active, store, cache.first_valid, None, 0
+    if active is None:
         attended = store.heads * store.length - (int(first_valid.sum()) if first_valid is not None else 0)
     else:
-        pairs, first_valid, attended = cache.active.pairs, cache.active.first_valid, cache.active.attended()
+        attended = active.attended(cache.seen)
+        if active.pairs is not None:
+            pairs, first_valid = active.pairs, active.first_valid
+        else:  # in place: nothing was evicted, so positions are columns
+            columns, tail = active.selection.indices, active.selection.boundary
     call.compressed |= attended < store.heads * cache.seen
     session.stats.attended(attended, store.heads * cache.seen, store.pair_bytes)
     output, lse = decode_attention(
-        queries, pairs.keys, pairs.values, scaling=scaling, softcap=softcap, first_valid=first_valid, need_lse=need_lse
+        queries,
+        pairs.keys,
+        pairs.values,
+        scaling=scaling,
+        softcap=softcap,
+        first_valid=first_valid,
+        columns=columns,
+        tail=tail,
+        need_lse=need_lse,
     )
     if policies.watches_after:
         assert policies.compressor is not None

@@ -14,6 +14,7 @@ from loopserve.core.errors import CacheError
 from loopserve.core.interfaces import KVSelection, Retention
 from loopserve.core.ragged import RaggedBuffer
 from loopserve.kernels.gather_kv import gather_kv
+from loopserve.kernels.memory import large_pages
 
 _FIRST_CAPACITY = 256
 _ACTIVE_SLACK = 64  # room for outputs behind a gathered selection before the buffer must grow
@@ -26,22 +27,26 @@ class PairBuffer:
         """Start from existing pairs ``[Hkv, T, D]`` with room for ``slack`` more."""
         self.length = 0
         heads, tokens = keys.shape[0], keys.shape[1]
-        self._keys = keys.new_empty(heads, tokens + slack, keys.shape[2])
-        self._values = values.new_empty(heads, tokens + slack, values.shape[2])
+        self._keys = large_pages(keys.new_empty(heads, tokens + slack, keys.shape[2]))
+        self._values = large_pages(values.new_empty(heads, tokens + slack, values.shape[2]))
         self.append(keys, values)
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         end = self.length + keys.shape[1]
-        if end > self._keys.shape[1]:
-            self._grow(max(end, self._keys.shape[1] * 3 // 2))
+        self.reserve(end)
         self._keys[:, self.length : end] = keys
         self._values[:, self.length : end] = values
         self.length = end
 
+    def reserve(self, length: int) -> None:
+        """Make room for ``length`` pairs now, so that no later append has to."""
+        if length > self._keys.shape[1]:
+            self._grow(max(length, self._keys.shape[1] * 3 // 2))
+
     def _grow(self, capacity: int) -> None:
         for name in ("_keys", "_values"):
             old: Tensor = getattr(self, name)
-            new = old.new_empty(old.shape[0], capacity, old.shape[2])
+            new = large_pages(old.new_empty(old.shape[0], capacity, old.shape[2]))
             new[:, : self.length] = old[:, : self.length]
             setattr(self, name, new)
 
@@ -90,16 +95,28 @@ def _survivors(keys: Tensor, values: Tensor, first_valid: Tensor | None, width: 
 
 @dataclass
 class ActiveSet:
-    """The gathered copy that decoding attends to: a selection, then every pair from its boundary on."""
+    """What decoding attends to: a selection, and every pair from its boundary on.
 
-    pairs: PairBuffer
+    pairs: a copy gathered together, or None where a fleeting selection is attended in place, at its columns of the store.
+    """
+
     selection: KVSelection
-    first_valid: Tensor | None  # int64 [Hkv]: filler columns of heads that keep fewer pairs
+    pairs: PairBuffer | None = None
+    first_valid: Tensor | None = None  # int64 [Hkv]: filler columns of heads that keep fewer, in the copy
 
-    def attended(self) -> int:
-        """Pairs attended by one query, summed over the KV heads."""
+    def attended(self, seen: int) -> int:
+        """Pairs attended by one query, summed over the KV heads, ``seen`` tokens being stored."""
         heads, width = self.selection.indices.shape
-        return heads * (self.pairs.length - width) + int(self.selection.lengths.sum())
+        selected = int(self.selection.lengths.sum()) if self.selection.ragged else heads * width
+        return heads * (seen - self.selection.boundary) + selected
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the copy."""
+        return self.pairs.nbytes if self.pairs is not None else 0
+
+    def copy(self) -> ActiveSet:
+        return ActiveSet(self.selection, self.pairs.copy() if self.pairs is not None else None, self.first_valid)
 
 
 class LayerCache:
@@ -110,6 +127,7 @@ class LayerCache:
         self.store: PairBuffer | RaggedBuffer | None = None
         self.active: ActiveSet | None = None
         self.first_valid: Tensor | None = None
+        self._reserved = 0
         self._positions: Tensor | None = None  # [Hkv, survivors] before the last boundary; None = nothing was evicted
         self._evicted_at = 0  # that boundary: every head holds every pair from it on
 
@@ -125,12 +143,18 @@ class LayerCache:
                 f"append: keys {list(keys.shape)} and values {list(values.shape)} must both be [Hkv, T, D]"
             )
         if self.store is None:
-            self.store = PairBuffer(keys, values, slack=_FIRST_CAPACITY)
+            self.store = PairBuffer(keys, values, slack=max(_FIRST_CAPACITY, self._reserved))
         else:
+            self.store.reserve(self.store.length + keys.shape[1] + self._reserved)
             self.store.append(keys, values)
-        if self.active is not None:
+        self._reserved = 0
+        if self.active is not None and self.active.pairs is not None:
             self.active.pairs.append(keys, values)
         self.seen += keys.shape[1]
+
+    def reserve(self, tokens: int) -> None:
+        """With the next append, make room for ``tokens`` more pairs behind it: a decode step should not have to copy the store."""
+        self._reserved = tokens
 
     def positions(self) -> Tensor:
         """Original positions: int64 ``[columns]``, or ``[Hkv, columns]`` once heads differ; filler columns hold -1."""
@@ -141,15 +165,18 @@ class LayerCache:
         return torch.cat([self._positions, tail], dim=1)
 
     def select(self, selection: KVSelection) -> None:
-        """Make ``selection`` the active set (gathered from the store), or evict all else if it says so."""
+        """Make ``selection`` the active set, or evict all else if it says so."""
         if self.store is None:
             raise CacheError("select: the layer holds no pairs yet")
         selection.check(self.store.heads, self.seen)
         if selection.retention is Retention.EVICT:
             self._evict(selection)
             return
+        if selection.fleeting and self._positions is None and self.first_valid is None:
+            self.active = ActiveSet(selection)
+            return
         keys, values, first_valid = self._gather(selection)
-        self.active = ActiveSet(PairBuffer(keys, values, slack=_ACTIVE_SLACK), selection, first_valid)
+        self.active = ActiveSet(selection, PairBuffer(keys, values, slack=_ACTIVE_SLACK), first_valid)
 
     def release(self) -> None:
         """Drop the active set: the next call attends to the whole store."""
@@ -230,8 +257,7 @@ class LayerCache:
         other.store = self.store.copy() if self.store is not None else None
         other.first_valid = self.first_valid  # never written in place, like positions and selections
         other._positions = self._positions
-        if self.active is not None:
-            other.active = ActiveSet(self.active.pairs.copy(), self.active.selection, self.active.first_valid)
+        other.active = self.active.copy() if self.active is not None else None
         return other
 
 
@@ -251,7 +277,7 @@ class KVCache:
 
     @property
     def active_bytes(self) -> int:
-        return sum(layer.active.pairs.nbytes for layer in self.layers if layer.active is not None)
+        return sum(layer.active.nbytes for layer in self.layers if layer.active is not None)
 
     @property
     def nbytes(self) -> int:
@@ -260,6 +286,11 @@ class KVCache:
     def release(self) -> None:
         for layer in self.layers:
             layer.release()
+
+    def reserve(self, tokens: int) -> None:
+        """With each layer's next append, make room for ``tokens`` more pairs behind it."""
+        for layer in self.layers:
+            layer.reserve(tokens)
 
     def truncate(self, length: int) -> None:
         """Forget every position from ``length`` on, in layers that have seen it (a broken-off pass fills only some)."""

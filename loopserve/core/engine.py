@@ -70,7 +70,7 @@ class TokenEngine:
         complete = False
         try:
             started = time.perf_counter()
-            logits = self.prefill(session)
+            logits = self.prefill(session, room=sampling.max_new_tokens)
             token = sampler(logits)
             session.stats.ttft_ms = (time.perf_counter() - started - session.stats.measuring_s) * 1e3
             for count in range(1, sampling.max_new_tokens + 1):
@@ -105,12 +105,16 @@ class TokenEngine:
                 f"max_new_tokens={sampling.max_new_tokens} does not fit: {limit - needed + 1} tokens are left of the model's {limit}"
             )
 
-    def prefill(self, session: Session) -> Tensor:
-        """Compute every token not computed yet, in chunks of equal size; logits ``[vocabulary]`` of the last one."""
+    def prefill(self, session: Session, *, room: int = 0) -> Tensor:
+        """Compute every token not computed yet, in chunks of equal size; logits ``[vocabulary]`` of the last one.
+
+        room: tokens of the answer to make room for in the store.
+        """
         waiting = session.tokens[session.cache.seen :]
         pieces = -(-len(waiting) // self.chunk_tokens)
         size = -(-len(waiting) // pieces)
         logits = None
+        session.cache.reserve(len(waiting) - size + room)
         for start in range(0, len(waiting), size):
             chunk = waiting[start : start + size]
             logits = self._run(session, chunk, Phase.PREFILL, final=start + size >= len(waiting))

@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cached_property
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import torch
@@ -24,7 +25,9 @@ from loopserve.core.layers import LayerSpec as LayerSpec
 from loopserve.core.layers import LayerType as LayerType
 from loopserve.core.layers import Need as Need
 from loopserve.core.patterns import AttentionPattern
+from loopserve.kernels.choose_lines import choose_lines
 from loopserve.kernels.line_scores import LineScores, line_scores
+from loopserve.kernels.select_lines import LineSelection
 from loopserve.kernels.token_scores import OverRows, token_scores
 
 
@@ -149,6 +152,24 @@ class AttentionInputs:
         found: LineScores = self.memo[key]
         return found
 
+    def choose_lines(self, rows: Tensor, **options: Any) -> LineSelection:
+        """Lines that hold a share of some rows' attention: what ``row_attention`` and ``select_lines`` give together, without keeping
+        the rows.
+
+        rows: int64 ``[r]``, indices into the queries. options: those of ``kernels.choose_lines``.
+        """
+        self.record.read("lines", _bytes(self.keys))
+        return choose_lines(
+            self.queries[:, rows],
+            self.keys,
+            self.columns[rows],
+            self.new_tokens,
+            scaling=self.scaling,
+            softcap=self.softcap,
+            first_valid=self.first_valid,
+            **options,
+        )
+
     def token_scores(self, queries: Tensor, columns: Tensor, *, over_rows: OverRows = "mean") -> Tensor:
         """Attention of ``queries`` ``[Hq, r, D]`` standing at ``columns`` over the full store, per KV head: float32 ``[Hkv, Tk]``."""
         self.record.read("scoring", _bytes(self.keys))
@@ -206,12 +227,14 @@ class KVSelection:
 
     indices int64 ``[Hkv, S]``: original positions, sorted and unique per head, left-padded with -1 where a head keeps fewer.
     lengths int64 ``[Hkv]``: how many each head keeps. boundary: every pair at or after this position is attended as well.
+    fleeting: it will be replaced soon, so its pairs are attended where they stand in the store instead of being copied together.
     """
 
     indices: Tensor
     lengths: Tensor
     boundary: int
     retention: Retention = Retention.KEEP
+    fleeting: bool = False
 
     @classmethod
     def from_heads(cls, heads: Sequence[Tensor], boundary: int, retention: Retention = Retention.KEEP) -> KVSelection:
@@ -225,12 +248,14 @@ class KVSelection:
         return cls(indices.to(device), lengths.to(device), boundary, retention)
 
     @classmethod
-    def uniform(cls, indices: Tensor, boundary: int, retention: Retention = Retention.KEEP) -> KVSelection:
+    def uniform(
+        cls, indices: Tensor, boundary: int, retention: Retention = Retention.KEEP, *, fleeting: bool = False
+    ) -> KVSelection:
         """Build from ``[Hkv, S]`` when every head keeps the same number."""
         lengths = torch.full((indices.shape[0],), indices.shape[1], dtype=torch.long, device=indices.device)
-        return cls(indices, lengths, boundary, retention)
+        return cls(indices, lengths, boundary, retention, fleeting)
 
-    @property
+    @cached_property
     def ragged(self) -> bool:
         return bool((self.lengths != self.indices.shape[1]).any())
 
@@ -251,6 +276,10 @@ class KVSelection:
         ):
             raise PolicyError(f"KVSelection.lengths: expected {kv_heads} numbers from 0 to {self.indices.shape[1]}")
         width = self.indices.shape[1]
+        if (
+            not self.ragged and width and _rises_within(self.indices, self.boundary)
+        ):  # the common case, in few operations
+            return
         filler = torch.arange(width, device=self.indices.device) < (width - self.lengths)[:, None]
         kept = self.indices.masked_fill(filler, 0)
         if bool(((kept < 0) | (kept >= max(self.boundary, 1))).any() & (width > 0)):
@@ -258,6 +287,12 @@ class KVSelection:
         steps = (self.indices[:, 1:] <= self.indices[:, :-1]) & ~filler[:, :-1]
         if bool(steps.any()):
             raise PolicyError("KVSelection.indices: positions must be sorted and unique per head")
+
+
+def _rises_within(indices: Tensor, boundary: int) -> bool:
+    """Whether each row rises strictly from at least 0 to below ``boundary``."""
+    ends = bool((indices[:, 0] >= 0).all() & (indices[:, -1] < boundary).all())
+    return ends and bool((indices[:, 1:] > indices[:, :-1]).all())
 
 
 @dataclass(frozen=True)

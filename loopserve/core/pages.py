@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from loopserve.kernels.page_bounds import page_bounds, page_scores
+from loopserve.kernels.key_codes import BITS, KeyCodes, code_jumps, code_logits, summarise_pages
+from loopserve.kernels.page_bounds import page_scores
 
-CODE_BITS = (0, 2, 4, 8)
+CODE_BITS = (0, *BITS)
 
 
 class PageSummaries:
@@ -82,23 +82,22 @@ class PageSummaries:
         if total < self.columns:
             self.columns = 0
         first = self.columns // self.page
-        fresh = keys[:, first * self.page :]
-        low, high = page_bounds(fresh, self.page)
-        found = {"low": low, "high": high}
+        heads, _, dim = keys.shape
+        pages = -(-total // self.page)
+        low, high = (self._reserve(name, pages, keys, (heads, dim), keys.dtype) for name in ("low", "high"))
+        codes = None
         if self.bits:
-            found["codes"] = encode(fresh, low, high, self.page, self.bits)
-        for name, part in found.items():
-            self._reserve(name, first, part)[:, first : first + part.shape[1]] = part
+            codes = self._reserve("codes", pages, keys, (heads, self.page, dim * self.bits // 8), torch.uint8)
+        summarise_pages(keys, self.page, first, low, high, codes, self.bits)
         self.columns = total
 
-    def _reserve(self, name: str, kept: int, part: Tensor) -> Tensor:
-        """The buffer of a part with room for ``part`` behind the ``kept`` first pages; it grows by half."""
+    def _reserve(self, name: str, pages: int, keys: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """The buffer of a part ``[Hkv, capacity, ...]`` with room for all pages; it grows by half."""
         held = self._parts.get(name)
-        needed = kept + part.shape[1]
-        if held is None or held.shape[1] < needed:
-            grown = part.new_empty(part.shape[0], needed + needed // 2 + 8, *part.shape[2:])
+        if held is None or held.shape[1] < pages:
+            grown = torch.empty(shape[0], pages + pages // 2 + 8, *shape[1:], dtype=dtype, device=keys.device)
             if held is not None:
-                grown[:, :kept] = held[:, :kept]
+                grown[:, : held.shape[1]] = held
             self._parts[name] = held = grown
         return held
 
@@ -108,35 +107,13 @@ class PageSummaries:
 
     def logits(self, queries: Tensor, scaling: float) -> Tensor:
         """Nearly the logits of all keys, from their codes, for queries ``[Hq, r, D]``: float32 ``[Hkv, group * r, columns]``."""
-        low, high = self.low.float(), self.high.float()
-        heads, pages, channels = low.shape
-        grouped = queries.float().reshape(heads, 1, -1, channels)
-        step = (high - low) / (2**self.bits - 1)
-        codes = unpack(self.codes, self.bits).float()
-        inside = codes @ (grouped * step[:, :, None]).transpose(2, 3)  # [Hkv, pages, page, rows]
-        found: Tensor = inside + low[:, :, None] @ grouped.transpose(2, 3)
-        return found.view(heads, pages * self.page, -1)[:, : self.columns].transpose(1, 2) * scaling
+        return code_logits(queries, self._codes(), scaling=scaling)
 
+    def jumps(
+        self, queries: Tensor, base: Tensor, tail: int, budget: int, scaling: float, observed: Tensor | None = None
+    ) -> Tensor:
+        """Base columns ``[Hkv, S]`` and the ``budget`` best others before ``tail``, by the codes; see ``code_jumps``."""
+        return code_jumps(queries, self._codes(), base, tail, budget, scaling=scaling, observed=observed)
 
-def encode(keys: Tensor, low: Tensor, high: Tensor, page: int, bits: int) -> Tensor:
-    """Keys ``[Hkv, T, D]`` as steps between their page's bounds ``[Hkv, P, D]``: packed uint8 ``[Hkv, P, page, D * bits / 8]``.
-
-    The number of channels must be a multiple of ``8 / bits``.
-    """
-    per_byte = 8 // bits
-    if keys.shape[2] % per_byte:
-        raise ValueError(f"encode: {keys.shape[2]} channels do not fill bytes of {per_byte} codes")
-    padded = pad(keys, (0, 0, 0, low.shape[1] * page - keys.shape[1]))
-    paged = padded.view(keys.shape[0], -1, page, keys.shape[2]).float()
-    step = ((high - low).float() / (2**bits - 1)).clamp(min=torch.finfo(torch.float32).tiny)
-    codes = ((paged - low.float()[:, :, None]) / step[:, :, None]).round().clamp(0, 2**bits - 1).to(torch.uint8)
-    packed: Tensor = codes[..., ::per_byte].clone()
-    for place in range(1, per_byte):
-        packed |= codes[..., place::per_byte] << (bits * place)
-    return packed
-
-
-def unpack(packed: Tensor, bits: int) -> Tensor:
-    """Codes of packed bytes: uint8, the last dimension ``8 / bits`` times as long."""
-    parts = [(packed >> (bits * place)) & (2**bits - 1) for place in range(8 // bits)]
-    return torch.stack(parts, dim=-1).flatten(-2)
+    def _codes(self) -> KeyCodes:
+        return KeyCodes(self.low, self.high, self.codes, self.bits, self.columns)

@@ -26,6 +26,10 @@ class RaggedBuffer:
     def append(self, keys: Tensor, values: Tensor) -> None:
         self._tail.append(keys, values)
 
+    def reserve(self, tokens: int) -> None:
+        """Make room for ``tokens`` columns in all."""
+        self._tail.reserve(max(tokens - self._held.shape[1], 0))
+
     @property
     def length(self) -> int:
         """Columns, filler of the shorter heads included."""

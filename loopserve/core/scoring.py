@@ -24,38 +24,7 @@ from loopserve.core.interfaces import (
     Selections,
     Step,
 )
-
-
-def select_top(
-    scores: Tensor,
-    budget: int,
-    *,
-    sink_tokens: int = 0,
-    recent_window: int = 0,
-    first_valid: Tensor | None = None,
-) -> Tensor:
-    """Columns of the ``budget`` best scores per head, sorted: int64 ``[Hkv, min(budget, n)]``.
-
-    scores ``[Hkv, n]``, any float type; NaN counts as lowest. The first ``sink_tokens`` and last ``recent_window`` columns are
-    always among them (recent ones win when the budget is smaller than both). Equal scores: the lowest column wins. Heads with
-    filler columns (``first_valid``) must all hold at least ``budget`` pairs.
-    """
-    heads, total = scores.shape
-    budget = min(budget, total)
-    ranked = scores.float().nan_to_num(nan=float("-inf")).clone()
-    columns = torch.arange(total, device=scores.device).expand(heads, total)
-    start = (
-        torch.zeros(heads, 1, dtype=torch.long, device=scores.device) if first_valid is None else first_valid[:, None]
-    )
-    # Finite scores are squeezed below the forced ones, so infinite scores cannot push sinks out.
-    order = ranked.argsort(dim=-1, descending=True, stable=True)
-    rank = torch.empty_like(order).scatter_(1, order, columns)
-    rank = torch.where(columns < start + sink_tokens, rank - 2 * total, rank)
-    if recent_window:
-        rank = torch.where(columns >= total - recent_window, rank - 4 * total, rank)
-    rank = torch.where(columns < start, rank + 8 * total, rank)
-    best = rank.argsort(dim=-1, stable=True)[:, :budget]
-    return best.sort(dim=-1).values
+from loopserve.kernels.top_columns import top_columns
 
 
 def to_positions(columns: Tensor, inputs: AttentionInputs) -> Tensor:
@@ -69,6 +38,22 @@ def from_columns(heads: Sequence[Tensor], inputs: AttentionInputs, retention: Re
     """The selection of sorted columns of each KV head, as many as each head has been given."""
     found = [inputs.head_positions(head)[columns] for head, columns in enumerate(heads)]
     return KVSelection.from_heads(found, inputs.length, retention)
+
+
+def best_held(
+    scores: Tensor, budget: int, limits: ScoredConfig | None = None, first_valid: Tensor | None = None
+) -> Tensor:
+    """The ``budget`` best columns of each head, or all it holds: bool ``[Hkv, n]``, never filler. limits: what is forced in."""
+    sinks, recent = (limits.sink_tokens, limits.recent_window) if limits is not None else (0, 0)
+    mask = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
+    starts = first_valid.tolist() if first_valid is not None else [0]
+    if len(set(starts)) == 1:
+        best = top_columns(scores[:, starts[0] :], budget, sink_tokens=sinks, recent_window=recent)
+        return mask.scatter_(1, best + starts[0], True)
+    for head, start in enumerate(starts):
+        best = top_columns(scores[head : head + 1, start:], budget, sink_tokens=sinks, recent_window=recent)
+        mask[head, best[0] + start] = True
+    return mask
 
 
 class ScoredConfig(PolicyConfig):
@@ -150,17 +135,17 @@ class ScoredCompressor(DecodeCompressor[ScoredState]):
         held = inputs.holds.sum(1)
         if int(held.max()) <= budget:
             return None
-        columns = select_top(
-            ranking,
-            budget,
-            sink_tokens=self.limits.sink_tokens,
-            recent_window=self.limits.recent_window,
-            first_valid=inputs.first_valid,
-        )
         if inputs.first_valid is None or int(held.min()) >= budget:
+            columns = top_columns(
+                ranking,
+                budget,
+                sink_tokens=self.limits.sink_tokens,
+                recent_window=self.limits.recent_window,
+                first_valid=inputs.first_valid,
+            )
             return KVSelection.uniform(to_positions(columns, inputs), inputs.length, self.retention)
-        kept = [row[row >= start] for row, start in zip(columns, inputs.first_valid, strict=True)]
-        return from_columns(kept, inputs, self.retention)
+        kept = best_held(ranking, budget, self.limits, inputs.first_valid)
+        return from_columns([row.nonzero().flatten() for row in kept], inputs, self.retention)
 
     def init_state(self) -> ScoredState:
         return ScoredState()

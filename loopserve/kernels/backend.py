@@ -112,15 +112,17 @@ _candidates_seen: dict[tuple[str, str, str, torch.dtype], tuple[str, ...]] = {}
 def operation(
     name: str,
     *implementations: str,
+    package: str | None = None,
     any_device: bool = False,
     limits: dict[str, Callable[..., str | None]] | None = None,
 ) -> Operation:
     """Make an operation known; called once, in the package that defines it.
 
-    implementations: names beside ``reference``; each is the function ``name`` of the module of that name in the package.
+    implementations: names beside ``reference``; each is the function ``name`` of the module of that name in the package, which is
+    called like the operation unless it holds several.
     """
-    package = f"{__name__.rpartition('.')[0]}.{name}"
-    modules = {each: f"{package}.{each}" for each in ("reference", *implementations)}
+    home = f"{__name__.rpartition('.')[0]}.{package or name}"
+    modules = {each: f"{home}.{each}" for each in ("reference", *implementations)}
     _operations[name] = Operation(name, modules, any_device, limits or {})
     return _operations[name]
 

@@ -6,7 +6,11 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicLayer
+
+from loopserve.core.cache import PairBuffer
 
 
 def converse(model: PreTrainedModel, prompts: Sequence[Sequence[int]], output_tokens: int) -> list[int]:
@@ -31,3 +35,47 @@ def converse(model: PreTrainedModel, prompts: Sequence[Sequence[int]], output_to
         answers += output[0, len(ids) :].tolist()
         ids = output[0].tolist()
     return answers
+
+
+class _PreallocatedLayer(DynamicLayer):
+    """A cache layer that writes new pairs in place into a buffer with room, and hands out a view of its filled part."""
+
+    def __init__(self, pairs: PairBuffer) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.pairs = pairs
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        self.pairs.append(key_states[0], value_states[0])
+        return self.pairs.keys[None], self.pairs.values[None]
+
+    def get_seq_length(self) -> int:
+        return self.pairs.length
+
+    def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
+        return self.pairs.length + int(query_length), 0
+
+
+def preallocated_cache(pairs: Sequence[PairBuffer]) -> Cache:
+    """A cache of one row over buffers with room for what will come; they are written to, not copied."""
+    return Cache(layers=[_PreallocatedLayer(each) for each in pairs])
+
+
+def growing_cache(model: PreTrainedModel, pairs: Sequence[PairBuffer]) -> Cache:
+    """Transformers' own ``DynamicCache``, which concatenates at every step, holding the pairs of the buffers."""
+    cache = DynamicCache(config=model.config)
+    for layer, each in zip(cache.layers, pairs, strict=True):
+        cast("DynamicLayer", layer).update(each.keys[None], each.values[None])
+    return cache
+
+
+def forward(model: PreTrainedModel, cache: Cache, token_ids: Tensor) -> Tensor:
+    """Feed ``[T]`` token ids after what the cache holds; logits ``[vocabulary]`` of the last. Attention as the model is set."""
+    seen = cache.get_seq_length()
+    positions = torch.arange(seen, seen + len(token_ids), device=token_ids.device)[None]
+    with torch.no_grad():
+        output = model(
+            input_ids=token_ids[None], position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
+        )
+    logits: Tensor = output.logits[0, -1]
+    return logits

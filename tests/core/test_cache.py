@@ -103,7 +103,10 @@ class CacheMachine(RuleBasedStateMachine):
         if self.cache.active is None:
             return
         wanted = [[*head, *range(self.boundary, self.cache.seen)] for head in self.selected]
-        assert self.cache.active.attended() == sum(map(len, wanted))
+        assert self.cache.active.attended(self.cache.seen) == sum(map(len, wanted))
+        if self.cache.active.pairs is None:  # in place
+            assert self.cache.active.selection.fleeting
+            return
         for head, positions in enumerate(wanted):
             first = 0 if self.cache.active.first_valid is None else int(self.cache.active.first_valid[head])
             keys = self.cache.active.pairs.keys[head, first:, 0]

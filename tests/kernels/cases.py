@@ -8,6 +8,11 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from loopserve.kernels.native import library
+
+FAST = ("packed", "cpu") if library.unavailable() is None else ("packed",)
+IMPLEMENTATIONS = ("reference", *FAST)
+
 
 @dataclass(frozen=True)
 class Case:
@@ -68,7 +73,7 @@ def cases(draw: st.DrawFn, most: int = 260) -> Case:
         total,
         group=draw(st.sampled_from([1, 2, 4, 7])),
         kv_heads=draw(st.sampled_from([1, 2])),
-        dim=draw(st.sampled_from([4, 16])),
+        dim=draw(st.sampled_from([4, 16, 64])),
         seed=draw(st.integers(0, 1000)),
         filler=draw(st.booleans()),
         softcap=draw(st.sampled_from([None, 5.0])),

@@ -17,19 +17,20 @@ from loopserve.kernels.dense_attention import dense_attention
 from loopserve.kernels.gather_kv import gather_kv
 from loopserve.kernels.masked import masked_attention
 from loopserve.kernels.vertical_slash import vertical_slash
-from tests.kernels.cases import Case, cases, make
+from tests.kernels.cases import FAST, IMPLEMENTATIONS, Case, cases, make
 
 
 def both(function: Callable[..., Any], *args: object, **options: object) -> None:
-    """The fast path and the reference agree, log-sum-exp included."""
+    """Every fast path and the reference agree, log-sum-exp included."""
     with backend.use("reference"):
         wanted, wanted_lse = function(*args, **options)
-    with backend.use("packed"):
-        output, lse = function(*args, **options)
-    torch.testing.assert_close(output, wanted, atol=2e-5, rtol=1e-4)
-    assert not output.isnan().any()
-    if lse is not None:
-        torch.testing.assert_close(lse, wanted_lse, atol=2e-5, rtol=1e-4)
+    for name in FAST:
+        with backend.use(name):
+            output, lse = function(*args, **options)
+        torch.testing.assert_close(output, wanted, atol=2e-5, rtol=1e-4)
+        assert not output.isnan().any()
+        if lse is not None:
+            torch.testing.assert_close(lse, wanted_lse, atol=2e-5, rtol=1e-4)
 
 
 @given(cases(), st.booleans(), st.sampled_from([None, 1, 7, 1000]))
@@ -69,10 +70,37 @@ def test_decode_attention_is_dense_over_the_active_set(case: Case) -> None:
     torch.testing.assert_close(output, wanted, atol=2e-5, rtol=1e-4)
 
 
+@given(cases(), st.data())
+def test_decode_attention_in_place(case: Case, data: st.DataObject) -> None:
+    """Chosen columns and the tail, heads keeping different numbers."""
+    heads, total = case.keys.shape[:2]
+    if case.first_valid is not None:
+        case.keys.nan_to_num_(0.0), case.values.nan_to_num_(0.0)
+    tail = data.draw(st.integers(0, total - case.queries.shape[1]))
+    kept = [data.draw(st.integers(0, tail)) for _ in range(heads)]
+    columns = torch.full((heads, max(kept)), -1)
+    for row, count in zip(columns, kept, strict=True):
+        row[len(row) - count :] = torch.randperm(tail, generator=case.generator)[:count].sort().values
+    options = {"scaling": case.scaling, "softcap": case.softcap, "need_lse": True}
+    both(decode_attention, case.queries, case.keys, case.values, columns=columns, tail=tail, **options)
+
+
+def test_columns_that_do_not_fit_are_named() -> None:
+    case = make(2, 9)
+    for columns, tail, message in [
+        (torch.zeros(2, 3), 5, "columns torch.float32"),
+        (torch.zeros(3, 3, dtype=torch.long), 5, "columns torch.int64 .3, 3."),
+        (torch.zeros(2, 1, dtype=torch.long), 8, "tail=8"),
+        (torch.tensor([[5], [4]]), 5, "columns .plus one. must lie"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            decode_attention(case.queries, case.keys, case.values, scaling=1.0, columns=columns, tail=tail)
+
+
 def test_a_row_that_sees_nothing_is_zero_not_nan() -> None:
     case = make(3, 8)
     none = torch.zeros(4, 8, dtype=torch.bool)
-    for name in ("reference", "packed"):
+    for name in IMPLEMENTATIONS:
         with backend.use(name):
             output, lse = vertical_slash(case.queries, case.keys, case.values, none, none, scaling=1.0)
         assert (output == 0).all() and lse.isneginf().all()

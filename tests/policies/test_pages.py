@@ -9,7 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loopserve.core.pages import CODE_BITS, PageSummaries, encode, unpack
+from loopserve.core.pages import CODE_BITS, PageSummaries
+from loopserve.kernels.key_codes.reference import encode, unpack
 from loopserve.kernels.page_bounds import page_bounds
 
 
@@ -70,7 +71,7 @@ def test_nonsense_is_refused(page: int, bits: int) -> None:
     with pytest.raises(ValueError, match="PageSummaries"):
         PageSummaries(page, bits)
     with pytest.raises(ValueError, match="channels"):
-        encode(torch.zeros(1, 4, 3), torch.zeros(1, 1, 3), torch.zeros(1, 1, 3), 4, 4)
+        PageSummaries(4, 4).update(torch.zeros(1, 4, 3))
 
 
 @pytest.mark.parametrize("group", [1, 2, 4])

@@ -1,5 +1,39 @@
-"""Dense attention over the active set; a kernel of its own pays where it splits over the keys."""
+"""Dense attention over the active set; chosen columns are copied together first."""
 
-from loopserve.kernels.dense_attention.packed import dense_attention as decode_attention
+from __future__ import annotations
 
-__all__ = ["decode_attention"]
+import torch
+from torch import Tensor
+
+from loopserve.kernels.dense_attention.packed import dense_attention
+from loopserve.kernels.gather_kv.packed import gather_kv
+
+
+def decode_attention(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    scaling: float,
+    softcap: float | None,
+    first_valid: Tensor | None,
+    columns: Tensor | None,
+    tail: int,
+    need_lse: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """See the package."""
+    if columns is not None:
+        keys, values, first_valid = active_pairs(keys, values, columns, tail)
+    return dense_attention(
+        queries, keys, values, scaling=scaling, softcap=softcap, first_valid=first_valid, need_lse=need_lse
+    )
+
+
+def active_pairs(keys: Tensor, values: Tensor, columns: Tensor, tail: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """A copy of the chosen columns and of all from ``tail`` on, and where filler ends in each head that keeps fewer."""
+    fillers = (columns < 0).sum(1)
+    copies = gather_kv(keys, values, columns.clamp(min=0))
+    own_keys, own_values = (
+        torch.cat([copy, whole[:, tail:]], dim=1) for copy, whole in zip(copies, (keys, values), strict=True)
+    )
+    return own_keys, own_values, fillers if bool(fillers.any()) else None

@@ -5,9 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from loopserve.kernels import backend
+from loopserve.kernels.dense_attention import cpu
 from loopserve.kernels.shapes import check
 
-_OPERATION = backend.operation("dense_attention", "packed")
+_OPERATION = backend.operation("dense_attention", "packed", "cpu", limits={"cpu": cpu.limit})
 
 
 def dense_attention(

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from loopserve.kernels import backend
+from loopserve.kernels.line_scores import cpu
 from loopserve.kernels.shapes import check
 
 
@@ -22,7 +23,7 @@ class LineScores(NamedTuple):
     slash: Tensor
 
 
-_OPERATION = backend.operation("line_scores", "packed")
+_OPERATION = backend.operation("line_scores", "packed", "cpu", limits={"cpu": cpu.limit})
 
 
 def line_scores(

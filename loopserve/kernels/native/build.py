@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -33,9 +34,10 @@ class Level:
 
     name: str
     flags: tuple[str, ...]
-    macro: str | None = None
+    macro: str | None = None  # None: every processor of the architecture has it
 
 
+_GENERIC = Level("generic", ())  # NEON is part of every aarch64
 _X86 = (  # best first
     Level(
         "avx512bf16",
@@ -44,13 +46,18 @@ _X86 = (  # best first
     ),
     Level("avx512", ("-march=x86-64-v4", "-mprefer-vector-width=512"), "__AVX512BW__"),
     Level("avx2", ("-march=x86-64-v3",), "__AVX2__"),
+    _GENERIC,
 )
-_GENERIC = (Level("generic", ()),)  # NEON is part of every aarch64
+
+
+def extra_flags() -> tuple[str, ...]:
+    """More for the compiler, from ``$LOOPSERVE_CFLAGS``; a sanitizer, say."""
+    return tuple(shlex.split(os.environ.get("LOOPSERVE_CFLAGS", "")))
 
 
 def levels() -> tuple[Level, ...]:
     """The instruction sets of this architecture, best first."""
-    return _X86 if platform.machine() in ("x86_64", "AMD64") else _GENERIC
+    return _X86 if platform.machine() in ("x86_64", "AMD64") else (_GENERIC,)
 
 
 @cache
@@ -75,14 +82,22 @@ def find_compiler() -> str:
 
 
 def machine_level(compiler: str) -> Level:
-    """The best instruction set of the machine this runs on, as its compiler sees it. Raises BuildError."""
-    if levels() is _GENERIC:
-        return _GENERIC[0]
+    """The best instruction set of the machine this runs on, as its compiler sees it; ``$LOOPSERVE_CPU_LEVEL`` names a lower one, to
+    compare. Raises BuildError.
+    """
+    wanted = os.environ.get("LOOPSERVE_CPU_LEVEL")
+    if wanted:
+        for level in levels():
+            if level.name == wanted:
+                return level
+        raise BuildError(
+            f"LOOPSERVE_CPU_LEVEL={wanted} is unknown (known: {', '.join(each.name for each in levels())})"
+        )
     macros = _run([compiler, "-march=native", "-dM", "-E", "-x", "c", os.devnull])
     for level in levels():
         if level.macro is None or f"#define {level.macro} " in macros:
             return level
-    raise BuildError("this processor has no AVX2")
+    return _GENERIC
 
 
 def build(target: Path, wanted: tuple[Level, ...], compiler: str) -> None:
@@ -115,12 +130,12 @@ def _compile(room: Path, library: Path, wanted: tuple[Level, ...], compiler: str
     def run(job: tuple[Path, str, tuple[str, ...]]) -> str:
         source, name, flags = job
         made = str(room / f"{source.stem}-{name}.o")
-        _run([compiler, *_COMMON, *threads, *flags, "-c", str(source), "-o", made])
+        _run([compiler, *_COMMON, *threads, *flags, *extra_flags(), "-c", str(source), "-o", made])
         return made
 
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         made = list(pool.map(run, jobs))
-    _run([compiler, "-shared", *threads, *made, "-lm", "-o", str(library)])
+    _run([compiler, "-shared", *threads, *extra_flags(), *made, "-lm", "-o", str(library)])
 
 
 def _run(command: list[str]) -> str:

@@ -44,16 +44,17 @@ def describe() -> dict[str, str]:
     }
 
 
+@cache
 def level() -> str:
-    """The instruction set in use. ``$LOOPSERVE_CPU_LEVEL`` names a lower one, to compare."""
-    library = _load()
-    found: list[str] = library.ls_levels().decode().split()
+    """The instruction set in use: the best that the library and the processor have, or the one ``$LOOPSERVE_CPU_LEVEL`` names."""
+    return _usable(_load())[0]
+
+
+def _usable(library: ctypes.CDLL) -> list[str]:
+    """The library's instruction sets that the processor has and ``$LOOPSERVE_CPU_LEVEL`` allows, best first."""
+    names: list[str] = library.ls_levels().decode().split()
     wanted = os.environ.get("LOOPSERVE_CPU_LEVEL")
-    if wanted and wanted not in found:
-        raise ValueError(
-            f"LOOPSERVE_CPU_LEVEL={wanted!r} is not among what this library and processor have: {', '.join(found)}"
-        )
-    return wanted or found[0]
+    return [name for name in names if not wanted or name == wanted]
 
 
 @cache
@@ -62,6 +63,19 @@ def function(name: str, *kinds: Any) -> Callable[..., Any]:
     found: Callable[..., Any] = getattr(_load(), f"ls_{name}_{level()}")
     found.argtypes, found.restype = kinds, None  # type: ignore[attr-defined]
     return found
+
+
+@cache
+def call(name: str, *kinds: Any) -> Callable[..., None]:
+    """Like ``function``, for one that answers whether memory ran out: MemoryError if so."""
+    found = getattr(_load(), f"ls_{name}_{level()}")
+    found.argtypes, found.restype = kinds, ctypes.c_int
+
+    def checked(*arguments: Any) -> None:
+        if found(*arguments):
+            raise MemoryError(f"{name}: no memory for its scratch space")
+
+    return checked
 
 
 def threads() -> int:
@@ -74,7 +88,7 @@ def _load() -> ctypes.CDLL:
     """Raises BuildError."""
     if INSTALLED.exists():
         library = _open(INSTALLED)
-        if library is not None and library.ls_levels():
+        if library is not None and _usable(library):
             return library
     compiler = build.find_compiler()
     target = cache_folder() / f"native-{_digest(compiler)}.so"
@@ -84,7 +98,7 @@ def _load() -> ctypes.CDLL:
             return library
     build.build(target, (build.machine_level(compiler),), compiler)
     library = _open(target)
-    if library is None or not library.ls_levels():
+    if library is None or not _usable(library):
         raise build.BuildError(f"{target} was built but cannot be used here")
     return library
 
@@ -112,4 +126,4 @@ def _digest(compiler: str) -> str:
     """Changes with the sources, the compiler and the processor: a cache may be shared by machines."""
     version = build._run([compiler, "--version"]).partition("\n")[0]
     level = build.machine_level(compiler).name
-    return hashlib.sha256(f"{build.source_digest()} {version} {level}".encode()).hexdigest()[:16]
+    return hashlib.sha256(f"{build.source_digest()} {version} {level} {build.extra_flags()}".encode()).hexdigest()[:16]

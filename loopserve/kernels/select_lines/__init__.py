@@ -4,7 +4,8 @@ counted out.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+import math
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +15,8 @@ from loopserve.kernels.shapes import check_columns, check_lines
 
 Cost = Literal["length", "tile"]
 TILE = 64  # rows per tile of the kernels whose work the cost ``tile`` counts
-_OPERATION = backend.operation("select_lines", "packed", any_device=True)
+MOST_TILE = 256
+_OPERATION = backend.operation("select_lines", "packed", "cpu", any_device=True)
 
 
 class LineSelection(NamedTuple):
@@ -44,6 +46,7 @@ def select_lines(
     forced_verticals: Tensor | None = None,
     forced_slashes: Tensor | None = None,
     tile: int = TILE,
+    most_cost: float = math.inf,
 ) -> LineSelection:
     """Lines whose union holds at least ``alpha`` of the weighted mass of the sampled rows, per head.
 
@@ -52,39 +55,81 @@ def select_lines(
     a kernel working in tiles of ``tile`` rows computes more: a vertical 1, an isolated slash ``tile``, a slash next to
     a chosen one 1 (less where a line crosses only part of the block). row_weights ``[r]`` or ``[Hq, r]``: what a row's
     mass counts. row_floor: in addition every sampled row must reach this share. forced lines ``[n]`` or ``[Hq, n]`` are
-    taken first. ValueError for what makes no sense.
+    taken first. most_cost: a head whose target would cost more is given up, its coverage staying below the target: as soon
+    as the rate of its best line tells, so that a head without structure costs next to nothing. ValueError for what makes no sense.
     """
     if probabilities.dim() != 3 or 0 in probabilities.shape:
         raise ValueError(f"select_lines: probabilities {list(probabilities.shape)} must be non-empty [Hq, r, n]")
     heads, rows, total = probabilities.shape
     check_columns("select_lines", columns, rows, total)
-    if not 0 < new_tokens <= total:
-        raise ValueError(f"select_lines: new_tokens={new_tokens} must lie in [1, {total}]")
-    if not 0.0 <= alpha <= 1.0 or not 0.0 <= (row_floor or 0.0) <= 1.0:
-        raise ValueError(f"select_lines: alpha={alpha} and row_floor={row_floor} must lie in [0, 1]")
-    if cost not in ("length", "tile") or tile < 1:
-        raise ValueError(f"select_lines: cost={cost!r} must be 'length' or 'tile', tile={tile} at least 1")
-    weights = torch.ones(heads, rows, device=probabilities.device) if row_weights is None else row_weights
-    if weights.shape not in ((rows,), (heads, rows)) or bool((weights < 0).any()):
-        raise ValueError(
-            f"select_lines: row_weights {list(weights.shape)} must be [{rows}] or [{heads}, {rows}], none negative"
-        )
-    forced = []
-    for lines in (forced_verticals, forced_slashes):
-        none = torch.zeros(heads, total, dtype=torch.bool, device=probabilities.device)
-        forced.append(none if lines is None else lines.expand(heads, -1))
-    check_lines("select_lines (forced)", forced[0], forced[1], heads, total)
-    chosen, covered, spent = _OPERATION(
-        probabilities,
+    options = prepare(
+        "select_lines",
         columns,
+        heads,
+        total,
         new_tokens,
         alpha=alpha,
-        tile=tile if cost == "tile" else None,
-        row_weights=weights.expand(heads, -1),
-        row_floor=row_floor or 0.0,
-        forced=torch.stack(forced, dim=1),
+        cost=cost,
+        row_weights=row_weights,
+        row_floor=row_floor,
+        forced=(forced_verticals, forced_slashes),
+        tile=tile,
+        most_cost=most_cost,
     )
-    mass = probabilities.to(covered.dtype).sum(-1)
+    chosen, covered, spent = _OPERATION(probabilities, columns, new_tokens, **options)
+    return finish(chosen, covered, probabilities.to(covered.dtype).sum(-1), spent, options["row_weights"])
+
+
+def prepare(
+    op: str,
+    columns: Tensor,
+    heads: int,
+    total: int,
+    new_tokens: int,
+    *,
+    alpha: float,
+    cost: str,
+    row_weights: Tensor | None,
+    row_floor: float | None,
+    forced: tuple[Tensor | None, Tensor | None],
+    tile: int,
+    most_cost: float,
+) -> dict[str, Any]:
+    """The options of an implementation, checked (but for the columns): weights ``[Hq, r]``, forced lines ``[Hq, 2, n]``.
+
+    ValueError for what makes no sense.
+    """
+    rows, device = len(columns), columns.device
+    if not 0 < new_tokens <= total:
+        raise ValueError(f"{op}: new_tokens={new_tokens} must lie in [1, {total}]")
+    if not 0.0 <= alpha <= 1.0 or not 0.0 <= (row_floor or 0.0) <= 1.0:
+        raise ValueError(f"{op}: alpha={alpha} and row_floor={row_floor} must lie in [0, 1]")
+    if cost not in ("length", "tile") or not 1 <= tile <= MOST_TILE:
+        raise ValueError(f"{op}: cost={cost!r} must be 'length' or 'tile', tile={tile} from 1 to {MOST_TILE}")
+    weights = torch.ones(heads, rows, device=device) if row_weights is None else row_weights
+    fits = weights.shape in ((rows,), (heads, rows))
+    # Reading a value waits for an accelerator, so there the sign is the caller's business.
+    if not fits or (device.type == "cpu" and bool((weights < 0).any())):
+        raise ValueError(
+            f"{op}: row_weights {list(weights.shape)} must be [{rows}] or [{heads}, {rows}], none negative"
+        )
+    lines = torch.zeros(heads, 2, total, dtype=torch.bool, device=device)
+    for kind, each in enumerate(forced):
+        if each is not None:
+            check_lines(f"{op} (forced)", each.expand(heads, -1), each.expand(heads, -1), heads, total)
+            lines[:, kind] = each
+    return {
+        "alpha": alpha,
+        "tile": tile if cost == "tile" else None,
+        "row_weights": weights.expand(heads, -1),
+        "row_floor": row_floor or 0.0,
+        "most_cost": most_cost,
+        "forced": lines,
+    }
+
+
+def finish(chosen: Tensor, covered: Tensor, mass: Tensor, spent: Tensor, weights: Tensor) -> LineSelection:
+    """What an implementation found (lines ``[Hq, 2, n]``, masses ``[Hq, r]``, cost ``[Hq]``), as shares."""
     weights = weights.to(covered.dtype)
     return LineSelection(
         verticals=chosen[:, 0],

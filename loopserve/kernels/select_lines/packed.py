@@ -8,6 +8,7 @@ target.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -33,12 +34,13 @@ def select_lines(
     tile: int | None,
     row_weights: Tensor,
     row_floor: float,
+    most_cost: float,
     forced: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(chosen bool ``[Hq, 2, n]``, covered mass per row ``[Hq, r]``, cost ``[Hq]``); kind 0 is vertical, 1 slash. See
     the package.
     """
-    state = _Heads(probabilities, columns, new_tokens, tile)
+    state = _Heads(probabilities, columns, new_tokens, tile, most_cost)
     state.weigh(row_weights.float())
     state.take_all(forced)
     whole = (state.mass * state.weights).sum(1)
@@ -79,11 +81,14 @@ class _Heads:
     ``[H, r]``.
     """
 
-    def __init__(self, probabilities: Tensor, columns: Tensor, new_tokens: int, tile: int | None) -> None:
+    def __init__(
+        self, probabilities: Tensor, columns: Tensor, new_tokens: int, tile: int | None, most_cost: float
+    ) -> None:
         heads, _, total = probabilities.shape
         self.residual = probabilities.float().clone()
         self.mass = self.residual.sum(-1)
         self.columns, self.new_tokens, self.tile = columns, new_tokens, tile
+        self.most_cost = most_cost
         self.chosen = torch.zeros(heads, 2, total, dtype=torch.bool, device=probabilities.device)
         self.covered = torch.zeros_like(self.mass)
         self._ranks = torch.full(self.chosen.shape, _UNRANKED, dtype=torch.int32, device=probabilities.device)
@@ -119,8 +124,14 @@ class _Heads:
         least = 0.0 if self._fresh else NEGLIGIBLE * self.weights.amax(1)[:, None, None]
         possible = (self.gains > least) & ~self.chosen & open_heads[:, None, None]
         ratios = (self.gains / self.costs).masked_fill_(~possible, 0.0)
+        if (
+            self.most_cost < math.inf
+        ):  # heads whose target costs too much are given up: no later line brings more for its cost
+            needed = total_cost(self.chosen, self.new_tokens, self.tile) + missing.clamp(min=0) / ratios.amax((1, 2))
+            ratios = ratios.masked_fill((needed > self.most_cost)[:, None, None], 0.0)
+            possible &= ratios > 0
         if not bool(possible.any()):
-            if self._fresh:
+            if self._fresh or self.most_cost < math.inf:
                 return False
             self.weigh(self.weights)
             return True

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -21,6 +23,7 @@ def select_lines(
     tile: int | None,
     row_weights: Tensor,
     row_floor: float,
+    most_cost: float,
     forced: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(chosen bool ``[Hq, 2, n]``, covered mass per row ``[Hq, r]``, cost ``[Hq]``); kind 0 is vertical, 1 slash. See
@@ -28,7 +31,7 @@ def select_lines(
     """
     heads = []
     for mass, weights, lines in zip(probabilities.double(), row_weights.double(), forced, strict=True):
-        head = _Head(mass, columns, new_tokens, tile)
+        head = _Head(mass, columns, new_tokens, tile, most_cost)
         for kind, line in lines.nonzero().tolist():
             head.take(kind, line)
         head.cover(weights, alpha)
@@ -43,10 +46,11 @@ class _Head:
     ``[r]``.
     """
 
-    def __init__(self, mass: Tensor, columns: Tensor, new_tokens: int, tile: int | None) -> None:
+    def __init__(self, mass: Tensor, columns: Tensor, new_tokens: int, tile: int | None, most_cost: float) -> None:
         self.residual = mass.clone()
         self.mass = mass.sum(-1)
         self.columns, self.new_tokens, self.tile = columns, new_tokens, tile
+        self.most_cost = most_cost
         self.chosen = torch.zeros(2, mass.shape[1], dtype=torch.bool, device=mass.device)
         self.covered = torch.zeros_like(self.mass)
         self._weigh(torch.ones_like(self.mass))
@@ -71,8 +75,8 @@ class _Head:
         """Take lines until the weighted covered mass reaches its share, or nothing is left to gain."""
         self._weigh(weights)
         whole = float(self.mass @ weights)
-        while float(self.covered @ weights) < (share - NEGLIGIBLE) * whole:
-            if not self._take_best():
+        while (missing := (share - NEGLIGIBLE) * whole - float(self.covered @ weights)) > 0:
+            if not self._take_best(missing):
                 return
 
     def lift_rows(self, floor: float) -> None:
@@ -84,7 +88,7 @@ class _Head:
             if not bool(below.any()) or not self._take_best():
                 return
 
-    def _take_best(self) -> bool:
+    def _take_best(self, missing: float = 0.0) -> bool:
         chosen = self.chosen[None]
         costs = (
             cells_added(chosen, self.new_tokens)
@@ -96,6 +100,9 @@ class _Head:
         ratios = torch.where(possible, self.gains / costs[0], -1.0)
         best = int(ratios.argmax())  # of equals the first: a vertical before a slash, then the lower index
         if not bool(possible.any()):
+            return False
+        spent = float(total_cost(chosen, self.new_tokens, self.tile)) if self.most_cost < math.inf else 0.0
+        if spent + missing / float(ratios.flatten()[best]) > self.most_cost:  # no later line brings more for its cost
             return False
         self.take(*divmod(best, ratios.shape[1]))
         return True

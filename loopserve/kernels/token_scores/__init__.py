@@ -8,10 +8,11 @@ from torch import Tensor
 
 from loopserve.kernels import backend
 from loopserve.kernels.shapes import check
+from loopserve.kernels.token_scores import cpu
 
 OverRows = Literal["mean", "sum", "max"]
 _OVER_ROWS = ("mean", "sum", "max")
-_OPERATION = backend.operation("token_scores", "packed")
+_OPERATION = backend.operation("token_scores", "packed", "cpu", limits={"cpu": cpu.limit})
 
 
 def token_scores(

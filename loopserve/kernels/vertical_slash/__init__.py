@@ -6,8 +6,9 @@ from torch import Tensor
 
 from loopserve.kernels import backend
 from loopserve.kernels.shapes import check, check_lines
+from loopserve.kernels.vertical_slash import cpu
 
-_OPERATION = backend.operation("vertical_slash", "packed")
+_OPERATION = backend.operation("vertical_slash", "packed", "cpu", limits={"cpu": cpu.limit})
 
 
 def vertical_slash(

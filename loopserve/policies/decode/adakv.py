@@ -10,7 +10,7 @@ from torch import Tensor
 
 from loopserve.core.interfaces import AttentionInputs, Capabilities, KVSelection, Retention
 from loopserve.core.nesting import ScoredWrapper, WrapperConfig
-from loopserve.core.scoring import from_columns, select_top
+from loopserve.core.scoring import best_held, from_columns
 
 
 class AdaKVDecode(ScoredWrapper):
@@ -44,15 +44,9 @@ class AdaKVDecode(ScoredWrapper):
             return None
         limits = self.limits
         safe = min(max(1, int(budget * self.config.safeguard), limits.always_kept), budget)
-        first = select_top(
-            ranking,
-            safe,
-            sink_tokens=limits.sink_tokens,
-            recent_window=limits.recent_window,
-            first_valid=inputs.first_valid,
-        )
+        first = best_held(ranking, safe, limits, inputs.first_valid)
         scores = ranking.float().nan_to_num(nan=float("-inf"))
-        order = scores.scatter(1, first, float("inf")).masked_fill(~inputs.holds, float("-inf"))
+        order = scores.masked_fill(first, float("inf")).masked_fill(~inputs.holds, float("-inf"))
         # Position by position, heads within: so that equal scores go to the lowest position.
         best = order.T.flatten().argsort(descending=True, stable=True)[: heads * budget]
         kept = torch.zeros(heads * total, dtype=torch.bool, device=order.device)

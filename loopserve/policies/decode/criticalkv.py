@@ -10,7 +10,7 @@ from torch import Tensor
 
 from loopserve.core.interfaces import AttentionInputs, Capabilities, Need, Retention
 from loopserve.core.nesting import ScoredWrapper, WrapperConfig
-from loopserve.core.scoring import ScoredState, select_top
+from loopserve.core.scoring import ScoredState, best_held
 
 _TOKENS = 512  # tokens whose projected values are held at once
 
@@ -54,8 +54,8 @@ class CriticalKVDecode(ScoredWrapper):
         weighed = (scores + self.config.epsilon) * projected_norms(inputs)
         if not self.config.first_stage:
             return weighed
-        first = select_top(scores, max(1, int(budget * self.config.first_stage)), first_valid=inputs.first_valid)
-        return weighed.scatter(1, first, float("inf"))
+        first = best_held(scores, max(1, int(budget * self.config.first_stage)), first_valid=inputs.first_valid)
+        return weighed.masked_fill(first, float("inf"))
 
 
 def projected_norms(inputs: AttentionInputs) -> Tensor:

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from loopserve.core.interfaces import (
     AttentionInputs,
@@ -26,6 +27,7 @@ from loopserve.policies.decode.loopserve_config import (
     FirstBlock,
     LoopServeDecodeConfig,
     Pool,
+    Rescore,
     Scope,
     SecondHop,
     Trigger,
@@ -61,6 +63,9 @@ class LoopServeState:
     queries: dict[int, deque[Tensor]] = field(default_factory=dict)  # this turn's last outputs, [Hq, 1, D] each
     calls: dict[int, AttentionInputs] = field(default_factory=dict)  # layers of the pass under way, views of the store
     pages: dict[int, PageSummaries] = field(default_factory=dict)
+    told: dict[int, Tensor] = field(
+        default_factory=dict
+    )  # rescore by codes: [Hkv, boundary], summed since the selection
 
 
 def _over_group(scores: Tensor, inputs: AttentionInputs) -> Tensor:
@@ -118,6 +123,8 @@ class LoopServeDecode(DecodeCompressor[LoopServeState]):
         base = state.chosen.get(layer)
         if base is None or not (config.page_budget or config.trigger is Trigger.DRIFT):
             return None
+        if config.key_bits and config.trigger is Trigger.INTERVAL:
+            return self._jump(inputs, base, state)
         glance = self._glance(inputs, state)
         columns = glance.with_jumps(base, config.page_budget)
         if layer in state.drift and state.since + 1 >= config.drift_min_interval:
@@ -129,6 +136,23 @@ class LoopServeDecode(DecodeCompressor[LoopServeState]):
                 state.drift[layer] = glance.calibrated(columns)
         selection = selection_of(columns, inputs, base)
         return None if same(inputs.selection, selection) else selection
+
+    def _jump(self, inputs: AttentionInputs, base: KVSelection, state: LoopServeState) -> KVSelection:
+        """The base and what the current query points to by the keys' codes, attended in place.
+
+        Nothing is evicted under ``page_budget``, so positions are columns and no head holds filler.
+        """
+        pages = self._glance(inputs, state).pages
+        observed = None
+        if self.config.rescore is Rescore.CODES:
+            told = state.told.get(inputs.layer.index)
+            if told is None or told.shape[1] != base.boundary:
+                told = torch.zeros(base.indices.shape[0], base.boundary, device=inputs.keys.device)
+                state.told[inputs.layer.index] = told
+            observed = told
+        budget = min(self.config.page_budget, base.boundary - base.indices.shape[1])
+        columns = pages.jumps(inputs.queries[:, -1:], base.indices, base.boundary, budget, inputs.scaling, observed)
+        return KVSelection.uniform(columns, base.boundary, fleeting=True)
 
     def _glance(self, inputs: AttentionInputs, state: LoopServeState) -> Glance:
         return Glance.at(inputs, state.pages, self.config.page, self.config.key_bits)
@@ -244,7 +268,10 @@ class LoopServeDecode(DecodeCompressor[LoopServeState]):
         selections = None
         if self._due(state) and any(self._crowded(call, state) for call in state.calls.values()):
             for layer, call in state.calls.items():
-                if layer not in state.observed:  # a layer that drifted has scored already
+                if layer in state.told:
+                    told = state.told.pop(layer)
+                    state.observed[layer] = pad(told, (0, length_of(call) - told.shape[1]))
+                elif layer not in state.observed:  # a layer that drifted has scored already
                     state.observed[layer] = self._score(call, state.queries[layer])
                 state.memory.add(self.config, layer, state.observed[layer])
             state.memory.commit(self.config.memory)

@@ -44,6 +44,11 @@ class SecondHop(StrEnum):
     KEPT = "kept"
 
 
+class Rescore(StrEnum):
+    KEYS = "keys"
+    CODES = "codes"
+
+
 class PoolingKind(StrEnum):
     AVERAGE = "average"
     MAXIMUM = "maximum"
@@ -125,6 +130,11 @@ class LoopServeDecodeConfig(PolicyConfig):
         description="What the current query is held against: 0: bounds of pages, and whole pages are taken; else a code "
         "of each key, that many bits per channel, kept beside the store, and single tokens are taken.",
     )
+    rescore: Rescore = Field(
+        Rescore.KEYS,
+        description="What a re-selection is scored on. keys: the last output queries over all keys; codes (needs key_bits): "
+        "what the codes told of each output's query as it came, at no further reading.",
+    )
     page: int = Field(16, gt=0, description="Columns per page of the key summaries (page_budget and drift).")
     seed: int = Field(0, ge=0, description="Seed of first_block: sampled.")
 
@@ -141,6 +151,12 @@ class LoopServeDecodeConfig(PolicyConfig):
         if self.drift_max_interval and self.drift_max_interval < self.drift_min_interval:
             raise ValueError(
                 f"drift_max_interval {self.drift_max_interval} is below drift_min_interval {self.drift_min_interval}"
+            )
+        if self.rescore is Rescore.CODES and not (
+            self.key_bits and self.page_budget and self.trigger is Trigger.INTERVAL
+        ):
+            raise ValueError(
+                "rescore: codes needs key_bits, page_budget and trigger: interval, which read the codes at each step"
             )
         if self.pool is Pool.ACTIVE and (self.page_budget or self.trigger is Trigger.DRIFT):
             raise ValueError(

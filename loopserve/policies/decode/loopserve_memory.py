@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool1d, max_pool1d, pad
 
 from loopserve.core.interfaces import AttentionInputs, KVSelection, Retention
-from loopserve.core.scoring import select_top
+from loopserve.kernels.top_columns import top_columns
 from loopserve.policies.decode.loopserve_config import LoopServeDecodeConfig, Pool, PoolingKind, Share
 
 
@@ -101,7 +101,9 @@ def choose(config: LoopServeDecodeConfig, scores: Tensor, inputs: AttentionInput
     if inputs.positions.dim() == 1 and length_of(inputs) == inputs.total_tokens:
         if boundary <= config.budget:
             return None
-        return KVSelection.uniform(_best(config, scores).expand(heads, -1), boundary, retention)
+        # With a part of the budget for jumps, the selection changes at every step.
+        fleeting = config.page_budget > 0
+        return KVSelection.uniform(_best(config, scores).expand(heads, -1), boundary, retention, fleeting=fleeting)
     candidates = [row[(row >= 0) & (row < boundary)] for row in inputs.positions.expand(heads, -1)]
     if all(len(each) <= config.budget for each in candidates):
         return None
@@ -112,7 +114,7 @@ def choose(config: LoopServeDecodeConfig, scores: Tensor, inputs: AttentionInput
 
 def _best(config: LoopServeDecodeConfig, scores: Tensor) -> Tensor:
     """Sorted columns ``[H, budget]`` of the best scores ``[H, n]``; the part of the budget for jumps stays free."""
-    return select_top(
+    return top_columns(
         scores,
         config.budget - config.page_budget,
         sink_tokens=config.sink_tokens,
@@ -137,7 +139,7 @@ def looked_at_most(config: LoopServeDecodeConfig, importance: Tensor, start: int
     """
     start = max(start, config.sink_tokens)
     candidates = importance[start : max(start, length - config.hop_window)]
-    return select_top(candidates[None], config.hop_rows)[0] + start if len(candidates) else None
+    return top_columns(candidates[None], config.hop_rows)[0] + start if len(candidates) else None
 
 
 def captured_share(scores: Tensor, selection: KVSelection) -> Tensor:

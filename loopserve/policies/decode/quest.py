@@ -67,7 +67,7 @@ class QuestDecode(DecodeCompressor[QuestState]):
         bounds = pages.scores(inputs.queries, inputs.scaling)[:, : boundary // self.config.page]
         free = torch.ones(len(bounds), boundary, dtype=torch.bool, device=bounds.device)
         taken = best_pages(bounds, free, self.config.page, self.config.budget - (inputs.total_tokens - boundary))
-        return KVSelection.uniform(taken.nonzero()[:, 1].view(len(taken), -1), boundary)
+        return KVSelection.uniform(taken.nonzero()[:, 1].view(len(taken), -1), boundary, fleeting=True)
 
 
 def best_pages(bounds: Tensor, free: Tensor, page: int, budget: int) -> Tensor:

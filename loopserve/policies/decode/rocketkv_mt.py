@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn.functional import max_pool1d
 
 from loopserve.core.interfaces import AttentionInputs, DecodeCompressor, KVSelection, Phase, PolicyConfig
-from loopserve.core.scoring import select_top
 from loopserve.kernels.page_bounds import page_bounds
+from loopserve.kernels.top_columns import top_columns
 from loopserve.policies.decode.quest import best_pages
 
 
@@ -97,7 +97,7 @@ class RocketKVMTDecode(DecodeCompressor[RocketState]):
                     :, 0
                 ]
             scores = torch.cat([scores, scores.new_full((heads, window), float("inf"))], dim=1)
-            columns = select_top(scores, self.config.filter_budget)
+            columns = top_columns(scores, self.config.filter_budget)
         low, high = page_bounds(inputs.keys.gather(1, columns[..., None].expand(-1, -1, dim)), self.config.page)
         return Filtered(columns, low, high, total, all_in)
 
@@ -113,7 +113,7 @@ class RocketKVMTDecode(DecodeCompressor[RocketState]):
         inputs.record.read("summaries", found.low.numel() * found.low.element_size())  # one of the bounds per channel
         free = torch.ones(heads, count, dtype=torch.bool, device=found.columns.device)
         taken = best_pages(self._bounds(inputs, found), free, self.config.page, self.config.budget)
-        return KVSelection.uniform(found.columns[taken].view(heads, -1), found.end)
+        return KVSelection.uniform(found.columns[taken].view(heads, -1), found.end, fleeting=True)
 
     def _bounds(self, inputs: AttentionInputs, found: Filtered) -> Tensor:
         """Upper bounds of the current query's products with each filtered page, on the largest channels ``[Hkv, P]``."""

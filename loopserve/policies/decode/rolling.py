@@ -6,7 +6,8 @@ from pydantic import Field
 from torch import Tensor
 
 from loopserve.core.interfaces import AttentionInputs, KVSelection, Phase, Retention
-from loopserve.core.scoring import ScoredCompressor, ScoredConfig, ScoredState, from_columns, select_top
+from loopserve.core.scoring import ScoredCompressor, ScoredConfig, ScoredState, from_columns
+from loopserve.kernels.top_columns import top_columns
 from loopserve.policies.attended import attended
 
 
@@ -53,7 +54,7 @@ def among(
     heads = []
     for row, inside in zip(ranking, here, strict=True):
         columns = inside.nonzero().flatten()
-        best = select_top(
+        best = top_columns(
             row[columns][None], budget, sink_tokens=limits.sink_tokens, recent_window=limits.recent_window
         )
         heads.append(columns[best[0]])

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from enum import StrEnum
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -12,7 +13,7 @@ from torch import Tensor
 from loopserve.core.interfaces import AttentionInputs, PolicyConfig, PrefillSparsifier
 from loopserve.core.patterns import AttentionPattern, DensePattern, LinePattern
 from loopserve.kernels.line_scores import line_scores
-from loopserve.kernels.select_lines import select_lines
+from loopserve.kernels.select_lines import MOST_TILE, select_lines
 from loopserve.policies.draws import SAMPLED_ROWS, Sampling, generator, sample_rows, uniform_rows
 from loopserve.policies.lines import lines_counted_apart, sink_lines
 
@@ -81,6 +82,13 @@ class LoopServePrefill(PrefillSparsifier):
             True,
             description="Count cells that two lines share once; false is an ablation (lines by mass per length, rows alike).",
         )
+        tile_rows: int = Field(
+            64,
+            gt=0,
+            le=MOST_TILE,
+            description="Rows of a tile, for cost: tile: what an isolated slash costs, in verticals. 64 fits the GPU kernels; the "
+            "compiled CPU kernels compute a lonely slash cell by cell, at the price of about 4.",
+        )
         sink_tokens: int = Field(4, ge=0, description="First stored tokens that every new token attends to.")
         local_window: int = Field(
             64,
@@ -129,44 +137,60 @@ class LoopServePrefill(PrefillSparsifier):
     def _choose(self, inputs: AttentionInputs, rows: Tensor) -> tuple[LinePattern, Tensor]:
         """The pattern, and the coverage of the sample per head ``[Hq]``."""
         config = self.config
-        probabilities = inputs.row_attention(rows, kind="lines").probabilities
-        columns = inputs.columns[rows]
         verticals = sink_lines(inputs, config.sink_tokens)
         offsets = torch.arange(inputs.total_tokens, device=inputs.keys.device)
         slashes = (offsets < config.local_window).expand_as(verticals)
         if not config.overlap:
             mass = inputs.row_attention(rows, kind="lines")
-            forced = (verticals, slashes)
-            lines = lines_counted_apart(mass.vertical, mass.slash, inputs.new_tokens, config.alpha, forced)
+            lines = lines_counted_apart(
+                mass.vertical, mass.slash, inputs.new_tokens, config.alpha, (verticals, slashes)
+            )
             apart = LinePattern(*lines, inputs.new_tokens)
-            return apart, apart.coverage(probabilities, columns)
-        verticals, slashes, coverage, *_ = select_lines(
-            probabilities,
-            columns,
-            inputs.new_tokens,
-            alpha=config.alpha,
-            cost=config.cost,
-            row_weights=self._weights(inputs, rows, probabilities),
-            row_floor=config.row_floor,
-            forced_verticals=verticals,
-            forced_slashes=slashes,
-        )
+            return apart, apart.coverage(mass.probabilities, inputs.columns[rows])
+        options: dict[str, Any] = {
+            "alpha": config.alpha,
+            "cost": config.cost,
+            "tile": config.tile_rows,
+            "row_floor": config.row_floor,
+            "forced_verticals": verticals,
+            "forced_slashes": slashes,
+            "most_cost": self._most_cost(inputs),
+        }
+        if config.row_weights is RowWeights.FAR:  # weights that depend on what the rows look at
+            probabilities = inputs.row_attention(rows, kind="lines").probabilities
+            weights = self._weights(inputs, rows, probabilities)
+            selection = select_lines(
+                probabilities, inputs.columns[rows], inputs.new_tokens, row_weights=weights, **options
+            )
+        else:
+            selection = inputs.choose_lines(rows, row_weights=self._weights(inputs, rows, None), **options)
+        verticals, slashes, coverage, row_coverage, _ = selection
         inputs.record.mean("lines", (verticals.sum(-1) + slashes.sum(-1)).float())
         pattern = LinePattern(verticals, slashes, inputs.new_tokens)
-        too_dense = pattern.tile_density() > config.dense_above
+        # A head that was given up, as its lines would have cost too much, did not reach its target.
+        missed = (coverage < config.alpha - 1e-4) | (row_coverage < (config.row_floor or 0.0) - 1e-4).any(1)
+        too_dense = (pattern.tile_density() > config.dense_above) | missed
         if bool(too_dense.any()):
             inputs.record.count("fallback:dense_head", float(too_dense.sum()))
             pattern = LinePattern(verticals, slashes, inputs.new_tokens, dense_heads=too_dense)
             coverage = coverage.masked_fill(too_dense, 1.0)
         return pattern, coverage
 
-    def _weights(self, inputs: AttentionInputs, rows: Tensor, probabilities: Tensor) -> Tensor | None:
-        """What each sampled row counts ``[r]``; None when all count alike."""
+    def _most_cost(self, inputs: AttentionInputs) -> float:
+        """What the lines of a head may cost before dense attention is the better choice, with some room for lines that overlap."""
+        if self.config.dense_above >= 1:
+            return math.inf
+        new, total = inputs.new_tokens, inputs.total_tokens
+        per_row = total - new + (new + 1) / 2  # keys that a row sees, on average
+        return 1.1 * self.config.dense_above * (per_row if self.config.cost == "tile" else per_row * new)
+
+    def _weights(self, inputs: AttentionInputs, rows: Tensor, probabilities: Tensor | None) -> Tensor | None:
+        """What each sampled row counts ``[r]``; None when all count alike. probabilities: needed for ``row_weights: far``."""
         config = self.config
         if config.row_weights is RowWeights.EQUAL and config.last_rows_weight == 1.0:
             return None
-        weights = probabilities.new_ones(len(rows))
-        if config.row_weights is RowWeights.FAR:
+        weights = torch.ones(len(rows), device=rows.device)
+        if probabilities is not None:
             offsets = inputs.columns[rows][:, None] - torch.arange(inputs.total_tokens, device=rows.device)
             beyond = (offsets >= config.local_window) & ~sink_lines(inputs, config.sink_tokens)[:, None]
             # A turn that never looks far keeps a trace of weight in every row, so its target stays defined.

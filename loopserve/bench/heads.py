@@ -1,0 +1,205 @@
+"""Inputs of attention whose softmax has the structure of trained heads, and line patterns of a stated density.
+
+``structured_heads`` builds queries and keys so that the scaled product is a sum of four parts, in blocks of channels:
+
+- a function of the distance, by rotary pairs: ``sum_p h_p / F * sum_f cos(f (i - j - d_p))`` peaks at the distances
+  ``d_p`` (slash lines; ``d = 0`` is the local band) and is noise elsewhere, as RoPE makes it;
+- verticals: a few columns with heavy-tailed strength, each of one of some topics; which topic a row follows changes every
+  few hundred rows;
+- sinks: the first columns, for every row;
+- unstructured channels, normal noise.
+
+Heads differ in how much of each they have. Everything depends on the seed only.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from loopserve.core.patterns import TILE, LinePattern
+
+SINKS = 4
+_TOPICS = 4
+_TOPIC_ROWS = 256  # rows after which a head follows another topic
+_NOISE = 1.0  # standard deviation of the unstructured part of a score
+_SLOWEST, _FASTEST = 1 / 400, 1 / 2.5  # cycles per token of the rotary pairs
+_MOST_PAIRS = 22  # more would make peaks sharper than trained heads have them
+_GROUP = 16  # verticals that a planted pattern adds at once
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of head: heights of the score's parts, in units of the softmax's exponent."""
+
+    local: float
+    slash: float
+    offsets: int
+    vertical: float
+    sink: float
+
+
+KINDS = (
+    Kind(local=12.5, slash=0.0, offsets=0, vertical=4.0, sink=10.0),  # looks around itself
+    Kind(local=7.0, slash=0.0, offsets=0, vertical=6.0, sink=11.0),  # looks for some columns
+    Kind(local=9.5, slash=11.5, offsets=2, vertical=3.0, sink=10.5),  # looks back by fixed distances
+    Kind(local=9.0, slash=8.5, offsets=3, vertical=5.5, sink=11.0),  # a bit of all
+)
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Queries ``[Hq, m, D]``, keys and values ``[Hkv, n, D]`` of one layer's call; ``data`` says where they come from."""
+
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+    data: str
+
+    @property
+    def scaling(self) -> float:
+        return float(self.queries.shape[2] ** -0.5)
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.queries, self.keys, self.values
+
+    @property
+    def history(self) -> int:
+        return self.keys.shape[1] - self.queries.shape[1]
+
+    def to(self, dtype: torch.dtype) -> Heads:
+        return replace(self, **{name: getattr(self, name).to(dtype) for name in ("queries", "keys", "values")})
+
+    def first(self, kv_heads: int) -> Heads:
+        """The first KV heads with their query heads."""
+        group = self.queries.shape[0] // self.keys.shape[0]
+        return replace(
+            self,
+            queries=self.queries[: kv_heads * group],
+            keys=self.keys[:kv_heads],
+            values=self.values[:kv_heads],
+        )
+
+
+def structured_heads(
+    query_heads: int, kv_heads: int, new_tokens: int, total: int, head_dim: int, seed: int = 0, device: str = "cpu"
+) -> Heads:
+    """Synthetic heads as the module says, float32. head_dim must be even and at least 32."""
+    if head_dim < 32 or head_dim % 2 or query_heads % kv_heads:
+        raise ValueError(f"structured heads need an even head_dim >= 32 and kv_heads that divide {query_heads}")
+    draw = torch.Generator(device=device).manual_seed(seed)
+    pairs = min((head_dim - _TOPICS - 1) * 3 // 8, _MOST_PAIRS)
+    columns = torch.arange(total, dtype=torch.float64, device=device)
+    keys = torch.empty(kv_heads, total, head_dim, device=device)
+    queries = torch.empty(query_heads, new_tokens, head_dim, device=device)
+    group = query_heads // kv_heads
+    for kv in range(kv_heads):
+        spread = torch.rand(pairs, generator=draw, device=device, dtype=torch.float64)
+        cycles = 2 * math.pi * torch.exp(math.log(_SLOWEST) + spread * math.log(_FASTEST / _SLOWEST))
+        keys[kv] = _key_rows(columns, cycles, head_dim, draw)
+        for head in range(kv * group, (kv + 1) * group):
+            queries[head] = _query_rows(
+                columns[total - new_tokens :], total, cycles, head_dim, KINDS[head % len(KINDS)], draw
+            )
+    values = torch.randn(kv_heads, total, head_dim, generator=draw, device=device)
+    values[:, :SINKS] *= 0.05  # what sinks take is mass to be rid of
+    return Heads(queries * head_dim**0.5, keys, values, f"structured, seed {seed}")
+
+
+def _key_rows(columns: Tensor, cycles: Tensor, head_dim: int, draw: torch.Generator) -> Tensor:
+    """Keys ``[n, D]`` of one KV head: rotary pairs, topics, sinks, noise."""
+    total, device = len(columns), columns.device
+    angles = columns[:, None] * cycles
+    topics = torch.zeros(total, _TOPICS, device=device)
+    count = max(total // 32, 1)
+    for topic in range(_TOPICS):
+        places = torch.randperm(total, generator=draw, device=device)[:count]
+        strength = 1.0 + 0.25 * torch.empty(count, device=device).exponential_(generator=draw)
+        topics[places, topic] = strength.clamp(max=1.8)
+    sinks = torch.zeros(total, 1, device=device)
+    sinks[:SINKS] = 1.0
+    noise = torch.randn(total, head_dim - 2 * len(cycles) - _TOPICS - 1, generator=draw, device=device)
+    return torch.cat([angles.cos().float(), angles.sin().float(), topics, sinks, noise], dim=1)
+
+
+def _query_rows(
+    columns: Tensor, total: int, cycles: Tensor, head_dim: int, kind: Kind, draw: torch.Generator
+) -> Tensor:
+    """Queries ``[m, D]`` of one head, so that the product with a key is the score."""
+    rows, device, pairs = len(columns), columns.device, len(cycles)
+    heights, distances = [kind.local], [0.0]
+    for _ in range(kind.offsets):
+        # Far distances are rarer: log-uniform between a local window and the whole length.
+        spread = float(torch.rand(1, generator=draw, device=device))
+        distances.append(float(round(math.exp(math.log(64) + spread * math.log(max(total / 2, 65) / 64)))))
+        heights.append(kind.slash * (0.9 + 0.2 * float(torch.rand(1, generator=draw, device=device))))
+    angles = (columns[:, None, None] - torch.tensor(distances, dtype=torch.float64, device=device)[:, None]) * cycles
+    weights = torch.tensor(heights, dtype=torch.float64, device=device)[:, None] / pairs
+    segments = (columns // _TOPIC_ROWS).long()
+    plan = torch.randint(0, _TOPICS, (total // _TOPIC_ROWS + 1,), generator=draw, device=device)
+    topics = torch.full((rows, _TOPICS), 0.3 * kind.vertical, device=device)
+    topics[torch.arange(rows, device=device), plan[segments]] = kind.vertical
+    sinks = torch.full((rows, 1), kind.sink, device=device)
+    free = head_dim - 2 * pairs - _TOPICS - 1
+    noise = torch.randn(rows, free, generator=draw, device=device) * (_NOISE / free**0.5)
+    rotary = [(weights * angles.cos()).sum(1).float(), (weights * angles.sin()).sum(1).float()]
+    return torch.cat([*rotary, topics, sinks, noise], dim=1)
+
+
+def random_heads(
+    query_heads: int, kv_heads: int, new_tokens: int, total: int, head_dim: int, seed: int = 0, device: str = "cpu"
+) -> Heads:
+    """Normal numbers, as random weights give them: no structure at all."""
+    draw = torch.Generator(device=device).manual_seed(seed)
+    queries = torch.randn(query_heads, new_tokens, head_dim, generator=draw, device=device)
+    keys = torch.randn(kv_heads, total, head_dim, generator=draw, device=device)
+    values = torch.randn(kv_heads, total, head_dim, generator=draw, device=device)
+    return Heads(queries, keys, values, f"random, seed {seed}")
+
+
+def planted_lines(
+    query_heads: int,
+    new_tokens: int,
+    total: int,
+    density: float,
+    *,
+    of: Literal["cells", "tiles"] = "cells",
+    seed: int = 0,
+    device: str = "cpu",
+) -> LinePattern:
+    """Lines of a stated mean density: sinks, a local band, and drawn per head both groups of verticals and bands of slashes.
+
+    Half of the lines are verticals (scattered columns), half slashes in runs of 64 neighbouring offsets, as a cost in
+    tiles makes them. The count, the same for each head, is found by bisection; densities come out within a group of lines.
+    """
+    if not 0 < density <= 1:
+        raise ValueError(f"density {density} must lie in (0, 1]")
+    draw = torch.Generator(device=device).manual_seed(seed)
+    scattered = torch.stack([torch.randperm(total, generator=draw, device=device) for _ in range(query_heads)])
+    bands = -(-total // TILE)
+    order = torch.stack([torch.randperm(bands, generator=draw, device=device) for _ in range(query_heads)])
+    offsets = torch.arange(total, device=device)
+
+    def pattern(groups: int) -> LinePattern:
+        verticals = (offsets < SINKS).repeat(query_heads, 1)
+        verticals.scatter_(1, scattered[:, : groups * _GROUP * (TILE // _GROUP)], True)
+        chosen = torch.zeros(query_heads, bands, dtype=torch.bool, device=device)
+        chosen.scatter_(1, order[:, :groups], True)
+        chosen[:, 0] = True  # the local band
+        slashes = chosen.repeat_interleave(TILE, dim=1)[:, :total]
+        return LinePattern(verticals, slashes, new_tokens)
+
+    def reached(groups: int) -> float:
+        found = pattern(groups)
+        return float((found.cell_density() if of == "cells" else found.tile_density()).mean())
+
+    low, high = 0, bands
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if reached(middle) <= density else (low, middle)
+    return pattern(low)

@@ -1,0 +1,172 @@
+"""``loopserve bench prefill``: time to first token of a later turn, short turns end to end, and whole conversations.
+
+Random weights have no attention structure, so a sparse stack pays its full scoring and selection on what it is given and
+then computes planted lines of a stated density; rows say so.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import pairwise
+from statistics import fmean, median
+
+import torch
+
+from loopserve.api import load_stack
+from loopserve.bench.planted import PlantedSparsifier
+from loopserve.bench.rows import Row, provenance, ratio, times
+from loopserve.bench.sides import EngineSide, PlainSide, SharedModel
+from loopserve.bench.suite import Conversation, Dtype, ModelShape, Prefill, Short, Suite, cases
+from loopserve.core.sampling import SamplingConfig
+from loopserve.core.stack import PolicyStack
+from loopserve.models.huggingface import IMPLEMENTATION, set_implementation
+
+Progress = Callable[[str], None]
+_PLAIN = "transformers, preallocated cache"
+
+
+def run_prefill(
+    suite: Suite, *, device: str = "cpu", runs: int | None = None, progress: Progress = lambda _: None
+) -> Iterator[Row]:
+    """The rows of a suite's ``prefill`` and ``short`` parts."""
+    for part in suite.prefill:
+        for each in cases(part, "kv_heads", "tokens"):
+            for dtype in part.dtypes:
+                progress(f"later turn: {each.new_tokens} new over {each.tokens} tokens, {dtype}")
+                yield from _later_turn(each, dtype, device, runs or part.runs or suite.runs, suite.name)
+    for short in suite.short:
+        for one in cases(short, "kv_heads", "tokens"):
+            for dtype in short.dtypes:
+                progress(f"short turn: {one.tokens} tokens, {dtype}")
+                yield from _short_turn(one, dtype, device, runs or short.runs or suite.runs, suite.name)
+
+
+def planted_stack(name: str, density: float, chooses_on: str) -> tuple[PolicyStack, PlantedSparsifier | None]:
+    """A stack whose sparsifier chooses as ever and computes planted lines; a dense one as it is."""
+    stack = load_stack(name)
+    if stack.prefill.capabilities.passive:
+        return stack, None
+    planted = PlantedSparsifier(stack.prefill, density, structured=chooses_on == "structured")
+    return replace(stack, prefill=planted), planted
+
+
+def _later_turn(part: Prefill, dtype: Dtype, device: str, runs: int, suite: str) -> Iterator[Row]:
+    assert isinstance(part.tokens, int)
+    shared = SharedModel(part, dtype, part.tokens, part.new_tokens, device)
+    made = {name: planted_stack(name, part.density, part.chooses_on) for name in ("dense", *part.stacks)}
+    engines = {name: EngineSide(shared, stack) for name, (stack, _) in made.items()}
+    right = {name: side for name, side in engines.items() if not side.audit.problems}
+    sides: dict[str, EngineSide | PlainSide] = {**right, _PLAIN: PlainSide(shared, "preallocated")}
+    sides[_PLAIN].answer(1)
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    choosing: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(runs):
+        for name, side in sides.items():
+            planted = made[name][1] if name in made else None
+            if planted is None:
+                seconds[name].append(side.answer(1)[0])
+                continue
+            planted.choosing_s = planted.drawing_s = 0.0
+            seconds[name].append(side.answer(1)[0] - planted.drawing_s)
+            choosing[name].append(planted.choosing_s)
+    for name in [*engines, _PLAIN]:
+        row = _head("ttft", shared, part, dtype, name, suite, device)
+        row["shape"] |= {"m": part.new_tokens, "n": part.tokens + part.new_tokens}
+        row["data"] += ", random history put into the cache"
+        if name in part.stacks:
+            row |= _planted(row, part)
+        row |= engines[name].described() if name in engines else {"impl": "torch", "parity": "ok"}
+        if name in seconds:
+            row |= times(seconds[name]) | ratio("ratio_sdpa", seconds[_PLAIN], seconds[name])
+            if "dense" in seconds:
+                row |= ratio("ratio_own_dense", seconds["dense"], seconds[name])
+            if choosing[name]:
+                row["choosing_ms"] = median(choosing[name]) * 1e3
+        yield row
+
+
+def _short_turn(part: Short, dtype: Dtype, device: str, runs: int, suite: str) -> Iterator[Row]:
+    """A whole first turn, prefill and answer; ``ratio_own_dense`` must not fall below 0.97."""
+    assert isinstance(part.tokens, int)
+    shared = SharedModel(part, dtype, 0, part.tokens, device)
+    sides = {name: EngineSide(shared, load_stack(name)) for name in ("dense", *part.stacks)}
+    right = {name: side for name, side in sides.items() if not side.audit.problems}
+    seconds: dict[str, list[float]] = {name: [] for name in right}
+    for run in range(runs):
+        # Differences of a percent are asked about here: who goes first must not decide.
+        for name in right if run % 2 else reversed(right):
+            seconds[name].append(right[name].whole(part.output_tokens))
+    for name in sides:
+        row = _head("short_turn", shared, part, dtype, name, suite, device)
+        row["shape"] |= {"m": part.tokens, "n": part.tokens}
+        row |= {"output_tokens": part.output_tokens} | sides[name].described()
+        if name in seconds:
+            row |= times(seconds[name])
+            row |= ratio("ratio_own_dense", seconds["dense"], seconds[name]) if "dense" in seconds else {}
+        yield row
+
+
+def _planted(row: Row, part: Prefill | Conversation) -> Row:
+    """What a row says of a sparse stack on random weights."""
+    on = "its own flat attention" if part.chooses_on == "own" else "structured heads of the same shape"
+    said = f"; scoring and selection in full on {on}, then {part.density:.0%} of the cells planted"
+    return {"data": row["data"] + said, "pattern": {"cell_density": part.density}}
+
+
+def run_conversation(suite: Suite, *, device: str = "cpu", progress: Progress = lambda _: None) -> Iterator[Row]:
+    """TTFT and TPOT of every turn of a growing conversation, each stack in its own session, turn by turn in turn."""
+    for part in suite.conversation:
+        for each in cases(part, "kv_heads"):
+            for dtype in part.dtypes:
+                progress(f"conversation of {each.tokens} tokens in {each.turns} turns, {dtype}")
+                yield from _conversation(each, dtype, device, suite.name)
+
+
+def _conversation(part: Conversation, dtype: Dtype, device: str, suite: str) -> Iterator[Row]:
+    new_tokens = part.tokens // part.turns - part.output_tokens
+    shared = SharedModel(part, dtype, 0, min(new_tokens, 512), device, positions=part.tokens)
+    made = {name: planted_stack(name, part.density, part.chooses_on) for name in part.stacks}
+    sides = {name: EngineSide(shared, stack) for name, (stack, _) in made.items()}
+    draw = torch.Generator().manual_seed(1)
+    set_implementation(shared.model, IMPLEMENTATION)
+    for turn in range(part.turns):
+        ids = torch.randint(0, part.vocabulary, (new_tokens,), generator=draw).tolist()
+        first: dict[str, list[float]] = {}
+        later: dict[str, list[float]] = {}
+        for name, side in sides.items():
+            if side.audit.problems:
+                continue
+            planted = made[name][1]
+            if planted is not None:
+                planted.drawing_s = 0.0
+            started = time.perf_counter()
+            sampling = SamplingConfig(max_new_tokens=part.output_tokens)
+            arrivals = [time.perf_counter() for _ in side.engine.generate(side.session, ids, sampling, frozenset())]
+            first[name] = [arrivals[0] - started - (planted.drawing_s if planted is not None else 0.0)]
+            later[name] = [fmean(b - a for a, b in pairwise(arrivals))]
+        for op, seconds in (("ttft", first), ("decode_step", later)):
+            for name in sides:
+                row = _head(op, shared, part, dtype, name, suite, device)
+                row["shape"] |= {"m": new_tokens, "n": sides[name].session.cache.seen, "turn": turn + 1}
+                if not load_stack(name).prefill.capabilities.passive:
+                    row |= _planted(row, part)
+                row |= sides[name].described()
+                if name in seconds:
+                    row |= times(seconds[name])
+                    row |= ratio("ratio_own_dense", seconds["dense"], seconds[name]) if "dense" in seconds else {}
+                yield row
+
+
+def _head(op: str, shared: SharedModel, part: ModelShape, dtype: Dtype, stack: str, suite: str, device: str) -> Row:
+    return {
+        "op": op,
+        "shape": shared.described(),
+        "dtype": dtype,
+        "data": "random weights",
+        "stack": stack,
+        "pattern": None,
+        "suite": suite,
+        **provenance(device),
+    }

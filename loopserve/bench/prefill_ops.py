@@ -1,0 +1,234 @@
+"""The operations of a turn's new tokens: scoring, selecting, attending, and all three as the policy does them."""
+
+from __future__ import annotations
+
+from functools import cache, partial
+
+import torch
+from torch import Tensor
+
+from loopserve.bench.candidates import DTYPES, Candidate, Case, as_call, described, preset_sparsifier
+from loopserve.bench.capture import model_heads
+from loopserve.bench.heads import Heads, random_heads, structured_heads
+from loopserve.bench.parity import (
+    Verdict,
+    exact_blocks,
+    exact_dense,
+    exact_lines,
+    rows_of,
+    sampled_rows,
+    verdict,
+)
+from loopserve.bench.planted import PlantedSparsifier
+from loopserve.bench.selection import SAMPLED, check_selection, choose, of_kv_head, select
+from loopserve.bench.suite import KernelPrefill
+from loopserve.core.interfaces import PrefillSparsifier
+from loopserve.core.patterns import TILE, AttentionPattern, BlockPattern, DensePattern, LinePattern
+from loopserve.kernels import backend
+from loopserve.kernels.block_sparse import block_sparse
+from loopserve.kernels.dense_attention import dense_attention
+from loopserve.kernels.line_scores import LineScores, line_scores
+from loopserve.kernels.vertical_slash import vertical_slash
+from loopserve.policies.draws import Sampling, generator, sample_rows
+
+SPARSE_PARTS = ("choose_lines", "vertical_slash")
+_BLOCK_SHARE = 0.12  # key tiles that the block pattern keeps of those before a query tile
+
+
+def prefill_case(part: KernelPrefill, device: str) -> Case:
+    """The candidates of one case; every axis of ``part`` holds a single number."""
+    heads = _heads(part, device)
+    (query_heads, new, dim), (kv_heads, total) = heads.queries.shape, heads.keys.shape[:2]
+    sparsifier: PrefillSparsifier = preset_sparsifier(part.alpha)
+    if part.data == "planted":
+        assert isinstance(part.density, float)
+        sparsifier = PlantedSparsifier(sparsifier, part.density, part.density_of)
+        pattern: AttentionPattern = sparsifier.planted(as_call(heads))
+    else:
+        pattern = sparsifier.sparsify(as_call(heads))
+    dense_heads = min(part.dense_heads or kv_heads, kv_heads)
+    candidates, own = [], {}
+    for dtype in (DTYPES[name] for name in part.dtypes):
+        block = _Block(heads.to(dtype), pattern, sparsifier, part.alpha)
+        own[dtype] = block.dense(dense_heads, "auto")
+        chosen = own[dtype] if backend.chosen() == "auto" else block.dense(dense_heads, backend.chosen())
+        candidates += [chosen if op == "dense_attention" else getattr(block, op)() for op in part.ops]
+    fields = {"alpha": part.alpha if part.data != "planted" else None}
+    if dense_heads < kv_heads:
+        fields["scaled_from_heads"] = dense_heads * (query_heads // kv_heads)
+    return Case(
+        shape={"q_heads": query_heads, "kv_heads": kv_heads, "m": new, "n": total, "head_dim": dim},
+        data=heads.data + (f", planted {part.density:.0%} {part.density_of}" if part.data == "planted" else ""),
+        candidates=candidates,
+        dense=heads.first(dense_heads),
+        dense_scale=kv_heads / dense_heads,
+        own_dense=own,
+        fields=fields,
+    )
+
+
+def _heads(part: KernelPrefill, device: str) -> Heads:
+    assert isinstance(part.tokens, int) and isinstance(part.head_dim, int)
+    assert part.new_tokens is None or isinstance(part.new_tokens, int)
+    new = part.new_tokens or part.tokens
+    if part.data == "model":
+        return model_heads(part.query_heads, new, part.tokens, device=device)
+    make = structured_heads if part.data == "structured" else random_heads
+    return make(part.query_heads, part.kv_heads, new, part.tokens, part.head_dim, device=device)
+
+
+class _Block:
+    """One case in one dtype. Each operation is a method of its own name; exact results are computed once."""
+
+    def __init__(self, heads: Heads, pattern: AttentionPattern, sparsifier: PrefillSparsifier, alpha: float) -> None:
+        self.heads, self.pattern, self.sparsifier, self.alpha = heads, pattern, sparsifier, alpha
+        self.dtype = heads.queries.dtype
+        self.new, self.total = heads.queries.shape[1], heads.keys.shape[1]
+        self.stretches = sampled_rows(self.new)
+        self.rows = sample_rows(self.new, SAMPLED, Sampling.MIXED, generator(0)).to(heads.keys.device)
+        self.columns = self.rows + heads.history
+        self.exact_dense = cache(partial(exact_dense, heads, self.stretches))
+        self.probabilities = cache(lambda: self._scores().probabilities)
+
+    def _scores(self) -> LineScores:
+        return line_scores(self.heads.queries[:, self.rows], self.heads.keys, self.columns, scaling=self.heads.scaling)
+
+    def dense(self, kv_heads: int, choice: str) -> Candidate:
+        """Our dense attention on the first KV heads, under a choice of implementations (``auto``: the fastest there is)."""
+        part = self.heads.first(kv_heads)
+
+        def run() -> Tensor:
+            with backend.use(choice):
+                return dense_attention(*part.tensors, scaling=part.scaling)[0]
+
+        def check(found: Tensor) -> Verdict:
+            exact = self.exact_dense()[: part.queries.shape[0]]
+            return verdict(rows_of(found, self.stretches), exact, exact, self.dtype)
+
+        return Candidate(
+            "dense_attention",
+            self.dtype,
+            run,
+            check,
+            ("dense_attention",),
+            scale=self.heads.keys.shape[0] / kv_heads,
+        )
+
+    def line_scores(self) -> Candidate:
+        def check(found: LineScores) -> Verdict:
+            judged = []
+            for kv in sorted({0, self.heads.keys.shape[0] - 1}):  # all heads at once would take gigabytes in float64
+                own = of_kv_head(self.heads, kv)
+                with backend.use("reference"):
+                    exact = line_scores(
+                        own.queries[:, self.rows].double(), own.keys.double(), self.columns, scaling=own.scaling
+                    )
+                group = slice(kv * own.queries.shape[0], (kv + 1) * own.queries.shape[0])
+                for ours, theirs in zip(found, exact, strict=True):
+                    judged.append(verdict(ours[group], theirs, None, self.dtype))
+            return max(judged, key=lambda each: (not each.ok, each.worst))
+
+        return Candidate("line_scores", self.dtype, self._scores, check, ("line_scores",))
+
+    def select_lines(self) -> Candidate:
+        return Candidate(
+            "select_lines",
+            self.dtype,
+            lambda: select(self.probabilities(), self.columns, self.new, self.alpha),
+            lambda found: check_selection(found, self.probabilities(), self.columns, self.new, self.alpha, self.heads),
+            ("select_lines",),
+            lambda found: described(LinePattern(found.verticals, found.slashes, self.new)),
+        )
+
+    def choose_lines(self) -> Candidate:
+        """Both of the above in one, as a sparsifier asks for it."""
+        return Candidate(
+            "choose_lines",
+            self.dtype,
+            lambda: choose(self.heads, self.rows, self.alpha),
+            lambda found: check_selection(found, self.probabilities(), self.columns, self.new, self.alpha, self.heads),
+            ("choose_lines",),
+            lambda found: described(LinePattern(found.verticals, found.slashes, self.new)),
+        )
+
+    def vertical_slash(self) -> Candidate:
+        lines = _as_lines(self.pattern, self.columns.device)
+        return Candidate(
+            "vertical_slash",
+            self.dtype,
+            lambda: vertical_slash(*self.heads.tensors, lines.verticals, lines.slashes, scaling=self.heads.scaling)[0],
+            lambda found: self._judge(found, lines),
+            ("vertical_slash",),
+            lambda _: described(lines),
+            lines=(self.heads, lines),
+        )
+
+    def block_sparse(self) -> Candidate:
+        blocks = pooled_blocks(self.heads)
+
+        def check(found: Tensor) -> Verdict:
+            last = blocks.blocks.shape[1] - 1
+            exact, stretches = exact_blocks(self.heads, blocks, sorted({0, last // 2, last}))
+            dense = exact_dense(self.heads, stretches)
+            return verdict(rows_of(found, stretches), exact, dense, self.dtype)
+
+        return Candidate(
+            "block_sparse",
+            self.dtype,
+            lambda: block_sparse(*self.heads.tensors, blocks.blocks, tile=blocks.tile, scaling=self.heads.scaling)[0],
+            check,
+            ("block_sparse",),
+            lambda _: described(blocks),
+        )
+
+    def sparse_prefill(self) -> Candidate:
+        """Scoring, selection and attention, as the sparsifier of the preset does them in every layer."""
+
+        def run() -> tuple[Tensor, AttentionPattern]:
+            pattern = self.sparsifier.sparsify(as_call(self.heads))
+            return pattern.attend(*self.heads.tensors, scaling=self.heads.scaling)[0], pattern
+
+        return Candidate(
+            "sparse_prefill",
+            self.dtype,
+            run,
+            lambda found: self._judge(found[0], _as_lines(found[1], self.columns.device)),
+            SPARSE_PARTS,
+            lambda found: described(found[1]),
+        )
+
+    def _judge(self, found: Tensor, lines: LinePattern) -> Verdict:
+        exact = exact_lines(self.heads, lines, self.stretches)
+        return verdict(rows_of(found, self.stretches), exact, self.exact_dense(), self.dtype)
+
+
+def _as_lines(pattern: AttentionPattern, device: torch.device) -> LinePattern:
+    """A pattern of lines; a dense one is every slash."""
+    if isinstance(pattern, LinePattern):
+        return pattern
+    assert isinstance(pattern, DensePattern)
+    every = torch.ones(pattern.heads, pattern.total_tokens, dtype=torch.bool, device=device)
+    return LinePattern(torch.zeros_like(every), every, pattern.new_tokens)
+
+
+def pooled_blocks(heads: Heads) -> BlockPattern:
+    """Key tiles by the score of pooled queries and keys, a fixed share of those before each query tile; sinks and the
+    own tile are in.
+    """
+    new, total = heads.queries.shape[1], heads.keys.shape[1]
+    group = heads.queries.shape[0] // heads.keys.shape[0]
+
+    def pooled(each: Tensor) -> Tensor:
+        return torch.stack([part.float().mean(1) for part in each.split(TILE, dim=1)], dim=1)
+
+    scores = pooled(heads.queries) @ pooled(heads.keys).repeat_interleave(group, 0).transpose(1, 2)
+    last = (torch.arange(0, new, TILE, device=scores.device) + min(TILE, new) - 1).clamp(max=new - 1) + total - new
+    seen = torch.arange(scores.shape[2], device=scores.device) * TILE <= last[:, None]
+    kept = (seen.sum(1) * _BLOCK_SHARE).ceil().long().clamp(min=1)
+    order = scores.masked_fill(~seen, float("-inf")).argsort(dim=-1, descending=True)
+    rank = torch.empty_like(order).scatter_(
+        2, order, torch.arange(order.shape[2], device=order.device).expand_as(order)
+    )
+    blocks = (rank < kept[:, None]) & seen
+    blocks[:, :, 0] = True
+    return BlockPattern(blocks, new, total)

@@ -1,0 +1,140 @@
+"""Rows of result files: one JSON object per line, each complete in itself, so that files can be appended to and joined.
+
+Fields that every row has: ``op``, ``shape`` (sizes by name), ``dtype``, ``data`` (which inputs), ``pattern`` (densities
+or None), ``impl``, ``parity`` (``ok`` or ``failed``) and what ``provenance`` says. A row whose parity is ``ok`` has
+``median_ms``, ``q20_ms``, ``q80_ms`` and the ratios, all "how many times faster than": above 1 the row wins.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loopserve.core.errors import ConfigError
+
+Row = dict[str, Any]
+_IDENTITY = ("op", "shape", "dtype", "data", "impl", "stack", "device", "threads", "asked")
+
+
+def provenance(device: str = "cpu") -> Row:
+    """Where and with what a row was had: threads, device, versions, commit, date."""
+    return {
+        "threads": torch.get_num_threads(),
+        "device": device_name(device),
+        "versions": versions(),
+        "commit": commit(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+@cache
+def device_name(device: str) -> str:
+    """The GPU's name, or the processor's as the system tells it."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Versions that a figure depends on; ``cuda`` where torch was built with it."""
+    found = {"python": platform.python_version()}
+    for package in ("loopserve", "torch", "triton", "transformers"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    if torch.version.cuda is not None:
+        found["cuda"] = torch.version.cuda
+    return found
+
+
+@cache
+def commit() -> str | None:
+    """The commit the package stands at, with ``+`` behind it where files were changed; None outside a checkout."""
+    root = Path(__file__).parents[2]
+    try:
+        head = _git(root, "rev-parse", "--short=12", "HEAD").strip()
+        changed = _git(root, "status", "--porcelain", "--untracked-files=no", "--", "loopserve").strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head + ("+" if changed else "")
+
+
+def _git(root: Path, *arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True).stdout
+
+
+def times(seconds: Sequence[float]) -> Row:
+    """Median and 20/80 quantiles of runs, in milliseconds."""
+    low, middle, high = quantiles(seconds)
+    return {"median_ms": middle * 1e3, "q20_ms": low * 1e3, "q80_ms": high * 1e3, "runs": len(seconds)}
+
+
+def ratio(name: str, baseline: Sequence[float], ours: Sequence[float]) -> Row:
+    """How many times faster than the baseline, pair by pair: fields ``name``, ``name_q20``, ``name_q80``."""
+    low, middle, high = quantiles([theirs / own for theirs, own in zip(baseline, ours, strict=True)])
+    return {name: middle, f"{name}_q20": low, f"{name}_q80": high}
+
+
+def quantiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """The 20 %, 50 % and 80 % quantiles, interpolated."""
+    found: Tensor = torch.tensor(list(values), dtype=torch.float64).quantile(
+        torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
+    )
+    low, middle, high = found.tolist()
+    return low, middle, high
+
+
+def append_rows(path: Path, rows: Iterable[Row]) -> None:
+    """Add rows to a file of JSON lines; the file begins with the first row ever written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written ({error.strerror})") from error
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of one file. ConfigError, with the line, for what is no row."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ConfigError(f"{path}:{number}: not a JSON row ({error})") from error
+        if not isinstance(row, dict) or "op" not in row:
+            raise ConfigError(f"{path}:{number}: not a result row: it has no 'op'")
+        rows.append(row)
+    return rows
+
+
+def latest(rows: Iterable[Row]) -> list[Row]:
+    """Of rows that measure the same thing on the same machine, the one appended last, in the order of first appearance."""
+    kept: dict[str, Row] = {}
+    for row in rows:
+        kept[json.dumps([row.get(field) for field in _IDENTITY], sort_keys=True)] = row
+    return list(kept.values())

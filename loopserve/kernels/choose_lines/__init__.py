@@ -1,0 +1,60 @@
+"""The lines of each head, chosen from the attention of some rows: ``line_scores`` and ``select_lines`` in one.
+
+An operation of its own because the rows of all heads are large (heads x rows x keys) and nobody else needs them: a compiled
+kernel goes head by head, and a head's rows never leave the cache.
+"""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from loopserve.kernels import backend
+from loopserve.kernels.choose_lines import cpu
+from loopserve.kernels.select_lines import TILE, Cost, LineSelection, finish, prepare
+from loopserve.kernels.shapes import check
+
+_OPERATION = backend.operation("choose_lines", "packed", "cpu", limits={"cpu": cpu.limit})
+
+
+def choose_lines(
+    queries: Tensor,
+    keys: Tensor,
+    columns: Tensor,
+    new_tokens: int,
+    *,
+    scaling: float,
+    alpha: float,
+    softcap: float | None = None,
+    first_valid: Tensor | None = None,
+    cost: Cost = "length",
+    row_weights: Tensor | None = None,
+    row_floor: float | None = None,
+    forced_verticals: Tensor | None = None,
+    forced_slashes: Tensor | None = None,
+    tile: int = TILE,
+    most_cost: float = math.inf,
+) -> LineSelection:
+    """Lines that hold a share ``alpha`` of the softmax rows of queries ``[Hq, r, D]`` standing at ``columns`` over keys ``[Hkv, n,
+    D]``; all options as in ``line_scores`` and ``select_lines``, and so are the errors.
+    """
+    check("choose_lines", queries, keys, columns=columns, first_valid=first_valid)
+    options = prepare(
+        "choose_lines",
+        columns,
+        queries.shape[0],
+        keys.shape[1],
+        new_tokens,
+        alpha=alpha,
+        cost=cost,
+        row_weights=row_weights,
+        row_floor=row_floor,
+        forced=(forced_verticals, forced_slashes),
+        tile=tile,
+        most_cost=most_cost,
+    )
+    chosen, covered, mass, spent = _OPERATION(
+        queries, keys, columns, new_tokens, scaling=scaling, softcap=softcap, first_valid=first_valid, **options
+    )
+    return finish(chosen, covered, mass, spent, options["row_weights"])

@@ -1,0 +1,22 @@
+"""Scoring and the exact greedy by the compiled kernel, one head after another."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from loopserve.kernels.native import scores
+from loopserve.kernels.native.lines import select
+
+
+def limit(queries: Tensor, *_: object, softcap: float | None, **__: object) -> str | None:
+    """What it cannot serve."""
+    return scores.serves(queries, softcap)
+
+
+def choose_lines(
+    queries: Tensor, keys: Tensor, columns: Tensor, new_tokens: int, *, softcap: float | None, **options: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(chosen bool ``[Hq, 2, n]``, covered and whole mass per row ``[Hq, r]``, cost ``[Hq]``). See the package."""
+    return select(columns, new_tokens, queries=queries, keys=keys, **options)

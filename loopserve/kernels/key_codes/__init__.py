@@ -1,0 +1,98 @@
+"""Short codes of keys: a few bits per channel between the bounds of a key's page, and what they tell of a query.
+
+A page is a run of neighbouring columns. key = low + code * (high - low) / (2^bits - 1), channel by channel. From the codes follow
+nearly the logits of all keys, at a fraction of the keys' bytes; with them, which columns a query should look at.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from loopserve.kernels import backend
+from loopserve.kernels.key_codes import cpu
+
+BITS = (2, 4, 8)
+_SUMMARISE = backend.operation("summarise_pages", "cpu", package="key_codes", limits={"cpu": cpu.limit_pages})
+_LOGITS = backend.operation("code_logits", "cpu", package="key_codes", limits={"cpu": cpu.limit})
+_JUMPS = backend.operation("code_jumps", "cpu", package="key_codes", limits={"cpu": cpu.limit})
+
+
+class KeyCodes(NamedTuple):
+    """low, high ``[Hkv, P, D]``: bounds of each page. codes uint8 ``[Hkv, P, page, D * bits / 8]``, those behind the last column mean
+    nothing: byte j holds the channels j, j + width, j + 2 width, ..., the first in the lowest bits. columns: keys coded.
+    """
+
+    low: Tensor
+    high: Tensor
+    codes: Tensor
+    bits: int
+    columns: int
+
+
+def summarise_pages(
+    keys: Tensor, page: int, first: int, low: Tensor, high: Tensor, codes: Tensor | None = None, bits: int = 0
+) -> None:
+    """Write bounds, and codes where given, of the pages from ``first`` on of keys ``[Hkv, n, D]`` into buffers laid out as in
+    ``KeyCodes`` with room for all pages. ValueError if they do not fit.
+    """
+    heads, total, dim = keys.shape
+    pages = -(-total // page)
+    if low.shape != high.shape or low.shape[0] != heads or low.shape[1] < pages or low.shape[2] != dim:
+        raise ValueError(
+            f"summarise_pages: bounds {list(low.shape)} have no room for {pages} pages of {list(keys.shape)}"
+        )
+    if codes is not None and (bits not in BITS or dim * bits % 8 or codes.shape[2:] != (page, dim * bits // 8)):
+        raise ValueError(f"summarise_pages: codes {list(codes.shape)} do not hold {bits} bits of {dim} channels")
+    _SUMMARISE(keys, page, first, low, high, codes, bits)
+
+
+def code_logits(queries: Tensor, of: KeyCodes, *, scaling: float) -> Tensor:
+    """Nearly the scaled logits of all coded keys for queries ``[Hq, r, D]``: float32 ``[Hkv, group * r, columns]``."""
+    _check("code_logits", queries, of)
+    found: Tensor = _LOGITS(queries, of, scaling=scaling)
+    return found
+
+
+def code_jumps(
+    queries: Tensor,
+    of: KeyCodes,
+    base: Tensor,
+    tail: int,
+    budget: int,
+    *,
+    scaling: float,
+    observed: Tensor | None = None,
+) -> Tensor:
+    """The base columns and the ``budget`` best others before ``tail``, sorted: int64 ``[Hkv, S + budget]``.
+
+    Others are ranked by their logit as the codes tell it, the largest over the queries ``[Hq, r, D]`` of a group; equal ones: the
+    lowest column first. base int64 ``[Hkv, S]``: sorted columns below ``tail``. At least ``budget`` others must exist.
+    observed float32 ``[Hkv, tail]``: the queries' softmax over all coded columns, mean over the group's, is added to it.
+    ValueError for what does not fit.
+    """
+    _check("code_jumps", queries, of)
+    heads, width = base.shape
+    if (
+        heads != len(of.low)
+        or base.dtype != torch.long
+        or not 0 <= tail <= of.columns
+        or not 0 <= budget <= tail - width
+    ):
+        raise ValueError(
+            f"code_jumps: {budget} more than {base.dtype} {list(base.shape)} before column {tail} of {of.columns} do not fit"
+        )
+    if observed is not None and (observed.shape != (heads, tail) or observed.dtype != torch.float32):
+        raise ValueError(f"code_jumps: observed {list(observed.shape)} must be float32 [{heads}, {tail}]")
+    found: Tensor = _JUMPS(queries, of, base, tail, budget, scaling=scaling, observed=observed)
+    return found
+
+
+def _check(op: str, queries: Tensor, of: KeyCodes) -> None:
+    heads, pages, dim = of.low.shape
+    if queries.dim() != 3 or queries.shape[2] != dim or queries.shape[0] % heads:
+        raise ValueError(f"{op}: queries {list(queries.shape)} do not fit codes of {heads} heads and {dim} channels")
+    if of.codes.shape[:2] != (heads, pages) or of.columns > pages * of.codes.shape[2]:
+        raise ValueError(f"{op}: codes {list(of.codes.shape)} do not fit {pages} pages and {of.columns} columns")

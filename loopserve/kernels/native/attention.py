@@ -1,0 +1,108 @@
+"""The compiled attention of new queries over a store: on lines, or dense."""
+
+from __future__ import annotations
+
+from ctypes import POINTER, Structure, byref, c_float, c_int64, c_void_p
+
+import torch
+from torch import Tensor
+
+from loopserve.kernels.memory import large_pages
+from loopserve.kernels.native import library
+from loopserve.kernels.native.arrays import rows_of
+
+ROWS = 64  # rows per tile, as in tile.h
+
+
+class _Attention(Structure):
+    """``Attention`` of vertical_slash.c; strides count numbers."""
+
+    _fields_ = [  # ctypes wants a plain list
+        *(
+            (name, c_void_p)
+            for name in (
+                "queries",
+                "keys",
+                "values",
+                "output",
+                "lse",
+                "verticals",
+                "slashes",
+                "first_valid",
+                "columns",
+            )
+        ),
+        *((name, c_int64) for name in ("query_head", "query_row", "key_head", "key_row", "value_head", "value_row")),
+        *((name, c_int64) for name in ("heads", "group", "rows", "total", "dim", "window", "half", "threads")),
+        ("chosen", c_int64),
+        ("tail", c_int64),
+        ("scaling", c_float),
+    ]
+
+
+def serves(queries: Tensor, values: Tensor, softcap: float | None) -> str | None:
+    """Why the compiled attention cannot compute this, or None."""
+    dim = queries.shape[-1]
+    if softcap:
+        return "softcap"
+    if values.shape[-1] != dim:
+        return f"values of {values.shape[-1]} channels beside keys of {dim}"
+    step = 16 if queries.dtype is torch.float32 else 32
+    return None if dim % step == 0 else f"{dim} channels are not a multiple of {step}"
+
+
+def attend(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    scaling: float,
+    kernel: str = "vertical_slash",
+    lines: tuple[Tensor, Tensor] | None = None,
+    window: int | None = None,
+    first_valid: Tensor | None = None,
+    columns: Tensor | None = None,
+    tail: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """(output ``[Hq, Tq, D]``, log-sum-exp ``[Hq, Tq]``) of end-aligned queries, on lines (verticals and slashes, bool
+    ``[Hq, Tk]``) or on every cell within a window of at least ``ROWS``. kernel: ``decode_attention`` for few queries,
+    which may attend to ``columns`` int64 ``[Hkv, S]`` and what stands from ``tail`` on.
+    """
+    queries, keys, values = rows_of(queries), rows_of(keys), rows_of(values)
+    heads, rows, dim = queries.shape
+    total = keys.shape[1]
+    output = large_pages(queries.new_empty(heads, rows, dim))
+    lse = torch.empty(heads, rows)
+    held = [each.contiguous() for each in lines] if lines is not None else []
+    starts = None if first_valid is None else first_valid.contiguous()
+    columns = None if columns is None else columns.contiguous()
+    call = _Attention(
+        queries.data_ptr(),
+        keys.data_ptr(),
+        values.data_ptr(),
+        output.data_ptr(),
+        lse.data_ptr(),
+        held[0].data_ptr() if held else None,
+        held[1].data_ptr() if held else None,
+        None if starts is None else starts.data_ptr(),
+        None if columns is None else columns.data_ptr(),
+        queries.stride(0),
+        queries.stride(1),
+        keys.stride(0),
+        keys.stride(1),
+        values.stride(0),
+        values.stride(1),
+        heads,
+        heads // keys.shape[0],
+        rows,
+        total,
+        dim,
+        total if window is None else min(window, total),
+        queries.dtype is not torch.float32,
+        library.threads(),
+        -1 if columns is None else columns.shape[1],
+        tail,
+        scaling,
+    )
+    library.call(kernel, POINTER(_Attention))(byref(call))
+    return output, lse

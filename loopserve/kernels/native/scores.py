@@ -1,0 +1,96 @@
+"""The compiled softmax rows and what is summed from them: line masses, token scores."""
+
+from __future__ import annotations
+
+from ctypes import POINTER, Structure, byref, c_float, c_int64, c_void_p
+
+import torch
+from torch import Tensor
+
+from loopserve.kernels.memory import large_pages
+from loopserve.kernels.native import library
+from loopserve.kernels.native.arrays import rows_of
+
+JOINS = ("mean", "sum", "max")
+_ROWS = 64  # rows per tile, as in tile.h
+
+
+class Scores(Structure):
+    """``Scores`` of scores.c; strides count numbers."""
+
+    _fields_ = [  # ctypes wants a plain list
+        *((name, c_void_p) for name in ("queries", "keys", "columns", "first_valid")),
+        *((name, c_void_p) for name in ("probabilities", "vertical", "slash", "tokens")),
+        *((name, c_int64) for name in ("key_head", "key_row")),
+        *((name, c_int64) for name in ("heads", "group", "rows", "total", "dim", "half", "join", "threads")),
+        ("scaling", c_float),
+    ]
+
+
+def serves(queries: Tensor, softcap: float | None) -> str | None:
+    """Why the compiled scores cannot be computed, or None."""
+    if softcap:
+        return "softcap"
+    dim, step = queries.shape[-1], 16 if queries.dtype is torch.float32 else 32
+    return None if dim % step == 0 else f"{dim} channels are not a multiple of {step}"
+
+
+def serves_join(queries: Tensor, softcap: float | None, over_rows: str) -> str | None:
+    """The same for token scores."""
+    if over_rows == "max" and queries.shape[1] > _ROWS:
+        return f"the maximum over {queries.shape[1]} rows"
+    return serves(queries, softcap)
+
+
+def line_scores(
+    queries: Tensor, keys: Tensor, columns: Tensor, *, scaling: float, first_valid: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(softmax rows ``[Hq, r, n]``, masses of verticals and slashes ``[Hq, n]`` each), float32."""
+    heads, rows, total = *queries.shape[:2], keys.shape[1]
+    probabilities, lines = large_pages(torch.empty(heads, rows, total)), torch.empty(2, heads, total)
+    pointers = (probabilities.data_ptr(), lines[0].data_ptr(), lines[1].data_ptr(), None)
+    _run("line_scores", queries, keys, columns, scaling, first_valid, pointers, 0)
+    return probabilities, lines[0], lines[1]
+
+
+def token_scores(
+    queries: Tensor, keys: Tensor, columns: Tensor, *, scaling: float, first_valid: Tensor | None, over_rows: str
+) -> Tensor:
+    """Scores ``[Hkv, n]``, float32."""
+    tokens = torch.empty(keys.shape[:2])
+    pointers = (None, None, None, tokens.data_ptr())
+    _run("token_scores", queries, keys, columns, scaling, first_valid, pointers, JOINS.index(over_rows))
+    return tokens
+
+
+def _run(
+    name: str,
+    queries: Tensor,
+    keys: Tensor,
+    columns: Tensor,
+    scaling: float,
+    first_valid: Tensor | None,
+    results: tuple[int | None, ...],
+    join: int,
+) -> None:
+    queries, keys, columns = queries.contiguous(), rows_of(keys), columns.contiguous()
+    starts = None if first_valid is None else first_valid.contiguous()
+    call = Scores(
+        queries.data_ptr(),
+        keys.data_ptr(),
+        columns.data_ptr(),
+        None if starts is None else starts.data_ptr(),
+        *results,
+        keys.stride(0),
+        keys.stride(1),
+        queries.shape[0],
+        queries.shape[0] // keys.shape[0],
+        queries.shape[1],
+        keys.shape[1],
+        queries.shape[2],
+        queries.dtype is not torch.float32,
+        join,
+        library.threads(),
+        scaling,
+    )
+    library.call(name, POINTER(Scores))(byref(call))

@@ -1,0 +1,37 @@
+"""The columns of the best scores of each head."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from loopserve.kernels import backend
+from loopserve.kernels.top_columns import cpu
+
+_OPERATION = backend.operation("top_columns", "cpu", limits={"cpu": cpu.limit})
+
+
+def top_columns(
+    scores: Tensor, budget: int, *, sink_tokens: int = 0, recent_window: int = 0, first_valid: Tensor | None = None
+) -> Tensor:
+    """Columns of the ``budget`` best scores per head, sorted: int64 ``[H, min(budget, n)]``.
+
+    scores ``[H, n]``, any float type; NaN counts as lowest. The first ``sink_tokens`` and last ``recent_window`` columns are always
+    among them (recent ones win when the budget is smaller than both). Equal scores: the lowest column wins. first_valid ``[H]``:
+    columns before it are filler; every head must hold at least ``budget`` others. ValueError for shapes that do not fit.
+    """
+    if scores.dim() != 2:
+        raise ValueError(f"top_columns: scores {list(scores.shape)} must be [H, n]")
+    if min(budget, sink_tokens, recent_window) < 0:
+        raise ValueError(
+            f"top_columns: budget={budget}, sink_tokens={sink_tokens}, recent_window={recent_window}: none negative"
+        )
+    if first_valid is not None and first_valid.shape != scores.shape[:1]:
+        raise ValueError(f"top_columns: first_valid {list(first_valid.shape)} must be [{scores.shape[0]}]")
+    found: Tensor = _OPERATION(
+        scores,
+        min(budget, scores.shape[1]),
+        sink_tokens=sink_tokens,
+        recent_window=recent_window,
+        first_valid=first_valid,
+    )
+    return found

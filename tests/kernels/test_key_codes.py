@@ -1,0 +1,91 @@
+"""Codes of keys: what they say of logits, and which columns they bring."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from loopserve.core.pages import PageSummaries
+from loopserve.kernels import backend
+from loopserve.kernels.key_codes import code_jumps
+from tests.kernels.cases import IMPLEMENTATIONS
+
+
+def coded(keys: Tensor, page: int, bits: int) -> PageSummaries:
+    """Summaries taken in in three steps, so that pages are finished later and buffers grow."""
+    pages = PageSummaries(page, bits)
+    for end in (len(keys[0]) // 2, len(keys[0]) // 2 + 1, len(keys[0])):
+        if end:
+            pages.update(keys[:, :end])
+    return pages
+
+
+@given(
+    total=st.sampled_from([1, 31, 64, 200]),
+    page=st.sampled_from([1, 7, 16, 32]),
+    bits=st.sampled_from([2, 4, 8]),
+    dim=st.sampled_from([8, 16, 32, 64, 128, 256]),
+    group=st.sampled_from([1, 3]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=80)
+def test_every_implementation_says_nearly_the_same(
+    total: int, page: int, bits: int, dim: int, group: int, dtype: torch.dtype, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    whole = torch.full((2, total + 3, dim), float("nan"), dtype=dtype)  # nothing behind the last key may be read
+    whole[:, :total] = torch.randn(2, total, dim, generator=generator).to(dtype)
+    keys, queries = whole[:, :total], torch.randn(2 * group, 1, dim, generator=generator).to(dtype)
+    base = torch.stack([torch.randperm(total, generator=generator)[: total // 4].sort().values for _ in range(2)])
+    exact = (queries.view(2, group, dim).float() @ keys.transpose(1, 2).float()) * 0.3
+    found = {}
+    for name in IMPLEMENTATIONS:
+        with backend.use(name):
+            pages = coded(keys, page, bits)
+            observed = torch.zeros(2, total)
+            jumps = pages.jumps(queries, base, total, total // 3, 0.3, observed)
+            found[name] = pages.low, pages.high, pages.logits(queries, 0.3), observed
+        assert jumps.shape == (2, total // 4 + total // 3) and (jumps.diff(dim=1) > 0).all()
+        assert all(set(head.tolist()) <= set(chosen.tolist()) for head, chosen in zip(base, jumps, strict=True))
+    wanted = found["reference"]
+    # Steps are rounded to 8 bits beside codes of 2, to 16 beside finer ones.
+    tolerance = {2: 0.04, 4: 4e-4, 8: 4e-4}[bits] * float(wanted[2].abs().max() + 1e-6)
+    for low, high, logits, observed in found.values():
+        assert torch.equal(low, wanted[0]) and torch.equal(high, wanted[1])
+        torch.testing.assert_close(logits, wanted[2], atol=tolerance, rtol=0)
+        torch.testing.assert_close(observed.sum(1), torch.ones(2), atol=1e-4, rtol=0)
+    step = float((wanted[1].float() - wanted[0].float()).max()) / (2**bits - 1)
+    assert (wanted[2] - exact).abs().max() <= 0.3 * step * float(queries.float().abs().sum(-1).max()) / 2 + 1e-3
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_jumps_are_the_best_free_columns_before_the_tail(implementation: str) -> None:
+    keys = torch.zeros(1, 6, 16)
+    keys[0, :, 0] = torch.tensor([0.0, 3.0, 1.0, 2.0, 2.0, 9.0])
+    query = torch.zeros(1, 1, 16)
+    query[0, 0, 0] = 1.0
+    with backend.use(implementation):
+        pages = PageSummaries(1, 2)  # pages of one key: codes are exact
+        pages.update(keys)
+        base = torch.tensor([[1]])
+        assert pages.jumps(query, base, 5, 1, 1.0).tolist() == [
+            [1, 3]
+        ]  # of equals the first, never the base or the tail
+        assert pages.jumps(query, base, 5, 3, 1.0).tolist() == [[1, 2, 3, 4]]
+        assert pages.jumps(query, base[:, :0], 5, 0, 1.0).tolist() == [[]]
+
+
+def test_what_does_not_fit_is_named() -> None:
+    pages = PageSummaries(4, 2)
+    pages.update(torch.randn(1, 6, 16))
+    codes, query = pages._codes(), torch.zeros(1, 1, 16)
+    with pytest.raises(ValueError, match="6 more than"):
+        code_jumps(query, codes, torch.tensor([[0]]), 6, 6, scaling=1.0)
+    with pytest.raises(ValueError, match="observed"):
+        code_jumps(query, codes, torch.tensor([[0]]), 6, 1, scaling=1.0, observed=torch.zeros(1, 5))
+    with pytest.raises(ValueError, match="queries"):
+        pages.logits(torch.zeros(1, 1, 8), 1.0)

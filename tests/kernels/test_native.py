@@ -1,0 +1,139 @@
+"""The compiled kernels: half precision, every instruction set, and what happens where nothing can be compiled."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from loopserve.kernels import backend
+from loopserve.kernels.decode_attention import decode_attention
+from loopserve.kernels.dense_attention import dense_attention
+from loopserve.kernels.line_scores import line_scores
+from loopserve.kernels.native import build, library
+from loopserve.kernels.token_scores import token_scores
+from loopserve.kernels.vertical_slash import vertical_slash
+from tests.kernels.cases import make
+
+ROOT = Path(__file__).parents[2]
+needs_library = pytest.mark.usefixtures("compiled")
+
+
+@pytest.fixture
+def compiled() -> None:
+    assert library.unavailable() is None, "the tests' machine has a C compiler"
+
+
+@needs_library
+@given(
+    total=st.sampled_from([1, 63, 111, 400]),
+    share=st.floats(0.01, 1.0),
+    dim=st.sampled_from([32, 64, 96, 128]),
+    group=st.sampled_from([1, 4, 7]),
+    filler=st.booleans(),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=60)
+def test_half_precision_is_as_good_as_half_precision_can_be(
+    total: int, share: float, dim: int, group: int, filler: bool, seed: int
+) -> None:
+    rows = max(1, int(share * total))
+    case = make(rows, total, group=group, dim=dim, seed=seed, filler=filler)
+    half = [part.bfloat16() for part in (case.queries, case.keys, case.values)]
+    lines = case.bools(2 * group, total, share=0.1), case.bools(2 * group, total, share=0.05)
+    options = {"scaling": dim**-0.5, "first_valid": case.first_valid}
+    for function, extra, more in [
+        (vertical_slash, lines, {}),
+        (dense_attention, (), {"need_lse": True}),
+        (decode_attention, (), {"need_lse": True}),
+    ]:
+        with backend.use("reference"):
+            wanted, wanted_lse = function(*[part.float() for part in half], *extra, **options, **more)
+        with backend.use("cpu"):
+            found, lse = function(*half, *extra, **options, **more)
+        assert found.dtype is torch.bfloat16
+        torch.testing.assert_close(found.float(), wanted, atol=0.03, rtol=0.03)
+        torch.testing.assert_close(lse, wanted_lse, atol=1e-2, rtol=1e-2)
+    columns = torch.arange(total - rows, total)
+    for function in (line_scores, token_scores):
+        with backend.use("reference"):
+            wanted = function(half[0].float(), half[1].float(), columns, **options)
+        with backend.use("cpu"):
+            found = function(half[0], half[1], columns, **options)
+        for one, other in zip(found, wanted, strict=True):
+            torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-3)
+
+
+@needs_library
+@pytest.mark.parametrize("level", [level.name for level in build.levels()[1:]])
+def test_lower_instruction_sets_give_the_same(level: str, tmp_path: Path) -> None:
+    """A processor without the best instructions compiles other code: the same tests, in a process of its own."""
+    every = [each.name for each in build.levels()]
+    if every.index(level) < every.index(library.level()):
+        return  # this processor is older still
+    tests = ["test_attention_ops.py", "test_scores.py", "test_key_codes.py", "test_top_columns.py"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", *(f"tests/kernels/{name}" for name in tests)],
+        env={**os.environ, "LOOPSERVE_CPU_LEVEL": level, "LOOPSERVE_CACHE": str(tmp_path)},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert list(tmp_path.glob("native-*.so"))
+
+
+def _in_a_fresh_process(code: str, **environment: str) -> str:
+    given = {name: value for name, value in os.environ.items() if name != "LOOPSERVE_KERNELS"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=given | environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+SAYS = (
+    "import torch; from loopserve.kernels import backend; from loopserve.kernels.vertical_slash import vertical_slash\n"
+    "row = {r['operation']: r for r in backend.describe()}['vertical_slash']; print(row['implementation'], row['why'])\n"
+    "lines = torch.ones(1, 4, dtype=torch.bool); x = torch.randn(1, 4, 32)\n"
+    "print(vertical_slash(x, x, x, lines, lines, scaling=1.0)[0].shape)\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("compiler", "reason"),
+    [("no-such-compiler", "CC=no-such-compiler is not found"), ("false", "false failed: no message")],
+)
+def test_without_a_compiler_plain_pytorch_serves_and_says_why_once(compiler: str, reason: str, tmp_path: Path) -> None:
+    said = _in_a_fresh_process(SAYS, CC=compiler, LOOPSERVE_CACHE=str(tmp_path))
+    assert said.startswith("packed ") and "no cpu: " in said and reason in said
+    assert "torch.Size([1, 4, 32])" in said
+    assert said.count("compiled kernels are not available") == 1
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    assert "cannot write" in _in_a_fresh_process(SAYS, LOOPSERVE_CACHE=str(blocked / "cache"))
+
+
+@needs_library
+def test_a_broken_library_in_the_cache_is_built_again(tmp_path: Path) -> None:
+    assert "cpu" in _in_a_fresh_process(SAYS, LOOPSERVE_CACHE=str(tmp_path)).split()[0]
+    (made,) = tmp_path.glob("native-*.so")
+    made.write_bytes(b"not a library")
+    assert "cpu" in _in_a_fresh_process(SAYS, LOOPSERVE_CACHE=str(tmp_path)).split()[0]
+
+
+@needs_library
+def test_an_unknown_instruction_set_is_named() -> None:
+    code = "from loopserve.kernels.native import library; print(library.unavailable())"
+    said = _in_a_fresh_process(code, LOOPSERVE_CPU_LEVEL="avx1024")
+    assert "LOOPSERVE_CPU_LEVEL=avx1024 is unknown (known: " in said
