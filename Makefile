@@ -3,13 +3,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OLDEST := .venv-oldest
+ORACLE := .venv-oracle
 ARGS ?=
 
 # Rows of `make bench` and `make bench-gpu` are appended to benchmarks/results/$(NAME).jsonl.
 NAME ?= cpu
 RESULTS = benchmarks/results/$(NAME).jsonl
 
-.PHONY: demo test check test-oldest test-compiled test-gpu sanitize bench bench-gpu bench-engine clean
+.PHONY: demo test check test-oldest test-compiled test-gpu oracle oracle-check sanitize bench bench-gpu bench-engine clean
 
 $(VENV)/ready: pyproject.toml constraints.txt plugins/loopserve-keydiff/pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -39,6 +40,20 @@ $(OLDEST)/ready: pyproject.toml constraints-oldest.txt
 
 test-oldest: $(OLDEST)/ready
 	$(OLDEST)/bin/python -m pytest -n 2 tests/models $(ARGS)
+
+# kvpress answers, in an environment of its own (it does not run on our transformers); its answers are frozen as fixtures.
+$(ORACLE)/ready: constraints-oracle.txt
+	$(PYTHON) -m venv $(ORACLE)
+	$(ORACLE)/bin/pip install --quiet -c constraints-oracle.txt torch
+	$(ORACLE)/bin/pip install --quiet -c constraints-oracle.txt kvpress safetensors
+	touch $@
+
+oracle: $(ORACLE)/ready
+	$(ORACLE)/bin/python -W ignore tests/oracle/make_fixtures.py
+
+oracle-check: $(VENV)/ready
+	$(BIN)/python -m tests.oracle.report
+	$(BIN)/python -m pytest tests/oracle $(ARGS)
 
 # The C kernels under AddressSanitizer and UndefinedBehaviorSanitizer, over all cases that hypothesis draws for them.
 sanitize: $(VENV)/ready
@@ -75,4 +90,4 @@ bench-engine: $(VENV)/ready
 	$(BIN)/loopserve bench engine $(ARGS)
 
 clean:
-	rm -rf $(VENV) $(OLDEST) .sanitize build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(ORACLE) .sanitize build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -86,7 +86,46 @@ def test_policies_are_listed_with_who_brought_them(cli: Cli):
     listed = json.loads(cli("policies", "ls", "--format", "json")[1])
     dense = next(each for each in listed["policies"] if each["name"] == "dense")
     assert dense["kind"] == "prefill" and dense["distribution"] == "loopserve"
-    assert set(dense["capabilities"]) == {"layer_types", "retentions", "deterministic", "batched"}
+    assert set(dense["capabilities"]) == {"layer_types", "retentions", "deterministic", "batched", "needs", "wraps"}
+    kinds = [each["kind"] for each in listed["policies"]]
+    assert kinds.count("prefill") >= 8 and kinds.count("decode") >= 16
+    keys = {"kind", "name", "distribution", "version", "paper", "capabilities"}
+    assert all(keys <= set(each) for each in listed["policies"])
+    adakv = next(each for each in listed["policies"] if each["name"] == "adakv")
+    assert adakv["capabilities"]["wraps"]
+
+
+def test_the_matrix_names_every_pair_and_says_why_some_are_refused(cli: Cli):
+    pairs = json.loads(cli("policies", "matrix", "--format", "json")[1])["pairs"]
+    found = {(each["prefill"], each["decode"], each["retention"]): each for each in pairs}
+    listed = json.loads(cli("policies", "ls", "--format", "json")[1])["policies"]
+    prefill, decode = ([each["name"] for each in listed if each["kind"] == kind] for kind in ("prefill", "decode"))
+    assert len(pairs) == len(found) == 2 * len(prefill) * len(decode)
+    assert found["loopserve", "adakv", "evict"]["works"]
+    refused = found["static_lines", "adakv", "evict"]
+    assert not refused["works"] and "needs every pair of the conversation" in refused["reason"]
+    assert found["dense", "quest", "evict"]["reason"] == "decode policy 'quest' cannot evict pairs"
+    code, out, _ = cli("policies", "matrix")
+    assert code == 0 and "refused: decode policy 'quest' cannot evict pairs" in out
+
+
+def test_line_sizes_are_searched_on_a_model_and_read_by_the_policy(cli: Cli, tmp_path: Path):
+    sizes, text = tmp_path / "sizes.json", tmp_path / "text.txt"
+    code, out, _ = cli("policies", "search-minference", "demo", "--output", str(sizes), "--tokens", "300")
+    assert code == 0 and "written to" in out
+    stack = tmp_path / "stack.yaml"
+    stack.write_text(f"prefill: {{policy: minference, sizes: {sizes}}}\ndecode: {{policy: full}}\n")
+    assert cli("run", "demo", "hello", "--stack", str(stack), "--max-new-tokens", "2")[0] == 0
+    layers = json.loads(sizes.read_text())["layers"]
+    sizes.write_text(json.dumps({"layers": {"0": layers["0"]}}))
+    code, _, err = cli("run", "demo", "hello", "--stack", str(stack))
+    assert code == 2 and "at layers 1-3, prefill policy 'minference' has no sizes for it" in err
+    sizes.write_text("{layers: {0: [[1, x]]}}")
+    code, _, err = cli("run", "demo", "hello", "--stack", str(stack))
+    assert code == 2 and "layers.0.0.1: " in err
+    text.write_text("hello")
+    code, _, err = cli("policies", "search-minference", "demo", "-o", str(sizes), "--text", str(text))
+    assert code == 2 and "too few to search on" in err
 
 
 def test_a_policy_shows_its_options(cli: Cli):
@@ -115,7 +154,8 @@ def test_presets_are_listed_validated_and_shown(cli: Cli):
     assert {"dense", "snapkv", "streaming_llm", "a_shape", "random", "snapkv-evict"} <= set(names)
     code, out, err = cli("stack", "validate", *names)
     assert (code, err) == (0, "") and out.count(": ok (") == len(names)
-    assert all(name in cli("stack", "ls")[1] for name in names)
+    table = cli("stack", "ls")[1]
+    assert all(name in table for name in names)
 
 
 def test_what_show_prints_is_a_stack_file_that_does_the_same(cli: Cli, tmp_path: Path):

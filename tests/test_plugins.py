@@ -200,6 +200,6 @@ def test_the_bundled_plugin_is_found_when_installed():
     except metadata.PackageNotFoundError:
         pytest.skip("loopserve-keydiff is not installed")
     loaded = load_registry(strict=True, disabled=[])
-    found = loaded.registry.get(Kind.DECODE, "keydiff")
+    found = loaded.registry.get(Kind.DECODE, "keydiff_bare")
     assert (found.owner.distribution, found.owner.version) == ("loopserve-keydiff", version)
     assert found.paper == "https://arxiv.org/abs/2504.15364"

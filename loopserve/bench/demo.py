@@ -65,7 +65,7 @@ def equal_budget(stack: PolicyStack, tokens: int, turns: int) -> PolicyStack:
     average = tokens * (turns + 1) / (2 * turns)  # length of the conversation at each answer, turns being equally long
     budget = max(16, round(average * ATTENDED) - _ANSWER_ROOM)
     for part in [described, *described.get("layers", [])]:
-        decode = part.get("decode") or {}
+        decode = innermost(part.get("decode") or {})
         if "budget" in decode:
             # What a policy sets aside of its budget stays the same share of it.
             decode |= (
@@ -76,6 +76,13 @@ def equal_budget(stack: PolicyStack, tokens: int, turns: int) -> PolicyStack:
         return load_stack(described)
     except ConfigError as error:
         raise ConfigError(f"a tenth of {tokens} tokens is too small a budget ({error}): raise --tokens") from error
+
+
+def innermost(decode: dict[str, Any]) -> dict[str, Any]:
+    """What a described decode policy wraps at last, where budgets stand; itself if it wraps nothing."""
+    while isinstance(decode.get("inner"), dict):
+        decode = decode["inner"]
+    return decode
 
 
 def run_demo(
@@ -95,7 +102,7 @@ def run_demo(
     budgets = set()
     for name in stacks:
         stack = equal_budget(load_stack(name), tokens, turns)
-        budgets |= {stack.describe()["decode"].get("budget")} - {None}
+        budgets |= {innermost(stack.describe()["decode"]).get("budget")} - {None}
         engine = Engine(loaded, tokenizer, stack, measure_coverage=True)
         total, per_turn = Tally(), [Tally() for _ in range(turns)]
         per_position = {position: Tally() for position in POSITIONS}

@@ -27,7 +27,9 @@ def table(*columns: str, title: str | None = None) -> Table:
     from rich import box
     from rich.table import Table
 
-    return Table(*columns, title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    made = Table(*columns, title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    made.columns[0].no_wrap = True  # the name of a row stays whole on a narrow terminal
+    return made
 
 
 def print_json(value: Any) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import inspect
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from loopserve.cli.options import Format, FormatOption, Settings
+from loopserve.cli.options import DeviceOption, DtypeOption, Format, FormatOption, ModelArgument, Settings
 from loopserve.cli.output import console, print_json, table
 
 if TYPE_CHECKING:
@@ -56,7 +57,71 @@ def show_policy(
             out.print(f"paper: {each.paper}", markup=False, soft_wrap=True)
         able = each.capabilities
         out.print(f"retention: {', '.join(sorted(able.retentions))}" if each.kind == "decode" else "", markup=False)
+        if able.needs:
+            out.print(f"needs: {', '.join(sorted(able.needs))}", markup=False)
         out.print(_options(each))
+
+
+@app.command()
+def matrix(context: typer.Context, format: FormatOption = Format.HUMAN) -> None:
+    """Every prefill policy beside every decode policy, keeping or evicting: which pairs work, and why others are refused."""
+    from loopserve.core.pairs import pairs
+
+    settings: Settings = context.obj
+    found = list(pairs(settings.plugins().registry))
+    if format is Format.JSON:
+        print_json(
+            {
+                "pairs": [
+                    {
+                        "prefill": each.prefill,
+                        "decode": each.decode,
+                        "retention": each.retention,
+                        "works": each.reason is None,
+                        "reason": each.reason,
+                    }
+                    for each in found
+                ]
+            }
+        )
+        return
+    columns = list(dict.fromkeys(each.prefill for each in found))
+    rows = table("decode \\ prefill", "rest", *columns)
+    for decode, retention in dict.fromkeys((each.decode, each.retention) for each in found):
+        cells = [each.reason for each in found if (each.decode, each.retention) == (decode, retention)]
+        rows.add_row(decode, retention, *("works" if reason is None else "refused" for reason in cells))
+    out = console()
+    out.print(rows)
+    for reason in dict.fromkeys(each.reason for each in found if each.reason is not None):
+        out.print(f"refused: {reason}", markup=False)
+
+
+@app.command("search-minference")
+def search_minference(
+    context: typer.Context,
+    model: ModelArgument,
+    output: Annotated[str, typer.Option("--output", "-o", help="File the sizes are written to (JSON).")],
+    text: Annotated[
+        Path | None, typer.Option("--text", help="File with text like the model's work; recall dialogues by default.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=64, help="Tokens of the text that are read.")] = 4096,
+    share: Annotated[
+        float, typer.Option(min=0.001, max=1.0, help="Share of the causal cells a head may compute.")
+    ] = 0.2,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+) -> None:
+    """Search, once per model, how many vertical and slash lines each head needs; `minference` reads the file as `sizes`."""
+    from loopserve.cli.search import searched
+
+    sizes = searched(model, text, tokens, share, dtype=dtype, device=device)
+    from loopserve.policies.prefill.line_sizes import describe, write_sizes
+
+    write_sizes(output, sizes, model)
+    rows = table("sizes", "heads", title=f"written to {output}")
+    for each, count in describe(sizes).items():
+        rows.add_row(each, str(count))
+    console().print(rows)
 
 
 def _described(each: Registration) -> dict[str, Any]:
@@ -73,6 +138,8 @@ def _described(each: Registration) -> dict[str, Any]:
             "retentions": sorted(able.retentions),
             "deterministic": able.deterministic,
             "batched": able.batched,
+            "needs": sorted(able.needs),
+            "wraps": "inner" in each.config.model_fields,
         },
     }
 

@@ -111,6 +111,8 @@ def _inputs(
         record=LayerRecord(session.stats, index),
         selection=cache.active.selection if cache.active is not None else None,
         memo=call.memos.setdefault(index, {}),
+        notebook=session.states[id(policies.sparsifier)],
+        ruled=session.ruled_by(id(policies.compressor)),
     )
 
 
@@ -209,20 +211,17 @@ def _decode(
             cache.select(selection)
             inputs = None  # what it says of the selection, and after an eviction of the store, is no longer true
     store = cache.store
-    bytes_per_pair = (
-        store.keys.shape[2] * store.keys.element_size() + store.values.shape[2] * store.values.element_size()
-    )
     active, pairs, first_valid, columns, tail = cache.active, store, cache.first_valid, None, 0
     if active is None:
-        attended = store.keys.shape[0] * store.length - (int(first_valid.sum()) if first_valid is not None else 0)
+        attended = store.heads * store.length - (int(first_valid.sum()) if first_valid is not None else 0)
     else:
         attended = active.attended(cache.seen)
         if active.pairs is not None:
             pairs, first_valid = active.pairs, active.first_valid
         else:  # in place: nothing was evicted, so positions are columns
             columns, tail = active.selection.indices, active.selection.boundary
-    call.compressed |= attended < store.keys.shape[0] * cache.seen
-    session.stats.attended(attended, store.keys.shape[0] * cache.seen, bytes_per_pair)
+    call.compressed |= attended < store.heads * cache.seen
+    session.stats.attended(attended, store.heads * cache.seen, store.pair_bytes)
     output, lse = decode_attention(
         queries,
         pairs.keys,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from loopserve.core.errors import CacheError
 from loopserve.core.interfaces import KVSelection, Retention
+from loopserve.core.ragged import RaggedBuffer
 from loopserve.kernels.gather_kv import gather_kv
 from loopserve.kernels.memory import large_pages
 
@@ -69,6 +70,19 @@ class PairBuffer:
         return self._values[:, : self.length]
 
     @property
+    def device(self) -> torch.device:
+        return self._keys.device
+
+    @property
+    def heads(self) -> int:
+        return self._keys.shape[0]
+
+    @property
+    def pair_bytes(self) -> int:
+        """Bytes of one head's key and value."""
+        return sum(part.shape[-1] * part.element_size() for part in (self._keys, self._values))
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the pairs held (room not yet used is not counted)."""
         return self.keys.numel() * self.keys.element_size() + self.values.numel() * self.values.element_size()
@@ -80,6 +94,14 @@ class PairBuffer:
 
     def copy(self) -> PairBuffer:
         return PairBuffer(self.keys, self.values, slack=_ACTIVE_SLACK)
+
+
+def _survivors(keys: Tensor, values: Tensor, first_valid: Tensor | None, width: int) -> PairBuffer | RaggedBuffer:
+    """A store of what an eviction left, ``[Hkv, width or more, D]``; without the padding of heads that keep fewer."""
+    if first_valid is None:
+        return PairBuffer(keys, values, slack=_ACTIVE_SLACK)
+    tail = PairBuffer(keys[:, width:], values[:, width:], slack=_ACTIVE_SLACK)
+    return RaggedBuffer(keys[:, :width], values[:, :width], first_valid, tail)
 
 
 @dataclass
@@ -113,7 +135,7 @@ class LayerCache:
 
     def __init__(self) -> None:
         self.seen = 0  # logical length: tokens of the conversation, evicted ones included
-        self.store: PairBuffer | None = None
+        self.store: PairBuffer | RaggedBuffer | None = None
         self.active: ActiveSet | None = None
         self.first_valid: Tensor | None = None
         self._reserved = 0
@@ -147,7 +169,7 @@ class LayerCache:
 
     def positions(self) -> Tensor:
         """Original positions: int64 ``[columns]``, or ``[Hkv, columns]`` once heads differ; filler columns hold -1."""
-        device = self.store.keys.device if self.store is not None else torch.device("cpu")
+        device = self.store.device if self.store is not None else torch.device("cpu")
         if self._positions is None:
             return counted(0, self.seen, device)
         tail = counted(self._evicted_at, self.seen, device).expand(self._positions.shape[0], -1)
@@ -157,7 +179,7 @@ class LayerCache:
         """Make ``selection`` the active set, or evict all else if it says so."""
         if self.store is None:
             raise CacheError("select: the layer holds no pairs yet")
-        selection.check(self.store.keys.shape[0], self.seen)
+        selection.check(self.store.heads, self.seen)
         if selection.retention is Retention.EVICT:
             self._evict(selection)
             return
@@ -177,10 +199,11 @@ class LayerCache:
         width = selection.indices.shape[1]
         columns = self._columns(selection)
         tail = self.stored - (self.seen - selection.boundary)
-        keys, values = gather_kv(self.store.keys, self.store.values, columns)
+        held_keys, held_values = self.store.keys, self.store.values  # once: a ragged store pads them anew each time
+        keys, values = gather_kv(held_keys, held_values, columns)
         if tail < self.stored:
-            keys = torch.cat([keys, self.store.keys[:, tail:]], dim=1)
-            values = torch.cat([values, self.store.values[:, tail:]], dim=1)
+            keys = torch.cat([keys, held_keys[:, tail:]], dim=1)
+            values = torch.cat([values, held_values[:, tail:]], dim=1)
         first_valid = width - selection.lengths if selection.ragged else None
         return keys, values, first_valid
 
@@ -206,7 +229,7 @@ class LayerCache:
         self._positions = selection.indices
         self._evicted_at = selection.boundary
         self.first_valid = first_valid
-        self.store = PairBuffer(keys, values, slack=_ACTIVE_SLACK)
+        self.store = _survivors(keys, values, first_valid, selection.indices.shape[1])
         self.active = None
 
     def truncate(self, length: int) -> None:
@@ -232,9 +255,10 @@ class LayerCache:
         kept = KVSelection.from_heads(heads, self.seen)  # columns stand in for positions
         filler = kept.indices < 0
         keys, values = gather_kv(self.store.keys, self.store.values, kept.indices.clamp(min=0))
-        self.store = PairBuffer(keys, values, slack=_ACTIVE_SLACK)
+        first_valid = kept.indices.shape[1] - kept.lengths if kept.ragged else None
+        self.store = _survivors(keys, values, first_valid, kept.indices.shape[1])
         self._positions = positions.gather(1, kept.indices.clamp(min=0)).masked_fill(filler, -1)
-        self.first_valid = kept.indices.shape[1] - kept.lengths if kept.ragged else None
+        self.first_valid = first_valid
         self._evicted_at = length
 
     def fork(self) -> LayerCache:

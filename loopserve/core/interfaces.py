@@ -20,6 +20,10 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from loopserve.core.errors import PolicyError
+from loopserve.core.layers import LayerParts as LayerParts
+from loopserve.core.layers import LayerSpec as LayerSpec
+from loopserve.core.layers import LayerType as LayerType
+from loopserve.core.layers import Need as Need
 from loopserve.core.patterns import AttentionPattern
 from loopserve.kernels.choose_lines import choose_lines
 from loopserve.kernels.line_scores import LineScores, line_scores
@@ -33,11 +37,6 @@ class Phase(StrEnum):
     PREFILL = "prefill"
     OBSERVE = "observe"  # rows of this turn are run again to see what they attend to; nothing is appended
     DECODE = "decode"
-
-
-class LayerType(StrEnum):
-    FULL = "full_attention"
-    SLIDING = "sliding_attention"
 
 
 class Retention(StrEnum):
@@ -60,22 +59,7 @@ class Capabilities:
     deterministic: bool = True  # equal inputs and seed give equal choices
     batched: bool = True  # rows of a batch may be served side by side
     passive: bool = False  # leaves every layer as the model has it (dense, full)
-
-
-@dataclass(frozen=True)
-class LayerSpec:
-    """One attention layer of a model. ``index`` is its place in the model's list of layers."""
-
-    index: int
-    type: LayerType
-    query_heads: int
-    kv_heads: int
-    head_dim: int
-    window: int | None = None
-
-    @property
-    def group(self) -> int:
-        return self.query_heads // self.kv_heads
+    needs: frozenset[Need] = frozenset()  # what it asks beyond queries, keys and values
 
 
 class Record(Protocol):
@@ -118,6 +102,8 @@ class AttentionInputs:
     record: Record
     selection: KVSelection | None = None  # what decoding attends to now; None = everything
     memo: dict[Any, Any] = field(default_factory=dict)
+    notebook: dict[Any, Any] = field(default_factory=dict)  # what the sparsifier keeps in mind for this session
+    ruled: tuple[LayerSpec, ...] = ()  # the layers that this layer's compressor rules, in order
 
     @property
     def group(self) -> int:
@@ -130,6 +116,17 @@ class AttentionInputs:
     @property
     def total_tokens(self) -> int:
         return self.keys.shape[1]
+
+    @property
+    def length(self) -> int:
+        """Tokens of the conversation so far, evicted ones included."""
+        return int(self.head_positions(0)[-1]) + 1
+
+    @property
+    def holds(self) -> Tensor:
+        """Columns that hold a pair, not filler: bool ``[Hkv, Tk]``."""
+        columns = torch.arange(self.total_tokens, device=self.keys.device).expand(self.keys.shape[0], -1)
+        return columns >= (0 if self.first_valid is None else self.first_valid[:, None])
 
     def head_positions(self, head: int) -> Tensor:
         """Original positions ``[Tk]`` of one KV head's columns."""
@@ -207,9 +204,21 @@ class PrefillSparsifier(ABC):
     def __init__(self, config: PolicyConfig | None = None) -> None:
         self.config = config if config is not None else self.Config()
 
+    @property
+    def able(self) -> Capabilities:
+        """What this very object can do."""
+        return self.capabilities
+
+    def refuses(self, layer: LayerSpec) -> str | None:
+        """Why this policy, configured as it is, cannot serve a layer; asked once, when a model is loaded."""
+        return None
+
     @abstractmethod
     def sparsify(self, inputs: AttentionInputs) -> AttentionPattern:
-        """The pattern to compute for ``inputs.queries``. Called once per layer and prefill call; it must be causal."""
+        """The pattern to compute for ``inputs.queries``. Called once per layer and prefill call; it must be causal.
+
+        What is to outlast the call goes into ``inputs.notebook``, which the session owns, copies and takes back.
+        """
 
 
 @dataclass(frozen=True, eq=False)
@@ -330,6 +339,15 @@ class DecodeCompressor(ABC, Generic[State]):
 
     def __init__(self, config: PolicyConfig | None = None) -> None:
         self.config = config if config is not None else self.Config()
+
+    @property
+    def able(self) -> Capabilities:
+        """What this very object can do; a wrapper's depends on what it wraps."""
+        return self.capabilities
+
+    def refuses(self, layer: LayerSpec) -> str | None:
+        """Why this policy, configured as it is, cannot serve a layer; asked once, when a model is loaded."""
+        return None
 
     @property
     def retention(self) -> Retention:

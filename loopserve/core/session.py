@@ -75,6 +75,7 @@ class Session:
                 self.compressors[id(policy.compressor)] = policy.compressor
                 self._ruled.setdefault(id(policy.compressor), []).append(policy.spec)
         self.states: dict[int, Any] = {key: each.init_state() for key, each in self.compressors.items()}
+        self.states |= {id(each.sparsifier): {} for each in policies if each.sparsifier is not None}
 
     @property
     def stats(self) -> TurnStats:

@@ -13,7 +13,8 @@ from typing import Any
 
 from loopserve.core.config import Document, parse_yaml, read_yaml
 from loopserve.core.errors import ConfigError, did_you_mean
-from loopserve.core.interfaces import DecodeCompressor, LayerSpec, LayerType, PrefillSparsifier
+from loopserve.core.interfaces import DecodeCompressor, LayerSpec, LayerType, Need, PrefillSparsifier, Retention
+from loopserve.core.nesting import written
 from loopserve.core.registry import Kind, Registry
 from loopserve.core.stack_file import LayerRange, read_stack
 
@@ -68,12 +69,12 @@ class PolicyStack:
         described: dict[str, Any] = {"version": 1, "name": self.name}
         if self.description is not None:
             described["description"] = self.description
-        described |= {"prefill": _written(self.prefill), "decode": _written(self.decode)}
+        described |= {"prefill": written(self.prefill), "decode": written(self.decode)}
         if self.overrides:
             described["layers"] = [
                 {"at": [layers.as_written() for layers in each.at]}
-                | ({"prefill": _written(each.prefill)} if each.prefill else {})
-                | ({"decode": _written(each.decode)} if each.decode else {})
+                | ({"prefill": written(each.prefill)} if each.prefill else {})
+                | ({"decode": written(each.decode)} if each.decode else {})
                 for each in self.overrides
             ]
         return described
@@ -94,15 +95,21 @@ class PolicyStack:
         """ConfigError, naming policy, layer and remedy, if a policy cannot serve these layers (or a batch of rows)."""
         problems = [*self._misplaced(layers)] if layers else []
         served: dict[tuple[Kind, PrefillSparsifier | DecodeCompressor[Any]], list[int]] = {}
+        refused: dict[str, list[int]] = {}
         for layer in layers:
             if layer.type is LayerType.FULL:
-                served.setdefault((Kind.PREFILL, self.prefill_for(layer.index, len(layers))), []).append(layer.index)
-                served.setdefault((Kind.DECODE, self.decode_for(layer.index, len(layers))), []).append(layer.index)
+                prefill = self.prefill_for(layer.index, len(layers))
+                decode = self.decode_for(layer.index, len(layers))
+                served.setdefault((Kind.PREFILL, prefill), []).append(layer.index)
+                served.setdefault((Kind.DECODE, decode), []).append(layer.index)
+                for reason in pair_refusals(prefill, decode, layer):
+                    refused.setdefault(reason, []).append(layer.index)
         if not served and not self.is_dense:
             problems.append("the model has no full-attention layer, so no policy would ever act: use the stack 'dense'")
         for (kind, policy), indices in served.items():
             where = f"{kind} policy {policy.name!r} at {_spoken(indices)}"
             problems += [f"{where} {inability}" for inability in _inabilities(policy, batch)]
+        problems += [f"at {_spoken(indices)}, {reason}" for reason, indices in refused.items()]
         if problems:
             raise ConfigError("\n".join(f"stack {self.name!r}: {problem}" for problem in problems))
 
@@ -123,8 +130,35 @@ class PolicyStack:
                     )
 
 
+def pair_refusals(
+    prefill: PrefillSparsifier,
+    decode: DecodeCompressor[Any],
+    layer: LayerSpec | None = None,
+    retention: Retention | None = None,
+) -> Iterable[str]:
+    """Why two policies cannot work together (in a layer, if one is given); nothing if they can.
+
+    retention: as if the decode policy were configured so; its own by default.
+    """
+    pair: tuple[tuple[Kind, PrefillSparsifier | DecodeCompressor[Any]], ...]
+    pair = ((Kind.PREFILL, prefill), (Kind.DECODE, decode))
+    for kind, policy in pair:
+        for need in sorted(policy.able.needs):
+            reason = layer.lacks(need) if layer is not None else None
+            if reason is not None:
+                yield f"{kind} policy {policy.name!r} needs the layer's {need}: {reason}"
+        reason = policy.refuses(layer) if layer is not None else None
+        if reason is not None:
+            yield f"{kind} policy {policy.name!r} {reason}"
+    if Need.FULL_HISTORY in prefill.able.needs and (retention or decode.retention) is Retention.EVICT:
+        yield (
+            f"prefill policy {prefill.name!r} needs every pair of the conversation, and decode policy {decode.name!r} "
+            "evicts: set its retention to keep, or choose another prefill policy"
+        )
+
+
 def _inabilities(policy: PrefillSparsifier | DecodeCompressor[Any], batch: bool) -> Iterable[str]:
-    able = policy.capabilities
+    able = policy.able
     if LayerType.FULL not in able.layer_types:
         yield f"serves only {_listed(able.layer_types)} layers: choose another policy there"
     if isinstance(policy, DecodeCompressor) and policy.retention not in able.retentions:
@@ -147,10 +181,6 @@ def _spoken(indices: Sequence[int]) -> str:
             spans.append([index])
     text = ", ".join("-".join(map(str, span)) for span in spans)
     return f"layer{'s' if len(indices) > 1 else ''} {text}"
-
-
-def _written(policy: PrefillSparsifier | DecodeCompressor[Any]) -> dict[str, Any]:
-    return {"policy": policy.name, **policy.config.model_dump(mode="json")}
 
 
 def load_stack(spec: str | Path | Mapping[str, Any] | PolicyStack, registry: Registry) -> PolicyStack:

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationInf
 from loopserve.core.config import Document, InvalidDocument, Location, mistake, mistake_at, parse_strictly
 from loopserve.core.errors import ConfigError
 from loopserve.core.interfaces import DecodeCompressor, PrefillSparsifier
+from loopserve.core.nesting import MAX_NESTING
 from loopserve.core.registry import Kind, Registry
 
 _RANGE = re.compile(r"(-?\d+)-(-?\d+)")
@@ -60,22 +61,40 @@ def _ranges(value: object) -> tuple[LayerRange, ...]:
     return tuple(_range(each) for each in values)
 
 
-def _policy(kind: Kind) -> Callable[[Any, ValidationInfo], PrefillSparsifier | DecodeCompressor[Any]]:
-    """A validator that makes a policy of ``{policy: NAME, option: value, ...}``; the registry is its context."""
+@dataclass(frozen=True)
+class _Maker:
+    """Makes policies of what a file says; ``depth`` wrappers stand around it (``core.nesting.Maker``)."""
 
-    def build(value: Any, info: ValidationInfo) -> PrefillSparsifier | DecodeCompressor[Any]:
-        registry = cast(Registry, info.context)
-        example = f"such as {{policy: {next(iter(registry.names(kind)), 'NAME')}}}"
+    registry: Registry
+    depth: int = 0
+
+    def make(self, kind: Kind, value: Any) -> PrefillSparsifier | DecodeCompressor[Any]:
+        example = f"such as {{policy: {next(iter(self.registry.names(kind)), 'NAME')}}}"
         if not isinstance(value, dict) or "policy" not in value:
             raise mistake(f"must name a policy, {example}")
+        if self.depth > MAX_NESTING:
+            raise mistake(f"policies are nested deeper than {MAX_NESTING} levels")
         name, options = value["policy"], {key: each for key, each in value.items() if key != "policy"}
         if not isinstance(name, str):
             raise mistake_at(("policy",), f"must be the name of a policy, {example}", name)
         try:
-            registration = registry.get(kind, name)
-            return registration.policy(parse_strictly(registration.config, options))
+            registration = self.registry.get(kind, name)
+            inside = _Maker(self.registry, self.depth + 1)
+            return registration.policy(parse_strictly(registration.config, options, inside))
         except ConfigError as error:
             raise mistake_at(("policy",), str(error), name) from error
+
+    def inner(self, written: Mapping[str, Any]) -> DecodeCompressor[Any]:
+        made = self.make(Kind.DECODE, written)
+        assert isinstance(made, DecodeCompressor)
+        return made
+
+
+def _policy(kind: Kind) -> Callable[[Any, ValidationInfo], PrefillSparsifier | DecodeCompressor[Any]]:
+    """A validator that makes a policy of ``{policy: NAME, option: value, ...}``; a ``_Maker`` is its context."""
+
+    def build(value: Any, info: ValidationInfo) -> PrefillSparsifier | DecodeCompressor[Any]:
+        return cast(_Maker, info.context).make(kind, value)
 
     return build
 
@@ -130,18 +149,20 @@ def read_stack(document: Document, registry: Registry) -> StackConfig[PrefillSpa
             return StackConfig.model_fields
         if at[0] == "layers" and len(at) == 2:
             return LayerConfig.model_fields
-        if at[-1] not in list(Kind):
+        kind = next((Kind(part) for part in at if part in list(Kind)), None)
+        if kind is None:
             return None
         value = document.data
         for part in at:
             value = value[part]
-        return ["policy", *registry.get(Kind(at[-1]), value["policy"]).config.model_fields]
+        known = isinstance(value, Mapping) and value.get("policy") in registry.names(kind)
+        return ["policy", *registry.get(kind, value["policy"]).config.model_fields] if known else None
 
     if not isinstance(document.data, Mapping):
         shape = document.problem((), f"a stack is a mapping with the keys {', '.join(StackConfig.model_fields)}")
         raise InvalidDocument([*document.problems, shape])
     parsed: StackConfig[PrefillSparsifier, DecodeCompressor[Any]] = document.parse(
-        _Checked, context=registry, known_options=known_options
+        _Checked, context=_Maker(registry), known_options=known_options
     )
     return parsed
 

@@ -18,6 +18,7 @@ from loopserve.core.attention import Call, attend
 from loopserve.core.errors import ModelError
 from loopserve.core.interfaces import LayerSpec, LayerType, Phase
 from loopserve.models.cache_view import CacheView, split_rows
+from loopserve.models.layer_parts import layer_parts
 
 IMPLEMENTATION = "loopserve"
 # Keywords that change nothing here: positions are the session's own, and the others choose outputs or caching.
@@ -108,6 +109,7 @@ def read_layers(model: PreTrainedModel) -> tuple[LayerSpec, ...]:
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // query_heads
     types = getattr(config, "layer_types", None) or [_type_without_list(config)] * count
     window = getattr(config, "sliding_window", None)
+    parts = layer_parts(model, list(types[:count]), query_heads)
     layers = []
     for index, kind in enumerate(types[:count]):
         if kind not in (LayerType.FULL, LayerType.SLIDING):
@@ -115,7 +117,8 @@ def read_layers(model: PreTrainedModel) -> tuple[LayerSpec, ...]:
                 f"{name}: layer {index} is a {kind!r} layer; only full and sliding-window attention is supported"
             )
         sliding = kind == LayerType.SLIDING
-        layers.append(LayerSpec(index, LayerType(kind), query_heads, kv_heads, head_dim, window if sliding else None))
+        reach = window if sliding else None
+        layers.append(LayerSpec(index, LayerType(kind), query_heads, kv_heads, head_dim, reach, parts=parts.get(index)))
     return tuple(layers)
 
 

@@ -18,3 +18,24 @@ def sink_lines(inputs: AttentionInputs, count: int) -> Tensor:
         return columns < count
     start = inputs.first_valid.repeat_interleave(inputs.group)[:, None]
     return (columns >= start) & (columns < start + count)
+
+
+def lines_counted_apart(
+    vertical: Tensor, slash: Tensor, new_tokens: int, share: float, forced: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Lines by mass per length until their masses add up to ``share`` of the whole, cells of two lines counted twice.
+
+    vertical, slash float ``[Hq, n]``, the masses of all lines on some rows (each kind sums to the whole); forced bool
+    ``[Hq, n]`` each, taken first. Ties: verticals first, then the lower line. Returns verticals and slashes, bool.
+    """
+    total = vertical.shape[1]
+    line = torch.arange(total, device=vertical.device)
+    length = (new_tokens - (line - (total - new_tokens)).clamp(min=0)).clamp(min=1)
+    mass = torch.cat([vertical, slash], dim=1)
+    worth = (mass / torch.cat([length, length])).masked_fill(torch.cat(forced, dim=1), float("inf"))
+    order = worth.argsort(dim=1, descending=True, stable=True)
+    ranked = mass.gather(1, order)
+    before = ranked.cumsum(1) - ranked
+    taken = (before < share * vertical.sum(1, keepdim=True)) | worth.gather(1, order).isinf()
+    chosen = torch.zeros_like(taken).scatter_(1, order, taken)
+    return chosen[:, :total], chosen[:, total:]

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from loopserve.core.interfaces import AttentionInputs, KVSelection, LayerSpec, LayerType, Phase, Record
+from loopserve.testing.parts import PlainParts
 from loopserve.testing.records import FakeRecord
 
 
@@ -42,6 +43,7 @@ def make_inputs(
     if structured:
         queries = queries + _structure(keys, new_tokens, group, source)
     history = total_tokens - new_tokens
+    spec = LayerSpec(layer, LayerType.FULL, heads, kv_heads, head_dim, parts=PlainParts(heads, head_dim))
     if ragged and (not evicted or ragged >= history):
         raise ValueError("ragged heads come from an eviction and leave at least one pair of the history")
     return AttentionInputs(
@@ -51,7 +53,7 @@ def make_inputs(
         columns=torch.arange(history, total_tokens),
         positions=_positions(history, new_tokens, kv_heads, evicted, ragged, source),
         first_valid=torch.tensor([0] * (kv_heads - 1) + [ragged]) if ragged else None,
-        layer=LayerSpec(layer, LayerType.FULL, heads, kv_heads, head_dim),
+        layer=spec,
         phase=phase,
         turn=turn,
         turn_start=history + evicted,
@@ -61,6 +63,7 @@ def make_inputs(
         softcap=None,
         record=record if record is not None else FakeRecord(),
         selection=selection,
+        ruled=(spec,),
     )
 
 

@@ -19,6 +19,7 @@ from loopserve.core.interfaces import (
     Phase,
     Step,
 )
+from loopserve.testing.parts import PlainParts
 from loopserve.testing.records import FakeRecord
 
 
@@ -38,7 +39,8 @@ class ScriptedConversation:
         self.scaling = scaling if scaling is not None else keys.shape[-1] ** -0.5
         self.cache = KVCache(len(keys))
         heads, kv_heads, dim = queries.shape[1], keys.shape[1], keys.shape[-1]
-        self.layers = tuple(LayerSpec(i, LayerType.FULL, heads, kv_heads, dim) for i in range(len(keys)))
+        parts = PlainParts(heads, dim)
+        self.layers = tuple(LayerSpec(i, LayerType.FULL, heads, kv_heads, dim, parts=parts) for i in range(len(keys)))
         self.turn, self.turn_start, self.output_index = -1, 0, 0
         self.record = FakeRecord()
         self.observed: list[Tensor] = []  # positions of each observation asked for
@@ -133,4 +135,5 @@ class ScriptedConversation:
             softcap=None,
             record=self.record,
             selection=layer.active.selection if layer.active is not None else None,
+            ruled=self.layers,
         )

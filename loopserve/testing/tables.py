@@ -1,6 +1,7 @@
 """Markdown tables of all registered policies and their options, made from the classes.
 
-``python -m loopserve.testing.tables docs/policies.md`` renews the part of a page between the two markers.
+``python -m loopserve.testing.tables docs/policies.md README.md`` renews the part of each page between its markers: the
+whole tables, or on the front page the short one.
 """
 
 from __future__ import annotations
@@ -15,14 +16,17 @@ from pydantic_core import PydanticUndefined
 
 from loopserve.core.registry import Registration
 
-BEGIN = "<!-- made from the classes: python -m loopserve.testing.tables docs/policies.md -->"
+BEGIN = "<!-- made from the classes: python -m loopserve.testing.tables docs/policies.md README.md -->"
+BEGIN_SHORT = (
+    "<!-- the short table, made from the classes: python -m loopserve.testing.tables docs/policies.md README.md -->"
+)
 END = "<!-- end of what is made from the classes -->"
 
 
 def policy_tables(policies: Iterable[Registration]) -> str:
     """One row per policy, then one table of options per policy that has any."""
     found = list(policies)
-    lines = ["| policy | kind | what it does | paper | unselected pairs |", "|---|---|---|---|---|"]
+    lines = ["| policy | kind | what it does | paper | unselected pairs | needs |", "|---|---|---|---|---|---|"]
     lines += [_row(each) for each in found]
     for each in found:
         if each.config.model_fields:
@@ -31,11 +35,22 @@ def policy_tables(policies: Iterable[Registration]) -> str:
     return "\n".join(lines)
 
 
+def short_table(policies: Iterable[Registration]) -> str:
+    """One row per kind, each policy a link to its paper."""
+    found = list(policies)
+    lines = ["| phase | policies |", "|---|---|"]
+    for kind in dict.fromkeys(each.kind for each in found):
+        names = [f"[`{p.name}`]({p.paper})" if p.paper else f"`{p.name}`" for p in found if p.kind is kind]
+        lines.append(f"| {kind} ({len(names)}) | {', '.join(names)} |")
+    return "\n".join(lines)
+
+
 def _row(policy: Registration) -> str:
     paper = policy.paper.rsplit("/", 1)[-1]
     link = f"[arXiv {paper}]({policy.paper})" if policy.paper else "-"
     retentions = ", ".join(sorted(policy.capabilities.retentions)) if policy.kind == "decode" else "-"
-    return f"| `{policy.name}` | {policy.kind} | {_cell(policy.summary)} | {link} | {retentions} |"
+    needs = ", ".join(sorted(policy.capabilities.needs)) or "-"
+    return f"| `{policy.name}` | {policy.kind} | {_cell(policy.summary)} | {link} | {retentions} | {needs} |"
 
 
 def _option(name: str, field: FieldInfo) -> str:
@@ -50,20 +65,23 @@ def _cell(text: str) -> str:
 
 def renewed(page: str, policies: Iterable[Registration]) -> str:
     """A page with the part between its markers made anew. ValueError if it has no markers."""
-    if BEGIN not in page or END not in page:
-        raise ValueError(f"the page needs the lines {BEGIN!r} and {END!r}")
-    before, rest = page.split(BEGIN, 1)
-    return f"{before}{BEGIN}\n\n{policy_tables(policies)}\n\n{END}{rest.split(END, 1)[1]}"
+    found = list(policies)
+    for begin, made in ((BEGIN, policy_tables), (BEGIN_SHORT, short_table)):
+        if begin in page and END in page:
+            before, rest = page.split(begin, 1)
+            return f"{before}{begin}\n\n{made(found)}\n\n{END}{rest.split(END, 1)[1]}"
+    raise ValueError(f"the page needs the line {BEGIN!r} or {BEGIN_SHORT!r}, and {END!r}")
 
 
-def main(path: str) -> None:
+def main(*paths: str) -> None:
     from loopserve.core.registry import Registry
     from loopserve.policies import loopserve_register_policies
 
     registry = Registry()
     loopserve_register_policies(registry)
-    page = Path(path)
-    page.write_text(renewed(page.read_text("utf-8"), registry), "utf-8")
+    for path in paths:
+        page = Path(path)
+        page.write_text(renewed(page.read_text("utf-8"), registry), "utf-8")
 
 
 if __name__ == "__main__":

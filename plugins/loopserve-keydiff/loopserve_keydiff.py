@@ -1,35 +1,44 @@
-"""KeyDiff as a loopserve plugin: one score, one hook."""
+"""KeyDiff to the letter as a loopserve plugin: one score, one hook."""
 
 from __future__ import annotations
 
 from typing import ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
 from loopserve.core.hookspecs import hookimpl
 from loopserve.core.interfaces import AttentionInputs, Capabilities, Retention
 from loopserve.core.registry import Registry
-from loopserve.core.scoring import ScoredCompressor
+from loopserve.core.scoring import ScoredCompressor, ScoredConfig
 
 
-class KeyDiffDecode(ScoredCompressor):
-    """Keeps the pairs whose keys differ most from the average key; asks no query and computes no attention (KeyDiff).
+class BareKeyDiffDecode(ScoredCompressor):
+    """Keeps the pairs whose keys differ most from the average key, wherever they stand (KeyDiff without forced pairs).
 
     Paper: https://arxiv.org/abs/2504.15364. Variant, as in kvpress: ``s_t = -cos(K_t, mean_t(K_t / |K_t|))`` per KV
     head, on rotated keys.
 
     Deviations: chosen once per turn over all stored pairs, where the paper evicts block by block while the prompt is
-    read; the first ``sink_tokens`` and the ``recent_window`` are kept besides (the paper has neither: set both to 0).
+    read. The built-in policy ``keydiff`` keeps sinks and a recent window besides; here, as in the paper, nothing is kept
+    for where it stands.
 
     Multi-turn: scored anew at the end of each turn's prefill, over the whole history (retention ``keep``) or over the
     survivors (``evict``).
     """
 
-    name: ClassVar[str] = "keydiff"
+    name: ClassVar[str] = "keydiff_bare"
     paper: ClassVar[str] = "https://arxiv.org/abs/2504.15364"
     capabilities: ClassVar[Capabilities] = Capabilities(retentions=frozenset(Retention))
+    signed: ClassVar[bool] = True
+
+    class Config(ScoredConfig):
+        sink_tokens: int = Field(0, ge=0, description="First tokens of the conversation that are always kept.")
+        recent_window: int = Field(0, ge=0, description="Last tokens of the input that are always kept.")
+
+    config: Config
 
     def score(self, inputs: AttentionInputs) -> Tensor:
         directions = normalize(inputs.keys.float(), dim=-1)
@@ -42,4 +51,4 @@ class KeyDiffDecode(ScoredCompressor):
 
 @hookimpl
 def loopserve_register_policies(registry: Registry) -> None:
-    registry.register(KeyDiffDecode)
+    registry.register(BareKeyDiffDecode)

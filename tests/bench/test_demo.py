@@ -74,5 +74,7 @@ def test_dialogues_stand_at_every_position_and_ask_for_one_and_two_keys() -> Non
 def test_every_stack_that_compresses_gets_the_same_budget() -> None:
     budgets = {equal_budget(load_stack(name), 2000, 3).describe()["decode"].get("budget") for name in STACKS}
     assert len(budgets - {None}) == 1
+    wrapped = equal_budget(load_stack("adakv"), 2000, 3).describe()["decode"]["inner"]["budget"]
+    assert {wrapped} == budgets - {None}
     with pytest.raises(ConfigError, match="raise --tokens"):
         equal_budget(load_stack("loopserve"), 100, 3)

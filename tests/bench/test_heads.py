@@ -18,7 +18,7 @@ def test_structured_heads_lie_on_few_lines_and_random_ones_do_not() -> None:
         densities[make.__name__] = pattern.cell_density()
     structured, flat = densities["structured_heads"], densities["random_heads"]
     assert 0.03 < float(structured.mean()) < 0.3 and float(flat.mean()) > 0.7
-    assert float(structured.max()) > 1.5 * float(structured.min())  # heads differ
+    assert float(structured.max()) > 1.3 * float(structured.min())  # heads differ
 
 
 def test_structured_heads_depend_on_the_seed_only_and_end_alike() -> None:

@@ -67,8 +67,8 @@ class CacheMachine(RuleBasedStateMachine):
         tail = range(self.boundary_now, self.cache.seen)
         self.model = [[*head, *tail] for head in self.selected_now]
         self.evicted_at, self.selected = self.boundary_now, None
-        columns = max(len(head) for head in self.model)
-        assert self.cache.store.nbytes == 2 * HEADS * columns * WIDTH * 4 <= before
+        held = sum(len(head) for head in self.model)  # heads that keep fewer hold no padding
+        assert self.cache.store.nbytes == 2 * held * WIDTH * 4 <= before
 
     @rule(data=st.data())
     def truncate(self, data: st.DataObject) -> None:
@@ -125,7 +125,8 @@ def check_store(cache: LayerCache, model: list[list[int]]) -> None:
         assert sorted(set(positions)) == positions
         assert cache.store.keys[head, first:, 0].tolist() == [head * 1000.0 + p for p in positions]
         assert torch.equal(cache.store.values[head], -cache.store.keys[head]) or first > 0
-    assert cache.store.nbytes == 2 * cache.store.keys.numel() * 4
+    held = cache.store.keys.numel() - (int(cache.first_valid.sum()) * WIDTH if cache.first_valid is not None else 0)
+    assert cache.store.nbytes == 2 * held * 4
 
 
 CacheMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=25, deadline=None, derandomize=True)
@@ -144,6 +145,18 @@ def test_appending_does_not_copy_the_store_each_time() -> None:
     first = cache.store.keys.data_ptr()
     cache.append(*pairs(range(11, 12)))
     assert cache.store.keys.data_ptr() == first
+
+
+def test_heads_that_keep_fewer_take_less_room() -> None:
+    cache = filled(4000)
+    heads = [torch.arange(1000), *(torch.arange(10) for _ in range(HEADS - 1))]
+    cache.select(KVSelection.from_heads(heads, 4000, Retention.EVICT))
+    held = 1000 + 10 * (HEADS - 1)
+    assert cache.store.nbytes == 2 * held * WIDTH * 4
+    assert cache.store.allocated_nbytes < 2 * (held + HEADS * 100) * WIDTH * 4
+    cache.append(*pairs(range(4000, 4003)))
+    assert cache.store.keys[0, :, 0].tolist() == [*range(1000), 4000, 4001, 4002]
+    assert cache.store.keys[-1, 990:, 0].tolist() == [1000.0 * (HEADS - 1) + p for p in (*range(10), 4000, 4001, 4002)]
 
 
 def test_evicted_bytes_are_really_freed() -> None:

@@ -4,12 +4,14 @@ import pytest
 
 from loopserve.core.config import parse_yaml, to_yaml
 from loopserve.core.interfaces import LayerSpec, LayerType, Retention
+from loopserve.core.nesting import written
 from loopserve.core.registry import Registry
 from loopserve.core.stack import load_stack, preset_file, preset_names
 from loopserve.core.stack_file import read_stack
 from loopserve.plugins import load_registry
+from loopserve.testing.parts import PlainParts
 
-LAYERS = [LayerSpec(index, LayerType.FULL, 4, 2, 8) for index in range(4)]
+LAYERS = [LayerSpec(index, LayerType.FULL, 4, 2, 8, parts=PlainParts(4, 8)) for index in range(4)]
 
 
 @pytest.fixture(scope="module")
@@ -18,6 +20,12 @@ def registry() -> Registry:
 
 
 def test_the_presets_that_are_promised_are_there():
+    rivals = {"tri_shape", "minference", "flexprefill", "xattention", "topk_blocks", "sample_attention", "static_lines"}
+    rivals |= {"h2o", "tova", "quest", "keydiff", "knorm", "lagkv", "expected_attention", "adakv", "adakv-evict"}
+    rivals |= {"pyramidkv", "criticalkv", "chunkkv", "rocketkv_mt", "recover_alpha"}
+    ablations = {"no-overlap", "last-rows", "length-cost", "active", "interval-1", "interval-8", "interval-64"}
+    ablations |= {"first-last-window", "first-sampled", "first-dense"}
+    assert rivals | {f"loopserve-{each}" for each in ablations} <= set(preset_names())
     promised = {"dense", "loopserve", "loopserve-paper", "snapkv", "snapkv-evict", "streaming_llm", "a_shape", "random"}
     assert promised <= set(preset_names())
 
@@ -30,7 +38,7 @@ def test_a_preset_loads_names_itself_and_fits_a_plain_model(name: str, registry:
     stack.check(LAYERS, batch=True)
     assert load_stack(stack.describe(), registry) == stack
     again = read_stack(parse_yaml(to_yaml(stack.describe()), "again.yaml"), registry)
-    assert (again.prefill.config, again.decode.config) == (stack.prefill.config, stack.decode.config)
+    assert (written(again.prefill), written(again.decode)) == (written(stack.prefill), written(stack.decode))
 
 
 @pytest.mark.parametrize("name", preset_names())

@@ -15,43 +15,58 @@ import torch
 from pydantic import ValidationError
 
 from loopserve.core.interfaces import DecodeCompressor, PrefillSparsifier, Retention
-from loopserve.core.registry import Kind, Registration, Registry
-from loopserve.policies import loopserve_register_policies
+from loopserve.core.nesting import written
+from loopserve.core.registry import Kind, Registration
 from loopserve.testing.assertions import assert_pattern, unchanged
 from loopserve.testing.inputs import make_inputs
 from loopserve.testing.scripted import ScriptedConversation
 from loopserve.testing.tables import renewed
-
-
-def registered() -> Registry:
-    registry = Registry()
-    loopserve_register_policies(registry)
-    return registry
-
-
-POLICIES = list(registered())
-COMPRESSORS = [each for each in POLICIES if each.kind is Kind.DECODE]
-SMALL: dict[str, dict[str, Any]] = {  # options under which each policy acts on short conversations
-    "prefill loopserve": {"min_new_tokens": 1, "min_total_tokens": 1, "sample_rows": 16},
-    "prefill a_shape": {"sink_tokens": 3, "local_window": 8},
-    "decode loopserve": {"budget": 24, "interval": 3, "recent_window": 4},
-    "decode snapkv": {"budget": 24, "window": 8},
-    "decode random": {"budget": 24, "recent_window": 4},
-    "decode streaming_llm": {"budget": 24},
-}
-
-
-def label(policy: Registration) -> str:
-    return f"{policy.kind} {policy.name}"
-
-
-def small(policy: Registration, **more: Any) -> Any:
-    return policy.policy(policy.config(**SMALL.get(label(policy), {}) | more))
+from tests.policies.small import (
+    COMPRESSORS,
+    POLICIES,
+    SPARSIFIERS,
+    built,
+    default,
+    label,
+    registered,
+    small,
+    spec,
+)
 
 
 def test_all_are_there() -> None:
-    assert registered().names(Kind.PREFILL) == ["a_shape", "dense", "loopserve"]
-    assert registered().names(Kind.DECODE) == ["full", "loopserve", "random", "snapkv", "streaming_llm"]
+    assert registered().names(Kind.PREFILL) == [
+        "a_shape",
+        "dense",
+        "flexprefill",
+        "loopserve",
+        "minference",
+        "sample_attention",
+        "static_lines",
+        "topk_blocks",
+        "tri_shape",
+        "xattention",
+    ]
+    assert registered().names(Kind.DECODE) == [
+        "adakv",
+        "chunkkv",
+        "criticalkv",
+        "expected_attention",
+        "full",
+        "h2o",
+        "keydiff",
+        "knorm",
+        "lagkv",
+        "loopserve",
+        "pyramidkv",
+        "quest",
+        "random",
+        "recover_alpha",
+        "rocketkv_mt",
+        "snapkv",
+        "streaming_llm",
+        "tova",
+    ]
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=label)
@@ -63,14 +78,14 @@ def test_docstrings_say_what_happens_between_turns(policy: Registration) -> None
 
 @pytest.mark.parametrize("policy", POLICIES, ids=label)
 def test_options_are_described_frozen_and_closed(policy: Registration) -> None:
-    config = policy.config()
+    config = default(policy).config
     assert all(field.description for field in policy.config.model_fields.values())
     with pytest.raises(ValidationError):
         policy.config.model_validate({"no_such_option": 1})
     for name in policy.config.model_fields:
         with pytest.raises(ValidationError):
             setattr(config, name, 1)
-    assert policy.config.model_validate(config.model_dump(mode="json")) == config
+    assert written(built(policy.kind, written(default(policy)))) == written(default(policy))
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=label)
@@ -111,13 +126,12 @@ def test_options_that_do_not_go_together_are_refused(kind: Kind, name: str, fiel
 
 def test_a_policy_evicts_only_if_its_capabilities_say_so() -> None:
     for each in COMPRESSORS:
-        fields = {"pool": "active"} if each.name == "loopserve" else {"retention": "evict"}
         if Retention.EVICT in each.capabilities.retentions:
-            assert small(each, **fields).retention is Retention.EVICT
+            assert built(each.kind, spec(each, Retention.EVICT)).retention is Retention.EVICT
         assert small(each).retention is Retention.KEEP
 
 
-@pytest.mark.parametrize("policy", [each for each in POLICIES if each.kind is Kind.PREFILL], ids=label)
+@pytest.mark.parametrize("policy", SPARSIFIERS, ids=label)
 @pytest.mark.parametrize("shape", [(1, 1), (1, 40), (40, 40), (63, 111)])
 def test_patterns_are_causal_and_can_be_repeated(policy: Registration, shape: tuple[int, int]) -> None:
     sparsifier: PrefillSparsifier = small(policy)
@@ -194,10 +208,10 @@ def test_an_undone_turn_leaves_no_trace(policy: Registration, options: dict[str,
         assert all(torch.equal(left[layer].indices, right[layer].indices) for layer in left | right)
 
 
-def test_the_page_of_policies_is_up_to_date() -> None:
-    page = Path(__file__).parents[2] / "docs" / "policies.md"
-    text = page.read_text("utf-8")
-    assert renewed(text, registered()) == text, "run: python -m loopserve.testing.tables docs/policies.md"
+@pytest.mark.parametrize("page", ["docs/policies.md", "README.md"])
+def test_the_tables_are_up_to_date(page: str) -> None:
+    text = (Path(__file__).parents[2] / page).read_text("utf-8")
+    assert renewed(text, registered()) == text, "run: python -m loopserve.testing.tables docs/policies.md README.md"
 
 
 def test_the_plugin_is_cheap_to_import() -> None:

@@ -51,6 +51,10 @@ class SnapKVDecode(ScoredCompressor):
                 )
             return self
 
+        @property
+        def always_kept(self) -> int:
+            return self.sink_tokens + max(self.window, self.recent_window)
+
     config: Config
 
     def score(self, inputs: AttentionInputs) -> Tensor:

@@ -15,7 +15,7 @@ from loopserve.core.patterns import AttentionPattern, DensePattern, LinePattern
 from loopserve.kernels.line_scores import line_scores
 from loopserve.kernels.select_lines import MOST_TILE, select_lines
 from loopserve.policies.draws import SAMPLED_ROWS, Sampling, generator, sample_rows, uniform_rows
-from loopserve.policies.lines import sink_lines
+from loopserve.policies.lines import lines_counted_apart, sink_lines
 
 _MEASURED_ROWS = 128  # rows per step when coverage is measured over all rows
 _HELD_OUT = 1  # second draw of a call, independent of the first
@@ -78,6 +78,10 @@ class LoopServePrefill(PrefillSparsifier):
         cost: Literal["length", "tile"] = Field(
             "tile", description="What a line costs: its cells, or what a kernel computing in tiles adds for it."
         )
+        overlap: bool = Field(
+            True,
+            description="Count cells that two lines share once; false is an ablation (lines by mass per length, rows alike).",
+        )
         tile_rows: int = Field(
             64,
             gt=0,
@@ -136,6 +140,13 @@ class LoopServePrefill(PrefillSparsifier):
         verticals = sink_lines(inputs, config.sink_tokens)
         offsets = torch.arange(inputs.total_tokens, device=inputs.keys.device)
         slashes = (offsets < config.local_window).expand_as(verticals)
+        if not config.overlap:
+            mass = inputs.row_attention(rows, kind="lines")
+            lines = lines_counted_apart(
+                mass.vertical, mass.slash, inputs.new_tokens, config.alpha, (verticals, slashes)
+            )
+            apart = LinePattern(*lines, inputs.new_tokens)
+            return apart, apart.coverage(mass.probabilities, inputs.columns[rows])
         options: dict[str, Any] = {
             "alpha": config.alpha,
             "cost": config.cost,

@@ -1,0 +1,95 @@
+"""What of a transformers layer policies may use: its rotation by position, and its output weight.
+
+The rotation is the model's own (its rotary module and its ``apply_rotary_pos_emb``), so each family's convention comes with
+it. What cannot be had is refused with the reason, when a stack that needs it is loaded.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from loopserve.core.layers import LayerParts, Need
+
+_OUTPUT_NAMES = ("o_proj", "out_proj", "dense")
+_PROBED = (0, 1, 7, 300)  # positions at which a rotation is tried forth and back
+_LENGTH_DEPENDENT = ("dynamic", "longrope")
+
+
+class TransformersLayer(LayerParts):
+    """The parts of one attention module."""
+
+    def __init__(self, module: torch.nn.Module, rotary: torch.nn.Module | None, layer_type: str, heads: int) -> None:
+        self._module, self._rotary, self._layer_type, self._heads = module, rotary, layer_type, heads
+        self._apply = getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
+        self._reasons: dict[Need, str | None] = {}
+
+    def lacks(self, need: Need) -> str | None:
+        if need not in self._reasons:
+            self._reasons[need] = self._no_rotation() if need is Need.ROTARY else self._no_output_weight()
+        return self._reasons[need]
+
+    def rotate(self, vectors: Tensor, positions: Tensor, *, back: bool = False) -> Tensor:
+        if not getattr(self._module, "use_rope", True):  # a layer without positions
+            return vectors
+        assert self._rotary is not None and self._apply is not None
+        typed = "layer_type" in inspect.signature(self._rotary.forward).parameters
+        extra = {"layer_type": self._layer_type} if typed else {}
+        cos, sin = self._rotary(vectors[None], positions[None], **extra)
+        if back:
+            # A rotation scaled by s is undone by the opposite rotation scaled by 1 / s.
+            square = (cos.float() ** 2 + sin.float() ** 2).mean()
+            cos, sin = cos / square, -sin / square
+        turned: Tensor = self._apply(vectors[None], vectors[None], cos, sin)[0][0]
+        return turned
+
+    def output_weight(self) -> Tensor:
+        weight = self._output().weight
+        whole: Tensor = weight.detach()
+        return whole.T.reshape(self._heads, -1, whole.shape[0])
+
+    def _output(self) -> Any:
+        found = (getattr(self._module, name, None) for name in _OUTPUT_NAMES)
+        return next((each for each in found if each is not None), None)
+
+    def _no_output_weight(self) -> str | None:
+        output = self._output()
+        weight = getattr(output, "weight", None)
+        if weight is None or weight.dim() != 2 or not weight.is_floating_point() or weight.shape[1] % self._heads:
+            return f"{type(self._module).__name__} has no plain linear {' or '.join(_OUTPUT_NAMES)}"
+        return None
+
+    def _no_rotation(self) -> str | None:
+        name = type(self._module).__name__
+        if self._rotary is None or self._apply is None:
+            return f"{name} does not rotate by a rotary_emb and apply_rotary_pos_emb, or not in a way known here"
+        if any(kind in str(getattr(self._rotary, "rope_type", "")) for kind in _LENGTH_DEPENDENT):
+            return f"the rotation of {name} depends on the length of the conversation, so it cannot be undone later"
+        weight = next(self._module.parameters())
+        width = int(getattr(self._module, "head_dim", 0)) or weight.shape[0] // self._heads
+        probe = torch.randn(2, len(_PROBED), width, generator=torch.Generator().manual_seed(0)).to(weight.device)
+        positions = torch.tensor(_PROBED, device=weight.device)
+        try:
+            again = self.rotate(self.rotate(probe, positions), positions, back=True)
+        except Exception as error:  # another family's code, called in a way it may not expect
+            return f"the rotation of {name} cannot be called by itself ({type(error).__name__}: {error})"
+        if again.shape != probe.shape or float((again - probe).abs().max()) > 1e-3:
+            return f"the rotation of {name} could not be turned back"
+        return None
+
+
+def layer_parts(model: PreTrainedModel, types: list[str], heads: int) -> dict[int, TransformersLayer]:
+    """The parts of each attention layer by its index."""
+    rotaries = [module for name, module in model.named_modules() if name.rpartition(".")[2] == "rotary_emb"]
+    rotary = rotaries[0] if len(rotaries) == 1 else None
+    found: dict[int, TransformersLayer] = {}
+    for module in model.modules():
+        index = getattr(module, "layer_idx", None)
+        if isinstance(index, int) and index < len(types) and (hasattr(module, "q_proj") or hasattr(module, "qkv_proj")):
+            found.setdefault(index, TransformersLayer(module, rotary, types[index], heads))
+    return found

@@ -1,0 +1,127 @@
+"""Expected attention: what queries yet to come will look at, from the distribution of those seen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from loopserve.core.interfaces import AttentionInputs, Capabilities, LayerParts, Need, Phase, Retention
+from loopserve.core.scoring import ScoredCompressor, ScoredConfig, ScoredState
+
+_POSITIONS = 128  # future positions whose rotation matrices are held at once
+
+
+@dataclass
+class QueryStatistics:
+    """Mean ``[Hq, D]`` and summed outer products of deviations ``[Hq, D, D]`` of queries as before their rotation."""
+
+    count: int
+    mean: Tensor
+    spread: Tensor
+
+    @classmethod
+    def of(cls, queries: Tensor) -> QueryStatistics:
+        """From queries ``[Hq, T, D]``."""
+        mean = queries.mean(1)
+        centred = queries - mean[:, None]
+        return cls(queries.shape[1], mean, centred.transpose(1, 2) @ centred)
+
+    def joined(self, other: QueryStatistics) -> QueryStatistics:
+        """Of both samples together."""
+        count = self.count + other.count
+        shift = other.mean - self.mean
+        between = shift[:, :, None] * shift[:, None] * (self.count * other.count / count)
+        return QueryStatistics(count, self.mean + shift * (other.count / count), self.spread + other.spread + between)
+
+
+class ExpectedAttentionDecode(ScoredCompressor):
+    """Keeps the pairs that the next queries are expected to look at, weighed by the length of their values (Expected
+    Attention).
+
+    Paper: https://arxiv.org/abs/2510.00636. Variant, as in kvpress: queries before rotation are taken as Gaussian with
+    the turn's mean and covariance; both are turned by the mean rotation of the next ``future`` positions; the expected
+    exponent of ``q K / sqrt(d)`` gives ``softmax(mean K / sqrt(d) + K cov K / 2d)`` over the pairs after the sinks; mean
+    over the group; plus ``epsilon``, times ``|V|``. Sinks have no score and are kept.
+
+    Deviations: queries arrive rotated and are turned back, which is exact; they are those of the turn under way, whose
+    first ``sink_tokens`` positions of the conversation are left out. Softcaps are not part of the Gaussian formula. With
+    a single query the covariance is zero.
+
+    Multi-turn: the distribution is that of the new turn's queries (all chunks of its prefill), and the pairs ranked are
+    history and turn alike; outputs come on top. With ``evict`` the survivors are ranked. A very short turn describes its
+    successors poorly.
+    """
+
+    name: ClassVar[str] = "expected_attention"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2510.00636"
+    capabilities: ClassVar[Capabilities] = Capabilities(retentions=frozenset(Retention), needs=frozenset({Need.ROTARY}))
+
+    class Config(ScoredConfig):
+        future: int = Field(512, gt=0, description="Next positions whose queries are expected.")
+        covariance: bool = Field(True, description="Use the covariance of the queries, not only their mean.")
+        value_norm: bool = Field(True, description="Weigh the expected attention by the length of the value.")
+        epsilon: float = Field(0.0, ge=0, description="Added before weighing, so that long values count a little more.")
+
+    config: Config
+
+    def observe(self, inputs: AttentionInputs, state: ScoredState) -> None:
+        if inputs.phase is not Phase.PREFILL:
+            return
+        found = self._statistics(inputs)
+        held = state.notes.get(inputs.layer.index)
+        if found is not None:
+            state.notes[inputs.layer.index] = found if held is None else held.joined(found)
+
+    def ranking(self, inputs: AttentionInputs, state: ScoredState, budget: int) -> Tensor:
+        found = state.notes.pop(inputs.layer.index, None)  # the next turn's queries are others
+        return self._score(inputs, found)
+
+    def score(self, inputs: AttentionInputs) -> Tensor:
+        return self._score(inputs, self._statistics(inputs))
+
+    def _statistics(self, inputs: AttentionInputs) -> QueryStatistics | None:
+        positions = inputs.head_positions(0)[inputs.columns]
+        rows = positions >= self.config.sink_tokens
+        if not bool(rows.any()):
+            return None
+        queries = inputs.queries[:, rows].float()
+        return QueryStatistics.of(_parts(inputs).rotate(queries, positions[rows], back=True))
+
+    def _score(self, inputs: AttentionInputs, found: QueryStatistics | None) -> Tensor:
+        heads, total, _ = inputs.keys.shape
+        columns = torch.arange(total, device=inputs.keys.device)
+        start = torch.zeros(heads, dtype=torch.long, device=columns.device)
+        start = (start if inputs.first_valid is None else inputs.first_valid) + self.config.sink_tokens
+        ranked = columns >= start[:, None]
+        if found is None or not bool(ranked.any()):
+            return torch.zeros(heads, total, device=columns.device).masked_fill(~ranked, float("inf"))
+        turned = self._mean_rotation(inputs)
+        mean = found.mean @ turned.T
+        keys = inputs.keys.float().repeat_interleave(inputs.group, dim=0)
+        logits = (keys @ mean[:, :, None])[..., 0] * inputs.scaling
+        if self.config.covariance:
+            covariance = turned @ (found.spread / found.count) @ turned.T
+            logits = logits + ((keys @ covariance) * keys).sum(-1) * (inputs.scaling**2 / 2)
+        hidden = ~ranked.repeat_interleave(inputs.group, dim=0)
+        spread = logits.masked_fill(hidden, float("-inf")).softmax(-1).view(heads, inputs.group, total).mean(1)
+        if self.config.value_norm:
+            spread = (spread + self.config.epsilon) * inputs.values.float().norm(dim=-1)
+        return spread.masked_fill(~ranked, float("inf"))
+
+    def _mean_rotation(self, inputs: AttentionInputs) -> Tensor:
+        """Mean rotation ``[D, D]`` of the positions to come, acting on column vectors."""
+        device, dim = inputs.keys.device, inputs.keys.shape[2]
+        basis = torch.eye(dim, device=device)[:, None]
+        total = torch.zeros(dim, dim, device=device)
+        for ahead in (torch.arange(self.config.future, device=device) + inputs.length).split(_POSITIONS):
+            total += _parts(inputs).rotate(basis.expand(-1, len(ahead), -1), ahead).sum(1)
+        return (total / self.config.future).T
+
+
+def _parts(inputs: AttentionInputs) -> LayerParts:
+    assert inputs.layer.parts is not None, "a stack without rotary parts is refused when the model is loaded"
+    return inputs.layer.parts

@@ -1,0 +1,77 @@
+"""H2O: the pairs that all queries so far have attended to most, and the last ones."""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn.functional import pad
+
+from loopserve.core.interfaces import AttentionInputs, Capabilities, Phase, Retention
+from loopserve.core.scoring import ScoredState
+from loopserve.policies.attended import attended, attention_over, received
+from loopserve.policies.decode.rolling import RollingCompressor, RollingConfig
+
+
+class H2ODecode(RollingCompressor):
+    """Keeps the recent window and the heavy hitters: pairs with most attention from all queries so far (H2O).
+
+    Paper: https://arxiv.org/abs/2306.14048. Variant: attention is summed over every query of the prompt and every output,
+    half of the budget goes to the last tokens and half to the heavy hitters, and with each output the least pair goes,
+    as published. ``normalise`` divides by the number of queries that could see a pair, which is what kvpress calls
+    observed attention (without a recent window there); ``score`` is that formula for one call.
+
+    Deviations: one choice per KV head, mean over the group, where the authors keep all query heads apart; exact softmax
+    sums are computed over all keys in a pass of their own, since fused attention gives none, which costs as much as dense
+    scores once more (under a sparse prefill as well); an output's attention is summed over the pairs still attended.
+
+    Multi-turn: sums go on over turns, so what early turns looked at keeps its weight. With ``keep`` a new turn's queries
+    see the whole history and their attention can bring a pair back; with ``evict`` what was let go is gone, as published.
+    """
+
+    name: ClassVar[str] = "h2o"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2306.14048"
+    capabilities: ClassVar[Capabilities] = Capabilities(retentions=frozenset(Retention))
+
+    class Config(RollingConfig):
+        sink_tokens: int = Field(0, ge=0, description="First tokens of the conversation that are always kept.")
+        recent_window: int = Field(0, ge=0, description="Last tokens kept even where their share is smaller.")
+        heavy_share: float = Field(
+            0.5, gt=0, le=1, description="Share of the budget for heavy hitters; the rest goes to the last tokens."
+        )
+        normalise: bool = Field(False, description="Divide a pair's sum by the number of queries that could see it.")
+
+    config: Config
+
+    @property
+    def limits(self) -> RollingConfig:
+        """The configuration with the recent window that the share gives."""
+        config = self.config
+        recent = config.budget - math.ceil(config.budget * config.heavy_share)
+        forced = min(max(recent, config.recent_window), config.budget - config.sink_tokens)
+        return config.model_copy(update={"recent_window": forced})
+
+    def score(self, inputs: AttentionInputs) -> Tensor:
+        length = inputs.length
+        seen_by = (length - inputs.positions.expand(inputs.keys.shape[0], -1)).clamp(min=1, max=inputs.new_tokens)
+        return received(inputs) / seen_by
+
+    def observe(self, inputs: AttentionInputs, state: ScoredState) -> None:
+        if inputs.phase is Phase.OBSERVE:
+            return
+        decoding = inputs.phase is Phase.DECODE
+        fresh = attention_over(inputs, attended(inputs)) if decoding else received(inputs)
+        heads, length = len(fresh), inputs.length
+        held = state.notes.get(inputs.layer.index, fresh.new_zeros(heads, 0))
+        sums = pad(held, (0, length - held.shape[1]))
+        positions = inputs.positions.expand(heads, -1).clamp(min=0)
+        state.notes[inputs.layer.index] = sums.scatter_add(1, positions, fresh * inputs.holds)
+
+    def ranking(self, inputs: AttentionInputs, state: ScoredState, budget: int) -> Tensor:
+        sums: Tensor = state.notes[inputs.layer.index]
+        if self.config.normalise:
+            sums = sums / torch.arange(sums.shape[1], 0, -1, device=sums.device)
+        return sums.gather(1, inputs.positions.expand(len(sums), -1).clamp(min=0))

@@ -1,0 +1,36 @@
+"""KeyDiff: keys unlike the others."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor
+from torch.nn.functional import cosine_similarity, normalize
+
+from loopserve.core.interfaces import AttentionInputs, Capabilities, Retention
+from loopserve.core.scoring import ScoredCompressor
+
+
+class KeyDiffDecode(ScoredCompressor):
+    """Keeps the pairs whose keys differ most from the average key; asks no query and computes no attention (KeyDiff).
+
+    Paper: https://arxiv.org/abs/2504.15364. Variant, as in kvpress: ``s = -cos(K, mean(K / |K|))`` per KV head, on
+    rotated keys.
+
+    Deviations: chosen once per turn over all stored pairs, where the paper evicts block by block while the prompt is
+    read; sinks and a recent window are kept besides (the paper has neither: set both to 0).
+
+    Multi-turn: the average runs over history and new turn, so each turn scores all pairs anew; with ``evict`` over the
+    survivors, which differ from each other already.
+    """
+
+    name: ClassVar[str] = "keydiff"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2504.15364"
+    capabilities: ClassVar[Capabilities] = Capabilities(retentions=frozenset(Retention))
+    signed: ClassVar[bool] = True
+
+    def score(self, inputs: AttentionInputs) -> Tensor:
+        keys = inputs.keys.float()
+        directions = normalize(keys, dim=-1) * inputs.holds[..., None]  # filler must not pull the average
+        # The sum has the direction of the mean, and the cosine asks for no more.
+        return -cosine_similarity(keys, directions.sum(1, keepdim=True), dim=-1)

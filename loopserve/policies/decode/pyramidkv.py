@@ -1,0 +1,69 @@
+"""PyramidKV: more pairs in low layers, fewer in high ones."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pydantic import Field
+from torch import Tensor
+
+from loopserve.core.interfaces import AttentionInputs, Capabilities, KVSelection, Retention
+from loopserve.core.nesting import ScoredWrapper, WrapperConfig
+from loopserve.core.scoring import ScoredState
+
+
+class PyramidKVDecode(ScoredWrapper):
+    """Gives low layers more of the budget and high layers less, in equal steps (PyramidKV).
+
+    Paper: https://arxiv.org/abs/2406.02069. Variant, as in kvpress: with n pairs per head on the average, the last layer
+    gets ``n / beta`` and the first ``2 n`` less that; where the first would exceed all but ``window`` of the tokens so far,
+    both move towards the mean; where a layer would fall below ``window``, all get n. Rounded to whole pairs, so the mean
+    over the layers can be off by half a pair. The inner policy (SnapKV in the paper) chooses within each layer.
+
+    Deviations: layers are counted among those that this policy rules, so sliding-window layers and layers that the stack
+    excepts do not distort the pyramid. The authors' code adds the window on top of the budget.
+
+    Multi-turn: the pyramid is the same in every turn once the conversation is longer than its base; what a layer passes
+    over follows the inner policy's retention, so with ``evict`` high layers forget sooner.
+    """
+
+    name: ClassVar[str] = "pyramidkv"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2406.02069"
+    capabilities: ClassVar[Capabilities] = Capabilities(retentions=frozenset(Retention))
+
+    class Config(WrapperConfig):
+        beta: int = Field(
+            20, ge=1, description="Steepness: the last layer gets the mean over this; 1 = all get the same."
+        )
+        window: int | None = Field(
+            None, gt=0, description="Least budget of a layer; by default what the inner policy always keeps."
+        )
+
+    config: Config
+
+    def layer_budget(self, inputs: AttentionInputs) -> int:
+        mean = self.inner.layer_budget(inputs)
+        ruled = [each.index for each in inputs.ruled]
+        # By the length of the conversation, which all layers share: after an eviction they hold different numbers.
+        if inputs.layer.index not in ruled or inputs.length <= mean:
+            return mean
+        window = self.config.window or max(1, self.limits.always_kept)
+        return pyramid(inputs.length, mean, window, self.config.beta, len(ruled))[ruled.index(inputs.layer.index)]
+
+    def ranking(self, inputs: AttentionInputs, state: ScoredState, budget: int) -> Tensor:
+        return self.inner.ranking(inputs, state, budget)
+
+    def choose(self, inputs: AttentionInputs, ranking: Tensor, budget: int) -> KVSelection | None:
+        return self.inner.choose(inputs, ranking, budget)
+
+
+def pyramid(total: int, mean: int, window: int, beta: int, layers: int) -> list[int]:
+    """Budgets of ``layers`` layers, the first first, for ``total`` tokens so far and a mean budget."""
+    least = mean / beta
+    most = 2 * mean - least
+    if most >= total - window:
+        most = total - window
+        least = 2 * mean - most
+    if layers == 1 or not total >= most >= least >= window:
+        return [max(1, mean)] * layers
+    return [round(most - index * (most - least) / (layers - 1)) for index in range(layers)]

@@ -1,0 +1,61 @@
+"""The general work of methods that let a pair go with every output, so that outputs and input share one budget."""
+
+from __future__ import annotations
+
+from pydantic import Field
+from torch import Tensor
+
+from loopserve.core.interfaces import AttentionInputs, KVSelection, Phase, Retention
+from loopserve.core.scoring import ScoredCompressor, ScoredConfig, ScoredState, from_columns
+from loopserve.kernels.top_columns import top_columns
+from loopserve.policies.attended import attended
+
+
+class RollingConfig(ScoredConfig):
+    """Options of a method that goes on choosing while the answer is written."""
+
+    rolling: bool = Field(
+        True,
+        description="After each output let the least pair go, outputs included; else outputs come on top of the budget.",
+    )
+
+
+class RollingCompressor(ScoredCompressor):
+    """Chooses at the end of a turn's prefill, and after each output once more among the pairs still attended.
+
+    What is let go does not come back within the turn. With retention ``keep`` the next turn's prefill sees everything;
+    with ``evict`` it is gone.
+    """
+
+    class Config(RollingConfig):
+        """Options of a method that goes on choosing while the answer is written."""
+
+    config: RollingConfig
+
+    def after_attention(self, inputs: AttentionInputs, state: ScoredState) -> None:
+        if inputs.phase is not Phase.DECODE:
+            super().after_attention(inputs, state)
+            return
+        self.observe(inputs, state)
+        if not self.config.rolling:
+            return
+        here = attended(inputs)
+        budget = self.layer_budget(inputs)
+        if int(here.sum(1).max()) <= budget:
+            return
+        ranking = self.ranking(inputs, state, budget)
+        state.pending[inputs.layer.index] = among(self.limits, ranking, here, budget, inputs, self.retention)
+
+
+def among(
+    limits: ScoredConfig, ranking: Tensor, here: Tensor, budget: int, inputs: AttentionInputs, retention: Retention
+) -> KVSelection:
+    """The best ``budget`` of the columns ``here``, bool ``[Hkv, Tk]``, of each head (all, where fewer are there)."""
+    heads = []
+    for row, inside in zip(ranking, here, strict=True):
+        columns = inside.nonzero().flatten()
+        best = top_columns(
+            row[columns][None], budget, sink_tokens=limits.sink_tokens, recent_window=limits.recent_window
+        )
+        heads.append(columns[best[0]])
+    return from_columns(heads, inputs, retention)

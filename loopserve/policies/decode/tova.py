@@ -1,0 +1,58 @@
+"""TOVA: what the last token attends to."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pydantic import Field
+from torch import Tensor
+
+from loopserve.core.interfaces import AttentionInputs, Capabilities, Phase, Retention
+from loopserve.core.scoring import ScoredState
+from loopserve.policies.attended import attended, attention_over
+from loopserve.policies.decode.rolling import RollingCompressor, RollingConfig
+
+
+class TOVADecode(RollingCompressor):
+    """Keeps the pairs that the last token attends to most, and lets the least one go with each output (TOVA).
+
+    Paper: https://arxiv.org/abs/2401.06104. Variant, as in kvpress at the end of a prompt: the softmax of the last query,
+    mean over all query heads of the layer, one choice for all KV heads; the last token is kept. While the answer is
+    written each output's query, over the pairs still attended, decides which one goes, as published.
+
+    Deviations: the paper bounds the prompt too, token by token; here the prompt is read whole. No sinks and no window by
+    default, as published.
+
+    Multi-turn: chosen anew at the end of each turn's prefill. With ``keep`` that prefill sees the whole history and any
+    pair can be chosen again; with ``evict``, as published, it sees the survivors.
+    """
+
+    name: ClassVar[str] = "tova"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2401.06104"
+    capabilities: ClassVar[Capabilities] = Capabilities(retentions=frozenset(Retention))
+
+    class Config(RollingConfig):
+        sink_tokens: int = Field(0, ge=0, description="First tokens of the conversation that are always kept.")
+        recent_window: int = Field(1, ge=0, description="Last tokens that are always kept.")
+
+    config: Config
+
+    def score(self, inputs: AttentionInputs) -> Tensor:
+        found = inputs.token_scores(inputs.queries[:, -1:], inputs.columns[-1:])
+        return _over_heads(inputs, found)
+
+    def ranking(self, inputs: AttentionInputs, state: ScoredState, budget: int) -> Tensor:
+        if inputs.phase is Phase.DECODE:
+            return _over_heads(inputs, attention_over(inputs, attended(inputs)))
+        return self.score(inputs)
+
+
+def _over_heads(inputs: AttentionInputs, scores: Tensor) -> Tensor:
+    """The mean over the KV heads ``[Hkv, Tk]``, where all hold the same pairs; else each head's own scores.
+
+    Heads hold the same pairs unless a wrapper gave each its own budget.
+    """
+    positions = inputs.positions
+    if positions.dim() == 2 and not bool((positions == positions[:1]).all()):
+        return scores
+    return scores.mean(0, keepdim=True).expand_as(scores)

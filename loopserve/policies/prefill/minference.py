@@ -1,0 +1,79 @@
+"""MInference: as many vertical and slash lines per head as a search has found to be enough."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from loopserve.core.interfaces import AttentionInputs, LayerSpec, PolicyConfig, PrefillSparsifier
+from loopserve.core.patterns import AttentionPattern, LinePattern
+from loopserve.policies.lines import sink_lines
+from loopserve.policies.prefill.line_sizes import LineSizes, read_sizes
+
+
+class MInferencePrefill(PrefillSparsifier):
+    """Computes a number of vertical and slash lines per head that is fixed beforehand; which ones, the last rows of the
+    turn say (MInference, vertical-slash).
+
+    Paper: https://arxiv.org/abs/2407.02490. Variant: the softmax of the last 64 rows gives each line its mass; the heaviest
+    ``vertical_size`` and ``slash_size`` are taken, the first 30 columns and last 100 offsets forced among them, as in the
+    authors' code. Sizes differ per head by a file, which ``loopserve policies search-minference`` makes for a model.
+
+    Deviations: of the three patterns only vertical-slash, which the authors' own files give nearly every head; lines have
+    exact length, where their kernel widens a slash to blocks of 64; a turn of any length after any history is served,
+    where their code is dense whenever queries are fewer than keys.
+
+    Multi-turn: each turn chooses lines anew from its own last rows, over history and turn; sizes stay the same, so a long
+    history is read ever more sparsely. Nothing is evicted; after an eviction by a decode policy lines run over survivors.
+    """
+
+    name: ClassVar[str] = "minference"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2407.02490"
+
+    class Config(PolicyConfig):
+        vertical_size: int = Field(1000, gt=0, description="Vertical lines per head that the file does not name.")
+        slash_size: int = Field(6096, gt=0, description="Slash lines per head that the file does not name.")
+        sizes: str | None = Field(
+            None,
+            description="YAML or JSON file with sizes per head, as `loopserve policies search-minference` writes it.",
+        )
+        last_rows: int = Field(64, gt=0, description="Last rows of the turn whose attention chooses the lines.")
+        sink_tokens: int = Field(30, ge=0, description="First stored tokens that are always among the verticals.")
+        local_window: int = Field(100, gt=0, description="Nearest offsets that are always among the slashes.")
+
+    config: Config
+
+    def __init__(self, config: PolicyConfig | None = None) -> None:
+        super().__init__(config)
+        self.sizes: LineSizes = read_sizes(self.config.sizes) if self.config.sizes else {}
+
+    def refuses(self, layer: LayerSpec) -> str | None:
+        given = self.sizes.get(layer.index)
+        if given is not None and len(given) != layer.query_heads:
+            return f"has sizes for {len(given)} heads in {self.config.sizes}, the layer has {layer.query_heads}"
+        if self.sizes and given is None:
+            return f"has no sizes for it in {self.config.sizes}: search them on this model"
+        return None
+
+    def sparsify(self, inputs: AttentionInputs) -> AttentionPattern:
+        config, heads = self.config, inputs.queries.shape[0]
+        rows = torch.arange(max(inputs.new_tokens - config.last_rows, 0), inputs.new_tokens, device=inputs.keys.device)
+        mass = inputs.row_attention(rows, kind="lines")
+        sizes = self.sizes.get(inputs.layer.index) or [(config.vertical_size, config.slash_size)] * heads
+        wanted = torch.tensor(sizes, device=inputs.keys.device)
+        offsets = torch.arange(inputs.total_tokens, device=inputs.keys.device)
+        near = (offsets < config.local_window).expand(heads, -1)
+        verticals = heaviest(mass.vertical, wanted[:, 0], sink_lines(inputs, config.sink_tokens))
+        slashes = heaviest(mass.slash, wanted[:, 1], near)
+        return LinePattern(verticals, slashes, inputs.new_tokens)
+
+
+def heaviest(mass: Tensor, sizes: Tensor, forced: Tensor) -> Tensor:
+    """``sizes`` ``[Hq]`` lines of most mass ``[Hq, n]``, the forced ones first: bool ``[Hq, n]``. Ties: the lowest first."""
+    order = mass.masked_fill(forced, float("inf")).argsort(dim=-1, descending=True, stable=True)
+    ranks = torch.arange(mass.shape[1], device=mass.device)
+    taken = ranks < torch.maximum(sizes[:, None], forced.sum(-1, keepdim=True))
+    return torch.zeros_like(forced).scatter_(1, order, taken)

@@ -1,0 +1,111 @@
+"""Static lines: chosen on the first turn and kept; what LoopServe's choice in every turn is measured against."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn.functional import pad
+
+from loopserve.core.interfaces import AttentionInputs, Capabilities, LayerSpec, Need, PolicyConfig, PrefillSparsifier
+from loopserve.core.patterns import AttentionPattern, LinePattern
+from loopserve.kernels.select_lines import select_lines
+from loopserve.policies.draws import Sampling, generator, sample_rows
+from loopserve.policies.lines import sink_lines
+from loopserve.policies.prefill.given_lines import GivenLines, read_lines
+
+
+class StaticLinesPrefill(PrefillSparsifier):
+    """Keeps the vertical and slash lines of the first turn, or of a file, for the whole conversation: LoopServe's choice,
+    but not online.
+
+    Paper: https://arxiv.org/abs/2507.13681, the ablation of its first phase. The first turn chooses lines as ``loopserve``
+    does (sampled rows, gain per cost, overlap counted once, until ``alpha``); later turns compute the same columns and
+    offsets, sinks and local window, whatever they ask.
+
+    Variant: own; columns are places in the conversation, so a later turn's own tokens are verticals only where they were
+    among the file's. A first turn that comes in chunks chooses in each, and what its last chunk chose is kept.
+
+    Multi-turn: that is the point: a new turn looks where the first one looked, and at its surroundings. Needs every pair of
+    the conversation, since offsets and places mean nothing among survivors: a stack that evicts is refused.
+    """
+
+    name: ClassVar[str] = "static_lines"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2507.13681"
+    capabilities: ClassVar[Capabilities] = Capabilities(needs=frozenset({Need.FULL_HISTORY}))
+
+    class Config(PolicyConfig):
+        lines: str | None = Field(
+            None,
+            description="YAML or JSON file: per layer and query head the verticals and slashes; else the first turn's.",
+        )
+        alpha: float = Field(0.95, gt=0, le=1, description="Share of the first turn's sampled attention to cover.")
+        sample_rows: int = Field(128, gt=0, description="Rows of the first turn whose attention chooses lines.")
+        sampling: Sampling = Field(Sampling.MIXED, description="How they are drawn, as in the policy loopserve.")
+        seed: int = Field(0, ge=0, description="Seed of the draw.")
+        sink_tokens: int = Field(
+            4, ge=0, description="First tokens of the conversation that every new token attends to."
+        )
+        local_window: int = Field(
+            64, gt=0, description="Last tokens up to and including itself that every new token attends to."
+        )
+
+    config: Config
+
+    def __init__(self, config: PolicyConfig | None = None) -> None:
+        super().__init__(config)
+        self.given: GivenLines = read_lines(self.config.lines) if self.config.lines else {}
+
+    def refuses(self, layer: LayerSpec) -> str | None:
+        if not self.given:
+            return None
+        heads = self.given.get(layer.index)
+        if heads is None:
+            return f"has no lines for it in {self.config.lines}"
+        if len(heads) != layer.query_heads:
+            return f"has lines for {len(heads)} heads in {self.config.lines}, the layer has {layer.query_heads}"
+        return None
+
+    def sparsify(self, inputs: AttentionInputs) -> AttentionPattern:
+        total = inputs.total_tokens
+        if self.given:
+            verticals, slashes = self._as_given(inputs)
+        else:
+            if inputs.turn == 0 or inputs.layer.index not in inputs.notebook:
+                inputs.notebook[inputs.layer.index] = self._choose(inputs)
+            kept: tuple[Tensor, Tensor] = inputs.notebook[inputs.layer.index]
+            verticals, slashes = (pad(each, (0, total - each.shape[1])) for each in kept)
+        near, sinks = self._forced(inputs)
+        return LinePattern(verticals | sinks, slashes | near, inputs.new_tokens)
+
+    def _forced(self, inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
+        sinks = sink_lines(inputs, self.config.sink_tokens)
+        offsets = torch.arange(inputs.total_tokens, device=sinks.device)
+        return (offsets < self.config.local_window).expand_as(sinks), sinks
+
+    def _choose(self, inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
+        config = self.config
+        source = generator(config.seed, inputs.turn, inputs.layer.index, inputs.total_tokens)
+        rows = sample_rows(inputs.new_tokens, config.sample_rows, config.sampling, source).to(inputs.queries.device)
+        near, sinks = self._forced(inputs)
+        chosen = select_lines(
+            inputs.row_attention(rows, kind="lines").probabilities,
+            inputs.columns[rows],
+            inputs.new_tokens,
+            alpha=config.alpha,
+            cost="tile",
+            forced_verticals=sinks,
+            forced_slashes=near,
+        )
+        return chosen.verticals, chosen.slashes
+
+    def _as_given(self, inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
+        heads, total = inputs.queries.shape[0], inputs.total_tokens
+        found = torch.zeros(2, heads, total, dtype=torch.bool)
+        for head, lines in enumerate(self.given[inputs.layer.index]):
+            for kind, numbers in enumerate((lines.verticals, lines.slashes)):
+                found[kind, head, [each for each in numbers if each < total]] = True
+        verticals, slashes = found.to(inputs.keys.device)
+        return verticals, slashes

@@ -1,0 +1,50 @@
+"""Tri-shape prefill: the A-shape, and the last rows whole."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pydantic import Field
+
+from loopserve.core.interfaces import AttentionInputs, PolicyConfig, PrefillSparsifier
+from loopserve.core.patterns import AttentionPattern, DensePattern, LinePattern
+from loopserve.core.row_groups import RowGroups
+from loopserve.policies.lines import sink_lines
+
+
+class TriShapePrefill(PrefillSparsifier):
+    """The A-shape (first tokens and a local window), while the last rows of a turn attend to everything (Tri-shape).
+
+    Paper: https://arxiv.org/abs/2412.10319 (SCBench). Variant: 100 last rows, as in its code; those rows usually hold the
+    question and produce the first token.
+
+    Deviations: SCBench's 128 sinks and 3,968 local tokens are dense below 4k tokens, so the local default is smaller; lines
+    are exact where its kernels round to blocks of 64, and queries may be fewer than keys.
+
+    Multi-turn: the last rows of every turn see the whole history, all other new rows sinks and window only. In a prefill
+    that comes in chunks they are the last rows of the last chunk. After an eviction everything runs over the survivors.
+    """
+
+    name: ClassVar[str] = "tri_shape"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2412.10319"
+
+    class Config(PolicyConfig):
+        sink_tokens: int = Field(
+            128, ge=0, description="First tokens of the conversation that every new token attends to."
+        )
+        local_window: int = Field(
+            1024, gt=0, description="Last tokens up to and including itself that every new token attends to."
+        )
+        last_rows: int = Field(100, gt=0, description="Last rows of a turn that attend to everything.")
+
+    config: Config
+
+    def sparsify(self, inputs: AttentionInputs) -> AttentionPattern:
+        config, heads = self.config, inputs.queries.shape[0]
+        new, total = inputs.new_tokens, inputs.total_tokens
+        whole = min(config.last_rows, new) if inputs.final else 0
+        if whole == new or config.sink_tokens + config.local_window >= total:
+            return DensePattern(heads, new, total)
+        sinks = sink_lines(inputs, config.sink_tokens)[:, : total - whole]
+        shape = LinePattern.window(heads, new - whole, total - whole, sinks, config.local_window)
+        return RowGroups((shape, DensePattern(heads, whole, total))) if whole else shape
