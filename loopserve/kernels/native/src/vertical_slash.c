@@ -107,13 +107,13 @@ static void attend_lonely(const Attention *a, const Lines *l, const Tile *t, Lon
                 most = vmax(most, score);
             }
             vf base = where(most == -INFINITY, (vf){}, most), shrink = exp2v(before - base);
-            vf sum = load(own->sum + v * VW) * shrink;
+            vf sum = {};
             for (int64_t i = 0; i < count; i++) {
                 vf weight = exp2v(load(own->scores + i * ROWS + v * VW) - base);
                 sum += weight;
                 store(own->scores + i * ROWS + v * VW, weight);
             }
-            store(own->most + v * VW, most), store(own->sum + v * VW, sum);
+            store(own->most + v * VW, most), store(own->sum + v * VW, load(own->sum + v * VW) * shrink + sum);
             if (at)
                 for (int r = 0; r < VW; r++)
                     for (int64_t d = 0; d < dim; d += VW) {
