@@ -38,6 +38,9 @@ def attention(dtype: torch.dtype, channels: int, **options: Any) -> Iterator[Cal
     yield "block_sparse", (queries, keys, values, _blocks(64)), options | {"tile": 64}
     yield "dense_attention", (queries, keys, values), options
     yield "decode_attention", (queries[:, :1], keys, values), options
+    if options["first_valid"] is None:
+        chosen = {"columns": torch.zeros(KV_HEADS, 2048, dtype=torch.long), "tail": TOTAL - 32}
+        yield "decode_attention", (queries[:, :1], keys, values), options | chosen
     yield "line_scores", (queries[:, :64], keys, torch.arange(64)), options
 
 
@@ -52,6 +55,9 @@ def variants(dtype: torch.dtype, channels: int) -> Iterator[Call]:
     for rows in (4, 16):
         yield "decode_attention", (queries[:, :rows], keys, values), options
     yield "decode_attention", (queries[:, :1], keys[:, :256], values[:, :256]), options
+    chosen = {"columns": torch.zeros(KV_HEADS, 2048, dtype=torch.long), "tail": TOTAL - 32}
+    for rows in (4, 32):  # more rows than a tile holds, too
+        yield "decode_attention", (queries[:, :rows], keys, values), options | chosen
     for over_rows in ("mean", "max"):
         yield "token_scores", (queries[:, :16], keys, torch.arange(16)), options | {"over_rows": over_rows}
 
