@@ -85,15 +85,15 @@ def others() -> Iterator[Call]:
 
 
 def coded(dtype: torch.dtype, bits: int) -> Iterator[Call]:
-    """Codes made, and read with one query."""
+    """Codes made, and read with one query; those of 2 bits without a look at the softmax."""
     queries, keys, _ = heads(dtype, 128, 1)
     low = torch.zeros(KV_HEADS, TOTAL // 32, 128, dtype=dtype)
     codes = torch.zeros(KV_HEADS, TOTAL // 32, 32, 16 * bits, dtype=torch.uint8)
     of = KeyCodes(low, low, codes, bits, TOTAL)
     yield "summarise_pages", (keys, 32, 0, low, low, codes, bits), {}
     base = torch.zeros(KV_HEADS, 900, dtype=torch.long)
-    for observed in (None, torch.zeros(KV_HEADS, TOTAL - 32)):
-        yield "code_jumps", (queries, of, base, TOTAL - 32, 124), {"scaling": 0.1, "observed": observed}
+    observed = None if bits == 2 else torch.zeros(KV_HEADS, TOTAL - 32)
+    yield "code_jumps", (queries, of, base, TOTAL - 32, 124), {"scaling": 0.1, "observed": observed}
 
 
 def call(operation: str, args: tuple[Any, ...], options: dict[str, Any]) -> Callable[[], object]:

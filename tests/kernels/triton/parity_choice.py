@@ -40,7 +40,7 @@ def short_rows_have_many_blocks() -> Iterator[None]:
     dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=60)
+@settings(max_examples=40)
 def test_the_best_columns_are_the_same(
     total: int,
     share: float,
@@ -89,7 +89,7 @@ def held_columns(codes: Tensor, total: int) -> Tensor:
 
 
 @given(coded_case(), st.data())
-@settings(max_examples=25)
+@settings(max_examples=16)
 def test_codes_and_what_they_say_are_the_same(case: tuple[Tensor, Tensor, int, int], data: st.DataObject) -> None:
     keys, queries, page, bits = case
     total = keys.shape[1]
