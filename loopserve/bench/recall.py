@@ -96,7 +96,9 @@ class RecallTask:
         if self.distance is not None and (self.distance < 0 or self.chain > 1):
             raise ValueError("distance must be at least 0 and goes with chain 1")
         if self.list_all and (self.chain > 1 or self.distance or self.again_share or self.silent_share):
-            raise ValueError("list_all asks for what its own turn told: no chain, distance, again_share or silent_share")
+            raise ValueError(
+                "list_all asks for what its own turn told: no chain, distance, again_share or silent_share"
+            )
 
     @property
     def key_range(self) -> tuple[int, int]:
@@ -308,7 +310,9 @@ class _Writer:
         start = len(words)
         sources: list[int] = []
         owners: list[int] = []
-        asked = [chain[0].start for chain in chains] if self.task.list_all else marks[:-1]  # marks ends with the question mark
+        asked = (
+            [chain[0].start for chain in chains] if self.task.list_all else marks[:-1]
+        )  # marks ends with the question mark
         for source, chain in zip(asked, chains, strict=True):
             for fact in chain:
                 owner, length = len(words), len(fact.value)
