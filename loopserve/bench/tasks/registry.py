@@ -70,7 +70,10 @@ _SYNTHETIC: dict[str, type[synthetic.RecallOptions]] = {
 }
 _KINDS: dict[str, TaskKind] = {
     name: TaskKind(
-        name, (options.__doc__ or "").split(". ")[0].rstrip("."), options, partial(synthetic.SyntheticTask, name)
+        name,
+        (options.__doc__ or "").split("\n")[0].split(". ")[0].rstrip("."),
+        options,
+        partial(synthetic.SyntheticTask, name),
     )
     for name, options in _SYNTHETIC.items()
 }

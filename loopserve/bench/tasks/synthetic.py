@@ -72,8 +72,12 @@ class ChainOptions(RecallOptions):
 
 
 class ListAllOptions(RecallOptions):
-    """Each turn asks for every fact that it told, in the order told, and names no place. The bundled model was not trained on it."""
+    """Each turn asks for every fact that it told, in the order told: nothing else is told, and the answer is all over the turn.
 
+    The bundled model was not trained on it; it answers where the places are named.
+    """
+
+    named: bool = Field(True, description="The question names the places; if not, it asks for all new codes.")
     keys: OneOrMore = Field((4, 8), description="Facts told and listed in every turn.")
 
 
@@ -115,7 +119,7 @@ class Case:
             fact_share=options.fact_share,
             code_words=options.code_words,
             distance=self.distance,
-            list_all=isinstance(options, ListAllOptions),
+            list_all="no" if not isinstance(options, ListAllOptions) else "named" if options.named else "unnamed",
         )
 
     def least_words(self, options: RecallOptions) -> int:
@@ -123,7 +127,7 @@ class Case:
         code = options.code_words[1]
         facts = self.keys * (6 + code + (self.chain - 1) * 9)
         answer = self.keys * (3 + code + (self.chain - 1) * 6)
-        question = len(LIST_ALL) if isinstance(options, ListAllOptions) else 5 + 2 * self.keys
+        question = max(len(LIST_ALL), 5 + 2 * self.keys)
         return 1 + options.turns * (MARKERS_PER_TURN + facts + answer + question)
 
     def trained(self, options: RecallOptions) -> bool:
@@ -178,7 +182,7 @@ class SyntheticTask:
         words, text, question = len(turn.answer.split()), turn.text, turn.question
         room = words + 16
         if self.options.form == "instructed":
-            listed = isinstance(self.options, ListAllOptions)
+            listed = isinstance(self.options, ListAllOptions) and not self.options.named
             how = _LISTED if listed else f"{_FORM} {_KEPT}" if case.chain > 1 else _FORM
             question = f"{turn.question} {how}"
             text = turn.text.replace(turn.question, question, 1)

@@ -19,13 +19,14 @@ KINDS: dict[str, dict[str, Any]] = {
     "multi_key": {"tokens": 1024, "keys": [2, 5]},
     "chains": {"tokens": 700},
     "list_all": {"tokens": 700},
+    "list_all unnamed": {"tokens": 700, "named": False},
     "long_answers": {"tokens": 1500},
 }
 EACH = pytest.mark.parametrize("kind", KINDS)
 
 
 def made(kind: str, limit: int | None = 12, seed: int = 0, **options: Any) -> list[Sample]:
-    found = list(task_by_name(kind, KINDS.get(kind, {}) | options).samples(limit, seed))
+    found = list(task_by_name(kind.split()[0], KINDS.get(kind, {}) | options).samples(limit, seed))
     assert all(isinstance(sample, Sample) for sample in found)
     return [sample for sample in found if isinstance(sample, Sample)]
 
@@ -119,10 +120,12 @@ def test_every_distance_is_asked_for() -> None:
 def test_long_answers_are_long_and_list_all_lists_everything_the_turn_told() -> None:
     for sample in made("long_answers"):
         assert all(len(turn.answers[0].split()) >= 128 for turn in sample.turns)
-    for sample in made("list_all"):
-        for number, turn in enumerate(sample.turns):
-            fresh = [place for place, (where, _) in told(sample, number).items() if where == number]
-            assert turn.labels["places"] == fresh and len(fresh) == turn.labels["keys"]  # in the order told
+    for kind in ("list_all", "list_all unnamed"):
+        for sample in made(kind):
+            for number, turn in enumerate(sample.turns):
+                fresh = [place for place, (where, _) in told(sample, number).items() if where == number]
+                assert turn.labels["places"] == fresh and len(fresh) == turn.labels["keys"]  # in the order told
+                assert all((place in turn.question.split()) == (kind == "list_all") for place in fresh)
 
 
 @EACH
