@@ -54,11 +54,19 @@ def _environment(settings: Settings) -> dict[str, Any]:
             "name": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
             "threads": torch.get_num_threads(),
         },
+        "compiled_kernels": _compiled(),
         "kernels": {row["operation"]: f"{row['implementation']} ({row['why']})" for row in backend.describe()},
         "plugins": {each.name: f"{each.owner}: {', '.join(each.policies)}" for each in loaded.plugins},
         "disabled_plugins": list(loaded.disabled),
         "plugin_problems": [str(each) for each in loaded.problems],
     }
+
+
+def _compiled() -> dict[str, str] | str:
+    """The library in use, or why there is none."""
+    from loopserve.kernels.native import library
+
+    return library.unavailable() or library.describe()
 
 
 def _version(package: str) -> str:

@@ -194,3 +194,16 @@ def test_layers_of_a_broken_off_pass_are_realigned() -> None:
     cache.layers[1].append(*pairs(range(5)))
     cache.truncate(5)
     assert [layer.seen for layer in cache.layers] == [5, 5]
+
+
+def test_room_made_with_the_prefill_spares_the_decode_steps_a_copy() -> None:
+    layer = LayerCache()
+    for _ in range(3):  # turns: what is reserved is reserved once
+        layer.reserve(600)
+        layer.append(torch.zeros(1, 100, 4), torch.zeros(1, 100, 4))
+        assert layer.store is not None
+        before = layer.store.keys.data_ptr()
+        for _ in range(600):
+            layer.append(torch.zeros(1, 1, 4), torch.zeros(1, 1, 4))
+        assert layer.store.keys.data_ptr() == before
+    assert layer.stored == 2100 and layer.store.allocated_nbytes < 2 * layer.store.nbytes

@@ -8,12 +8,14 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from loopserve.core.pages import PageSummaries
 from loopserve.kernels.block_sparse import block_sparse
 from loopserve.kernels.decode_attention import decode_attention
 from loopserve.kernels.gather_kv import gather_kv
 from loopserve.kernels.line_scores import line_scores
 from loopserve.kernels.select_lines import select_lines
 from loopserve.kernels.token_scores import token_scores
+from loopserve.kernels.top_columns import top_columns
 from loopserve.kernels.vertical_slash import vertical_slash
 from tests.gpu.cases import Turn, turn
 
@@ -97,3 +99,34 @@ def test_a_decode_step_with_re_scoring_is_captured_in_a_graph() -> None:
         for each, old in zip(active, before, strict=True):
             each.copy_(old)
         torch.testing.assert_close(replayed, decode_step(query, made.queries, made, active, first_valid))
+
+
+def jumping_step(query: Tensor, base: Tensor, pages: PageSummaries, observed: Tensor, made: Turn, tail: int) -> Tensor:
+    """What the codes point to beside the base, attended in place, and the next base by what they told."""
+    columns = pages.jumps(query, base, tail, 124, made.scaling, observed)
+    output, _ = decode_attention(query, made.keys, made.values, scaling=made.scaling, columns=columns, tail=tail)
+    base.copy_(top_columns(observed, base.shape[1], sink_tokens=4, recent_window=64))
+    return output
+
+
+def test_a_decode_step_that_jumps_is_captured_in_a_graph() -> None:
+    made, tail = turn(16, 16384), 16384 - 16
+    query, pages = made.queries[:, -1:].clone(), PageSummaries(32, 4)
+    queued(lambda: PageSummaries(32, 4).update(made.keys))
+    pages.update(made.keys)
+    first = torch.arange(0, 900, device="cuda").repeat(2, 1)
+    base, observed = first.clone(), torch.zeros(2, tail, device="cuda")
+    queued(lambda: jumping_step(query, base, pages, observed, made, tail))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = jumping_step(query, base, pages, observed, made, tail)
+    for _ in range(2):
+        query.copy_(torch.randn_like(query))
+        found = []
+        for step in (graph.replay, lambda: output.copy_(jumping_step(query, base, pages, observed, made, tail))):
+            base.copy_(first)
+            observed.zero_()
+            step()
+            found.append((output.clone(), base.clone()))
+        torch.testing.assert_close(found[0][0], found[1][0])
+        assert torch.equal(found[0][1], found[1][1])

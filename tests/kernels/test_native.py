@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -137,3 +138,20 @@ def test_an_unknown_instruction_set_is_named() -> None:
     code = "from loopserve.kernels.native import library; print(library.unavailable())"
     said = _in_a_fresh_process(code, LOOPSERVE_CPU_LEVEL="avx1024")
     assert "LOOPSERVE_CPU_LEVEL=avx1024 is unknown (known: " in said
+
+
+@needs_library
+def test_a_long_tail_of_small_weights_is_not_lost() -> None:
+    """Each of 65,536 keys weighs little beside one: added one by one to a large sum, they would round away."""
+    total, dim = 65536, 32
+    queries, values = torch.ones(1, 1, dim), torch.zeros(1, total, dim)
+    keys = torch.full((1, total, dim), -1.0)
+    keys[0, 0], values[0, 1:] = 1.0, 1.0
+    scaling = 11.0 / (2 * dim)  # the other keys weigh e^-11 each, together 1.09 of the first
+    tail = (total - 1) * math.exp(-11)
+    with backend.use("cpu"):
+        scores = token_scores(queries, keys, torch.tensor([total - 1]), scaling=scaling)
+        output, _ = dense_attention(queries.expand(1, 8, dim), keys, values, scaling=scaling, need_lse=True)
+    assert float(scores[0, 0]) == pytest.approx(1 / (1 + tail), rel=2e-4)
+    assert float(scores.double().sum()) == pytest.approx(1.0, abs=2e-4)
+    assert float(output[0, -1, 0]) == pytest.approx(tail / (1 + tail), rel=2e-4)

@@ -143,3 +143,39 @@ def test_best_pages_are_exact(heads: int, total: int, page: int, budget: int, se
             c for number in order for c in range(number * page, min(total, (number + 1) * page)) if free[head, c]
         ]
         assert taken[head].nonzero().flatten().tolist() == sorted(columns[:budget])
+
+
+def test_rescoring_by_codes_follows_the_answer_and_reads_no_keys() -> None:
+    """What each output looked at, the codes told as it came: the next selection needs no other reading."""
+    by = {}
+    for rescore in ("keys", "codes"):
+        talk = converse(
+            loopserve(interval=8, page_budget=6, page=16, key_bits=8, rescore=rescore, memory=0.0),
+            jumping(),
+            steps=JUMP,
+        )
+        read_before = talk.record.bytes["scoring"]
+        talk.decode(12)  # past the jump, and past a selection after it
+        assert talk.record.counters["reselections"] == 2
+        by[rescore] = base(talk), talk.record.bytes["scoring"] - read_before
+    assert by["codes"][1] == 0 < by["keys"][1]
+    for chosen, _ in by.values():
+        assert kept(chosen, OTHER)
+
+
+def test_a_selection_that_changes_each_step_is_attended_in_place() -> None:
+    talk = talk_until_the_jump(page_budget=6, page=16, key_bits=2)
+    assert all(layer.active is not None and layer.active.pairs is None for layer in talk.cache.layers)
+    assert talk.cache.active_bytes == 0
+
+
+def test_codes_need_the_reading_that_they_are_told_by() -> None:
+    for fields in ({"rescore": "codes"}, {"rescore": "codes", "key_bits": 2, "page_budget": 6, "trigger": "drift"}):
+        with pytest.raises(ValueError, match="rescore: codes needs"):
+            loopserve(**fields)
+
+
+def test_short_conversations_are_decoded_dense() -> None:
+    talk = converse(loopserve(interval=4, dense_below=1000.0), jumping(), steps=9)
+    assert not talk.state.chosen and talk.record.counters["reselections"] == 0
+    assert all(layer.active is None for layer in talk.cache.layers)

@@ -6,10 +6,13 @@ import torch
 from torch import Tensor
 
 from loopserve.kernels import backend
+from loopserve.kernels.block_sparse import cpu
 from loopserve.kernels.gpu import limits
 from loopserve.kernels.shapes import check
 
-_OPERATION = backend.operation("block_sparse", "packed", "triton", limits={"triton": limits.blocks})
+_OPERATION = backend.operation(
+    "block_sparse", "packed", "cpu", "triton", limits={"cpu": cpu.limit, "triton": limits.blocks}
+)
 
 
 def block_sparse(

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from loopserve.kernels.key_codes import KeyCodes
 
 LARGEST_HEAD = 256  # channels; a wider tile of keys and values does not fit into shared memory
 LARGEST_HEAD_FLOAT32 = 128  # float32 takes twice the room, and three products for one
 BLOCKS = (16, 32, 64, 128)  # what a tile of a matrix instruction can be cut into
+MOST_ROWS = 64  # of a tile; what is joined over rows must be one
 LONGEST = 1 << 21  # columns; distances are kept in the upper bits of an int32
 
 
@@ -43,6 +48,35 @@ def selection(probabilities: Tensor, *args: object, row_floor: float = 0.0, **op
 def choice(queries: Tensor, keys: Tensor, *args: object, **options: Any) -> str | None:
     """Of ``choose_lines``, by the rows that it would make."""
     return scores(queries) or selection(keys[None, 0, :, 0].expand(1, 1, -1), **options)
+
+
+def summaries(
+    keys: Tensor, _page: int, _first: int, low: Tensor, high: Tensor, codes: Tensor | None, *_: object
+) -> str | None:
+    """Of ``summarise_pages``."""
+    return _pages(low, high, low if codes is None else codes)
+
+
+def codes(queries: Tensor, of: KeyCodes, *_: object, **__: object) -> str | None:
+    """Of ``code_logits``."""
+    return _pages(of.low, of.high, of.codes)
+
+
+def jumps(queries: Tensor, of: KeyCodes, *_: object, observed: Tensor | None, **__: object) -> str | None:
+    """Of ``code_jumps``."""
+    if queries.shape[0] // len(of.low) * queries.shape[1] > MOST_ROWS:
+        return f"more than {MOST_ROWS} rows for a head"
+    if observed is not None and observed.stride(1) != 1:
+        return "observations that do not lie side by side"
+    return codes(queries, of)
+
+
+def _pages(low: Tensor, high: Tensor, codes: Tensor) -> str | None:
+    if low.dtype != high.dtype or low.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"bounds in {low.dtype} and {high.dtype}"
+    if low.stride() != high.stride() or not (low[0].is_contiguous() and codes[0].is_contiguous()):
+        return "pages that do not lie side by side"
+    return None
 
 
 def _head(queries: Tensor, channels: int) -> str | None:

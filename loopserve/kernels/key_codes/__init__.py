@@ -12,12 +12,19 @@ import torch
 from torch import Tensor
 
 from loopserve.kernels import backend
+from loopserve.kernels.gpu import limits
 from loopserve.kernels.key_codes import cpu
 
 BITS = (2, 4, 8)
-_SUMMARISE = backend.operation("summarise_pages", "cpu", package="key_codes", limits={"cpu": cpu.limit_pages})
-_LOGITS = backend.operation("code_logits", "cpu", package="key_codes", limits={"cpu": cpu.limit})
-_JUMPS = backend.operation("code_jumps", "cpu", package="key_codes", limits={"cpu": cpu.limit})
+_SUMMARISE = backend.operation(
+    "summarise_pages", "cpu", "triton", package="key_codes", limits={"cpu": cpu.limit_pages, "triton": limits.summaries}
+)
+_LOGITS = backend.operation(
+    "code_logits", "cpu", "triton", package="key_codes", limits={"cpu": cpu.limit, "triton": limits.codes}
+)
+_JUMPS = backend.operation(
+    "code_jumps", "cpu", "triton", package="key_codes", limits={"cpu": cpu.limit, "triton": limits.jumps}
+)
 
 
 class KeyCodes(NamedTuple):

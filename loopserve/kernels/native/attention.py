@@ -28,6 +28,7 @@ class _Attention(Structure):
                 "lse",
                 "verticals",
                 "slashes",
+                "blocks",
                 "first_valid",
                 "columns",
             )
@@ -63,10 +64,12 @@ def attend(
     first_valid: Tensor | None = None,
     columns: Tensor | None = None,
     tail: int = 0,
+    blocks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(output ``[Hq, Tq, D]``, log-sum-exp ``[Hq, Tq]``) of end-aligned queries, on lines (verticals and slashes, bool
     ``[Hq, Tk]``) or on every cell within a window of at least ``ROWS``. kernel: ``decode_attention`` for few queries,
-    which may attend to ``columns`` int64 ``[Hkv, S]`` and what stands from ``tail`` on.
+    which may attend to ``columns`` int64 ``[Hkv, S]`` and what stands from ``tail`` on; ``block_sparse`` for
+    ``blocks`` bool ``[Hq, row tiles, key tiles]``, ``window`` rows and keys each.
     """
     queries, keys, values = rows_of(queries), rows_of(keys), rows_of(values)
     heads, rows, dim = queries.shape
@@ -76,6 +79,7 @@ def attend(
     held = [each.contiguous() for each in lines] if lines is not None else []
     starts = None if first_valid is None else first_valid.contiguous()
     columns = None if columns is None else columns.contiguous()
+    blocks = None if blocks is None else blocks.contiguous()
     call = _Attention(
         queries.data_ptr(),
         keys.data_ptr(),
@@ -84,6 +88,7 @@ def attend(
         lse.data_ptr(),
         held[0].data_ptr() if held else None,
         held[1].data_ptr() if held else None,
+        None if blocks is None else blocks.data_ptr(),
         None if starts is None else starts.data_ptr(),
         None if columns is None else columns.data_ptr(),
         queries.stride(0),
@@ -97,7 +102,7 @@ def attend(
         rows,
         total,
         dim,
-        total if window is None else min(window, total),
+        total if window is None else window,
         queries.dtype is not torch.float32,
         library.threads(),
         -1 if columns is None else columns.shape[1],

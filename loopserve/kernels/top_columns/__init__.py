@@ -7,7 +7,7 @@ from torch import Tensor
 from loopserve.kernels import backend
 from loopserve.kernels.top_columns import cpu
 
-_OPERATION = backend.operation("top_columns", "cpu", limits={"cpu": cpu.limit})
+_OPERATION = backend.operation("top_columns", "cpu", "triton", limits={"cpu": cpu.limit})
 
 
 def top_columns(

@@ -121,7 +121,7 @@ class LoopServeDecode(DecodeCompressor[LoopServeState]):
         """Bring in what the current query points to; re-select if the selection has lost that query."""
         config, layer = self.config, inputs.layer.index
         base = state.chosen.get(layer)
-        if base is None or not (config.page_budget or config.trigger is Trigger.DRIFT):
+        if base is None or not self._looks_within_the_step():
             return None
         if config.key_bits and config.trigger is Trigger.INTERVAL:
             return self._jump(inputs, base, state)
@@ -154,8 +154,17 @@ class LoopServeDecode(DecodeCompressor[LoopServeState]):
         columns = pages.jumps(inputs.queries[:, -1:], base.indices, base.boundary, budget, inputs.scaling, observed)
         return KVSelection.uniform(columns, base.boundary, fleeting=True)
 
+    def _looks_within_the_step(self) -> bool:
+        return bool(self.config.page_budget) or self.config.trigger is Trigger.DRIFT
+
+    def _pages(self, inputs: AttentionInputs, state: LoopServeState) -> PageSummaries:
+        """The layer's summaries, brought up to date."""
+        pages = state.pages.setdefault(inputs.layer.index, PageSummaries(self.config.page, self.config.key_bits))
+        pages.update(inputs.keys)
+        return pages
+
     def _glance(self, inputs: AttentionInputs, state: LoopServeState) -> Glance:
-        return Glance.at(inputs, state.pages, self.config.page, self.config.key_bits)
+        return Glance.at(inputs, self._pages(inputs, state))
 
     def _select_within_step(self, inputs: AttentionInputs, state: LoopServeState) -> KVSelection | None:
         """A selection for this layer alone, by the current query and those before it; the others follow after the pass."""
@@ -176,6 +185,8 @@ class LoopServeDecode(DecodeCompressor[LoopServeState]):
         if inputs.phase is Phase.PREFILL:
             if state.turn != inputs.turn:
                 self._begin_turn(inputs.turn, state)
+            if self._looks_within_the_step() and inputs.total_tokens > self.config.dense_tokens:
+                self._pages(inputs, state)  # with the prefill, so that the first output need not wait for it
             if inputs.final:
                 self._observe_prefill(inputs, state)
         elif inputs.phase is Phase.DECODE:

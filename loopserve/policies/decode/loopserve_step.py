@@ -111,10 +111,8 @@ class Glance:
     pages: PageSummaries
 
     @classmethod
-    def at(cls, inputs: AttentionInputs, known: dict[int, PageSummaries], page: int, bits: int) -> Glance:
-        """Bring the layer's summaries up to date and read them."""
-        pages = known.setdefault(inputs.layer.index, PageSummaries(page, bits))
-        pages.update(inputs.keys)
+    def at(cls, inputs: AttentionInputs, pages: PageSummaries) -> Glance:
+        """Read the layer's summaries, which are up to date."""
         inputs.record.read("summaries", pages.nbytes)
         inputs.record.mean("summary_bytes_held", pages.nbytes)  # per layer, beside the store
         return cls(inputs, pages)

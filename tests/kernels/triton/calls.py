@@ -15,6 +15,7 @@ from torch import Tensor
 
 import loopserve.kernels
 from loopserve.kernels import backend
+from loopserve.kernels.key_codes import KeyCodes
 
 ROWS, TOTAL = 512, 32768  # enough that columns overflow the packed room and keys are split
 KV_HEADS, GROUP = 2, 4
@@ -38,6 +39,9 @@ def attention(dtype: torch.dtype, channels: int, **options: Any) -> Iterator[Cal
     yield "block_sparse", (queries, keys, values, _blocks(64)), options | {"tile": 64}
     yield "dense_attention", (queries, keys, values), options
     yield "decode_attention", (queries[:, :1], keys, values), options
+    if options["first_valid"] is None:
+        chosen = {"columns": torch.zeros(KV_HEADS, 2048, dtype=torch.long), "tail": TOTAL - 32}
+        yield "decode_attention", (queries[:, :1], keys, values), options | chosen
     yield "line_scores", (queries[:, :64], keys, torch.arange(64)), options
 
 
@@ -52,6 +56,11 @@ def variants(dtype: torch.dtype, channels: int) -> Iterator[Call]:
     for rows in (4, 16):
         yield "decode_attention", (queries[:, :rows], keys, values), options
     yield "decode_attention", (queries[:, :1], keys[:, :256], values[:, :256]), options
+    chosen = {"columns": torch.zeros(KV_HEADS, 2048, dtype=torch.long), "tail": TOTAL - 32}
+    for rows in (4, 32):  # more rows than a tile holds, too
+        yield "decode_attention", (queries[:, :rows], keys, values), options | chosen
+    for bits in (2, 8):
+        yield from coded(dtype, bits)
     for over_rows in ("mean", "max"):
         yield "token_scores", (queries[:, :16], keys, torch.arange(16)), options | {"over_rows": over_rows}
 
@@ -65,9 +74,26 @@ def others() -> Iterator[Call]:
     _, keys, values = heads(torch.bfloat16, 128)
     yield "gather_kv", (keys, values, torch.zeros(KV_HEADS, 1024, dtype=torch.long)), {}
     probabilities = torch.zeros(2, 64, 4096)
+    scores = torch.zeros(KV_HEADS, TOTAL)
+    for budget, first_valid in ((1024, None), (40, torch.zeros(KV_HEADS, dtype=torch.long))):
+        forced = {"sink_tokens": 4, "recent_window": 64, "first_valid": first_valid}
+        yield "top_columns", (scores, budget), forced
+    yield from coded(torch.bfloat16, 4)
     options = {"row_weights": torch.ones(2, 64), "row_floor": 0.0, "most_cost": math.inf}
     options |= {"forced": torch.zeros(2, 2, 4096, dtype=torch.bool)}
     yield "select_lines", (probabilities, torch.arange(64), 64), {"alpha": 0.9, "tile": 64, **options}
+
+
+def coded(dtype: torch.dtype, bits: int) -> Iterator[Call]:
+    """Codes made, and read with one query; those of 2 bits without a look at the softmax."""
+    queries, keys, _ = heads(dtype, 128, 1)
+    low = torch.zeros(KV_HEADS, TOTAL // 32, 128, dtype=dtype)
+    codes = torch.zeros(KV_HEADS, TOTAL // 32, 32, 16 * bits, dtype=torch.uint8)
+    of = KeyCodes(low, low, codes, bits, TOTAL)
+    yield "summarise_pages", (keys, 32, 0, low, low, codes, bits), {}
+    base = torch.zeros(KV_HEADS, 900, dtype=torch.long)
+    observed = None if bits == 2 else torch.zeros(KV_HEADS, TOTAL - 32)
+    yield "code_jumps", (queries, of, base, TOTAL - 32, 124), {"scaling": 0.1, "observed": observed}
 
 
 def call(operation: str, args: tuple[Any, ...], options: dict[str, Any]) -> Callable[[], object]:

@@ -23,6 +23,7 @@ MULTIPLYING = {
     "decode_kernel",
     "row_sums_kernel",
     "row_masses_kernel",
+    "code_logits_kernel",
 }
 # Bytes of stack per thread. At 128 channels a few pointers, at 256 the sums themselves; float32 keeps its three products.
 SPILL = {(torch.bfloat16, 64): 16, (torch.bfloat16, 128): 128, (torch.bfloat16, 256): 128, (torch.float32, 128): 256}

@@ -10,7 +10,12 @@ from pathlib import Path
 import pytest
 
 _HERE = Path(__file__).parent
-_TESTS = [("parity.py", "attention_on"), ("parity.py", "not attention_on"), ("parity_selection.py", "")]
+_TESTS = [
+    ("parity.py", "attention_on"),
+    ("parity.py", "not attention_on"),
+    ("parity_selection.py", ""),
+    ("parity_choice.py", ""),
+]
 
 
 @pytest.mark.parametrize(("file", "which"), _TESTS)

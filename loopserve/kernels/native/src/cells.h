@@ -32,21 +32,21 @@ INLINE void add_row(float *output, const float *weights, const char *const *valu
     int64_t d = 0;
     for (; d + 4 * VW <= dim; d += 4 * VW) {
         vf sums[4];
-        UNROLL for (int v = 0; v < 4; v++) sums[v] = load(output + d + v * VW);
+        UNROLL for (int v = 0; v < 4; v++) sums[v] = (vf){};
         for (int64_t i = 0; i < count; i++) {
             vf weight = splat(weights[i]);
             UNROLL for (int v = 0; v < 4; v++)
                 sums[v] += weight * (half ? load_bf16((const bf16 *)values[i] + d + v * VW)
                                           : load((const float *)values[i] + d + v * VW));
         }
-        UNROLL for (int v = 0; v < 4; v++) store(output + d + v * VW, sums[v]);
+        UNROLL for (int v = 0; v < 4; v++) store(output + d + v * VW, load(output + d + v * VW) + sums[v]);
     }
     for (; d < dim; d += VW) {
-        vf sum = load(output + d);
+        vf sum = {};
         for (int64_t i = 0; i < count; i++)
             sum += splat(weights[i]) *
                    (half ? load_bf16((const bf16 *)values[i] + d) : load((const float *)values[i] + d));
-        store(output + d, sum);
+        store(output + d, load(output + d) + sum);
     }
 }
 

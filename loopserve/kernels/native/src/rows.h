@@ -50,9 +50,9 @@ static __attribute__((unused)) void row_scores(Tile *t, const Scores *s, const c
                     most = vmax(most, score);
                 }
             }
-            vf base = where(most == -INFINITY, (vf){}, most), sum = load(t->sum + v * VW) * exp2v(before - base);
+            vf base = where(most == -INFINITY, (vf){}, most), sum = {};
             for (int i = 0; i < number; i++) sum += exp2v(load(scores + i * ROWS) - base);
-            store(t->most + v * VW, most), store(t->sum + v * VW, sum);
+            store(t->most + v * VW, most), store(t->sum + v * VW, load(t->sum + v * VW) * exp2v(before - base) + sum);
             for (int i = 0; i < number; i += VW) {
                 vf block[VW];
                 UNROLL for (int j = 0; j < VW; j++) block[j] = load(scores + (i + j) * ROWS);

@@ -142,12 +142,12 @@ static __attribute__((unused)) void products(const Tile *t, int count, float *sc
         for (int j = 0; j < count; j += 8) products_of(t, scores, j, part, 1, 8);
 }
 
-// Add the weighted values of the block's keys to the output.
+// Add the weighted values of the block's keys to the output. Here as in all running sums, a block is summed by itself: of many
+// thousand small numbers added one by one to a large one, most of each is lost.
 INLINE void add_values_of(Tile *t, int count, int64_t d, int part, int vectors, int wide) {
     vf sums[8][SLICE];
     float *output = t->output + d * ROWS + part * VW;
-    UNROLL for (int i = 0; i < wide; i++) UNROLL for (int v = 0; v < vectors; v++)
-        sums[i][v] = load(output + i * ROWS + v * VW);
+    UNROLL for (int i = 0; i < wide; i++) UNROLL for (int v = 0; v < vectors; v++) sums[i][v] = (vf){};
     if (t->pairs) {
 #if LS_BF16
         const uint32_t *values = (const uint32_t *)t->values + d;
@@ -173,8 +173,10 @@ INLINE void add_values_of(Tile *t, int count, int64_t d, int part, int vectors, 
             }
         }
     }
-    UNROLL for (int i = 0; i < wide; i++) UNROLL for (int v = 0; v < vectors; v++)
-        store(output + i * ROWS + v * VW, sums[i][v]);
+    UNROLL for (int i = 0; i < wide; i++) UNROLL for (int v = 0; v < vectors; v++) {
+        float *at = output + i * ROWS + v * VW;
+        store(at, load(at) + sums[i][v]);
+    }
 }
 
 static __attribute__((unused)) void add_values(Tile *t, int count) {
@@ -229,7 +231,7 @@ static __attribute__((unused)) void tile_softmax(Tile *t, int count) {
         vf before[SLICE], most[SLICE], sum[SLICE], base[SLICE];
         UNROLL for (int v = 0; v < SLICE; v++) {
             before[v] = most[v] = load(t->most + (part + v) * VW);
-            sum[v] = load(t->sum + (part + v) * VW);
+            sum[v] = (vf){};
         }
         for (int k = 0; k < count; k++) {
             vf score[SLICE];
@@ -242,7 +244,7 @@ static __attribute__((unused)) void tile_softmax(Tile *t, int count) {
             base[v] = where(most[v] == -INFINITY, (vf){}, most[v]);
             if (any(most[v] > before[v])) {
                 vf shrink = exp2v(before[v] - base[v]);
-                sum[v] *= shrink;
+                store(t->sum + (part + v) * VW, load(t->sum + (part + v) * VW) * shrink);
                 store(t->most + (part + v) * VW, most[v]);
                 for (int64_t d = 0; d < t->dim; d++) {
                     float *at = t->output + d * ROWS + (part + v) * VW;
@@ -256,7 +258,7 @@ static __attribute__((unused)) void tile_softmax(Tile *t, int count) {
                 sum[v] += weight;
                 store(scores + k * ROWS + v * VW, weight);
             }
-        UNROLL for (int v = 0; v < SLICE; v++) store(t->sum + (part + v) * VW, sum[v]);
+        UNROLL for (int v = 0; v < SLICE; v++) store(t->sum + (part + v) * VW, load(t->sum + (part + v) * VW) + sum[v]);
     }
 }
 

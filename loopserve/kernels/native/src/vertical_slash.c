@@ -107,13 +107,13 @@ static void attend_lonely(const Attention *a, const Lines *l, const Tile *t, Lon
                 most = vmax(most, score);
             }
             vf base = where(most == -INFINITY, (vf){}, most), shrink = exp2v(before - base);
-            vf sum = load(own->sum + v * VW) * shrink;
+            vf sum = {};
             for (int64_t i = 0; i < count; i++) {
                 vf weight = exp2v(load(own->scores + i * ROWS + v * VW) - base);
                 sum += weight;
                 store(own->scores + i * ROWS + v * VW, weight);
             }
-            store(own->most + v * VW, most), store(own->sum + v * VW, sum);
+            store(own->most + v * VW, most), store(own->sum + v * VW, load(own->sum + v * VW) * shrink + sum);
             if (at)
                 for (int r = 0; r < VW; r++)
                     for (int64_t d = 0; d < dim; d += VW) {
@@ -260,5 +260,44 @@ int LS(vertical_slash)(const Attention *a) {
     if (sparse)
         for (int64_t head = 0; head < a->heads; head++) lines_close(&lines[head]);
     free(lines), free(work);
+    return failed;
+}
+
+// The same on key tiles chosen for each query tile. Returns 0, or 1 if memory ran out.
+int LS(block_sparse)(const Attention *a) {
+    int64_t block = a->window, height = block < ROWS ? block : ROWS, steps = (block + height - 1) / height;
+    int64_t block_rows = (a->rows + block - 1) / block, block_columns = (a->total + block - 1) / block;
+    int64_t items = a->heads * block_rows * steps, size = a->half ? 2 : 4;
+    int failed = 0;
+    float causal[3 * ROWS];
+    for (int r = 0; r < 3 * ROWS; r++) causal[r] = r < ROWS ? -INFINITY : 0;
+#pragma omp parallel num_threads(a->threads) if (a->threads > 1)
+    {
+        Tile t;
+        if (!tile_open(&t, a->dim, a->half, a->scaling)) failed = 1;
+#pragma omp barrier
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t i = 0; i < items; i++) {
+            int64_t step = i % steps, chosen_row = i / steps, head = chosen_row / block_rows, kv = head / a->group;
+            int64_t first = chosen_row % block_rows * block + step * height, last = chosen_row % block_rows * block + block;
+            if (last > a->rows) last = a->rows;
+            int64_t rows = last - first < height ? last - first : height;
+            if (failed || rows <= 0) continue;
+            int64_t column = a->total - a->rows + first, start = a->first_valid ? a->first_valid[kv] : 0;
+            const char *keys = a->keys + kv * a->key_head * size, *values = a->values + kv * a->value_head * size;
+            const uint8_t *chosen = a->blocks + chosen_row * block_columns;
+            tile_begin(&t, a->queries + (head * a->query_head + first * a->query_row) * size, rows, a->query_row);
+            for (int64_t b = 0; b < block_columns && b * block < column + rows; b++) {
+                int64_t from = b * block > start ? b * block : start, to = (b + 1) * block;
+                if (to > column + rows) to = column + rows;
+                for (int64_t k = from; chosen[b] && k < to; k++)
+                    tile_key(&t, keys + k * a->key_row * size, values + k * a->value_row * size,
+                             k > column ? causal + ROWS + column - k : NULL);
+            }
+            tile_flush(&t);
+            finish(a, &t, NULL, 0, head, first, rows);
+        }
+        tile_close(&t);
+    }
     return failed;
 }

@@ -1,0 +1,38 @@
+"""Block attention by the compiled kernel."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from loopserve.kernels.native.attention import attend, serves
+
+
+def limit(
+    queries: Tensor, keys: Tensor, values: Tensor, blocks: Tensor, *, softcap: float | None, **_: object
+) -> str | None:
+    """What it cannot serve."""
+    return serves(queries, values, softcap)
+
+
+def block_sparse(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    blocks: Tensor,
+    *,
+    tile: int,
+    scaling: float,
+    softcap: float | None,
+    first_valid: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """See the package."""
+    return attend(
+        queries,
+        keys,
+        values,
+        scaling=scaling,
+        kernel="block_sparse",
+        window=tile,
+        blocks=blocks,
+        first_valid=first_valid,
+    )

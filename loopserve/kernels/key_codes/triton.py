@@ -1,0 +1,223 @@
+"""Codes on a GPU: one pass over them gives each block of columns its logits, nothing unpacked ever reaches memory.
+
+A tile is a few pages, or a part of one: bounds are read once per page, codes become keys in registers, and the rows of a
+group meet them on matrix units. Jumps need of the logits only the largest per column, as an integer that sorts alike.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from loopserve.kernels.gpu.best import FORCED, best_columns, ordered
+from loopserve.kernels.gpu.launch import launch, padded
+from loopserve.kernels.gpu.limits import MOST_ROWS
+from loopserve.kernels.gpu.pages import summarise_pages
+
+if TYPE_CHECKING:
+    from loopserve.kernels.key_codes import KeyCodes
+
+__all__ = ["code_jumps", "code_logits", "summarise_pages"]
+
+_KEYS = 64  # columns of a tile
+_BYTES = 64  # of a code, that a step of a tile takes
+_OBSERVED = 512  # columns of a block whose softmax is added
+
+
+@triton.jit(do_not_specialize=["rows", "columns", "tail"])
+def code_logits_kernel(
+    q: tl.tensor,
+    low: tl.tensor,
+    high: tl.tensor,
+    codes: tl.tensor,
+    logits: tl.tensor,
+    numbers: tl.tensor,
+    sums: tl.tensor,
+    bounds_head: tl.tensor,
+    codes_head: tl.tensor,
+    rows: tl.tensor,
+    columns: tl.tensor,
+    tail: tl.tensor,
+    scaling: tl.tensor,
+    ROWS: tl.constexpr,
+    PAGES: tl.constexpr,
+    PAGE: tl.constexpr,
+    PAGE_ROWS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    BITS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    WRITES: tl.constexpr,
+    RANKS: tl.constexpr,
+    SUMS: tl.constexpr,
+) -> None:
+    """Grid: blocks of PAGES times PAGE_ROWS columns, KV heads, tiles of rows.
+
+    WRITES: logits ``[Hkv, rows, columns]``. RANKS: the largest of all rows, which are one tile, as ordered integers
+    ``[Hkv, tail]``. SUMS: log-sum-exps per block, ``[Hkv, rows, blocks]``.
+    """
+    head = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
+    inside = row < rows
+    PARTS: tl.constexpr = 8 // BITS
+    BYTES: tl.constexpr = CHANNELS // PARTS
+    KEYS: tl.constexpr = PAGES * PAGE_ROWS
+    CUTS: tl.constexpr = (PAGE + PAGE_ROWS - 1) // PAGE_ROWS  # tiles of a page that is longer than one
+    unit = tl.program_id(0) * PAGES + tl.arange(0, PAGES)
+    page = (unit // CUTS).to(tl.int64)
+    there = page * PAGE < columns
+    key = (unit % CUTS * PAGE_ROWS)[:, None] + tl.arange(0, PAGE_ROWS)[None, :]
+    column = page[:, None] * PAGE + key
+    held = (key < PAGE) & (column < columns)
+    codes_at = codes + head * codes_head + column * BYTES
+    bounds_at = head * bounds_head + page * CHANNELS
+    scores = tl.zeros([ROWS, KEYS], tl.float32)
+    for start in tl.static_range(0, BYTES, WIDTH):
+        byte = start + tl.arange(0, WIDTH)
+        used = byte < BYTES
+        packed = tl.load(
+            codes_at[:, :, None] + byte[None, None, :], mask=held[:, :, None] & used[None, None, :], other=0
+        )
+        for part in tl.static_range(PARTS):
+            channel = part * BYTES + byte
+            known = there[:, None] & used[None, :]
+            lowest = tl.load(low + bounds_at[:, None] + channel[None, :], mask=known, other=0.0).to(tl.float32)
+            highest = tl.load(high + bounds_at[:, None] + channel[None, :], mask=known, other=0.0).to(tl.float32)
+            step = (highest - lowest) * (1.0 / ((1 << BITS) - 1))
+            code = ((packed >> (part * BITS)) & ((1 << BITS) - 1)).to(tl.float32)
+            keys = tl.reshape(lowest[:, None, :] + code * step[:, None, :], [KEYS, WIDTH])
+            places = q + (head * rows + row)[:, None] * CHANNELS + channel[None, :]
+            q_part = tl.load(places, mask=inside[:, None] & used[None, :], other=0.0)
+            scores = tl.dot(q_part, tl.trans(keys), scores, input_precision="tf32x3")
+
+    # The same columns once more, side by side as the scores have them.
+    index = tl.arange(0, KEYS)
+    unit = tl.program_id(0) * PAGES + index // PAGE_ROWS
+    key = unit % CUTS * PAGE_ROWS + index % PAGE_ROWS
+    column = (unit // CUTS).to(tl.int64) * PAGE + key
+    held = (key < PAGE) & (column < columns)
+    seen = inside[:, None] & held[None, :]
+    scores *= scaling
+    if WRITES:
+        tl.store(logits + (head * rows + row)[:, None] * columns + column[None, :], scores, mask=seen)
+    if RANKS:
+        best = ordered(tl.max(tl.where(inside[:, None], scores, float("-inf")), 0))
+        tl.store(numbers + head * tail + column, best, mask=held & (column < tail))
+    if SUMS:
+        scores = tl.where(seen, scores, float("-inf"))
+        peak = tl.max(scores, 1)
+        base = tl.where(peak == float("-inf"), 0.0, peak)
+        total = tl.sum(tl.exp(scores - base[:, None]), 1)
+        place = (head * rows + row) * tl.num_programs(0) + tl.program_id(0)
+        empty = total == 0.0
+        found = tl.where(empty, float("-inf"), base + tl.log(tl.where(empty, 1.0, total)))
+        tl.store(sums + place, found, mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows", "columns", "tail"])
+def observe_kernel(
+    logits: tl.tensor,
+    lse: tl.tensor,
+    observed: tl.tensor,
+    observed_head: tl.tensor,
+    rows: tl.tensor,
+    columns: tl.tensor,
+    tail: tl.tensor,
+    BLOCK: tl.constexpr,
+) -> None:
+    """Add the mean of the rows' softmax; grid: blocks of columns, KV heads."""
+    head = tl.program_id(1).to(tl.int64)
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < tail
+    weights = tl.zeros([BLOCK], tl.float32)
+    for row in range(rows):
+        logit = tl.load(logits + (head * rows + row) * columns + column, mask=inside, other=float("-inf"))
+        weights += tl.exp(logit - tl.load(lse + head * rows + row))
+    place = observed + head * observed_head + column
+    tl.store(place, tl.load(place, mask=inside, other=0.0) + weights / rows, mask=inside)
+
+
+class _Found(NamedTuple):
+    """What ``_pass`` was asked for; the rest is empty. See ``code_logits_kernel``."""
+
+    logits: Tensor
+    numbers: Tensor
+    sums: Tensor
+
+
+def _pass(queries: Tensor, of: KeyCodes, scaling: float, *, tail: int, writes: bool, ranks: bool, sums: bool) -> _Found:
+    """Read all codes once."""
+    heads, _, channels = of.low.shape
+    page = of.codes.shape[2]
+    held = queries.float().contiguous()  # small, and then multiplied like the bounds
+    rows = queries.shape[0] // heads * queries.shape[1]
+    tile_rows = min(MOST_ROWS, padded(rows))
+    page_rows = min(_KEYS, triton.next_power_of_2(page))
+    tile_pages = _KEYS // page_rows
+    blocks = -(-(-(-of.columns // page) * -(-page // page_rows)) // tile_pages)
+    logits = torch.empty(heads, rows, of.columns if writes else 0, device=queries.device)
+    numbers = torch.empty(heads, tail if ranks else 0, dtype=torch.int32, device=queries.device)
+    found = _Found(logits, numbers, torch.empty(heads, rows, blocks if sums else 0, device=queries.device))
+    launch(
+        code_logits_kernel,
+        (blocks, heads, -(-rows // tile_rows)),
+        held,
+        of.low,
+        of.high,
+        of.codes,
+        *found,
+        of.low.stride(0),
+        of.codes.stride(0),
+        rows,
+        of.columns,
+        tail,
+        scaling,
+        ROWS=tile_rows,
+        PAGES=tile_pages,
+        PAGE=page,
+        PAGE_ROWS=page_rows,
+        CHANNELS=channels,
+        BITS=of.bits,
+        WIDTH=min(_BYTES, padded(of.codes.shape[3])),
+        WRITES=writes,
+        RANKS=ranks,
+        SUMS=sums,
+        num_warps=4,
+    )
+    return found
+
+
+def code_logits(queries: Tensor, of: KeyCodes, *, scaling: float) -> Tensor:
+    """See the package."""
+    return _pass(queries, of, scaling, tail=0, writes=True, ranks=False, sums=False).logits
+
+
+def code_jumps(
+    queries: Tensor, of: KeyCodes, base: Tensor, tail: int, budget: int, *, scaling: float, observed: Tensor | None
+) -> Tensor:
+    """See the package."""
+    if tail == 0:
+        return torch.empty_like(base)
+    watched = observed is not None
+    found = _pass(queries, of, scaling, tail=tail, writes=watched, ranks=True, sums=watched)
+    if observed is not None:
+        heads, rows, columns = found.logits.shape
+        launch(
+            observe_kernel,
+            (-(-tail // _OBSERVED), heads),
+            found.logits,
+            found.sums.logsumexp(-1),
+            observed,
+            observed.stride(0),
+            rows,
+            columns,
+            tail,
+            BLOCK=_OBSERVED,
+            num_warps=4,
+        )
+    # With the base above all others, it and the best others are the best, in order and without merging.
+    numbers = found.numbers.scatter_(1, base, FORCED)
+    return best_columns(numbers, base.shape[1] + budget)
