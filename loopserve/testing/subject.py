@@ -28,18 +28,22 @@ class NotConforming(LoopServeError, AssertionError):
 
 
 class Outcome(StrEnum):
-    PASSED = "passed"
+    """How a check ends."""
+
+    OK = "ok"
     FAILED = "failed"
-    NOT_APPLICABLE = "not applicable"
+    SKIPPED = "skipped"
 
 
 class Subject:
     """A policy under test. A class is tried under small options, an object as it is."""
 
-    def __init__(self, policy: AnyPolicy | AnyPolicyClass) -> None:
-        """ConfigError for what is no policy."""
-        if inspect.isclass(policy) and issubclass(policy, PrefillSparsifier | DecodeCompressor):
-            self.policy: AnyPolicy = small(policy)
+    def __init__(self, policy: AnyPolicy | AnyPolicyClass | Subject) -> None:
+        """ConfigError for what is no policy, or cannot be made."""
+        if isinstance(policy, Subject):
+            self.policy: AnyPolicy = policy.policy
+        elif inspect.isclass(policy) and issubclass(policy, PrefillSparsifier | DecodeCompressor):
+            self.policy = small(policy)
         elif isinstance(policy, PrefillSparsifier | DecodeCompressor):
             self.policy = policy
         else:
@@ -94,6 +98,8 @@ class Check:
 
     def __call__(self, policy: AnyPolicy | AnyPolicyClass | Subject) -> None:
         """Raise AssertionError (or what the policy raises) if the promise is broken, NotApplicable if there is none."""
+        if not __debug__:
+            raise ConfigError("the checks are assertions, which `python -O` leaves out: run without -O")
         self.function(policy if isinstance(policy, Subject) else Subject(policy))
 
     def __repr__(self) -> str:

@@ -12,6 +12,7 @@ from typing import Any, get_args
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
+from loopserve.core.errors import ConfigError
 from loopserve.core.interfaces import DecodeCompressor, PolicyConfig, PrefillSparsifier, Retention
 from loopserve.policies.decode.snapkv import SnapKVDecode
 from loopserve.testing.inputs import make_inputs
@@ -29,23 +30,34 @@ def small(policy: AnyPolicyClass) -> AnyPolicy:
     """A policy of this class that acts on a few dozen tokens: budgets of about 24, windows of about 4.
 
     A sparsifier's options are made smaller, and a share lower, until it leaves something out of a turn of 48 tokens: as
-    long as it is dense, most checks have nothing to look at.
+    long as it is dense, most checks have nothing to look at. ConfigError if no object can be made.
     """
-    made = [each for each in map(policy_maker(policy), _smaller(policy)) if each is not None]
-    for each in made:
-        if not isinstance(each, PrefillSparsifier) or leaves_something_out(each):
-            return each
-    return made[0]
+    first: AnyPolicy | None = None
+    make = policy_maker(policy)
+    for options in _smaller(policy):
+        made = make(options)
+        if made is not None and (not isinstance(made, PrefillSparsifier) or leaves_something_out(made)):
+            return made
+        first = first or made
+    if first is None:
+        raise ConfigError(
+            f"{policy.__module__}.{policy.__qualname__} cannot be made without being told its options: "
+            "give the check an object instead of the class"
+        )
+    return first
 
 
 def policy_maker(policy: AnyPolicyClass) -> Callable[[dict[str, Any]], AnyPolicy | None]:
-    """Makes a policy of options, or None where they do not go together."""
+    """Makes a policy of options, or None where they do not go together. ConfigError for what its own code raises."""
 
     def make(options: dict[str, Any]) -> AnyPolicy | None:
         try:
             return policy(policy.Config(**options))
         except ValidationError:
             return None
+        except Exception as error:  # somebody else's constructor
+            where = f"{policy.__module__}.{policy.__qualname__}"
+            raise ConfigError(f"{where} cannot be made: {type(error).__name__}: {error}") from error
 
     return make
 

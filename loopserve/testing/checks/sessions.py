@@ -4,11 +4,6 @@ from __future__ import annotations
 
 import copy
 
-import torch
-
-from loopserve.core.interfaces import Phase
-from loopserve.testing.assertions import unchanged
-from loopserve.testing.inputs import make_inputs
 from loopserve.testing.recorded import RecordedConversation, difference, held
 from loopserve.testing.subject import NotApplicable, Subject
 
@@ -27,29 +22,6 @@ def _alone(subject: Subject, seed: int = 0) -> RecordedConversation:
     if difference(alone, held(subject, seed)) is not None:
         raise NotApplicable("it is not deterministic, so a difference would say nothing")
     return alone
-
-
-def random_state_is_left_alone(subject: Subject) -> None:
-    """A draw comes from a generator of the policy's own: the state of torch's global one stays as it is."""
-    script = subject.script()
-    before = torch.random.get_rng_state()
-    RecordedConversation(subject.compressor, *script).run(subject.steps)
-    after = torch.random.get_rng_state()
-    torch.random.set_rng_state(before)
-    assert torch.equal(before, after), "the global random state moved"
-
-
-def inputs_stay_unchanged(subject: Subject) -> None:
-    """No hook writes to any tensor of a call, in prefill or in decoding."""
-    compressor = subject.compressor
-    state = compressor.init_state()
-    prompt = make_inputs(new_tokens=60, total_tokens=60)
-    with unchanged(prompt):
-        compressor.after_attention(prompt, state)
-    output = make_inputs(new_tokens=1, total_tokens=61, phase=Phase.DECODE)
-    with unchanged(output):
-        compressor.before_attention(output, state)
-        compressor.after_attention(output, state)
 
 
 def interleaved_sessions_equal_solo_ones(subject: Subject) -> None:
@@ -74,10 +46,8 @@ def state_survives_a_fork(subject: Subject) -> None:
 
 def an_undone_turn_leaves_no_trace(subject: Subject) -> None:
     """A turn taken back, with the state as it was before and the cache cut, does not show in what follows."""
-    _alone(subject)
-    plain, undone = (RecordedConversation(subject.compressor, *subject.script()) for _ in range(2))
-    for talk in (plain, undone):
-        talk.run(subject.steps[:2])
+    plain = _alone(subject)
+    undone = RecordedConversation(subject.compressor, *subject.script()).run(subject.steps[:2])
     undone.cache.release()
     before, seen, told = copy.deepcopy(undone.state), undone.cache.seen, len(undone.told)
     queries = undone.queries
@@ -87,9 +57,7 @@ def an_undone_turn_leaves_no_trace(subject: Subject) -> None:
     undone.cache.truncate(seen)
     undone.state, undone.turn = before, 0
     del undone.told[told:]
-    for talk in (plain, undone):
-        talk.run(subject.steps[2:])
-    found = difference(plain, undone)
+    found = difference(plain, undone.run(subject.steps[2:]))
     assert found is None, found
 
 
@@ -101,6 +69,7 @@ def a_prompt_may_come_in_chunks(subject: Subject) -> None:
     talk.prefill(prompt, [prompt // 3, prompt // 3, prompt - 2 * (prompt // 3)])
     early = [told.length for told in talk.told if told.length < prompt]
     assert not early, f"a selection after {early[0]} of {prompt} tokens of the turn"
+    assert talk.told or talk.malformed, "no selection after the last chunk, though there is one without chunks"
 
 
 def held_bytes_are_a_number(subject: Subject) -> None:
@@ -113,8 +82,6 @@ def held_bytes_are_a_number(subject: Subject) -> None:
 
 CHECKS = (
     same_conversation_gives_the_same_selections,
-    random_state_is_left_alone,
-    inputs_stay_unchanged,
     interleaved_sessions_equal_solo_ones,
     state_survives_a_fork,
     an_undone_turn_leaves_no_trace,
