@@ -49,9 +49,7 @@ def _result(check: Check, subject: Subject) -> Result:
     except NotApplicable as reason:
         return Result(check, Outcome.SKIPPED, str(reason))
     except AssertionError as broken:
-        return Result(check, Outcome.FAILED, str(broken))
-    except ConfigError:
-        raise
+        return Result(check, Outcome.FAILED, " ".join(str(broken).split()) or "an assertion without a message")
     except Exception as error:  # the policy is somebody else's code: whatever it raises is a finding
         return Result(check, Outcome.FAILED, f"raised {type(error).__name__}: {' '.join(str(error).split())}")
     return Result(check, Outcome.OK)

@@ -40,6 +40,8 @@ class Subject:
 
     def __init__(self, policy: AnyPolicy | AnyPolicyClass | Subject) -> None:
         """ConfigError for what is no policy, or cannot be made."""
+        if not __debug__:
+            raise ConfigError("the checks are assertions, which `python -O` leaves out: run without -O")
         if isinstance(policy, Subject):
             self.policy: AnyPolicy = policy.policy
         elif inspect.isclass(policy) and issubclass(policy, PrefillSparsifier | DecodeCompressor):
@@ -98,8 +100,6 @@ class Check:
 
     def __call__(self, policy: AnyPolicy | AnyPolicyClass | Subject) -> None:
         """Raise AssertionError (or what the policy raises) if the promise is broken, NotApplicable if there is none."""
-        if not __debug__:
-            raise ConfigError("the checks are assertions, which `python -O` leaves out: run without -O")
         self.function(policy if isinstance(policy, Subject) else Subject(policy))
 
     def __repr__(self) -> str:
