@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -166,3 +167,12 @@ def test_optimised_python_cannot_pass_by_leaving_assertions_out() -> None:
     )
     ended = subprocess.run([sys.executable, "-O", "-c", program], capture_output=True, text=True, check=False)
     assert ended.returncode == 1 and "run without -O" in ended.stderr.splitlines()[-1]
+
+
+def test_the_examples_of_the_documentation_run() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "conformance.md").read_text("utf-8")
+    names: dict[str, Any] = {}
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(block, names)
+    assert len(names["results"]) == len(checks_for(names["SnapKVDecode"]))
+    names["test_one_score_for_each_pair"]()
