@@ -68,7 +68,9 @@ def test_a_failure_is_told_with_its_reason_and_ends_with_1(cli: Cli) -> None:
     (policy,) = json.loads(out)["policies"]
     assert code == 1 and (policy["kind"], policy["name"], policy["conforms"]) == ("decode", "last_first", False)
     (failed,) = (each for each in policy["checks"] if each["outcome"] == "failed")
-    assert failed["check"] == "selections_are_sorted" and failed["says"].startswith("The positions") and failed["reason"]
+    assert (
+        failed["check"] == "selections_are_sorted" and failed["says"].startswith("The positions") and failed["reason"]
+    )
     assert {each["outcome"] for each in policy["checks"]} == {"ok", "failed", "skipped"}
 
 

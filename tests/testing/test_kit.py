@@ -46,7 +46,9 @@ def test_check_policy_returns_every_result() -> None:
 
 def test_expected_failures_need_to_be_what_they_say() -> None:
     check_policy(LastFirst, expected_failures={SORTED: "by design"})
-    check_policy(LastFirst, expected_failures={f"last_first.{SORTED}": "by design", "other.budget_is_exact": "no matter"})
+    check_policy(
+        LastFirst, expected_failures={f"last_first.{SORTED}": "by design", "other.budget_is_exact": "no matter"}
+    )
     with pytest.raises(NotConforming, match=r"budget_is_exact: ends ok, though it is expected to fail \(wrongly\)"):
         check_policy(LastFirst, expected_failures={SORTED: "by design", EXACT: "wrongly"})
     with pytest.raises(ConfigError, match="unknown check 'selections_are_sortd'; did you mean 'selections_are_sorted'"):

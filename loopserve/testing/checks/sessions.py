@@ -67,6 +67,7 @@ def a_prompt_may_come_in_chunks(subject: Subject) -> None:
     talk = RecordedConversation(subject.compressor, *subject.script())
     prompt = subject.steps[0][1]
     talk.prefill(prompt, [prompt // 3, prompt // 3, prompt - 2 * (prompt // 3)])
+    talk.decode()
     early = [told.length for told in talk.told if told.length < prompt]
     assert not early, f"a selection after {early[0]} of {prompt} tokens of the turn"
     assert talk.told or talk.malformed, "no selection after the last chunk, though there is one without chunks"

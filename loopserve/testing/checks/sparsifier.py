@@ -151,9 +151,7 @@ def rows_of_a_batch_are_independent(subject: Subject) -> None:
     if not torch.equal(alone, subject.sparsifier.sparsify(first_turn()).to_mask()):
         raise NotApplicable("it is not deterministic, so a difference would say nothing")
     subject.sparsifier.sparsify(first_turn(seed=1))
-    assert torch.equal(alone, subject.sparsifier.sparsify(first_turn()).to_mask()), (
-        "another conversation shows through"
-    )
+    assert torch.equal(alone, subject.sparsifier.sparsify(first_turn()).to_mask()), "another conversation shows through"
 
 
 def notebook_survives_a_fork(subject: Subject) -> None:
