@@ -13,7 +13,15 @@ from pydantic import Field
 
 from loopserve.core.errors import ConfigError
 from loopserve.core.interfaces import PolicyConfig
-from loopserve.testing import MissingExtra, NotConforming, Outcome, check_policy, checks_for, report_on
+from loopserve.testing import (
+    MissingExtra,
+    NotConforming,
+    Outcome,
+    check_policy,
+    checks_for,
+    parametrize_with_policy_checks,
+    report_on,
+)
 from loopserve.testing.extra import require
 from tests.testing.broken_selections import LastFirst, SparesFive
 from tests.testing.honest import EveryOtherKey, LargestKeys
@@ -136,21 +144,18 @@ def test_the_decorator_makes_one_test_of_each_check(pytester: pytest.Pytester) -
     )
 
 
-@pytest.mark.parametrize(
-    ("missing", "use", "needs"),
-    [
-        ("hypothesis", "from loopserve.testing import attention_inputs", "loopserve.testing.strategies"),
-        ("pytest", "parametrize_with_policy_checks([])", "the decorator parametrize_with_policy_checks"),
-    ],
-)
-def test_a_missing_extra_is_one_clear_line(missing: str, use: str, needs: str) -> None:
-    program = (
-        f"import sys; sys.modules[{missing!r}] = None\n"
-        "from loopserve.testing import MissingExtra, check_policy, parametrize_with_policy_checks\n"
-        f"try:\n    {use}\nexcept MissingExtra as error:\n    print(error)\n"
-    )
-    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert ended.stdout == f"{needs} needs {missing}, which is not installed: pip install 'loopserve[testing]'\n", ended
+def test_a_missing_extra_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("hypothesis", "pytest"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delitem(sys.modules, "loopserve.testing.strategies", raising=False)
+    install = "which is not installed: pip install 'loopserve[testing]'"
+    with pytest.raises(MissingExtra) as raised:
+        exec("from loopserve.testing import attention_inputs", {})
+    assert str(raised.value) == f"loopserve.testing.strategies needs hypothesis, {install}"
+    with pytest.raises(MissingExtra) as raised:
+        parametrize_with_policy_checks([])
+    assert str(raised.value) == f"the decorator parametrize_with_policy_checks needs pytest, {install}"
+    check_policy(LargestKeys)
 
 
 def test_a_package_that_is_there_but_broken_is_not_called_missing(
