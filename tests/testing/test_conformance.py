@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
+import torch
 from loopserve_keydiff import BareKeyDiffDecode
 
 from loopserve.core.interfaces import Retention
@@ -28,6 +30,12 @@ EVICTING = [
     for each in COMPRESSORS
     if Retention.EVICT in each.capabilities.retentions
 ]
+
+
+@pytest.fixture(autouse=True)
+def _the_gpu_has_tests_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``tests/gpu/test_conformance.py`` asks what only a GPU can tell; the rest is the same on every machine."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
 @parametrize_with_policy_checks([*(each.policy for each in POLICIES), BareKeyDiffDecode])

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from loopserve.core.interfaces import AttentionInputs
+from loopserve.core.interfaces import AttentionInputs, Need
 from loopserve.core.patterns import AttentionPattern
 from loopserve.testing.checks.calls import attended, first_turn
 from loopserve.testing.inputs import make_inputs
@@ -114,7 +114,13 @@ def history_is_accepted(subject: Subject) -> None:
 
 def gaps_in_positions_are_accepted(subject: Subject) -> None:
     """After an eviction, where KV heads hold different positions, a turn gets a causal pattern of the right size."""
+    _require_evictions(subject)
     _assert_serves(subject, make_inputs(new_tokens=20, total_tokens=60, turn=1, evicted=8))
+
+
+def _require_evictions(subject: Subject) -> None:
+    if Need.FULL_HISTORY in subject.policy.able.needs:
+        raise NotApplicable("it needs the whole history, so nothing is ever evicted before it")
 
 
 def _assert_serves(subject: Subject, inputs: AttentionInputs) -> None:
@@ -128,6 +134,7 @@ def _assert_serves(subject: Subject, inputs: AttentionInputs) -> None:
 
 def filler_is_never_attended(subject: Subject) -> None:
     """What stands in filler columns of a head that holds fewer pairs changes no output."""
+    _require_evictions(subject)
     outputs = []
     for loud in (0.0, _LOUD):
         inputs = make_inputs(new_tokens=20, total_tokens=60, turn=1, evicted=8, ragged=_FILLER)
