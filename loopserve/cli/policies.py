@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from loopserve.cli import check
 from loopserve.cli.options import DeviceOption, DtypeOption, Format, FormatOption, ModelArgument, Settings
 from loopserve.cli.output import console, print_json, table
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from loopserve.core.registry import Registration
 
 app = typer.Typer(help="List policies and their options.", no_args_is_help=True)
+app.command("check")(check.check)
 
 
 @app.command("ls")
