@@ -137,7 +137,8 @@ def markdown(rows: Iterable[Row], ops: Sequence[str] = (), shortest: int = 0) ->
 
 
 def _is_baseline(row: Row) -> bool:
-    return row.get("stack", "") == "dense" or row.get("stack", "").startswith("transformers")
+    stack: str = row.get("stack", "")
+    return stack == "dense" or stack.startswith("transformers")
 
 
 def _ms(value: float) -> str:

@@ -205,9 +205,8 @@ class LinePattern(AttentionPattern):
         """Key tiles that row tiles of one height compute, summed over those whose columns end at ``ends``: int64
         ``[Hq]``.
         """
-        heads, total = self.verticals.shape
         if not ends:
-            return torch.zeros(heads, dtype=torch.long, device=self.verticals.device)
+            return torch.zeros(len(self.verticals), dtype=torch.long, device=self.verticals.device)
         at = torch.tensor(ends, device=self.verticals.device)
         # Counted back from a tile's last column, slash d reaches the keys d to d + height - 1: the same in every tile.
         below = pad(self.slashes.cumsum(1), (height, 0))
@@ -230,7 +229,8 @@ class LinePattern(AttentionPattern):
             return torch.zeros(len(offsets), len(ends), dtype=torch.long).index_add_(0, head, counts)
         # A convolution, which waits for nothing on the device. Counts are far below 2 ** 52.
         spectrum = torch.fft.rfft(self.verticals.double(), 2 * total) * torch.fft.rfft(offsets.double(), 2 * total)
-        return torch.fft.irfft(spectrum, 2 * total)[:, ends - 1].round().long()
+        counted: Tensor = torch.fft.irfft(spectrum, 2 * total)[:, ends - 1].round().long()
+        return counted
 
 
 @dataclass(frozen=True, eq=False)
