@@ -45,6 +45,7 @@ class ScriptedConversation:
         self.record = FakeRecord()
         self.observed: list[Tensor] = []  # positions of each observation asked for
         self.selections: list[dict[int, KVSelection]] = []  # answers of after_forward
+        self.attended: list[float] = []  # pairs per KV head that each output attended to, mean over heads and layers
 
     def prefill(self, tokens: int, chunks: Sequence[int] | None = None) -> None:
         """Begin a turn with its next ``tokens`` tokens, in chunks of the given sizes."""
@@ -62,6 +63,10 @@ class ScriptedConversation:
         for _ in range(steps):
             self._run(Phase.DECODE, 1, final=True)
 
+    def take(self, layer: int, selection: KVSelection) -> None:
+        """Carry out what the compressor answered for a layer."""
+        self.cache.layers[layer].select(selection)
+
     def active(self, layer: int = 0) -> KVSelection | None:
         """What the layer attends to now; None = everything."""
         found = self.cache.layers[layer].active
@@ -69,6 +74,7 @@ class ScriptedConversation:
 
     def _run(self, phase: Phase, tokens: int, *, final: bool) -> None:
         positions = torch.arange(self.cache.seen, self.cache.seen + tokens)
+        pairs = 0.0
         for spec in self.layers:
             keys = self.keys[spec.index][:, positions]
             self.cache.layers[spec.index].append(keys, keys)
@@ -76,10 +82,12 @@ class ScriptedConversation:
             if phase is Phase.DECODE:
                 selection = self.compressor.before_attention(inputs, self.state)
                 if selection is not None:
-                    self.cache.layers[spec.index].select(selection)
+                    self.take(spec.index, selection)
+                pairs += self._pairs(spec.index)
             self.compressor.after_attention(self._inputs(spec, phase, positions, final), self.state)
         if phase is Phase.DECODE:
             self.output_index += 1
+            self.attended.append(pairs / len(self.layers))
         self._finish(phase, final)
 
     def _finish(self, phase: Phase, final: bool) -> None:
@@ -107,7 +115,16 @@ class ScriptedConversation:
         elif answer is not None:
             self.selections.append(dict(answer))
             for layer, selection in answer.items():
-                self.cache.layers[layer].select(selection)
+                self.take(layer, selection)
+
+    def _pairs(self, layer: int) -> float:
+        """Pairs that a query attends to now, on the average over the layer's KV heads."""
+        cache = self.cache.layers[layer]
+        heads = self.keys.shape[1]
+        if cache.active is not None:
+            return cache.active.attended(cache.seen) / heads
+        filler = 0 if cache.first_valid is None else int(cache.first_valid.sum())
+        return cache.stored - filler / heads
 
     def _inputs(self, spec: LayerSpec, phase: Phase, positions: Tensor, final: bool) -> AttentionInputs:
         layer = self.cache.layers[spec.index]

@@ -1,11 +1,21 @@
-"""Hypothesis strategies over attention inputs. Needs hypothesis, which loopserve itself does not."""
+"""Hypothesis strategies: attention inputs, patterns and selections of every form. MissingExtra without hypothesis."""
 
 from __future__ import annotations
 
-from hypothesis import strategies as st
+import torch
+from torch import Tensor
 
-from loopserve.core.interfaces import AttentionInputs, Phase
+from loopserve.core.interfaces import AttentionInputs, KVSelection, Phase, Retention
+from loopserve.core.patterns import AttentionPattern, BlockPattern, DensePattern, LinePattern
+from loopserve.core.row_groups import RowGroups
+from loopserve.testing.extra import require
 from loopserve.testing.inputs import make_inputs
+
+require("hypothesis", "loopserve.testing.strategies")
+
+from hypothesis import strategies as st  # noqa: E402  # only now is it known to be there
+
+_KINDS = ("dense", "lines", "window", "blocks", "row groups")
 
 
 @st.composite
@@ -39,3 +49,63 @@ def attention_inputs(
         phase=phase,
         turn=draw(st.integers(0, 3), label="turn"),
     )
+
+
+@st.composite
+def patterns(
+    draw: st.DrawFn, *, size: tuple[int, int, int] | None = None, max_tokens: int = 160
+) -> AttentionPattern:
+    """A pattern of any built-in form, from nearly empty to dense.
+
+    size: (query heads, new tokens, total tokens) of the call it is for; any up to ``max_tokens`` by default.
+    """
+    if size is None:
+        total = draw(st.integers(1, max_tokens), label="total_tokens")
+        size = draw(st.sampled_from([1, 2, 4]), label="heads"), draw(st.integers(1, total), label="new_tokens"), total
+    heads, new, total = size
+    kind = draw(st.sampled_from(_KINDS if new > 1 else _KINDS[:-1]), label="pattern")
+    if kind == "dense":
+        return DensePattern(heads, new, total)
+    if kind == "row groups":
+        first = draw(st.integers(1, new - 1), label="rows of the first group")
+        parts = patterns(size=(heads, first, total - new + first)), patterns(size=(heads, new - first, total))
+        return RowGroups(tuple(draw(part) for part in parts))
+    share = draw(st.sampled_from([0.0, 0.05, 0.3, 1.0]), label="share of lines or blocks")
+    source = torch.Generator().manual_seed(draw(st.integers(0, 2**16), label="seed"))
+    if kind == "blocks":
+        tile = draw(st.sampled_from([4, 16, 64]), label="tile")
+        return BlockPattern(_some(source, share, heads, -(-new // tile), -(-total // tile)), new, total, tile)
+    verticals = _some(source, share, heads, total)
+    if kind == "window":
+        return LinePattern.window(heads, new, total, verticals, draw(st.integers(1, 2 * total), label="local window"))
+    dense = _some(source, 0.5, heads) if draw(st.booleans(), label="some heads are dense") else None
+    return LinePattern(verticals, _some(source, share, heads, total), new, dense)
+
+
+@st.composite
+def selections(
+    draw: st.DrawFn,
+    *,
+    kv_heads: int | None = None,
+    length: int | None = None,
+    ragged: bool = True,
+    retention: Retention = Retention.KEEP,
+) -> KVSelection:
+    """A valid selection of the first ``length`` positions, from nothing to everything before any boundary.
+
+    ragged: KV heads may keep different numbers of pairs.
+    """
+    kv_heads = draw(st.integers(1, 4), label="kv_heads") if kv_heads is None else kv_heads
+    length = draw(st.integers(1, 96), label="length") if length is None else length
+    boundary = draw(st.integers(0, length), label="boundary")
+    source = torch.Generator().manual_seed(draw(st.integers(0, 2**16), label="seed"))
+    kept = draw(st.integers(0, boundary), label="kept")
+    counts = [kept] * kv_heads
+    if ragged and draw(st.booleans(), label="heads differ"):
+        counts = [draw(st.integers(0, boundary), label=f"kept by head {head}") for head in range(kv_heads)]
+    heads = [torch.randperm(boundary, generator=source)[:count].sort().values for count in counts]
+    return KVSelection.from_heads(heads, boundary, retention)
+
+
+def _some(source: torch.Generator, share: float, *shape: int) -> Tensor:
+    return torch.rand(*shape, generator=source) < share

@@ -1,0 +1,11 @@
+"""The checks of the conformance kit, one function and one sentence each; about thirty are asked of a policy."""
+
+from loopserve.core.interfaces import DecodeCompressor, PrefillSparsifier
+from loopserve.testing.checks import compressor, form, serving, sessions, sparsifier
+from loopserve.testing.subject import Check
+
+CHECKS: tuple[Check, ...] = (
+    *(Check(each, None) for each in (*form.CHECKS, *serving.CHECKS)),
+    *(Check(each, PrefillSparsifier) for each in sparsifier.CHECKS),
+    *(Check(each, DecodeCompressor) for each in (*compressor.CHECKS, *sessions.CHECKS)),
+)

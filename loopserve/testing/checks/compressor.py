@@ -1,0 +1,233 @@
+"""What a decode compressor promises of its selections: their form, their budget, and what is forced in or gone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loopserve.core.interfaces import DecodeCompressor, KVSelection, Observation, Phase, Retention, Step
+from loopserve.core.scoring import ScoredCompressor
+from loopserve.testing.inputs import make_inputs
+from loopserve.testing.recorded import RecordedConversation, held
+from loopserve.testing.subject import NotApplicable, Subject
+from loopserve.testing.variants import budget_of, evicting, forced_of
+
+LONG_ANSWER = 1000
+
+
+def _budget(subject: Subject) -> int:
+    budget = budget_of(subject.compressor)
+    if budget is None:
+        raise NotApplicable("it has no budget in tokens")
+    return budget
+
+
+def _evicting(subject: Subject) -> DecodeCompressor[Any]:
+    if Retention.EVICT not in subject.policy.able.retentions:
+        raise NotApplicable("it does not evict")
+    found = evicting(subject.compressor)
+    if found is None:
+        raise NotApplicable("no single option makes it evict: give an object that does")
+    return found
+
+
+def selections_have_the_right_form(subject: Subject) -> None:
+    """Each selection is a KVSelection with int64 indices [Hkv, S] and one length per KV head."""
+    talk = RecordedConversation(subject.compressor, *subject.script()).run(subject.steps)
+    assert not talk.malformed, talk.malformed[0]
+    talk.well_formed()
+
+
+def selections_are_for_ruled_layers(subject: Subject) -> None:
+    """Selections are given only for layers that the compressor was told it rules."""
+    talk = RecordedConversation(subject.compressor, *subject.script()).run(subject.steps)
+    assert not talk.strangers, f"it answered for layer {talk.strangers[0]}, the model has {len(talk.layers)}"
+
+
+def selections_are_sorted(subject: Subject) -> None:
+    """The positions of each head are in ascending order."""
+    for told in held(subject).told:
+        for kept in told.heads:
+            assert not (kept[1:] < kept[:-1]).any(), f"layer {told.layer}, turn {told.turn}: {kept.tolist()[:12]}"
+
+
+def selections_are_unique(subject: Subject) -> None:
+    """No head keeps a position twice."""
+    for told in held(subject).told:
+        for kept in told.heads:
+            twice = kept.numel() - kept.unique().numel()
+            assert not twice, f"layer {told.layer}, turn {told.turn}: {twice} positions are there twice"
+
+
+def selections_are_in_range(subject: Subject) -> None:
+    """Positions lie from 0 to below the boundary, and the boundary within the tokens seen."""
+    for told in held(subject).told:
+        boundary = told.selection.boundary
+        assert 0 <= boundary <= told.length, f"boundary {boundary} is outside the {told.length} tokens seen"
+        for kept in told.heads:
+            wrong = kept[(kept < 0) | (kept >= boundary)]
+            assert not len(wrong), f"layer {told.layer}, turn {told.turn}: {wrong.tolist()} outside [0, {boundary})"
+
+
+def budget_is_exact(subject: Subject) -> None:
+    """The first output of a turn attends to exactly the budget (its own pair may come on top), mean over heads and layers."""
+    budget, talk = _budget(subject), held(subject)
+    first = 0
+    for number, (_, outputs) in enumerate(subject.steps[1::2]):
+        attended = talk.attended[first]
+        assert budget <= attended <= budget + 1, f"turn {number}: {attended:g} pairs attended, the budget is {budget}"
+        first += outputs
+
+
+def nothing_is_selected_within_the_budget(subject: Subject) -> None:
+    """A conversation that fits the budget is attended to whole: the compressor answers None."""
+    budget = _budget(subject)
+    if budget < 8:
+        raise NotApplicable(f"a budget of {budget} is too small to stay within")
+    talk = RecordedConversation(subject.compressor, *subject.script())
+    talk.run((("prefill", budget - 4), ("decode", 2)))
+    assert not talk.told, f"{budget - 4} tokens, a budget of {budget}, and yet {len(talk.told)} selections"
+
+
+def a_thousand_outputs_stay_in_budget(subject: Subject) -> None:
+    """Over an answer of 1,000 outputs never more is attended than the budget and the outputs themselves."""
+    budget = _budget(subject)
+    prompt = subject.steps[0][1]
+    script = subject.script(layers=1, tokens=prompt + LONG_ANSWER)
+    talk = RecordedConversation(subject.compressor, *script).run((("prefill", prompt), ("decode", LONG_ANSWER)))
+    talk.well_formed()
+    for output, attended in enumerate(talk.attended):
+        most = budget + output + 1
+        assert attended <= most, f"output {output} attends to {attended:g} pairs, at most {most} are allowed"
+
+
+def sinks_are_kept(subject: Subject) -> None:
+    """Where `sink_tokens` says so, every head of every selection keeps the first tokens of the conversation."""
+    sinks = forced_of(subject.compressor, "sink_tokens")
+    if not sinks:
+        raise NotApplicable("it has no sink_tokens")
+    for told in held(subject).told:
+        _assert_kept(torch.arange(sinks), told.heads, told.selection.boundary, f"turn {told.turn}, layer {told.layer}")
+
+
+def recent_window_is_kept(subject: Subject) -> None:
+    """Where `recent_window` says so, the last tokens of the input are in the selection a turn's answer begins with."""
+    recent = forced_of(subject.compressor, "recent_window")
+    if not recent:
+        raise NotApplicable("it has no recent_window")
+    for told in held(subject).told:
+        if told.output_index == 0:
+            wanted = torch.arange(max(told.input_end - recent, 0), told.input_end)
+            _assert_kept(wanted, told.heads, told.selection.boundary, f"turn {told.turn}, layer {told.layer}")
+
+
+def _assert_kept(wanted: Tensor, heads: list[Tensor], boundary: int, where: str) -> None:
+    """Every head keeps the positions, or they lie behind the boundary and are attended anyway."""
+    for number, kept in enumerate(heads):
+        missing = wanted[~torch.isin(wanted, kept) & (wanted < boundary)]
+        assert not len(missing), f"{where}, head {number}: positions {missing.tolist()} are left out"
+
+
+def filler_is_never_selected(subject: Subject) -> None:
+    """Of a head that holds fewer pairs behind filler, only pairs it holds are selected; asked of scored policies."""
+    compressor = subject.compressor
+    if not isinstance(compressor, ScoredCompressor):
+        raise NotApplicable("no wrapper can make its heads ragged")
+    inputs = make_inputs(new_tokens=20, total_tokens=60, turn=1, evicted=8, ragged=5)
+    state = compressor.init_state()
+    compressor.after_attention(inputs, state)
+    answer = compressor.after_forward(
+        Step(Phase.PREFILL, 1, inputs.turn_start, inputs.length, 0, True, (inputs.layer,), inputs.record), state
+    )
+    if not answer or isinstance(answer, Observation):
+        raise NotApplicable("it selects nothing of 60 pairs")
+    for selection in answer.values():
+        for head in range(len(selection.lengths)):
+            stored = inputs.head_positions(head)
+            kept = selection.head(head)
+            kept = kept[kept < selection.boundary]
+            wrong = kept[(kept < 0) | ~torch.isin(kept, stored)]
+            assert not len(wrong), f"head {head} selects {wrong.tolist()[:8]}, which it does not hold"
+
+
+def retention_is_as_declared(subject: Subject) -> None:
+    """Every selection says the retention that the policy declares, and its capabilities allow it."""
+    variants = [subject.compressor]
+    if Retention.EVICT in subject.policy.able.retentions:
+        variants += [each for each in [evicting(subject.compressor)] if each is not None]
+    for compressor in variants:
+        declared = compressor.retention
+        assert declared in compressor.able.retentions, f"{declared} is not among its capabilities"
+        for told in held(subject, compressor=compressor).told:
+            said = told.selection.retention
+            assert said is declared, f"declares {declared}, but a selection of turn {told.turn} says {said}"
+
+
+def evicted_pairs_stay_gone(subject: Subject) -> None:
+    """Under retention evict, a pair that was evicted is never selected again."""
+    talk = held(subject, compressor=_evicting(subject))
+    assert not talk.gone, f"selected after their eviction: {talk.gone[0]}"
+
+
+def evicted_bytes_are_freed(subject: Subject) -> None:
+    """Under retention evict the store shrinks to what was selected, and the state holds no part of the old store."""
+    talk = _Keepsake(_evicting(subject), *subject.script())
+    talk.prefill(subject.steps[0][1])
+    talk.well_formed()
+    for layer in talk.cache.layers:
+        assert layer.stored < talk.cache.seen, f"the store still holds all {layer.stored} pairs"
+    old = {each.untyped_storage().data_ptr() for each in talk.old}
+    kept = [each for each in tensors(talk.state) if each.untyped_storage().data_ptr() in old]
+    assert not kept, f"the state still holds a tensor {list(kept[0].shape)} of the old store"
+
+
+class _Keepsake(RecordedConversation):
+    """Holds on to every store that a selection ends, so that its address is not given out anew."""
+
+    def __init__(self, compressor: DecodeCompressor[Any], queries: Tensor, keys: Tensor) -> None:
+        super().__init__(compressor, queries, keys)
+        self.old: list[Tensor] = []
+
+    def take(self, layer: int, selection: KVSelection) -> None:
+        store = self.cache.layers[layer].store if 0 <= layer < len(self.layers) else None
+        if store is not None:
+            self.old += [store.keys, store.values]
+        super().take(layer, selection)
+
+
+def tensors(value: Any, known: set[int] | None = None) -> list[Tensor]:
+    """Every tensor that a state holds, however deep."""
+    known = set() if known is None else known
+    if id(value) in known:
+        return []
+    known.add(id(value))
+    if isinstance(value, Tensor):
+        return [value]
+    inside: list[Any] = []
+    if isinstance(value, dict):
+        inside = list(value.values())
+    elif isinstance(value, list | tuple | set | frozenset):
+        inside = list(value)
+    elif hasattr(value, "__dict__") and not isinstance(value, type):
+        inside = list(vars(value).values())
+    return [tensor for each in inside for tensor in tensors(each, known)]
+
+
+CHECKS = (
+    selections_have_the_right_form,
+    selections_are_for_ruled_layers,
+    selections_are_sorted,
+    selections_are_unique,
+    selections_are_in_range,
+    budget_is_exact,
+    nothing_is_selected_within_the_budget,
+    a_thousand_outputs_stay_in_budget,
+    sinks_are_kept,
+    recent_window_is_kept,
+    filler_is_never_selected,
+    retention_is_as_declared,
+    evicted_pairs_stay_gone,
+    evicted_bytes_are_freed,
+)

@@ -1,0 +1,154 @@
+"""What every policy promises before it serves: its name, its documentation, its options."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from loopserve.core.config import parse_strictly, parse_yaml, to_yaml
+from loopserve.core.interfaces import Capabilities, DecodeCompressor
+from loopserve.core.nesting import written
+from loopserve.testing.subject import NotApplicable, Subject
+from loopserve.testing.variants import AnyPolicy
+
+_NAME = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")
+
+
+def name_is_snake_case(subject: Subject) -> None:
+    """The name is lower-case words joined by underscores, as stack files write it."""
+    name = getattr(subject.policy, "name", None)
+    assert isinstance(name, str) and _NAME.fullmatch(name), f"name is {name!r}"
+
+
+def docstring_says_what_it_does(subject: Subject) -> None:
+    """The class has a docstring of its own whose first paragraph is a sentence, since `policies ls` shows it."""
+    text = type(subject.policy).__dict__.get("__doc__") or ""
+    assert len(text.split("\n\n")[0].split()) >= 3, f"the docstring begins with {text[:40]!r}"
+
+
+def paper_is_a_link_or_empty(subject: Subject) -> None:
+    """The class declares its own paper: an http link, or "" where there is none."""
+    paper = type(subject.policy).__dict__.get("paper")
+    assert isinstance(paper, str), "the class itself declares no paper"
+    assert not paper or re.match(r"https?://\S+\.\S+$", paper), f"paper is {paper!r}"
+
+
+def docstring_gives_the_link(subject: Subject) -> None:
+    """A policy that has a paper gives its link in the docstring, where a reader of the code looks."""
+    paper = str(getattr(subject.policy, "paper", ""))
+    if not paper:
+        raise NotApplicable("it has no paper")
+    assert paper in (inspect.getdoc(type(subject.policy)) or ""), f"the docstring does not give {paper}"
+
+
+def capabilities_are_declared(subject: Subject) -> None:
+    """Capabilities and `able` are Capabilities, and an object is able to do no more than its class declares."""
+    able, declared = subject.policy.able, subject.policy.capabilities
+    for each in (able, declared):
+        assert isinstance(each, Capabilities), f"expected Capabilities, got {each!r}"
+    assert able.layer_types <= declared.layer_types, "the object serves layer types that the class does not declare"
+    assert able.retentions <= declared.retentions, "the object can retain in ways that the class does not declare"
+
+
+def config_is_frozen(subject: Subject) -> None:
+    """No option can be changed after the policy is made, since all sessions share it."""
+    config = subject.policy.config
+    assert config.model_config.get("frozen"), "Config is not frozen"
+    for name in type(config).model_fields:
+        try:
+            setattr(config, name, getattr(config, name))
+        except (ValidationError, AttributeError):
+            continue
+        raise AssertionError(f"option {name!r} can be set after the policy is made")
+
+
+def unknown_options_are_refused(subject: Subject) -> None:
+    """An option that does not exist is an error, so that a misspelt one is not silently ignored."""
+    given = {name: getattr(subject.policy.config, name) for name in type(subject.policy.config).model_fields}
+    try:
+        type(subject.policy.config)(**given | {"no_such_option": 1})
+    except ValidationError:
+        return
+    raise AssertionError("an option 'no_such_option' is accepted")
+
+
+def options_are_described(subject: Subject) -> None:
+    """Every option has a description, from which the documentation and the command line are made."""
+    bare = [name for name, field in type(subject.policy.config).model_fields.items() if not field.description]
+    assert not bare, f"no description: {', '.join(bare)}"
+
+
+class _Inside:
+    """Gives back the inner policies of a wrapper, from what they are written as (``core.nesting.Maker``)."""
+
+    def __init__(self, policy: AnyPolicy) -> None:
+        self.known: dict[str, Any] = {}
+        inner = getattr(policy.config, "inner", None)
+        while isinstance(inner, DecodeCompressor):
+            self.known[inner.name] = type(inner)
+            inner = getattr(inner.config, "inner", None)
+
+    def inner(self, options: Any) -> DecodeCompressor[Any]:
+        policy = self.known[options["policy"]]
+        rest = {name: value for name, value in options.items() if name != "policy"}
+        made: DecodeCompressor[Any] = policy(parse_strictly(policy.Config, rest, self))
+        return made
+
+
+def options_survive_a_yaml_round_trip(subject: Subject) -> None:
+    """What a stack file says of the policy, written and read again, makes an equal policy."""
+    policy = subject.policy
+    before = written(policy)
+    options: dict[str, Any] = {**parse_yaml(to_yaml(before), "round trip").data}
+    assert options.pop("policy") == policy.name
+    after = written(type(policy)(parse_strictly(type(policy.config), options, _Inside(policy))))
+    assert after == before, f"written as {before}, read as {after}"
+
+
+def import_needs_no_transformers(subject: Subject) -> None:
+    """The policy's module does not import transformers when it is imported: a policy knows no model family."""
+    module = sys.modules.get(type(subject.policy).__module__)
+    path = getattr(module, "__file__", None)
+    if path is None:
+        raise NotApplicable("its module has no source file")
+    tree = ast.parse(Path(path).read_text("utf-8"))
+    found = [line for line, name in _imported(tree.body) if name.split(".")[0] == "transformers"]
+    assert not found, f"{path}:{found[0]} imports transformers"
+
+
+def _imported(body: list[ast.stmt]) -> list[tuple[int, str]]:
+    """(line, module) of each import that runs when a module is imported; not those inside functions."""
+    found: list[tuple[int, str]] = []
+    for each in body:
+        if isinstance(each, ast.Import):
+            found += [(each.lineno, alias.name) for alias in each.names]
+        elif isinstance(each, ast.ImportFrom):
+            found.append((each.lineno, each.module or ""))
+        elif isinstance(each, ast.If) and "TYPE_CHECKING" in ast.unparse(each.test):
+            found += _imported(each.orelse)
+        elif isinstance(each, ast.If | ast.Try | ast.With | ast.ClassDef):
+            found += _imported(each.body)
+            for handler in getattr(each, "handlers", []):
+                found += _imported(handler.body)
+            found += _imported(getattr(each, "orelse", []))
+    return found
+
+
+CHECKS = (
+    name_is_snake_case,
+    docstring_says_what_it_does,
+    paper_is_a_link_or_empty,
+    docstring_gives_the_link,
+    capabilities_are_declared,
+    config_is_frozen,
+    unknown_options_are_refused,
+    options_are_described,
+    options_survive_a_yaml_round_trip,
+    import_needs_no_transformers,
+)

@@ -1,0 +1,90 @@
+"""What a decode compressor promises of its state: sessions apart, forks alike, undone turns without a trace."""
+
+from __future__ import annotations
+
+import copy
+
+from loopserve.testing.recorded import RecordedConversation, difference, held
+from loopserve.testing.subject import NotApplicable, Subject
+
+
+def same_conversation_gives_the_same_selections(subject: Subject) -> None:
+    """Equal conversations get equal selections, unless the policy declares that it is not deterministic."""
+    if not subject.policy.able.deterministic:
+        raise NotApplicable("it declares that it is not deterministic")
+    found = difference(held(subject), held(subject))
+    assert found is None, found
+
+
+def _alone(subject: Subject, seed: int = 0) -> RecordedConversation:
+    """A conversation of its own. NotApplicable if a second one differs, since then no comparison says anything."""
+    alone = held(subject, seed)
+    if difference(alone, held(subject, seed)) is not None:
+        raise NotApplicable("it is not deterministic, so a difference would say nothing")
+    return alone
+
+
+def interleaved_sessions_equal_solo_ones(subject: Subject) -> None:
+    """Two conversations that take turns get the selections that each gets alone, from one policy object."""
+    alone = [_alone(subject, seed) for seed in (0, 1)]
+    mixed = [RecordedConversation(subject.compressor, *subject.script(seed)) for seed in (0, 1)]
+    for step in subject.steps:
+        for talk in mixed:
+            talk.run((step,))
+    for number, (solo, talk) in enumerate(zip(alone, mixed, strict=True)):
+        found = difference(solo, talk)
+        assert found is None, f"conversation {number}: {found}"
+
+
+def state_survives_a_fork(subject: Subject) -> None:
+    """A deep copy of the state goes on as the state itself would, whenever it is made."""
+    alone = _alone(subject)
+    forked = RecordedConversation(subject.compressor, *subject.script()).run(subject.steps, fork=True)
+    found = difference(alone, forked)
+    assert found is None, found
+
+
+def an_undone_turn_leaves_no_trace(subject: Subject) -> None:
+    """A turn taken back, with the state as it was before and the cache cut, does not show in what follows."""
+    plain = _alone(subject)
+    undone = RecordedConversation(subject.compressor, *subject.script()).run(subject.steps[:2])
+    undone.cache.release()
+    before, seen, told = copy.deepcopy(undone.state), undone.cache.seen, len(undone.told)
+    queries = undone.queries
+    undone.queries = queries.flip(2)
+    undone.run((("prefill", 30), ("decode", 7)))
+    undone.queries = queries
+    undone.cache.truncate(seen)
+    undone.state, undone.turn = before, 0
+    del undone.told[told:]
+    found = difference(plain, undone.run(subject.steps[2:]))
+    assert found is None, found
+
+
+def a_prompt_may_come_in_chunks(subject: Subject) -> None:
+    """Of a turn that is read in chunks nothing is selected before the last one, which gives selections as usual."""
+    held(subject)
+    talk = RecordedConversation(subject.compressor, *subject.script())
+    prompt = subject.steps[0][1]
+    talk.prefill(prompt, [prompt // 3, prompt // 3, prompt - 2 * (prompt // 3)])
+    early = [told.length for told in talk.told if told.length < prompt]
+    assert not early, f"a selection after {early[0]} of {prompt} tokens of the turn"
+    assert talk.told or talk.malformed, "no selection after the last chunk, though there is one without chunks"
+
+
+def held_bytes_are_a_number(subject: Subject) -> None:
+    """What the state holds beside the store is told as a whole number of bytes, from 0 up, at any time."""
+    talk = RecordedConversation(subject.compressor, *subject.script())
+    for steps in (subject.steps[:0], subject.steps[:2]):
+        told = subject.compressor.held_bytes(talk.run(steps).state)
+        assert isinstance(told, int) and told >= 0, f"held_bytes says {told!r}"
+
+
+CHECKS = (
+    same_conversation_gives_the_same_selections,
+    interleaved_sessions_equal_solo_ones,
+    state_survives_a_fork,
+    an_undone_turn_leaves_no_trace,
+    a_prompt_may_come_in_chunks,
+    held_bytes_are_a_number,
+)
