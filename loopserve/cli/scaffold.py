@@ -101,7 +101,9 @@ def _refuse_taken(settings: Settings, names: Names, kind: str) -> None:
     loaded = settings.plugins()
     for each in loaded.registry:
         if (each.kind, each.name) == (kind, names.policy):
-            raise ConfigError(f"the name {names.policy!r} is taken by the {kind} policy of {each.owner}: choose another")
+            raise ConfigError(
+                f"the name {names.policy!r} is taken by the {kind} policy of {each.owner}: choose another"
+            )
     for plugin in loaded.plugins:
         if plugin.name == names.policy:
             raise ConfigError(f"the name {names.policy!r} is taken by the plugin of {plugin.owner}: choose another")

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from loopserve_kvpress.policy import KVPressDecode, ScorerDecode
-from loopserve_kvpress.scorers import Scorer
-
 from loopserve.core.hookspecs import hookimpl
 from loopserve.core.registry import Registry
+from loopserve_kvpress.policy import KVPressDecode, ScorerDecode
+from loopserve_kvpress.scorers import Scorer
 
 LOOPSERVE_API = (1, 0)
 

@@ -8,14 +8,14 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
-from loopserve_kvpress.scorers import Option, Scorer, make_scorer
-from loopserve_kvpress.stand_in import StandInModule, cos_and_sin, parts_of, rotates_by_halves
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from loopserve.core.errors import ConfigError, PolicyError
 from loopserve.core.interfaces import AttentionInputs, Capabilities, LayerSpec, Need, Retention
 from loopserve.core.scoring import ScoredCompressor, ScoredConfig, ScoredState
+from loopserve_kvpress.scorers import Option, Scorer, make_scorer
+from loopserve_kvpress.stand_in import StandInModule, cos_and_sin, parts_of, rotates_by_halves
 
 
 class ScorerConfig(ScoredConfig):
@@ -23,7 +23,7 @@ class ScorerConfig(ScoredConfig):
 
     reads_queries: bool = Field(
         True,
-        description="The scorer looks at hidden states or the module's rotation (snapkv does, knorm does not); it then needs the layer's.",
+        description="Whether the scorer looks at hidden states or the module's rotation (SnapKV does, Knorm does not).",
     )
     attentions: bool = Field(
         False, description="Give the scorer the attention of the turn's rows; memory grows with rows times pairs."
@@ -36,6 +36,8 @@ class ScorerDecode(ScoredCompressor):
     The scorer sees one conversation as a batch of one, the queries of the turn's last prefill call and the whole store.
     Sinks and a recent window are kept besides; set both to 0 for the scorer's choice alone.
     """
+
+    capabilities: ClassVar[Capabilities] = Capabilities(retentions=frozenset(Retention))
 
     class Config(ScorerConfig):
         """The scorer is the subclass's."""
@@ -105,7 +107,9 @@ class ScorerDecode(ScoredCompressor):
             return None, {}
         parts, positions = parts_of(inputs), inputs.head_positions(0)[inputs.columns]
         queries = parts.rotate(inputs.queries[own], positions, back=True)
-        queries = queries * (inputs.scaling * queries.shape[2] ** 0.5)  # kvpress divides by the root of D, whatever the model does
+        queries = queries * (
+            inputs.scaling * queries.shape[2] ** 0.5
+        )  # kvpress divides by the root of D, whatever the model does
         hidden = queries.transpose(0, 1).reshape(1, len(positions), -1)
         return hidden, {"position_embeddings": cos_and_sin(parts, positions, hidden[..., : queries.shape[2]])}
 
@@ -142,10 +146,11 @@ class KVPressDecode(ScorerDecode):
 
     name: ClassVar[str] = "kvpress"
     paper: ClassVar[str] = "https://arxiv.org/abs/2510.00636"
-    capabilities: ClassVar[Capabilities] = Capabilities(retentions=frozenset(Retention))
 
     class Config(ScorerConfig):
-        press: str = Field(description="A class of kvpress, such as SnapKVPress, or a scorer that a distribution names.")
+        press: str = Field(
+            description="A class of kvpress, such as SnapKVPress, or a scorer that a distribution names."
+        )
         options: dict[str, Option] = Field(default_factory=dict, description="What the scorer is made with.")
 
         @model_validator(mode="after")

@@ -32,7 +32,14 @@ SERVED: dict[str, dict[str, Any]] = {
     "ExpectedAttentionPress": {},
     "ObservedAttentionPress": {"reads_queries": False, "attentions": True},
 }
-REFUSED = ("LeverageScorePress", "NonCausalAttnPress", "CompactorPress", "KVzapPress", "QFilterPress", "CriticalKVPress")
+REFUSED = (
+    "LeverageScorePress",
+    "NonCausalAttnPress",
+    "CompactorPress",
+    "KVzapPress",
+    "QFilterPress",
+    "CriticalKVPress",
+)
 
 
 def inputs_of(found: dict[str, Any], heads: int, kv_heads: int, dim: int, tokens: int) -> AttentionInputs:
@@ -64,7 +71,12 @@ def difference(press: str, fields: dict[str, Any], shape: dict[str, int]) -> flo
     found = capture(tiny(heads, kv_heads, dim, "eager" if fields.get("attentions") else "sdpa"), ids)
     made = getattr(kvpress, press)(compression_ratio=1 - (BUDGET + 0.5) / tokens, **fields.get("options", {}))
     theirs = made.score(
-        found["module"], found["hidden"], found["keys"].clone(), found["values"].clone(), found["attention"], found["options"]
+        found["module"],
+        found["hidden"],
+        found["keys"].clone(),
+        found["values"].clone(),
+        found["attention"],
+        found["options"],
     )
     policy = KVPressDecode(KVPressDecode.Config(press=press, budget=BUDGET, sink_tokens=0, recent_window=0, **fields))
     return float((policy.score(inputs_of(found, heads, kv_heads, dim, tokens)) - theirs[0]).abs().max())

@@ -131,7 +131,10 @@ def test_what_a_scorer_writes_into_is_its_own_copy() -> None:
 @pytest.mark.parametrize(
     ("press", "says"),
     [
-        ("Curious", "decode policy 'kvpress', scorer Curious: AttributeError: .* 'k_proj', which loopserve-kvpress cannot"),
+        (
+            "Curious",
+            "decode policy 'kvpress', scorer Curious: AttributeError: .* 'k_proj', which loopserve-kvpress cannot",
+        ),
         ("Unbatched", r"scorer Unbatched: score must give \[1, 2, 48\], it gave \[2, 48\]"),
     ],
 )
@@ -181,7 +184,9 @@ def test_what_cannot_be_made_is_refused_at_load(registry: Registry, fields: dict
 
 def test_without_kvpress_it_says_what_to_do(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "kvpress", None)
-    with pytest.raises(ConfigError, match="kvpress cannot be imported .* as an entry point of the group 'loopserve_kvpress'"):
+    with pytest.raises(
+        ConfigError, match=r"kvpress cannot be imported .* as an entry point of the group 'loopserve_kvpress'"
+    ):
         load_stack({"prefill": {"policy": "dense"}, "decode": {"policy": "kvpress", "press": "SnapKVPress"}}, registry)
 
 

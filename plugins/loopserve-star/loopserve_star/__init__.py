@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from loopserve_star.pattern import StarPattern
-from loopserve_star.policy import StarPrefill
-
 from loopserve.core.hookspecs import hookimpl
 from loopserve.core.registry import Registry
+from loopserve_star.pattern import StarPattern
+from loopserve_star.policy import StarPrefill
 
 LOOPSERVE_API = (1, 0)
 

@@ -61,7 +61,9 @@ def in_blocks(
         if begin:
             seen = torch.cat([keys[:, :anchor], keys[:, begin:end]], dim=1)
             held = torch.cat([values[:, :anchor], values[:, begin:end]], dim=1)
-            if first_valid is not None:  # filler stands on the left: a block has some only behind an anchor of nothing else
+            if (
+                first_valid is not None
+            ):  # filler stands on the left: a block has some only behind an anchor of nothing else
                 filler = first_valid.clamp(max=anchor) + (first_valid - begin).clamp(min=0)
         output, lse = dense_attention(
             queries[:, first - history : end - history],

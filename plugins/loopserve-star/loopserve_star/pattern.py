@@ -7,10 +7,10 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from loopserve_star.attention import star_attention
 from torch import Tensor
 
 from loopserve.core.patterns import TILE, AttentionPattern
+from loopserve_star.attention import star_attention
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from loopserve_star.pattern import StarPattern
 from pydantic import Field
 
 from loopserve.core.interfaces import AttentionInputs, PolicyConfig, PrefillSparsifier
 from loopserve.core.patterns import AttentionPattern
+from loopserve_star.pattern import StarPattern
 
 
 class StarPrefill(PrefillSparsifier):
