@@ -80,7 +80,9 @@ class SwellsInALongAnswer(LargestKeys):
     def after_forward(self, step: Step, state: ScoredState) -> Selections | None:
         if step.phase is Phase.DECODE and step.output_index == _EVERYTHING_FROM:
             every = torch.arange(step.length)
-            return {each.index: KVSelection.uniform(every.expand(each.kv_heads, -1), step.length) for each in step.layers}
+            return {
+                each.index: KVSelection.uniform(every.expand(each.kv_heads, -1), step.length) for each in step.layers
+            }
         return super().after_forward(step, state)
 
 
