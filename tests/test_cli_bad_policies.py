@@ -89,8 +89,14 @@ WRONG = {
     ("source", "says"),
     [
         *((SOURCE.format(name=name, capabilities=""), says) for name, says in WRONG.items()),
-        (f"LOOPSERVE_API = (2, 0)\n{DATED}", "it is written for version 2.0 of loopserve's plugin API, this loopserve has "),
-        (DATED.replace("paper =", "api_version = (0, 3)\n    paper ="), "loopserve_bad.Policy is written for version 0.3"),
+        (
+            f"LOOPSERVE_API = (2, 0)\n{DATED}",
+            "it is written for version 2.0 of loopserve's plugin API, this loopserve has ",
+        ),
+        (
+            DATED.replace("paper =", "api_version = (0, 3)\n    paper ="),
+            "loopserve_bad.Policy is written for version 0.3",
+        ),
     ],
     ids=["taken", "hyphen", "capital", "plugin-of-another-api", "policy-of-another-api"],
 )
