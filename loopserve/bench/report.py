@@ -1,7 +1,8 @@
 """From result files to the tables in the documents: ``python -m loopserve.bench.report README.md``.
 
 A table stands between markers that name its file: ``<!-- demo: FILE -->`` ... ``<!-- end of demo -->``, or ``<!-- speed:
-FILE op,op -->`` ... ``<!-- end of speed -->`` for rows of ``loopserve bench``, of all operations or of those named.
+FILE op,op tokens -->`` ... ``<!-- end of speed -->`` for rows of ``loopserve bench``: of all operations or of those named, over all
+lengths or from so many tokens on.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from loopserve.bench.speed import markdown
 
 _BEGIN, _END = "<!-- demo: {} -->", "<!-- end of demo -->"
 _PLACE = re.compile(r"<!-- demo: (\S+) -->.*?<!-- end of demo -->", re.DOTALL)
-_SPEED = re.compile(r"(<!-- speed: (\S+)(?: (\S+))? -->).*?<!-- end of speed -->", re.DOTALL)
+_SPEED = re.compile(r"(<!-- speed: (\S+)(?: ([a-z_,]+))?(?: (\d+))? -->).*?<!-- end of speed -->", re.DOTALL)
 
 
 def demo_table(result: dict[str, Any]) -> str:
@@ -54,7 +55,8 @@ def renew(text: str, root: Path) -> str:
 
     def speed(match: re.Match[str]) -> str:
         ops = tuple(match.group(3).split(",")) if match.group(3) else ()
-        return f"{match.group(1)}\n{markdown(read_rows(root / match.group(2)), ops)}\n<!-- end of speed -->"
+        shown = markdown(read_rows(root / match.group(2)), ops, int(match.group(4) or 0))
+        return f"{match.group(1)}\n{shown}\n<!-- end of speed -->"
 
     return _SPEED.sub(speed, _PLACE.sub(table, text))
 

@@ -123,13 +123,21 @@ def machines(rows: Iterable[Row]) -> str:
     )
 
 
-def markdown(rows: Iterable[Row], ops: Sequence[str] = ()) -> str:
-    """A table for a document, and under it the machine."""
-    shown = [row for row in latest(rows) if (not ops or row["op"] in ops) and "shape" in row]
+def markdown(rows: Iterable[Row], ops: Sequence[str] = (), shortest: int = 0) -> str:
+    """A table for a document, and under it the machine: rows over at least ``shortest`` tokens; without what others are held against,
+    unless all is asked for.
+    """
+    shown = [row for row in latest(rows) if "shape" in row and row["shape"]["n"] >= shortest]
+    if ops:
+        shown = [row for row in shown if row["op"] in ops and not _is_baseline(row)]
     lines = [f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS)]
     lines += [f"| {' | '.join(cell.replace('|', '/') for cell in line(row))} |" for row in shown]
     said = f"Paired runs in one process, medians; ratios are times faster. {machines(shown)}." if shown else "No rows."
     return "\n".join([*lines, "", said])
+
+
+def _is_baseline(row: Row) -> bool:
+    return row.get("stack", "") == "dense" or row.get("stack", "").startswith("transformers")
 
 
 def _ms(value: float) -> str:

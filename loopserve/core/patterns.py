@@ -213,12 +213,24 @@ class LinePattern(AttentionPattern):
         below = pad(self.slashes.cumsum(1), (height, 0))
         reached = below[:, height:] > below[:, :-height]
         keys = pad(reached.cumsum(1), (1, 0))[:, at]
-        # Verticals among the other keys: a convolution, so that no tile is visited by itself. Counts are far below 2 **
-        # 52.
-        spectrum = torch.fft.rfft(self.verticals.double(), 2 * total) * torch.fft.rfft((~reached).double(), 2 * total)
-        packed = torch.fft.irfft(spectrum, 2 * total)[:, at - 1].round().long()
+        packed = self._verticals_among(~reached, at)
         computed: Tensor = -(-keys // TILE) - (-packed // TILE)
         return computed.minimum(-(-at // TILE)).sum(1)
+
+    def _verticals_among(self, offsets: Tensor, ends: Tensor) -> Tensor:
+        """Verticals j whose offset ``end - 1 - j`` is set: ``offsets`` bool ``[Hq, Tk]``, ``ends`` ``[R]``, int64 ``[Hq, R]``."""
+        total = self.verticals.shape[1]
+        if offsets.device.type == "cpu":
+            # Offsets come in a few runs, and what lies in a run is a difference of two running counts.
+            edges = pad(offsets.to(torch.int8), (1, 1)).diff(dim=1)
+            head, at = edges.nonzero(as_tuple=True)
+            before = pad(self.verticals.cumsum(1), (1, 0))  # verticals before column x
+            # A run from a to b (exclusive) holds the columns end - b to end - a - 1.
+            counts = before[head[:, None], (ends - at[:, None]).clamp(min=0)] * edges[head, at][:, None]
+            return torch.zeros(len(offsets), len(ends), dtype=torch.long).index_add_(0, head, counts)
+        # A convolution, which waits for nothing on the device. Counts are far below 2 ** 52.
+        spectrum = torch.fft.rfft(self.verticals.double(), 2 * total) * torch.fft.rfft(offsets.double(), 2 * total)
+        return torch.fft.irfft(spectrum, 2 * total)[:, ends - 1].round().long()
 
 
 @dataclass(frozen=True, eq=False)

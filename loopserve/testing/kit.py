@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -102,7 +103,7 @@ def parametrize_with_policy_checks(
         subject = Subject(policy)
         for check in checks_for(subject):
             call = _as_test(check, subject, _excuse(policy, check, expected))
-            parameters.append(pytest.param(policy, call, id=f"{kind_of(subject)}-{_name(policy)}-{check.name}"))
+            parameters.append(pytest.param(policy, call, id=f"{kind_of(subject)}-{_label(policy)}-{check.name}"))
     made: Callable[[Callable[..., Any]], Callable[..., Any]] = pytest.mark.parametrize(("policy", "check"), parameters)
     return made
 
@@ -134,6 +135,20 @@ def kind_of(subject: Subject) -> Kind:
 
 def _name(policy: AnyPolicy | AnyPolicyClass) -> str:
     return str(getattr(policy, "name", "unnamed"))
+
+
+def _label(policy: AnyPolicy | AnyPolicyClass) -> str:
+    """Its name, and of an object the options that are not as they come."""
+    if inspect.isclass(policy):
+        return _name(policy)
+    fields = type(policy.config).model_fields
+    options = {name: getattr(policy.config, name) for name in fields}
+    changed = [
+        f"{name}={_name(value) if hasattr(value, 'config') else value}"
+        for name, value in options.items()
+        if value != fields[name].default
+    ]
+    return f"{_name(policy)}({','.join(changed)})" if changed else _name(policy)
 
 
 def _excuse(policy: AnyPolicy | AnyPolicyClass, check: Check, expected: Mapping[str, str]) -> str | None:

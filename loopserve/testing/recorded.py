@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loopserve.core.errors import PolicyError
 from loopserve.core.interfaces import DecodeCompressor, KVSelection
 from loopserve.testing.scripted import ScriptedConversation
 from loopserve.testing.subject import NotApplicable, Subject
@@ -47,6 +48,14 @@ def form_of(selection: object, kv_heads: int) -> str | None:
     return None
 
 
+def _is_right(selection: KVSelection, length: int) -> bool:
+    try:
+        selection.check(len(selection.lengths), length)
+    except PolicyError:
+        return False
+    return True
+
+
 class RecordedConversation(ScriptedConversation):
     """``told`` holds every selection, ``malformed`` why one could not be carried out at all."""
 
@@ -75,8 +84,11 @@ class RecordedConversation(ScriptedConversation):
 
     def _put_right(self, layer: int, selection: KVSelection) -> KVSelection:
         """Sorted, unique, in range, and only what the store holds."""
-        boundary = min(max(selection.boundary, 0), self.cache.layers[layer].seen)
+        seen = self.cache.layers[layer].seen
         positions = self.cache.layers[layer].positions()
+        if positions.dim() == 1 and _is_right(selection, seen):
+            return selection
+        boundary = min(max(selection.boundary, 0), seen)
         heads = []
         for number in range(len(selection.lengths)):
             held = positions if positions.dim() == 1 else positions[number]

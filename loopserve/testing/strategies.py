@@ -52,9 +52,7 @@ def attention_inputs(
 
 
 @st.composite
-def patterns(
-    draw: st.DrawFn, *, size: tuple[int, int, int] | None = None, max_tokens: int = 160
-) -> AttentionPattern:
+def patterns(draw: st.DrawFn, *, size: tuple[int, int, int] | None = None, max_tokens: int = 160) -> AttentionPattern:
     """A pattern of any built-in form, from nearly empty to dense.
 
     size: (query heads, new tokens, total tokens) of the call it is for; any up to ``max_tokens`` by default.

@@ -29,7 +29,7 @@ _WIDTHS = ("budget", "window", "_size", "last_rows")  # how options end that say
 def small(policy: AnyPolicyClass) -> AnyPolicy:
     """A policy of this class that acts on a few dozen tokens: budgets of about 24, windows of about 4.
 
-    A sparsifier's options are made smaller, and a share lower, until it leaves something out of a turn of 48 tokens: as
+    A sparsifier's options are made smaller, and a share lower or full, until it leaves something out of a turn of 48 tokens: as
     long as it is dense, most checks have nothing to look at. ConfigError if no object can be made.
     """
     first: AnyPolicy | None = None
@@ -67,14 +67,15 @@ def _smaller(policy: AnyPolicyClass) -> Iterable[dict[str, Any]]:
     fields = policy.Config.model_fields
     inner: dict[str, Any] = {"inner": _example()} if "inner" in fields else {}
     shares = [name for name, field in fields.items() if isinstance(field.default, float) and _is_share(field)]
-    lowered: list[dict[str, Any]] = [{}, *({name: 0.5} for name in shares)]
+    # A threshold above which a policy gives up counts as a share as well, and wants to be high.
+    tried: list[dict[str, Any]] = [{}, *({name: share} for share in (0.5, 1.0) for name in shares)]
     for large, middling in ((42, 8), (170, 8), (680, 32)):
         widths = {
             name: max(field.default // (large if field.default >= _LARGE else middling), 1)
             for name, field in fields.items()
             if type(field.default) is int and field.default >= _MIDDLING
         }
-        yield from (inner | widths | share for share in lowered)
+        yield from (inner | widths | share for share in tried)
     yield inner
 
 

@@ -85,10 +85,13 @@ def test_break_even_lies_between_the_lengths_around_it() -> None:
 
 
 def test_the_readme_can_show_some_rows_with_their_machine(tmp_path: Path) -> None:
-    append_rows(tmp_path / "r.jsonl", [prefill_row(16384, 12.34), step_row(8192, "dense", 9.5)])
-    text = "a\n<!-- speed: r.jsonl decode_step -->\nold\n<!-- end of speed -->\nb"
+    steps = [step_row(tokens, stack, 9.5) for tokens in (8192, 16384) for stack in ("dense", "loopserve")]
+    append_rows(tmp_path / "r.jsonl", [prefill_row(16384, 12.34), *steps])
+    text = "a\n<!-- speed: r.jsonl decode_step 16384 -->\nold\n<!-- end of speed -->\nb"
     made = renew(text, tmp_path)
-    assert "| decode_step |" in made and "sparse_prefill" not in made and "old" not in made
+    (row,) = [line for line in made.splitlines() if line.startswith("| decode_step |")]
+    assert "16K" in row and "| loopserve |" in row, "long enough, and not what it is held against"
+    assert "sparse_prefill" not in made and "old" not in made
     assert "A CPU; 2 thread(s); torch 2.13.0, triton 3.9.0; commit abc; 2026-01-02" in made
     assert renew(made, tmp_path) == made and made.endswith("\nb")
     assert "No rows." in markdown([])

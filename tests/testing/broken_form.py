@@ -33,7 +33,7 @@ class LinkNotInItsDocstring(EveryOtherKey):
 
 
 class AbleToDoMore(EveryOtherKey):
-    """An object of it claims a layer type that the class does not declare."""
+    """Claims, in an object, a layer type that its class does not declare."""
 
     @property
     def able(self) -> Capabilities:
@@ -41,7 +41,7 @@ class AbleToDoMore(EveryOtherKey):
 
 
 class OptionsCanBeSet(EveryOtherKey):
-    """Its options can be changed while it serves."""
+    """Lets its options be changed while it serves."""
 
     class Config(EveryOtherKey.Config):
         model_config = ConfigDict(frozen=False)

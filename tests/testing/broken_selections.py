@@ -69,7 +69,7 @@ class SelectsWhatFits(LargestKeys):
 
     def after_attention(self, inputs: AttentionInputs, state: ScoredState) -> None:
         super().after_attention(inputs, state)
-        if inputs.phase is Phase.PREFILL and inputs.total_tokens <= self.limits.budget:
+        if inputs.phase is Phase.PREFILL and inputs.final and inputs.total_tokens <= self.limits.budget:
             every = inputs.positions.expand(len(inputs.keys), -1)
             state.pending[inputs.layer.index] = KVSelection.uniform(every, inputs.length, self.retention)
 
@@ -132,7 +132,7 @@ class WantsItBack(LargestKeys):
 
     def choose(self, inputs: AttentionInputs, ranking: Tensor, budget: int) -> KVSelection | None:
         selection = super().choose(inputs, ranking, budget)
-        if selection is None or inputs.positions.dim() == 1:
+        if selection is None or inputs.positions.dim() == 1 or self.retention is Retention.KEEP:
             return selection
         heads = []
         for head, positions in enumerate(inputs.positions):

@@ -223,10 +223,10 @@ class LoopServeDecode(DecodeCompressor[LoopServeState]):
             rows, columns = inputs.queries[:, last], inputs.columns[last]
             self._add(inputs, state, inputs.token_scores(rows, columns, over_rows=config.rows.value))
             return
-        # One reading of the keys gives both: what the rows look at most, and which rows of the turn they look at.
-        per_query = inputs.row_attention(last).probabilities
-        self._add(inputs, state, _over_group(per_query.amax(1), inputs))
-        looked_at = by_position(_over_group(per_query.sum(1), inputs), inputs).sum(0)
+        # Two readings of the keys take less than writing the rows down, which are not needed.
+        queries, columns = inputs.queries[:, last], inputs.columns[last]
+        self._add(inputs, state, inputs.token_scores(queries, columns, over_rows="max"))
+        looked_at = by_position(inputs.token_scores(queries, columns, over_rows="sum"), inputs).sum(0)
         state.row_importance = looked_at if state.row_importance is None else state.row_importance + looked_at
 
     def _take(self, inputs: AttentionInputs, state: LoopServeState, queries: Tensor, columns: Tensor) -> None:

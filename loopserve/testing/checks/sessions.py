@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+from loopserve.core.interfaces import Retention
 from loopserve.testing.recorded import RecordedConversation, difference, held
 from loopserve.testing.subject import NotApplicable, Subject
 
@@ -45,16 +46,20 @@ def state_survives_a_fork(subject: Subject) -> None:
 
 
 def an_undone_turn_leaves_no_trace(subject: Subject) -> None:
-    """A turn taken back, with the state as it was before and the cache cut, does not show in what follows."""
+    """A turn taken back, with state and cache as they were before it, does not show in what follows."""
     plain = _alone(subject)
     undone = RecordedConversation(subject.compressor, *subject.script()).run(subject.steps[:2])
     undone.cache.release()
     before, seen, told = copy.deepcopy(undone.state), undone.cache.seen, len(undone.told)
+    kept = undone.cache.fork() if subject.compressor.retention is Retention.EVICT else None  # as a session does it
     queries = undone.queries
     undone.queries = queries.flip(2)
     undone.run((("prefill", 30), ("decode", 7)))
     undone.queries = queries
-    undone.cache.truncate(seen)
+    if kept is None:
+        undone.cache.truncate(seen)
+    else:
+        undone.cache = kept
     undone.state, undone.turn = before, 0
     del undone.told[told:]
     found = difference(plain, undone.run(subject.steps[2:]))
@@ -67,6 +72,7 @@ def a_prompt_may_come_in_chunks(subject: Subject) -> None:
     talk = RecordedConversation(subject.compressor, *subject.script())
     prompt = subject.steps[0][1]
     talk.prefill(prompt, [prompt // 3, prompt // 3, prompt - 2 * (prompt // 3)])
+    talk.decode()
     early = [told.length for told in talk.told if told.length < prompt]
     assert not early, f"a selection after {early[0]} of {prompt} tokens of the turn"
     assert talk.told or talk.malformed, "no selection after the last chunk, though there is one without chunks"

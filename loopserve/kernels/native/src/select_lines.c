@@ -22,11 +22,17 @@ typedef struct {
 #define BLOCK 128
 #define NEGLIGIBLE 1e-6  // of a mass of 1: rows arrive in float
 #define DRIFT 1e-4
+#define WORTHWHILE 16  // verticals that are worth taking together
 
 typedef double vd __attribute__((vector_size(VW * 4)));
 typedef int64_t vl __attribute__((vector_size(VW * 4)));
 typedef double vd_loose __attribute__((vector_size(VW * 4), aligned(8), may_alias));
 #define DW (VW / 2)
+
+typedef struct {
+    double ratio;  // gain per cost
+    int64_t line;
+} Candidate;
 
 typedef struct {
     int64_t rows, total, history, new_tokens, tile, blocks;  // blocks of one kind
@@ -42,6 +48,7 @@ typedef struct {
     uint8_t *exact;
     uint8_t *computed;          // [total + tile]: entry o stands for the key o - (tile - 1) before a tile's first row
     double *span;               // [total + tile]: share of the tiles in which that key lies in the block
+    Candidate *candidates;      // [total]: verticals that are taken together
     double spent, total_covered;
 } Greedy;
 
@@ -58,8 +65,9 @@ static int greedy_open(Greedy *g, const Selection *s) {
     g->weights = room(rows * 8), g->bound = room((2 * blocks + DW) * 8), g->cheapest = room(2 * blocks * 8);
     g->best = room(2 * blocks * 4), g->exact = room(2 * blocks);
     g->computed = room(total + s->tile), g->span = room((total + s->tile) * 8);
+    g->candidates = room(total * sizeof(Candidate));
     if (!(g->gain[0] && g->gain[1] && g->cost[0] && g->cost[1] && g->weights && g->bound && g->cheapest && g->best && g->exact &&
-          g->computed && g->span))
+          g->computed && g->span && g->candidates))
         return 0;
     for (int kind = 0; kind < 2; kind++)
         for (int64_t x = total; x < blocks * BLOCK; x++) g->gain[kind][x] = -INFINITY, g->cost[kind][x] = 1;
@@ -70,6 +78,7 @@ static int greedy_open(Greedy *g, const Selection *s) {
 static void greedy_close(Greedy *g) {
     for (int kind = 0; kind < 2; kind++) free(g->gain[kind]), free(g->cost[kind]);
     free(g->weights), free(g->bound), free(g->cheapest), free(g->best), free(g->exact), free(g->computed), free(g->span);
+    free(g->candidates);
 }
 
 static void forget_bounds(Greedy *g) {
@@ -173,6 +182,13 @@ static double mass_on(const Greedy *g, int kind, int64_t line) {
     return sum;
 }
 
+// What is left of a gain after many subtractions may be rounding only; such a line must not be taken, and brings nothing any more.
+static int is_rounding(Greedy *g, int kind, int64_t line) {
+    if (g->gain[kind][line] >= DRIFT * g->most || mass_on(g, kind, line) > g->least) return 0;
+    g->gain[kind][line] = 0, g->exact[kind * g->blocks + line / BLOCK] = 0;
+    return 1;
+}
+
 static void take(Greedy *g, int kind, int64_t line) {
     g->chosen[kind][line] = 1;
     g->gain[kind][line] = -INFINITY;
@@ -243,14 +259,86 @@ static int take_best(Greedy *g, double missing, double most_cost) {
         }
         int kind = b >= g->blocks;
         int64_t line = g->best[b];
-        // What is left of a gain after many subtractions may be rounding only; such a line must not be taken.
-        if (g->gain[kind][line] < DRIFT * g->most && mass_on(g, kind, line) <= g->least) {
-            g->gain[kind][line] = 0, g->exact[b] = 0;
-            continue;
-        }
+        if (is_rounding(g, kind, line)) continue;
         if (g->spent + missing / bound > most_cost) return 0;
         take(g, kind, line);
         return 1;
+    }
+}
+
+// By falling ratio, then by line.
+static int by_ratio(const void *a, const void *b) {
+    const Candidate *x = a, *y = b;
+    return x->ratio != y->ratio ? (x->ratio < y->ratio) - (x->ratio > y->ratio) : (x->line > y->line) - (x->line < y->line);
+}
+
+static int by_line(const void *a, const void *b) {
+    const Candidate *x = a, *y = b;
+    return (x->line > y->line) - (x->line < y->line);
+}
+
+// The best gain per cost of a slash, exactly; -1 if none brings anything.
+static double best_slash(Greedy *g) {
+    for (;;) {
+        double bound;
+        int64_t b = g->blocks + first_largest(g->bound + g->blocks, (g->blocks + DW - 1) / DW * DW, &bound);
+        if (bound < 0 || g->exact[b]) return bound;
+        look_into(g, b);
+    }
+}
+
+// What taking lines one by one comes to while no slash is worth as much as the next vertical, where lines cost their keys in tiles:
+// verticals change neither each other's gains nor any cost, so all of them are taken at once, row by row, as the rows lie in memory.
+// Returns how many.
+static int64_t take_verticals(Greedy *g, double missing, double most_cost) {
+    double slash = best_slash(g), spent = g->spent;
+    int64_t count = 0, taken = 0;
+    for (int64_t b = 0; b < g->blocks; b++) {
+        if (g->bound[b] < slash || g->bound[b] < 0) continue;
+        for (int64_t x = b * BLOCK; x < (b + 1) * BLOCK && x < g->total; x++) {
+            double gain = g->gain[0][x];
+            if (gain > g->least && gain >= slash * g->cost[0][x]) g->candidates[count++] = (Candidate){gain / g->cost[0][x], x};
+        }
+    }
+    if (count < WORTHWHILE) return 0;
+    qsort(g->candidates, count, sizeof(Candidate), by_ratio);
+    for (int64_t c = 0; c < count && missing > 0; c++) {
+        Candidate next = g->candidates[c];
+        if (is_rounding(g, 0, next.line)) continue;
+        if (spent + missing / next.ratio > most_cost) break;
+        spent += g->cost[0][next.line], missing -= g->gain[0][next.line];
+        g->candidates[taken++] = next;
+    }
+    qsort(g->candidates, taken, sizeof(Candidate), by_line);
+    for (int64_t i = 0; i < g->rows; i++) {
+        const float *row = g->p + i * g->stride;
+        double weight = g->weights[i], covered = 0;
+        for (int64_t c = 0; c < taken; c++) {
+            int64_t line = g->candidates[c].line, met = g->columns[i] - line;
+            if (met < 0 || g->chosen[1][met]) continue;
+            covered += row[line];
+            g->gain[1][met] -= weight * row[line];
+        }
+        g->covered[i] += covered, g->total_covered += weight * covered;
+    }
+    for (int64_t c = 0; c < taken; c++) {
+        int64_t line = g->candidates[c].line;
+        g->chosen[0][line] = 1, g->gain[0][line] = -INFINITY, g->exact[line / BLOCK] = 0;
+    }
+    if (taken) memset(g->exact + g->blocks, 0, g->blocks);
+    g->spent = spent;
+    return taken;
+}
+
+// Lines until `target` is covered, or until the rest would cost too much.
+static void take_until(Greedy *g, double target, double most_cost) {
+    int pause = 0;  // where few verticals stand above the best slash, the next time is not at once
+    while (g->total_covered < target) {
+        if (g->tile && pause-- <= 0) {
+            if (take_verticals(g, target - g->total_covered, most_cost)) continue;
+            pause = WORTHWHILE;
+        }
+        if (!take_best(g, target - g->total_covered, most_cost)) return;
     }
 }
 
@@ -309,7 +397,7 @@ static void select_head(Greedy *g, const Selection *s, int64_t head, const float
         for (int64_t x = 0; x < total; x++)
             if (forced[kind * total + x]) take(g, kind, x);
     double target = (s->alpha - NEGLIGIBLE) * whole;
-    while (g->total_covered < target && take_best(g, target - g->total_covered, s->most_cost)) {}
+    take_until(g, target, s->most_cost);
     if (s->floor > 0) lift_rows(g, s->floor, mass, s->most_cost);
     s->spent[head] = g->spent;
 }
