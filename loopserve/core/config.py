@@ -191,7 +191,9 @@ class _Reader:
     def value(self, node: Node, at: Location) -> Any:
         if any(node is each for each in self._around):
             endless = "refers to itself: an alias may not stand inside what it names"
-            raise InvalidDocument([Problem(self.source, self.lines.get(at, node.start_mark.line + 1), dotted(at), endless)])
+            raise InvalidDocument(
+                [Problem(self.source, self.lines.get(at, node.start_mark.line + 1), dotted(at), endless)]
+            )
         self._around.append(node)
         found = self._content(node, at)
         self._around.pop()
