@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from loopserve_star import StarPattern, StarPrefill
 from loopserve_star.attention import in_blocks
@@ -70,7 +70,7 @@ def call(pattern: StarPattern, seed: int, filler: bool, softcap: float | None) -
     inputs |= {"scaling": 0.3, "softcap": softcap}
     mask = pattern.to_mask()
     if filler and total > new:
-        inputs["first_valid"] = torch.tensor([0, (total - new) // 2 + 1])
+        inputs["first_valid"] = torch.tensor([0, 1 + seed % (total - new)])
         held = torch.arange(total) >= inputs["first_valid"].repeat_interleave(2)[:, None]
         mask = mask & held[:, None]
     return inputs, mask
@@ -92,7 +92,7 @@ def test_blocks_attend_as_the_mask_says(pattern: StarPattern, seed: int, filler:
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="run by test_the_kernel_under_the_interpreter")
-@settings(steady, max_examples=12)
+@settings(steady, max_examples=12, phases=[Phase.generate])  # a failure need not be made smaller, which takes minutes
 @given(patterns(), st.integers(0, 1000), st.booleans(), st.sampled_from([None, 5.0]))
 def test_tiles_attend_as_the_mask_says(pattern: StarPattern, seed: int, filler: bool, softcap: float | None) -> None:
     from loopserve_star.triton_attention import in_tiles
