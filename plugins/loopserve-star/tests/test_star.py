@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import Phase, given, settings
+from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 from loopserve_star import StarPattern, StarPrefill
 from loopserve_star.attention import in_blocks
@@ -22,6 +22,12 @@ from loopserve.testing import parametrize_with_policy_checks
 from loopserve.testing.inputs import make_inputs
 
 steady = settings(deadline=None, derandomize=True)
+FILLED = (
+    StarPattern(4, 30, 130, block=64, anchor=20),
+    79,
+    True,
+    None,
+)  # 80 columns of filler: the anchor, and some of the block
 SMALL = StarPrefill(StarPrefill.Config(block_size=8, anchor_size=4, last_rows=5))
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -86,13 +92,17 @@ def assert_attends(compute: Any, pattern: StarPattern, inputs: dict[str, Any], m
 
 
 @steady
+@example(*FILLED)
 @given(patterns(), st.integers(0, 1000), st.booleans(), st.sampled_from([None, 5.0]))
 def test_blocks_attend_as_the_mask_says(pattern: StarPattern, seed: int, filler: bool, softcap: float | None) -> None:
     assert_attends(in_blocks, pattern, *call(pattern, seed, filler, softcap))
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="run by test_the_kernel_under_the_interpreter")
-@settings(steady, max_examples=12, phases=[Phase.generate])  # a failure need not be made smaller, which takes minutes
+@settings(
+    steady, max_examples=12, phases=[Phase.explicit, Phase.generate]
+)  # a failure need not be made smaller, which takes minutes
+@example(*FILLED)
 @given(patterns(), st.integers(0, 1000), st.booleans(), st.sampled_from([None, 5.0]))
 def test_tiles_attend_as_the_mask_says(pattern: StarPattern, seed: int, filler: bool, softcap: float | None) -> None:
     from loopserve_star.triton_attention import in_tiles
