@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 OLDEST := .venv-oldest
 ORACLE := .venv-oracle
 ARGS ?=
+# Installed beside loopserve; their tests are part of the suite.
+PLUGINS := plugins/loopserve-keydiff plugins/loopserve-star plugins/loopserve-kvpress
 
 # Rows of `make bench` and `make bench-gpu` are appended to benchmarks/results/$(NAME).jsonl.
 NAME ?= cpu
@@ -12,10 +14,10 @@ RESULTS = benchmarks/results/$(NAME).jsonl
 
 .PHONY: demo test check test-oldest test-compiled test-gpu oracle oracle-check sanitize bench bench-gpu bench-engine clean
 
-$(VENV)/ready: pyproject.toml constraints.txt plugins/loopserve-keydiff/pyproject.toml
+$(VENV)/ready: pyproject.toml constraints.txt $(PLUGINS:=/pyproject.toml)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -c constraints.txt torch
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev,plot]' -e plugins/loopserve-keydiff
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev,plot]' $(addprefix -e ,$(PLUGINS))
 	touch $@
 
 demo: $(VENV)/ready
@@ -41,15 +43,17 @@ $(OLDEST)/ready: pyproject.toml constraints-oldest.txt
 test-oldest: $(OLDEST)/ready
 	$(OLDEST)/bin/python -m pytest -n 2 tests/models $(ARGS)
 
-# kvpress answers, in an environment of its own (it does not run on our transformers); its answers are frozen as fixtures.
+# kvpress answers, in an environment of its own (it does not run on our transformers); its answers are frozen as
+# fixtures. There loopserve-kvpress is held against kvpress itself as well; loopserve's core needs no transformers.
 $(ORACLE)/ready: constraints-oracle.txt
 	$(PYTHON) -m venv $(ORACLE)
 	$(ORACLE)/bin/pip install --quiet -c constraints-oracle.txt torch
-	$(ORACLE)/bin/pip install --quiet -c constraints-oracle.txt kvpress safetensors
+	$(ORACLE)/bin/pip install --quiet -c constraints-oracle.txt kvpress safetensors pydantic pluggy ruamel.yaml
 	touch $@
 
 oracle: $(ORACLE)/ready
 	$(ORACLE)/bin/python -W ignore tests/oracle/make_fixtures.py
+	PYTHONPATH=.:plugins/loopserve-kvpress $(ORACLE)/bin/python -W ignore plugins/loopserve-kvpress/tests/against_kvpress.py
 
 oracle-check: $(VENV)/ready
 	$(BIN)/python -m tests.oracle.report

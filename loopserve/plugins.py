@@ -16,11 +16,13 @@ from typing import Any
 import pluggy
 
 from loopserve.core import hookspecs
+from loopserve.core.api_version import FIRST_API, require_api
 from loopserve.core.errors import PluginError, did_you_mean
 from loopserve.core.registry import Owner, Registry
 
 BUILT_IN = "loopserve"
 DISABLED_VARIABLE = "LOOPSERVE_DISABLED_PLUGINS"
+API_ATTRIBUTE = "LOOPSERVE_API"  # of a plugin: the API version it is written for
 
 _BUILT_IN_MODULE = "loopserve.policies"
 _PREFIX = f"{hookspecs.PROJECT}_"
@@ -121,6 +123,7 @@ def _admit(registry: Registry, name: str, owner: Owner, plugin: Any) -> LoadedPl
     # A manager of its own: pluggy keeps a plugin with a malformed hook half registered.
     manager = pluggy.PluginManager(hookspecs.PROJECT)
     manager.add_hookspecs(hookspecs)
+    require_api(getattr(plugin, API_ATTRIBUTE, FIRST_API), "it")
     manager.register(plugin, name)
     _check_hooks(manager, plugin)
     with registry.owned_by(owner):

@@ -193,13 +193,20 @@ def test_loading_twice_gives_equal_but_separate_registries(install: Install):
     assert [each.name for each in first] == [each.name for each in second]
 
 
-def test_the_bundled_plugin_is_found_when_installed():
-    """The test environment installs it: ``pip install -e plugins/loopserve-keydiff``."""
+@pytest.mark.parametrize(
+    ("distribution", "kind", "name", "paper"),
+    [
+        ("loopserve-keydiff", Kind.DECODE, "keydiff_bare", "https://arxiv.org/abs/2504.15364"),
+        ("loopserve-star", Kind.PREFILL, "star", "https://arxiv.org/abs/2411.17116"),
+        ("loopserve-kvpress", Kind.DECODE, "kvpress", "https://arxiv.org/abs/2510.00636"),
+    ],
+)
+def test_a_bundled_plugin_is_found_when_installed(distribution: str, kind: Kind, name: str, paper: str):
+    """The test environment installs them: ``pip install -e plugins/...``."""
     try:
-        version = metadata.version("loopserve-keydiff")
+        version = metadata.version(distribution)
     except metadata.PackageNotFoundError:
-        pytest.skip("loopserve-keydiff is not installed")
-    loaded = load_registry(strict=True, disabled=[])
-    found = loaded.registry.get(Kind.DECODE, "keydiff_bare")
-    assert (found.owner.distribution, found.owner.version) == ("loopserve-keydiff", version)
-    assert found.paper == "https://arxiv.org/abs/2504.15364"
+        pytest.skip(f"{distribution} is not installed")
+    found = load_registry(strict=True, disabled=[]).registry.get(kind, name)
+    assert (found.owner.distribution, found.owner.version) == (distribution, version)
+    assert found.paper == paper

@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from loopserve.cli import check
+from loopserve.cli import check, scaffold
 from loopserve.cli.options import DeviceOption, DtypeOption, Format, FormatOption, ModelArgument, Settings
 from loopserve.cli.output import console, print_json, table
 
 if TYPE_CHECKING:
     from loopserve.core.registry import Registration
 
-app = typer.Typer(help="List policies and their options.", no_args_is_help=True)
+app = typer.Typer(help="List policies and their options, check them, write a new one.", no_args_is_help=True)
+app.command("new")(scaffold.new)
 app.command("check")(check.check)
 
 

@@ -186,8 +186,20 @@ class _Reader:
         self.problems: list[Problem] = []
         self._constructor = YAML(typ="safe", pure=True).constructor
         self._values = 0
+        self._around: list[Node] = []  # what the value that is being read stands in
 
     def value(self, node: Node, at: Location) -> Any:
+        if any(node is each for each in self._around):
+            endless = "refers to itself: an alias may not stand inside what it names"
+            raise InvalidDocument(
+                [Problem(self.source, self.lines.get(at, node.start_mark.line + 1), dotted(at), endless)]
+            )
+        self._around.append(node)
+        found = self._content(node, at)
+        self._around.pop()
+        return found
+
+    def _content(self, node: Node, at: Location) -> Any:
         self._values += 1
         self.lines.setdefault(at, node.start_mark.line + 1)
         if self._values > MAX_VALUES or len(at) > MAX_DEPTH:

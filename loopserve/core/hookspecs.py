@@ -5,6 +5,8 @@ group ``loopserve`` that names the module::
 
     from loopserve.core.hookspecs import hookimpl
 
+    LOOPSERVE_API = (1, 0)  # what this is written for (``core.api_version``); another major version is refused by name
+
     @hookimpl
     def loopserve_register_policies(registry):
         registry.register(MyCompressor)

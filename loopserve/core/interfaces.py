@@ -19,6 +19,8 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+from loopserve.core.api_version import API_VERSION as API_VERSION
+from loopserve.core.api_version import FIRST_API, ApiVersion
 from loopserve.core.errors import PolicyError
 from loopserve.core.layers import LayerParts as LayerParts
 from loopserve.core.layers import LayerSpec as LayerSpec
@@ -191,9 +193,11 @@ def _bytes(tensor: Tensor) -> int:
 class PrefillSparsifier(ABC):
     """Chooses, for the new tokens of a turn, which cells of the attention matrix are computed. Immutable and shared.
 
-    A concrete policy sets ``name`` (snake_case) and ``paper`` (a link; "" where there is none) in its own class.
+    A concrete policy sets ``name`` (snake_case) and ``paper`` (a link; "" where there is none) in its own class, and the
+    ``api_version`` it was written for.
     """
 
+    api_version: ClassVar[ApiVersion] = FIRST_API
     name: ClassVar[str]
     paper: ClassVar[str]
     capabilities: ClassVar[Capabilities] = Capabilities()
@@ -330,6 +334,7 @@ class DecodeCompressor(ABC, Generic[State]):
     Three moments, each doing nothing unless a policy says otherwise. Prefill and observation passes call the last two as well.
     """
 
+    api_version: ClassVar[ApiVersion] = FIRST_API
     name: ClassVar[str]
     paper: ClassVar[str]
     capabilities: ClassVar[Capabilities] = Capabilities()

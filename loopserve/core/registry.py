@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+from loopserve.core.api_version import require_api
 from loopserve.core.errors import ConfigError, PluginError, did_you_mean
 from loopserve.core.interfaces import Capabilities, DecodeCompressor, PolicyConfig, PrefillSparsifier
 
@@ -136,6 +137,17 @@ class Registry:
         return len(self._found)
 
 
+def is_policy_name(name: str) -> bool:
+    """Lower-case words of letters and digits joined by '_', the first beginning with a letter."""
+    return _NAME.fullmatch(name) is not None
+
+
+def _accepted(name: object) -> str:
+    """``; write 'my_policy'`` where a name comes near an accepted one."""
+    near = re.sub(r"[^a-z0-9]+", "_", re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", str(name)).lower()).strip("_")
+    return f"; write {near!r}" if isinstance(name, str) and is_policy_name(near) else ""
+
+
 def _path(policy: type) -> str:
     return f"{policy.__module__}.{policy.__qualname__}"
 
@@ -151,9 +163,10 @@ def _kind_of(policy: object) -> Kind:
 
 def _check_form(policy: PolicyClass) -> None:
     where = _path(policy)
+    require_api(policy.api_version, where)
     name = getattr(policy, "name", None)
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise PluginError(f"{where}: name must be lower-case words joined by '_', got {name!r}")
+    if not isinstance(name, str) or not is_policy_name(name):
+        raise PluginError(f"{where}: name must be lower-case words joined by '_', got {name!r}{_accepted(name)}")
     missing = sorted(getattr(policy, "__abstractmethods__", ()))
     if missing:
         raise PluginError(f"{where}: does not implement {', '.join(missing)}")

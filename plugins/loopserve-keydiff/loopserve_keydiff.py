@@ -14,6 +14,8 @@ from loopserve.core.interfaces import AttentionInputs, Capabilities, Retention
 from loopserve.core.registry import Registry
 from loopserve.core.scoring import ScoredCompressor, ScoredConfig
 
+LOOPSERVE_API = (1, 0)
+
 
 class BareKeyDiffDecode(ScoredCompressor):
     """Keeps the pairs whose keys differ most from the average key, wherever they stand (KeyDiff without forced pairs).

@@ -109,7 +109,7 @@ def test_unknown_keys_get_suggestions_where_the_known_ones_are_known():
         ("name: 2020-01-01\n", "type 'timestamp' has no place here; quote it"),
         ("name: !!int x\n", "name: not a int"),
         ("? [a, b]\n: 3\n", "a key must be a single word"),
-        ("name: &loop [*loop]\n", "levels, with aliases followed"),
+        ("name: &loop [*loop]\n", "name[0]: refers to itself"),
         ("[" * 1000, "nested deeper"),
         ('name: "\\ud800"\n', "no plain data"),
     ],

@@ -4,6 +4,7 @@ from loopserve_keydiff import BareKeyDiffDecode, loopserve_register_policies
 from loopserve.core.interfaces import AttentionInputs, LayerSpec, LayerType, Phase
 from loopserve.core.registry import Registry
 from loopserve.core.stats import TurnStats
+from loopserve.testing import parametrize_with_policy_checks
 
 
 def inputs(keys: torch.Tensor, first_valid: torch.Tensor | None = None) -> AttentionInputs:
@@ -53,3 +54,8 @@ def test_it_registers():
     registry = Registry()
     loopserve_register_policies(registry)
     assert [each.name for each in registry] == ["keydiff_bare"]
+
+
+@parametrize_with_policy_checks([BareKeyDiffDecode])
+def test_conformance(policy, check):
+    check(policy)

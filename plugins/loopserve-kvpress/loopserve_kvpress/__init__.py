@@ -1,0 +1,17 @@
+"""kvpress-style scorers as loopserve decode policies: objects with a ``score`` method, run as they are."""
+
+from __future__ import annotations
+
+from loopserve.core.hookspecs import hookimpl
+from loopserve.core.registry import Registry
+from loopserve_kvpress.policy import KVPressDecode, ScorerDecode
+from loopserve_kvpress.scorers import Scorer
+
+LOOPSERVE_API = (1, 0)
+
+__all__ = ["KVPressDecode", "Scorer", "ScorerDecode", "loopserve_register_policies"]
+
+
+@hookimpl
+def loopserve_register_policies(registry: Registry) -> None:
+    registry.register(KVPressDecode)

@@ -1,0 +1,172 @@
+"""The adapter: one call of a scorer per layer and turn, its scores handed to loopserve's template."""
+
+from __future__ import annotations
+
+import copy
+from abc import abstractmethod
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from loopserve.core.errors import ConfigError, PolicyError
+from loopserve.core.interfaces import AttentionInputs, Capabilities, LayerSpec, Need, Retention
+from loopserve.core.scoring import ScoredCompressor, ScoredConfig, ScoredState
+from loopserve_kvpress.scorers import Option, Scorer, make_scorer
+from loopserve_kvpress.stand_in import StandInModule, cos_and_sin, parts_of, rotates_by_halves
+
+
+class ScorerConfig(ScoredConfig):
+    """Budget, forced pairs and retention are loopserve's; a scorer's own ratio is set from the budget in every call."""
+
+    reads_queries: bool = Field(
+        True,
+        description="Whether the scorer looks at hidden states or the module's rotation (SnapKV does, Knorm does not).",
+    )
+    attentions: bool = Field(
+        False, description="Give the scorer the attention of the turn's rows; memory grows with rows times pairs."
+    )
+
+
+class ScorerDecode(ScoredCompressor):
+    """Keeps the pairs that a kvpress-style scorer ranks highest; a subclass says which scorer.
+
+    The scorer sees one conversation as a batch of one, the queries of the turn's last prefill call and the whole store.
+    Sinks and a recent window are kept besides; set both to 0 for the scorer's choice alone.
+    """
+
+    capabilities: ClassVar[Capabilities] = Capabilities(retentions=frozenset(Retention))
+
+    class Config(ScorerConfig):
+        """The scorer is the subclass's."""
+
+    config: ScorerConfig
+
+    @property
+    def can_be_weighed(self) -> bool:
+        return False  # nothing says that a scorer's answers are positive
+
+    @property
+    def able(self) -> Capabilities:
+        needs = frozenset({Need.ROTARY}) if self.config.reads_queries else frozenset()
+        return replace(self.capabilities, needs=self.capabilities.needs | needs)
+
+    @property
+    @abstractmethod
+    def scorer(self) -> Scorer:
+        """The object whose ``score`` is called. It is shared by all sessions; loopserve calls a copy."""
+
+    def refuses(self, layer: LayerSpec) -> str | None:
+        if not self.config.reads_queries or layer.lacks(Need.ROTARY) is not None or layer.parts is None:
+            return None  # not needed, or refused for that already
+        if rotates_by_halves(layer.parts, layer.head_dim):
+            return None
+        return (
+            "takes queries for rotated by halves over all channels, and this model rotates otherwise: set reads_queries: false "
+            "if the scorer does not look at queries"
+        )
+
+    def ranking(self, inputs: AttentionInputs, state: ScoredState, budget: int) -> Tensor:
+        return self._asked(inputs, budget)
+
+    def score(self, inputs: AttentionInputs) -> Tensor:
+        return self._asked(inputs, self.limits.budget)
+
+    def _asked(self, inputs: AttentionInputs, budget: int) -> Tensor:
+        heads, total, _ = inputs.keys.shape
+        if inputs.first_valid is None:
+            return self._scores(inputs, slice(0, heads), 0, budget)
+        # Heads that hold different numbers of pairs are asked for one by one, or filler would be ranked with the rest.
+        rows = torch.full((heads, total), float("-inf"), device=inputs.keys.device)
+        for head, start in enumerate(inputs.first_valid.tolist()):
+            rows[head, start:] = self._scores(inputs, slice(head, head + 1), start, budget)[0]
+        return rows
+
+    def _scores(self, inputs: AttentionInputs, heads: slice, start: int, budget: int) -> Tensor:
+        keys, values = inputs.keys[heads, start:], inputs.values[heads, start:]
+        own = slice(heads.start * inputs.group, heads.stop * inputs.group)
+        module = StandInModule(inputs, len(keys), self.config.reads_queries)
+        hidden, options = self._states(inputs, own)
+        attentions = self._attentions(inputs, own, start) if self.config.attentions else None
+        try:
+            scorer = _with_ratio(self.scorer, 1 - min(budget + 0.5, keys.shape[1]) / keys.shape[1])
+            # Copies, since a scorer may write into what it is given.
+            found = scorer.score(module, hidden, keys[None].clone(), values[None].clone(), attentions, options)
+        except Exception as error:  # somebody else's code: whatever it raises is its reason
+            raise PolicyError(f"{self._called}: {type(error).__name__}: {error}") from error
+        if not isinstance(found, Tensor) or found.shape != (1, *keys.shape[:2]):
+            shape = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise PolicyError(f"{self._called}: score must give [1, {len(keys)}, {keys.shape[1]}], it gave {shape}")
+        return found[0].float()
+
+    def _states(self, inputs: AttentionInputs, own: slice) -> tuple[Tensor | None, dict[str, Any]]:
+        """The queries as hidden states ``[1, T, heads * D]``, and the rotation that takes them to their positions."""
+        if not self.config.reads_queries:
+            return None, {}
+        parts, positions = parts_of(inputs), inputs.head_positions(0)[inputs.columns]
+        queries = parts.rotate(inputs.queries[own], positions, back=True)
+        queries = queries * (
+            inputs.scaling * queries.shape[2] ** 0.5
+        )  # kvpress divides by the root of D, whatever the model does
+        hidden = queries.transpose(0, 1).reshape(1, len(positions), -1)
+        return hidden, {"position_embeddings": cos_and_sin(parts, positions, hidden[..., : queries.shape[2]])}
+
+    def _attentions(self, inputs: AttentionInputs, own: slice, start: int) -> Tensor:
+        rows = torch.arange(inputs.new_tokens, device=inputs.queries.device)
+        return inputs.row_attention(rows).probabilities[None, own, :, start:]
+
+    @property
+    def _called(self) -> str:
+        return f"decode policy {self.name!r}, scorer {type(self.scorer).__name__}"
+
+
+def _with_ratio(scorer: Scorer, ratio: float) -> Scorer:
+    """A copy that removes this share of the pairs, for scorers that look at it; the one given stays as it is."""
+    if not hasattr(scorer, "compression_ratio"):
+        return scorer
+    own = copy.deepcopy(scorer)
+    own.compression_ratio = ratio  # type: ignore[attr-defined]
+    return own
+
+
+class KVPressDecode(ScorerDecode):
+    """Keeps the pairs that a scorer of kvpress, or one with the same interface, ranks highest; named in the stack file.
+
+    The package: https://arxiv.org/abs/2510.00636 (KVPress, with Expected Attention). Variant: a press's ``score`` is called as it
+    is, with an attention module made of the queries; its ``compress``, its hooks and its ratio are not used.
+
+    Deviations: the budget is exact and in tokens, ties go to the lowest position, sinks and a recent window are kept besides.
+    Presses that need true hidden states, ``k_proj``, weights of a surrogate or several passes cannot be served.
+
+    Multi-turn: scored anew at the end of each turn's prefill over the whole store, by the queries of the new turn (of its
+    last chunk, where it is read in chunks); kvpress has no later turns.
+    """
+
+    name: ClassVar[str] = "kvpress"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2510.00636"
+
+    class Config(ScorerConfig):
+        press: str = Field(
+            description="A class of kvpress, such as SnapKVPress, or a scorer that a distribution names."
+        )
+        options: dict[str, Option] = Field(default_factory=dict, description="What the scorer is made with.")
+
+        @model_validator(mode="after")
+        def _can_be_made(self) -> KVPressDecode.Config:
+            try:
+                make_scorer(self.press, self.options)
+            except ConfigError as error:
+                raise ValueError(str(error)) from error
+            return self
+
+    config: Config
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self._scorer = make_scorer(config.press, config.options)
+
+    @property
+    def scorer(self) -> Scorer:
+        return self._scorer

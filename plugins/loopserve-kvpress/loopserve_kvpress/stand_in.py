@@ -1,0 +1,94 @@
+"""What a scorer is given in place of a transformers attention module: as much of one as queries and keys can make up.
+
+kvpress reads queries as ``q_proj(hidden_states)`` and rotates them itself. So the hidden states handed over ARE the queries of
+the call, turned back to before their position, and ``q_proj`` leaves them as they are. True hidden states are not to be had;
+whatever else is asked of the module is refused by name.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loopserve.core.errors import PolicyError
+from loopserve.core.interfaces import AttentionInputs
+from loopserve.core.layers import LayerParts
+
+_PROBED = (0, 1, 300)
+
+
+class Same:
+    """A projection that changes nothing; ``weight`` for scorers that multiply by it themselves."""
+
+    def __init__(self, width: int, like: Tensor) -> None:
+        self._width, self._like = width, like
+
+    def __call__(self, states: Tensor) -> Tensor:
+        return states
+
+    @property
+    def weight(self) -> Tensor:
+        return torch.eye(self._width, dtype=self._like.dtype, device=self._like.device)
+
+
+class StandInModule:
+    """Stands for one attention module in one call; ``kv_heads`` of its heads are looked at."""
+
+    def __init__(self, inputs: AttentionInputs, kv_heads: int, reads_queries: bool) -> None:
+        heads, dim = kv_heads * inputs.group, inputs.keys.shape[2]
+        self.layer_idx = inputs.layer.index
+        self.head_dim = dim
+        self.num_key_value_groups = inputs.group
+        self.scaling = inputs.scaling
+        self.training = False
+        self.config = SimpleNamespace(
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            head_dim=dim,
+            num_hidden_layers=len(inputs.ruled) or inputs.layer.index + 1,
+        )
+        if reads_queries:
+            self._inputs = inputs
+            self.q_proj = Same(heads * dim, inputs.queries)
+            self.rotary_emb = self._rotation_of_what_comes
+
+    def _rotation_of_what_comes(self, vectors: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin ``[1, n, D]``. A scorer counts positions from the call's first query; those of a later turn come after
+        the whole conversation.
+        """
+        before = self._inputs.length - self._inputs.new_tokens
+        return cos_and_sin(parts_of(self._inputs), position_ids[0] + before, vectors)
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(
+            f"the scorer asks the attention module for {name!r}, which loopserve-kvpress cannot give: there are "
+            "config, head_dim, layer_idx, scaling and, with reads_queries, q_proj and rotary_emb"
+        )
+
+
+def parts_of(inputs: AttentionInputs) -> LayerParts:
+    if inputs.layer.parts is None:
+        raise PolicyError("loopserve-kvpress: this layer cannot turn queries back; set reads_queries: false")
+    return inputs.layer.parts
+
+
+def cos_and_sin(parts: LayerParts, positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    """The rotation by halves at positions ``[n]``, cos and sin ``[1, n, D]`` as transformers' rotary modules give them."""
+    dim = like.shape[-1]
+    probe = torch.zeros(1, len(positions), dim, dtype=like.dtype, device=like.device)
+    probe[..., : dim // 2] = 1  # x * cos + rotate_half(x) * sin of (1, 0) is (cos, sin)
+    turned = parts.rotate(probe, positions)
+    cos, sin = turned[..., : dim // 2], turned[..., dim // 2 :]
+    return torch.cat([cos, cos], dim=-1), torch.cat([sin, sin], dim=-1)
+
+
+def rotates_by_halves(parts: LayerParts, dim: int) -> bool:
+    """Whether a layer rotates as kvpress's scorers take for granted: x * cos + rotate_half(x) * sin, over all channels."""
+    vectors = torch.randn(1, len(_PROBED), dim, generator=torch.Generator().manual_seed(0))
+    positions = torch.tensor(_PROBED)
+    cos, sin = cos_and_sin(parts, positions, vectors)
+    halves = torch.cat([-vectors[..., dim // 2 :], vectors[..., : dim // 2]], dim=-1)
+    return torch.allclose(vectors * cos + halves * sin, parts.rotate(vectors, positions), atol=1e-3)

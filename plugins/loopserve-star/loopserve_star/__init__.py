@@ -1,0 +1,17 @@
+"""Star Attention as a loopserve plugin: a sparsifier with a pattern and kernels of its own."""
+
+from __future__ import annotations
+
+from loopserve.core.hookspecs import hookimpl
+from loopserve.core.registry import Registry
+from loopserve_star.pattern import StarPattern
+from loopserve_star.policy import StarPrefill
+
+LOOPSERVE_API = (1, 0)
+
+__all__ = ["StarPattern", "StarPrefill", "loopserve_register_policies"]
+
+
+@hookimpl
+def loopserve_register_policies(registry: Registry) -> None:
+    registry.register(StarPrefill)
