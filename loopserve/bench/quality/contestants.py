@@ -28,6 +28,10 @@ class Contestant:
             return self.stack.digest
         return hashlib.sha256(f"{self.stack.digest} {self.share:g}".encode()).hexdigest()[:16]
 
+    def described(self) -> Record:
+        """What a manifest says of it."""
+        return {"digest": self.digest, "share": self.share, "described": self.stack.describe()}
+
     def fields(self) -> Record:
         """What every record of it says."""
         return {"stack": self.name, "family": self.family, "digest": self.digest}

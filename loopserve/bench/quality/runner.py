@@ -23,6 +23,7 @@ from typing import Any
 
 from loopserve.api import Engine, StackLike, load_stack
 from loopserve.bench import metrics
+from loopserve.bench.budget import budget_of
 from loopserve.bench.quality.agreement import Distributions
 from loopserve.bench.quality.contestants import Contestant, contestants
 from loopserve.bench.quality.conversation import Answered, Conversation, History
@@ -154,7 +155,7 @@ class Examiner:
             if each in waiting:
                 where = {**each.fields(), "task": sample.task, "sample": sample.id}
                 yield [
-                    {**where, "turn": number, "turns": len(records), "budget": each.budget(stack), **record}
+                    {**where, "turn": number, "turns": len(records), "budget": budget_of(stack), **record}
                     for number, record in enumerate(records)
                 ]
 
