@@ -23,6 +23,7 @@ HELD_OUT_SEED = 1_000_000_000
 
 MARKERS_PER_TURN = 3  # <user>, <assistant>, <eot>; one <bos> opens the dialogue
 ACKNOWLEDGEMENT = ("ok", ".")
+LIST_ALL = ("what", "are", "all", "the", "new", "codes", "?")
 _POSITIONS: tuple[Position, ...] = ("begin", "middle", "end")
 _SHORTEST_SENTENCE = min(len(sentence.split()) for sentence in SMALL_TALK)
 
@@ -77,6 +78,10 @@ class RecallTask:
     """Share of the turns that ask nothing."""
     again_share: float = 0.0
     """Share of the asked places that an earlier question asked for already; at 0 no place is asked for twice."""
+    distance: int | None = None
+    """How many turns back every asked fact was told, as far as there are so many turns and facts; None draws it per place."""
+    list_all: bool = False
+    """Each turn tells `keys` facts and no more, and asks for all of them without naming a place; the answer goes in the order told."""
 
     def __post_init__(self) -> None:
         low, high = self.key_range
@@ -88,6 +93,10 @@ class RecallTask:
             raise ValueError(f"code_words must be a range from at least 1, got {self.code_words}")
         if self.turns * high * self.chain > len(PLACES):
             raise ValueError(f"more than {len(PLACES)} places would be asked for")
+        if self.distance is not None and (self.distance < 0 or self.chain > 1):
+            raise ValueError("distance must be at least 0 and goes with chain 1")
+        if self.list_all and (self.chain > 1 or self.distance or self.again_share or self.silent_share):
+            raise ValueError("list_all asks for what its own turn told: no chain, distance, again_share or silent_share")
 
     @property
     def key_range(self) -> tuple[int, int]:
@@ -183,14 +192,14 @@ class _Writer:
         new: list[Fact] = []
         chains = [] if rng.random() < self.task.silent_share else self._choose(turn, stop - len(words), new)
         keys = [chain[0].key for chain in chains]
-        question = _question(keys)
+        question = list(LIST_ALL) if self.task.list_all else _question(keys)
         answer_length = sum(2 + len(fact.value) + 1 for chain in chains for fact in chain) or len(ACKNOWLEDGEMENT)
         room = stop - len(words) - MARKERS_PER_TURN - answer_length - len(question)
 
         sentences: list[Fact | list[str]] = []
         told = sum(len(fact.words) for fact in new)
         asked = {fact.key for chain in chains for fact in chain}
-        while told < self.task.fact_share * (room + len(question)) and self.places:
+        while not self.task.list_all and told < self.task.fact_share * (room + len(question)) and self.places:
             new.append(self._fact(turn))
             told += len(new[-1].words)
         # A fact that no longer fits is dropped again, unless the answer needs it.
@@ -206,12 +215,17 @@ class _Writer:
                 sentences.append(talk)
                 room -= len(talk)
         rng.shuffle(sentences)
+        if self.task.list_all:
+            chains = [[sentence] for sentence in sentences if isinstance(sentence, Fact)]
         self.unasked.append([fact for fact in new if fact.key not in asked])
         self._place(turn, sentences, question, chains)
 
     def _choose(self, turn: int, room: int, new: list[Fact]) -> list[list[Fact]]:
         """The facts to ask for, one chain per key: some told earlier, some to be told in this turn (added to `new`)."""
         low, high = self.task.key_range
+        if self.task.list_all:
+            new.extend(self._fact(turn) for _ in range(self.rng.randint(low, high)))
+            return [[fact] for fact in new]
         chains: list[list[Fact]] = []
         for _ in range(self.rng.randint(low, high)):
             # A short turn has no room to tell something new, so it asks for something older.
@@ -222,7 +236,8 @@ class _Writer:
             if self.rng.random() < self.task.again_share and (old := [c for c in self.asked if c not in chains]):
                 chains.append(self.rng.choice(old))
                 continue
-            distance = self.rng.randint(1 if short and turn else 0, turn)
+            wanted = self.task.distance
+            distance = self.rng.randint(1 if short and turn else 0, turn) if wanted is None else min(wanted, turn)
             if self.task.chain > 1 and self.rng.random() < self.task.chain_share:
                 chains.append(self._chain(turn, new))
             elif distance and (fact := self._take(turn, distance)):
@@ -293,8 +308,8 @@ class _Writer:
         start = len(words)
         sources: list[int] = []
         owners: list[int] = []
-        for mark, chain in zip(marks, chains, strict=False):  # marks ends with the question mark
-            source = mark
+        asked = [chain[0].start for chain in chains] if self.task.list_all else marks[:-1]  # marks ends with the question mark
+        for source, chain in zip(asked, chains, strict=True):
             for fact in chain:
                 owner, length = len(words), len(fact.value)
                 words.extend((fact.key, "is", *fact.value, "."))

@@ -1,0 +1,6 @@
+"""Where benchmark dialogues come from: made here, the published set, or LongBench recombined. Each is a ``Task`` of bench.samples."""
+
+from loopserve.bench.tasks.registry import known_tasks, make_tasks, task_by_name
+from loopserve.bench.tasks.window import fit
+
+__all__ = ["fit", "known_tasks", "make_tasks", "task_by_name"]

@@ -1,0 +1,195 @@
+"""LongBench recombined: dialogues of several turns, each with a context and a question at the begin, in the middle or at the end.
+
+Construction (docs/benchmark_tasks.md): the items of one set are shuffled by the seed and taken in groups, one item a turn; each group is
+asked at every position. In the cross-turn variant (``distance``) a turn asks about the context of an earlier turn, and its own
+context stands in the way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.resources import files
+from itertools import product
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from loopserve.bench.samples import AskedTurn, BrokenSample, Position, Sample
+from loopserve.bench.tasks.longbench_sets import EARLIER, SETS, WHERE
+from loopserve.bench.tasks.options import POSITIONS, OneOrMore, Places, TaskOptions, several
+from loopserve.bench.tasks.placement import place
+from loopserve.bench.tasks.source import DataFile, Row, data_files, digest, open_zip, read_rows
+from loopserve.core.config import mistake
+from loopserve.core.errors import ConfigError
+
+VERSION = "1"
+REPOSITORY = "THUDM/LongBench"
+ARCHIVE = "data.zip"
+DOWNLOAD = "hf download {repository} data.zip --repo-type dataset --local-dir {folder}"
+
+
+class LongBenchOptions(TaskOptions):
+    """One of LongBench's sets, recombined into dialogues."""
+
+    source: str = Field("hub", min_length=1, description="hub, shipped (a few items of our own), or a folder.")
+    repository: str = Field(REPOSITORY, description="On the hub; only data.zip is read, no script is run.")
+    revision: str | None = Field(None, description="Of the repository; the newest by default.")
+    turns: int = Field(3, ge=1)
+    position: Places = Field(POSITIONS, description="Where the question stands in its turn's text.")
+    distance: OneOrMore = Field(
+        0, description="How many turns before the question its context is given; above 0 is the cross-turn variant."
+    )
+
+    @model_validator(mode="after")
+    def _possible(self) -> LongBenchOptions:
+        for distance in several(self.distance):
+            if not 0 <= distance < self.turns:
+                raise mistake(f"distance must be from 0 to turns - 1 ({self.turns - 1}), got {distance}")
+        return self
+
+
+@dataclass(frozen=True)
+class Item:
+    """One row of LongBench, checked."""
+
+    id: str
+    asked: str
+    context: str
+    answers: tuple[str, ...]
+    classes: tuple[str, ...]
+
+
+class LongBenchTask:
+    """One set. ConfigError at once, with the command that gets it, if the set is not there."""
+
+    def __init__(self, kind: str, options: LongBenchOptions) -> None:
+        self.name = options.name or kind
+        self.options = options
+        self.set = SETS[kind.removeprefix("longbench-")]
+        self._files = _locate(self.set.name, options)
+
+    @cached_property
+    def version(self) -> str:
+        return f"{VERSION}+{digest(self._files)}"
+
+    def samples(self, limit: int | None, seed: int) -> Iterator[Sample | BrokenSample]:
+        """Broken rows first (they do not count towards the limit), then every group at all positions and distances."""
+        items, broken = self._items()
+        yield from broken
+        turns = self.options.turns
+        if len(items) < turns:
+            raise ConfigError(f"{self.name}: {len(items)} usable rows are too few for dialogues of {turns} turns")
+        Random(f"{self.set.name}-{seed}").shuffle(items)
+        groups = (items[at : at + turns] for at in range(0, len(items) - turns + 1, turns))
+        everything = product(groups, several(self.options.distance), several(self.options.position))
+        for count, (group, distance, position) in enumerate(everything):
+            if limit is not None and count >= limit:
+                return
+            asked = tuple(self._turn(group, index, distance, position) for index in range(turns))
+            index = count // (len(several(self.options.distance)) * len(several(self.options.position)))
+            yield Sample(f"{index:04d}-{position}-distance{distance}", self.name, asked)
+
+    def _turn(self, group: Sequence[Item], index: int, distance: int, position: Position) -> AskedTurn:
+        told, about = group[index], index - distance
+        words = len(told.context.split())
+        if about < 0:
+            text = f"Here is a {self.set.context}. I will ask about it in a later message.\n\n{told.context}"
+            return AskedTurn(text, "", (), None, self.set.metric, 1, {"set": self.set.name, "words": words})
+        item = group[about]
+        where = WHERE[position] if not distance else EARLIER.format(number=about + 1)
+        question = self.set.question(item.asked, where)
+        labels: dict[str, Any] = {
+            "set": self.set.name,
+            "kind": self.set.kind,
+            "item": item.id,
+            "distance": distance,
+            "words": words,
+        }
+        if item.classes:
+            labels["classes"] = list(item.classes)
+        if self.set.first_line:
+            labels["first_line"] = True
+        text = place(told.context, question, position, self.set.example)
+        return AskedTurn(text, question, item.answers, position, self.set.metric, self.set.max_new_tokens, labels)
+
+    def _items(self) -> tuple[list[Item], list[BrokenSample]]:
+        items, broken = [], []
+        for row in (row for file in self._files for row in read_rows(file)):
+            checked = self._check(row)
+            if isinstance(checked, Item):
+                items.append(checked)
+            else:
+                broken.append(BrokenSample(row.id, self.name, checked))
+        return items, broken
+
+    def _check(self, row: Row) -> Item | str:
+        """The row as an item, or why it cannot be asked."""
+        if row.data is None:
+            return row.why
+        data: Mapping[str, Any] = row.data
+        missing = [field for field in ("context", "input", "answers") if field not in data]
+        if missing:
+            return f"the row lacks {', '.join(missing)} (it has {', '.join(sorted(data)) or 'nothing'})"
+        context, asked, answers = data["context"], data["input"], data["answers"]
+        if not isinstance(context, str) or not context.strip():
+            return "the context is empty or no text"
+        if not isinstance(asked, str) or ("{input}" in self.set.request and not asked.strip()):
+            return "the input (the question) is empty or no text"
+        if not isinstance(answers, list) or not answers:
+            return "the list of answers is empty"
+        if not all(isinstance(answer, str) and answer.strip() for answer in answers):
+            return "an answer is empty or no text"
+        classes = data.get("all_classes") or []
+        if self.set.metric == "classification" and not classes:
+            return "all_classes is missing, without which an answer cannot be scored"
+        return Item(str(data.get("_id") or row.id), asked, context, tuple(answers), tuple(map(str, classes)))
+
+
+def _locate(name: str, options: LongBenchOptions) -> list[DataFile]:
+    if options.source == "shipped":
+        folder = Path(str(files("loopserve.bench"))) / "data" / "longbench"
+        found = [path for path in data_files(folder) if path.stem == name]
+        if not found:
+            shipped = ", ".join(path.stem for path in data_files(folder))
+            raise ConfigError(f"no items of {name!r} are shipped (known: {shipped}); give a folder or the hub as source")
+        return list(found)
+    if options.source == "hub":
+        return _in_zip(_from_hub(options), name, options, Path("longbench"))
+    folder = Path(options.source)
+    for place_ in (folder, folder / "data", folder / name):
+        if place_.is_dir():
+            own = data_files(place_)
+            found = own if place_.name == name else [path for path in own if path.stem == name]
+            if found:
+                return list(found)
+    if (folder / ARCHIVE).is_file():
+        return _in_zip(folder / ARCHIVE, name, options, folder)
+    raise ConfigError(f"LongBench's set {name!r} is not in {folder}; get it with: {_command(options, folder)}")
+
+
+def _in_zip(archive: Path, name: str, options: LongBenchOptions, folder: Path) -> list[DataFile]:
+    root = open_zip(archive)
+    for inside in (root / "data" / f"{name}.jsonl", root / f"{name}.jsonl"):
+        if inside.is_file():
+            return [inside]
+    raise ConfigError(f"{archive} has no {name}.jsonl; get LongBench with: {_command(options, folder)}")
+
+
+def _from_hub(options: LongBenchOptions) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(options.repository, ARCHIVE, repo_type="dataset", revision=options.revision))
+    except (OSError, ValueError) as error:  # no network, no such repository, offline mode: all are one of these
+        command = _command(options, Path("longbench"))
+        raise ConfigError(
+            f"{options.repository} cannot be had from the hub; get it with: {command}, then give source: longbench"
+        ) from error
+
+
+def _command(options: LongBenchOptions, folder: Path) -> str:
+    return DOWNLOAD.format(repository=options.repository, folder=folder)

@@ -1,0 +1,153 @@
+"""Where the rows of the published set come from: the hub through ``datasets``, or a folder. Which configs there are is found out here."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol
+
+from loopserve.bench.tasks.source import Row, data_files, digest, read_rows
+from loopserve.core.config import parse_yaml
+from loopserve.core.errors import ConfigError, did_you_mean
+
+DOWNLOAD = "hf download {repository} --repo-type dataset --local-dir {folder}"
+_SPLIT = re.compile(r"[-_.](train|test|validation)\b.*$")
+
+
+class Rows(Protocol):
+    """Rows by number, the configs that were found beside theirs, and a digest of the data."""
+
+    configs: tuple[str, ...]
+    digest: str
+
+    def __len__(self) -> int: ...
+
+    def row(self, number: int) -> Row: ...
+
+
+@dataclass(frozen=True)
+class FolderRows:
+    """The rows of one config's files, all in memory."""
+
+    configs: tuple[str, ...]
+    digest: str
+    rows: Sequence[Row]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def row(self, number: int) -> Row:
+        return self.rows[number]
+
+
+@dataclass(frozen=True)
+class HubRows:
+    """A data set of ``datasets``, read row by row from its Arrow files."""
+
+    configs: tuple[str, ...]
+    digest: str
+    data: Any
+    name: str
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def row(self, number: int) -> Row:
+        return Row(f"{self.name}-{number}", self.data[number])
+
+
+def folder_rows(folder: Path, config: str, split: str, repository: str) -> FolderRows:
+    """One config of a folder. ConfigError, with the command that gets the set, if there is no such folder or config."""
+    if not folder.is_dir():
+        command = DOWNLOAD.format(repository=repository, folder=folder)
+        raise ConfigError(f"{folder} is no folder; get the published set with: {command}")
+    configs = {name: _of_split(files, split) for name, files in folder_configs(folder).items()}
+    if not configs:
+        command = DOWNLOAD.format(repository=repository, folder=folder)
+        raise ConfigError(f"{folder} holds no JSON, JSONL or Parquet; get the published set with: {command}")
+    if config not in configs:
+        raise ConfigError(f"{folder}: no config {config!r}{did_you_mean(config, configs)}")
+    files = configs[config]
+    if not files:
+        raise ConfigError(f"{folder}: config {config!r} has no file of the split {split!r}")
+    return FolderRows(tuple(configs), digest(files), [row for file in files for row in read_rows(file)])
+
+
+def folder_configs(folder: Path) -> dict[str, list[Path]]:
+    """Config names with their files: as the README's front matter lists them, else by folder and file names."""
+    listed = _from_readme(folder)
+    if listed:
+        return listed
+    found: dict[str, list[Path]] = {}
+    for place in (folder, folder / "data"):
+        if not place.is_dir():
+            continue
+        for file in data_files(place):
+            found.setdefault(_SPLIT.sub("", file.stem), []).append(file)
+        for inside in sorted(path for path in place.iterdir() if path.is_dir() and path != folder / "data"):
+            if own := data_files(inside):
+                found.setdefault(inside.name, []).extend(own)
+    return found
+
+
+def hub_rows(repository: str, revision: str | None, config: str, split: str) -> HubRows:
+    """One config from the hub. ConfigError if ``datasets`` is missing or the set cannot be had."""
+    try:
+        datasets = import_module("datasets")
+    except ImportError as error:
+        raise ConfigError("the published set needs the package datasets: pip install 'loopserve[bench]'") from error
+    try:
+        configs = tuple(datasets.get_dataset_config_names(repository, revision=revision))
+    except Exception as error:  # whatever the hub's client raises without a network or a data set
+        command = DOWNLOAD.format(repository=repository, folder="published")
+        raise ConfigError(
+            f"{repository} cannot be had from the hub; get it with: {command}, then give source: published"
+        ) from error
+    if config not in configs:
+        raise ConfigError(f"{repository}: no config {config!r}{did_you_mean(config, configs)}")
+    try:
+        data = datasets.load_dataset(repository, config, split=split, revision=revision)
+    except Exception as error:
+        raise ConfigError(f"{repository}: config {config!r}, split {split!r}: {_first_line(error)}") from error
+    return HubRows(configs, _digest_of(data), data, config)
+
+
+def _of_split(files: Sequence[Path], split: str) -> list[Path]:
+    """Files whose names say this split, and those that name none."""
+    named = {file: match.group(1) if (match := _SPLIT.search("-" + file.stem)) else split for file in files}
+    return [file for file, of in named.items() if of == split]
+
+
+def _from_readme(folder: Path) -> dict[str, list[Path]]:
+    readme = folder / "README.md"
+    if not readme.is_file():
+        return {}
+    match = re.match(r"---\n(.*?)\n---", readme.read_text(encoding="utf-8"), re.DOTALL)
+    front = parse_yaml(match.group(1), str(readme)).data if match else None
+    found: dict[str, list[Path]] = {}
+    for entry in front.get("configs") or [] if isinstance(front, Mapping) else []:
+        patterns = entry.get("data_files")
+        listed = patterns if isinstance(patterns, list) else [patterns]
+        paths = [each.get("path") if isinstance(each, Mapping) else each for each in listed]
+        flat = [path for each in paths for path in (each if isinstance(each, list) else [each]) if path]
+        matched = sorted({file for path in flat for file in folder.glob(path) if file in data_files(file.parent)})
+        if matched:
+            found[str(entry.get("config_name", "default"))] = matched
+    return found
+
+
+def _digest_of(data: Any) -> str:
+    """Twelve hex digits over the number of rows and three of them; reading all would take minutes."""
+    chosen = sorted({0, len(data) // 2, len(data) - 1}) if len(data) else []
+    text = json.dumps([len(data), [data[number] for number in chosen]], sort_keys=True, default=str)
+    return sha256(text.encode()).hexdigest()[:12]
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,100 @@
+"""Fits a dialogue into a model's window: contexts are cut in the middle, as LongBench does, and what was cut is counted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from loopserve.bench.samples import AskedTurn, Sample
+from loopserve.core.errors import InputError
+
+Encode = Callable[[str], Sequence[int]]
+Decode = Callable[[Sequence[int]], str]
+TEMPLATE_TOKENS = 16
+"""Room for what a chat template adds to a turn."""
+
+
+def fit(
+    sample: Sample, encode: Encode, decode: Decode, max_tokens: int, *, template_tokens: int = TEMPLATE_TOKENS
+) -> tuple[Sample, int]:
+    """The sample, cut so that the whole dialogue has at most ``max_tokens``, and the number of tokens cut.
+
+    encode, decode: text to token ids and back, without special tokens. Every turn counts its text, the longer of gold answer and
+    ``max_new_tokens``, and ``template_tokens``. The longest contexts are cut first, to a common length. A question is never cut:
+    what stands before and after it loses its own middle, both the same share. A turn that was cut has the label ``truncated``.
+    InputError if questions and answers alone do not fit.
+    """
+    parts = [_around(turn) for turn in sample.turns]
+    fixed = sum(_fixed(turn, encode) + template_tokens for turn in sample.turns)
+    lengths = [len(encode(before)) + len(encode(after)) for before, _, after in parts]
+    if fixed + sum(lengths) <= max_tokens:
+        return sample, 0
+    # Cutting makes new token borders, so a cut text may need a token or two more than asked for: then the limit sinks.
+    slack = 0
+    while (room := max_tokens - fixed - slack) >= 0:
+        limit = _common_limit(lengths, room)
+        turns = [_cut(*each, limit, encode, decode) for each in zip(sample.turns, parts, lengths, strict=True)]
+        counts = [len(encode(turn.text)) - len(encode(turn.question)) for turn in turns]
+        excess = fixed + sum(counts) - max_tokens
+        if excess <= 0:
+            truncated = [max(0, length - count) for length, count in zip(lengths, counts, strict=True)]
+            marked = tuple(_mark(turn, cut) for turn, cut in zip(turns, truncated, strict=True))
+            return replace(sample, turns=marked), sum(truncated)
+        slack += excess
+    raise InputError(f"questions and answers alone need {fixed} tokens, the window has {max_tokens}")
+
+
+def _around(turn: AskedTurn) -> tuple[str, str, str]:
+    """What stands before the question, the question, and what stands after it."""
+    at = -1
+    if turn.question:
+        at = turn.text.rfind(turn.question) if turn.position == "end" else turn.text.find(turn.question)
+    if at < 0:
+        return turn.text, "", ""
+    stop = at + len(turn.question)
+    return turn.text[:at], turn.text[at:stop], turn.text[stop:]
+
+
+def _fixed(turn: AskedTurn, encode: Encode) -> int:
+    gold = len(encode(turn.answers[0])) if turn.answers else 0
+    return len(encode(turn.question)) + max(gold, turn.max_new_tokens)
+
+
+def _common_limit(lengths: Sequence[int], room: int) -> int:
+    """The greatest length such that all, cut to it, fit the room."""
+    left, limit = room, 0
+    ordered = sorted(lengths)
+    for index, length in enumerate(ordered):
+        limit = left // (len(ordered) - index)
+        if length > limit:
+            return limit
+        left -= length
+    return ordered[-1]
+
+
+def _cut(
+    turn: AskedTurn, parts: tuple[str, str, str], length: int, limit: int, encode: Encode, decode: Decode
+) -> AskedTurn:
+    if length <= limit:
+        return turn
+    before, question, after = parts
+    kept = limit * len(encode(before)) // length
+    text = _without_middle(before, kept, encode, decode) + question
+    return replace(turn, text=text + _without_middle(after, limit - kept, encode, decode))
+
+
+def _without_middle(text: str, tokens: int, encode: Encode, decode: Decode) -> str:
+    ids = encode(text)
+    if len(ids) <= tokens:
+        return text
+    head = tokens // 2
+    start, stop = decode(ids[:head]) if head else "", decode(ids[len(ids) - (tokens - head) :]) if tokens else ""
+    # Tokenizers may drop the spaces at the ends of a decoded piece; without them the question would stick to a word.
+    lead, trail = text[: len(text) - len(text.lstrip())], text[len(text.rstrip()) :]
+    return lead + (start.strip() + " " + stop.strip()).strip() + trail
+
+
+def _mark(turn: AskedTurn, cut: int) -> AskedTurn:
+    labels: Mapping[str, Any] = {**turn.labels, "truncated": cut}
+    return replace(turn, labels=labels) if cut else turn
