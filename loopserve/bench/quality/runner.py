@@ -30,7 +30,7 @@ from loopserve.bench.quality.conversation import Answered, Conversation, History
 from loopserve.bench.quality.manifest import claim, read_manifest
 from loopserve.bench.quality.records import FILE, Key, Record, RecordFile, error_record, key_of, turn_record
 from loopserve.bench.quality.run import Run
-from loopserve.bench.quality.suite import QualitySuite, suite_digest, suite_tasks
+from loopserve.bench.quality.suite import Found, QualitySuite, suite_digest, suite_tasks
 from loopserve.bench.rows import provenance
 from loopserve.bench.samples import AskedTurn, BrokenSample, Sample, Task
 from loopserve.bench.tasks import fit
@@ -108,7 +108,7 @@ class Examiner:
         for record in self.refused:
             if key_of(record) not in done:
                 yield [record]
-        total = sum(len(self._waiting(sample, done)) for task in tasks for sample in self._samples(task))
+        total = self._check(tasks, done)
         count = 0
         for task in tasks:
             for sample in self._samples(task):
@@ -117,6 +117,18 @@ class Examiner:
                     count += 1
                     if progress is not None:
                         progress(Step(count, total, task.name, sample.id, records[0]["stack"]))
+
+    def _check(self, tasks: Sequence[Task], done: Container[Key]) -> int:
+        """How much there is to do. ConfigError, before anything is asked, for a metric that cannot be computed."""
+        waiting = 0
+        used: set[str] = set()
+        for task in tasks:
+            for sample in self._samples(task):
+                waiting += len(self._waiting(sample, done))
+                if isinstance(sample, Sample):
+                    used |= {turn.metric for turn in sample.turns if turn.answers}
+        metrics.check(sorted(used))
+        return waiting
 
     def _samples(self, task: Task) -> Iterator[Sample | BrokenSample]:
         return task.samples(self.settings.limit, self.settings.seed)
@@ -239,7 +251,12 @@ def run_suite(
     loaded, tokenizer = load(model, device=device, dtype=dtype) if isinstance(model, str) else model
     examiner = Examiner(Engine(loaded, tokenizer, "dense"), lineup, settings)
     identity = {
-        "suite": {"name": suite.name, "digest": suite_digest(suite, asked), "tasks": [task.name for task in asked]},
+        "suite": {
+            "name": suite.name,
+            "digest": suite_digest(suite, asked),
+            "tasks": [task.name for task in asked],
+            "found": {task.name: task.report() for task in asked if isinstance(task, Found)},
+        },
         "model": {
             "name": model if isinstance(model, str) else type(loaded).__name__,
             "digest": model_digest(loaded, tokenizer),

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -39,6 +39,13 @@ class QualitySuite(BaseModel):
     history: History = Field("gold", description="What answers of earlier turns the conversation goes on with.")
     limit: int | None = Field(None, gt=0, description="Dialogues of each task; all by default.")
     coverage: bool = Field(False, description="Measure realised coverage, as costly as dense attention.")
+
+
+@runtime_checkable
+class Found(Protocol):
+    """A task that had to find out what its data hold, and tells."""
+
+    def report(self) -> list[str]: ...
 
 
 def load_suite(spec: str) -> QualitySuite:
