@@ -1,4 +1,4 @@
-"""Figures of matplotlib, which is an extra: ``pip install loopserve[plot]``. Drawn without a display, saved as images or as SVG text."""
+"""Figures of matplotlib, which is an extra: ``pip install loopserve[plot]``. Drawn without a display, saved as images or SVG."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def save(drawn: Any, path: str | Path) -> Path:
 
 
 def svg(drawn: Any, name: str) -> str:
-    """A figure as an ``<svg>`` element for a page; the same figure gives the same text. name: keeps its ids apart from other figures'."""
+    """A figure as an ``<svg>`` element for a page, the same text for the same figure. name: keeps its ids apart from others'."""
     from matplotlib import rc_context
 
     text = io.StringIO()

@@ -112,4 +112,3 @@ def _log_log(axes: Any, across: str, up: str, lengths: Iterable[int]) -> None:
     axes.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-

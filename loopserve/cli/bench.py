@@ -94,7 +94,8 @@ def conversation(
 @app.command()
 def report(
     files: Annotated[
-        list[Path], typer.Argument(metavar="DIR|FILE...", help="A quality run, or speed results in files of JSON lines.")
+        list[Path],
+        typer.Argument(metavar="DIR|FILE...", help="A quality run, or speed results in files of JSON lines."),
     ],
     only: Annotated[list[str] | None, typer.Option(help="An operation to show; may be given several times.")] = None,
     markdown: Annotated[

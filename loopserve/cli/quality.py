@@ -1,4 +1,4 @@
-"""``loopserve bench run|ls|compare``: answers of a model under several stacks, and what they cost. ``bench report`` shows them again."""
+"""``loopserve bench run|ls|compare``: answers of a model under several stacks, and what they cost."""
 
 from __future__ import annotations
 
@@ -37,7 +37,9 @@ def run(
     seed: Annotated[int, typer.Option(min=0, help="Other seeds give other dialogues.")] = 0,
     attended: Annotated[
         list[float] | None,
-        typer.Option(help="Share of dense's KV pairs that stacks with a budget attend to, repeatable; 0: their own budget."),
+        typer.Option(
+            help="Share of dense's KV pairs that stacks with a budget attend to, repeatable; 0: their own budget."
+        ),
     ] = None,
     history: Annotated[
         HistoryKind | None, typer.Option(help="Answers that the conversation goes on with; the suite's by default.")
@@ -102,7 +104,8 @@ def ls(context: typer.Context, format: FormatOption = Format.HUMAN) -> None:
                 "suites": {name: suite.model_dump() for name, suite in suites.items()},
                 "speed_suites": list(suite_files(SuiteKind.SPEED)),
                 "tasks": {
-                    name: {"about": kind.about, "options": kind.options.model_json_schema()} for name, kind in tasks.items()
+                    name: {"about": kind.about, "options": kind.options.model_json_schema()}
+                    for name, kind in tasks.items()
                 },
                 "stacks": preset_names(),
             }
@@ -198,7 +201,14 @@ def _task_names(entries: Sequence[dict[str, Any]]) -> list[str]:
 def _progress() -> Iterator[Callable[[Step], None]]:
     """A bar on stderr at a terminal, with the time left; nothing elsewhere."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     columns = (
         TextColumn("{task.description}"),

@@ -1,4 +1,4 @@
-"""How far a stack's next-token distributions are from dense's on the same answer: a difference that shows long before answers change."""
+"""How far a stack's next-token distributions are from dense's on the same answer: what shows long before answers change."""
 
 from __future__ import annotations
 
@@ -31,7 +31,9 @@ class Distributions:
         if len(logits[0]) <= _WHOLE:
             return cls(torch.stack([_logs(each).cpu() for each in logits]), None)
         best = [_logs(each).topk(_KEPT) for each in logits]
-        return cls(torch.stack([each.values.cpu() for each in best]), torch.stack([each.indices.cpu() for each in best]))
+        return cls(
+            torch.stack([each.values.cpu() for each in best]), torch.stack([each.indices.cpu() for each in best])
+        )
 
     def divergences(self, logits: Sequence[Tensor]) -> list[float]:
         """KL(dense || other) in nats for each token of the answer.

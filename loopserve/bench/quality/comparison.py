@@ -6,20 +6,24 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from loopserve.bench.quality.estimates import gather, interval, mean
+from loopserve.bench.quality.estimates import chance, gather, interval, mean
 from loopserve.bench.quality.records import Record, turns
 from loopserve.bench.quality.run import Run
 from loopserve.bench.quality.summary import group_of
 from loopserve.bench.quality.tables import Table, plus_minus
 from loopserve.core.errors import ConfigError
 
-_ENOUGH = 10  # dialogues: with fewer an interval by bootstrap is too narrow to be believed
+_LEVEL = 0.05
+_ENOUGH = 6  # dialogues: with fewer, even a difference of the same sign in all of them comes about by chance more often than that
 _GROUPS = ((), ("task",), ("position",), ("task", "position"), ("turn",))
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One group of turns. low, high: 95 % confidence interval of ``difference`` (b - a), by dialogue; None with a single dialogue."""
+    """One group of turns. low, high: 95 % confidence interval of ``difference`` (b - a), by dialogue; None with a single dialogue.
+
+    chance: how often such a difference comes about by chance (sign-flip test by dialogue).
+    """
 
     stack: str  # or "a against b"
     group: str
@@ -30,6 +34,7 @@ class Difference:
     difference: float
     low: float | None
     high: float | None
+    chance: float
     verdict: str
 
     def as_dict(self) -> dict[str, Any]:
@@ -58,13 +63,14 @@ def table(differences: Sequence[Difference]) -> Table:
             plus_minus(each.b, None),
             f"{each.difference * 100:+.1f}",
             "-" if each.low is None or each.high is None else f"{each.low * 100:+.1f} to {each.high * 100:+.1f}",
+            f"{each.chance:.3f}",
             f"{each.dialogues} / {each.turns}",
             each.verdict,
         )
         for each in differences
     )
-    columns = ("stack", "turns", "A", "B", "B - A", "95 % interval", "dialogues / turns", "verdict")
-    note = "Scores in %, paired turn by turn; intervals by bootstrap over dialogues."
+    columns = ("stack", "turns", "A", "B", "B - A", "95 % interval", "chance", "dialogues / turns", "verdict")
+    note = "Scores in %, paired turn by turn; intervals by bootstrap over dialogues, chance by flipping their signs."
     return Table("Differences", columns, rows, note)
 
 
@@ -75,7 +81,10 @@ def _differences(name: str, a: Iterable[Record], b: Iterable[Record]) -> list[Di
         raise ConfigError(f"{name}: no question was asked on both sides (other suites, seeds or limits?)")
     if any(ours["gold"] != theirs["gold"] for ours, theirs in pairs):
         raise ConfigError(f"{name}: the same samples have other gold answers on the two sides: their tasks differ")
-    paired = [{**ours, "score": theirs["score"] - ours["score"], "a": ours["score"], "b": theirs["score"]} for ours, theirs in pairs]
+    paired = [
+        {**ours, "score": theirs["score"] - ours["score"], "a": ours["score"], "b": theirs["score"]}
+        for ours, theirs in pairs
+    ]
     found = []
     for grouping in _GROUPS:
         groups: dict[tuple[Any, ...], list[Record]] = {}
@@ -94,6 +103,7 @@ def _difference(name: str, grouping: tuple[str, ...], group: tuple[Any, ...], re
     a, b = mean(gather(records, lambda record: record["a"])), mean(gather(records, lambda record: record["b"]))
     dialogues = gather(records, lambda record: record["score"])
     bounds = interval(dialogues)
+    by_chance = chance(dialogues)
     count = sum(len(each) for each in dialogues.values())
     spoken = " / ".join(
         f"turn {value + 1}" if each == "turn" else str(value) for each, value in zip(grouping, group, strict=True)
@@ -108,15 +118,18 @@ def _difference(name: str, grouping: tuple[str, ...], group: tuple[Any, ...], re
         mean(dialogues) or 0.0,
         bounds[0] if bounds else None,
         bounds[1] if bounds else None,
-        _verdict(bounds, count, all(record["score"] == 0 for record in records)),
+        by_chance,
+        _verdict(mean(dialogues) or 0.0, bounds, by_chance, count, same=all(record["score"] == 0 for record in records)),
     )
 
 
-def _verdict(bounds: tuple[float, float] | None, dialogues: int, same: bool) -> str:
+def _verdict(
+    difference: float, bounds: tuple[float, float] | None, by_chance: float, dialogues: int, *, same: bool
+) -> str:
     if same:
         return "no difference"
-    if bounds is None or dialogues < _ENOUGH:
+    if dialogues < _ENOUGH:
         return f"too few dialogues to tell (at least {_ENOUGH})"
-    if bounds[0] <= 0 <= bounds[1]:
+    if by_chance > _LEVEL or (bounds is not None and bounds[0] <= 0 <= bounds[1]):
         return "noise"
-    return "B is better" if bounds[0] > 0 else "A is better"
+    return "B is better" if difference > 0 else "A is better"

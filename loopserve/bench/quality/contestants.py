@@ -58,9 +58,10 @@ def contestants(stacks: Iterable[PolicyStack], shares: Sequence[float] = ()) -> 
             raise ConfigError(f"--attended {share:g}: must be above 0 and at most 1")
     found: dict[str, Contestant] = {}
     for stack in stacks:
-        for share in shares if shares and budget_of(stack) is not None else (None,):
-            name = stack.name if share is None else f"{stack.name}@{share:.3g}"
-            each = Contestant(name, stack.name, stack, share)
+        own: Sequence[float | None] = shares if shares and budget_of(stack) is not None else (None,)
+        for each_share in own:
+            name = stack.name if each_share is None else f"{stack.name}@{each_share:.3g}"
+            each = Contestant(name, stack.name, stack, each_share)
             if found.setdefault(name, each).digest != each.digest:
                 raise ConfigError(f"two different stacks are called {stack.name!r}: give one of them another 'name'")
     return list(found.values())

@@ -28,7 +28,9 @@ class Answered:
     text: str
     stopped: bool  # the model ended the answer itself
     stats: TurnStats  # of the model's own answer, if it gave one
-    predictions: list[Tensor]  # logits [vocabulary] at each token of the gold answer; empty where that is not in the history
+    predictions: list[
+        Tensor
+    ]  # logits [vocabulary] at each token of the gold answer; empty where that is not in the history
 
 
 class Conversation:

@@ -6,6 +6,7 @@ A mean over several tasks is the mean of the tasks' means, so that a large task 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch import Tensor
 from loopserve.bench.quality.records import Record
 
 _ROUNDS = 2000
+_ALL_SIGNS = 12
 Dialogues = Mapping[str, Mapping[str, tuple[float, int]]]  # by task and dialogue: the sum of the values, and how many
 
 
@@ -29,7 +31,10 @@ def gather(records: Iterable[Record], value: Callable[[Record], float | None]) -
 
 def mean(dialogues: Dialogues) -> float | None:
     """None where there is no value."""
-    means = [sum(total for total, _ in each.values()) / sum(count for _, count in each.values()) for each in dialogues.values()]
+    means = [
+        sum(total for total, _ in each.values()) / sum(count for _, count in each.values())
+        for each in dialogues.values()
+    ]
     return sum(means) / len(means) if means else None
 
 
@@ -52,6 +57,25 @@ def redrawn(dialogues: Dialogues) -> Tensor | None:
 def standard_error(dialogues: Dialogues) -> float | None:
     drawn = redrawn(dialogues)
     return None if drawn is None else float(drawn.std())
+
+
+def chance(dialogues: Dialogues) -> float:
+    """How often a mean as far from 0 comes about if each dialogue's sign is drawn by a coin: the p-value of a sign-flip test.
+
+    Every combination of signs for up to twelve dialogues, else 4,095 drawn ones beside the real one.
+    """
+    values = [
+        [total / sum(count for _, count in own.values()) for total, _ in own.values()] for own in dialogues.values()
+    ]
+    terms = torch.tensor([value / len(values) for own in values for value in own], dtype=torch.float64)
+    if len(terms) <= _ALL_SIGNS:
+        signs = torch.tensor(list(product((1.0, -1.0), repeat=len(terms))), dtype=torch.float64)
+    else:
+        draw = torch.Generator().manual_seed(0)
+        signs = torch.randint(2, (1 << _ALL_SIGNS, len(terms)), generator=draw).double() * 2 - 1
+        signs[0] = 1.0
+    means = (signs @ terms).abs()
+    return float((means >= means[0] - 1e-12).double().mean())
 
 
 def interval(dialogues: Dialogues, level: float = 0.95) -> tuple[float, float] | None:

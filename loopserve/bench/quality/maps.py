@@ -24,7 +24,15 @@ def head_map(values: Sequence[Sequence[float | None]], title: str, label: str) -
         for head, value in enumerate(row):
             if value is not None:
                 dark = value < (low + high) / 2
-                axes.text(head, layer, f"{value:.3g}", ha="center", va="center", fontsize=7, color="white" if dark else "black")
+                axes.text(
+                    head,
+                    layer,
+                    f"{value:.3g}",
+                    ha="center",
+                    va="center",
+                    fontsize=7,
+                    color="white" if dark else "black",
+                )
     axes.set(title=title, xlabel="head", ylabel="layer", xticks=range(heads), yticks=range(layers))
     drawn.colorbar(image, label=label)
     return drawn
@@ -55,7 +63,9 @@ def attention_map(attention: Tensor, verticals: Sequence[int], slashes: Sequence
     return drawn
 
 
-def _lines(axes: Any, segments: Sequence[tuple[tuple[float, float], tuple[float, float]]], color: str, label: str) -> None:
+def _lines(
+    axes: Any, segments: Sequence[tuple[tuple[float, float], tuple[float, float]]], color: str, label: str
+) -> None:
     from matplotlib.collections import LineCollection
 
     axes.add_collection(LineCollection(segments, colors=color, linewidths=0.5, alpha=0.5, label=label))

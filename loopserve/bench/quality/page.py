@@ -35,7 +35,9 @@ def described(run: Run) -> list[str]:
         f"Suite {suite['name']} ({', '.join(suite['tasks'])}), {limit}, seed {settings['seed']}, {settings['history']} history.",
         f"Model {model['name']} ({model['digest']}), {model['dtype']} on {last['device']}, {last['threads']} thread(s).",
         "Versions: " + ", ".join(f"{name} {version}" for name, version in last["versions"].items()) + ".",
-        "Metrics: " + ", ".join(f"{name} {version or 'not installed'}" for name, version in run.identity["metrics"].items()) + ".",
+        "Metrics: "
+        + ", ".join(f"{name} {version or 'not installed'}" for name, version in run.identity["metrics"].items())
+        + ".",
     ]
     lines += [f"{task}: {said}" for task, found in suite["found"].items() for said in found]
     if len({json.dumps([each["device"], each["versions"], each["commit"]]) for each in run.sessions}) > 1:

@@ -33,7 +33,9 @@ def score_by_cost(rows: Sequence[Record], cost: Cost) -> Any:
     drawn = figure(4.6 * len(positions), 4.4)
     for axes, position in zip(drawn.subplots(1, len(positions), squeeze=False, sharey=True)[0], positions, strict=True):
         for number, family in enumerate(families):
-            own = [row for row in rows if (row["family"], row["position"]) == (family, position) and row[cost] is not None]
+            own = [
+                row for row in rows if (row["family"], row["position"]) == (family, position) and row[cost] is not None
+            ]
             if own and all(row[cost] >= 0.9995 for row in own):  # it attends to everything: a level, not a point
                 axes.axhline(own[0]["score"], color="black", linestyle="--", linewidth=1, label=family)
             elif own:

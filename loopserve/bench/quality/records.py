@@ -52,7 +52,7 @@ def key_of(record: Record) -> Key:
 
 
 def error_record(stack: Record, task: str, sample: str, kind: Kind, why: str) -> Record:
-    """What stands in the place of a sample that could not be asked (broken), whose asking failed, or for a stack that the model refused.
+    """What stands for a sample that cannot be asked (broken) or failed under a stack, and for a stack that the model refused.
 
     stack: the fields ``stack``, ``family`` and ``digest``.
     """
@@ -60,9 +60,9 @@ def error_record(stack: Record, task: str, sample: str, kind: Kind, why: str) ->
 
 
 def turn_record(turn: AskedTurn, answered: Answered) -> Record:
-    """What a turn asked and what its answer took: figures of ``TurnStats``, ``attended_pairs`` per step, layer and summed over KV heads.
+    """What a turn asked and what its answer took, in figures of ``TurnStats``.
 
-    Bytes of keys, values and summaries are per output token (``kv_bytes_per_token``), scoring included.
+    ``attended_pairs`` is per step and layer, summed over KV heads; ``kv_bytes_per_token`` includes scoring and summaries.
     """
     stats = answered.stats.as_dict()
     return {
@@ -148,7 +148,11 @@ def _parsed(line: bytes) -> Record | None:
         record = json.loads(line)
     except ValueError:  # UnicodeDecodeError is one
         return None
-    complete = line.endswith(b"\n") and isinstance(record, dict) and {"digest", "task", "sample", "turn", "turns"} <= record.keys()
+    complete = (
+        line.endswith(b"\n")
+        and isinstance(record, dict)
+        and {"digest", "task", "sample", "turn", "turns"} <= record.keys()
+    )
     return record if complete else None
 
 

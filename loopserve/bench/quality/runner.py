@@ -158,7 +158,9 @@ class Examiner:
                     {**self._score(turn, answered), "agreement": _agreement(answered, dense[number] if dense else None)}
                     for number, (turn, answered) in enumerate(zip(fitted.turns, answers, strict=True))
                 ]
-            except Exception as error:  # whatever a plugin's policy, a kernel or a full memory raises must not end the run
+            except (
+                Exception
+            ) as error:  # whatever a plugin's policy, a kernel or a full memory raises must not end the run
                 if each in waiting:
                     yield [error_record(each.fields(), sample.task, sample.id, "failed", _one_line(error))]
                 continue

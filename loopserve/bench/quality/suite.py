@@ -1,10 +1,10 @@
 """What a quality run asks, read from YAML: ``benchmarks/suites/*.yaml`` or a file of one's own.
 
-    version: 1
-    name: mine
-    tasks:
-      - {task: recall, tokens: 2048, dialogues: 8}      # a task's name and its options: loopserve bench ls
-    stacks: [dense, loopserve]                          # what --stack replaces
+version: 1
+name: mine
+tasks:
+  - {task: recall, tokens: 2048, dialogues: 8}      # a task's name and its options: loopserve bench ls
+stacks: [dense, loopserve]                          # what --stack replaces
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ class QualitySuite(BaseModel):
     tasks: tuple[dict[str, Any], ...] = Field(min_length=1, description="Each a task's name and its options.")
     stacks: tuple[str, ...] = Field(("dense", "loopserve"), min_length=1, description="Presets or files of stacks.")
     attended: tuple[float, ...] = Field(
-        (), description="Shares of dense's KV pairs that every stack with a budget attends to; its own budget by default."
+        (),
+        description="Shares of dense's KV pairs that every stack with a budget attends to; its own budget by default.",
     )
     history: History = Field("gold", description="What answers of earlier turns the conversation goes on with.")
     limit: int | None = Field(None, gt=0, description="Dialogues of each task; all by default.")

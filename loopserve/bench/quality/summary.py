@@ -61,7 +61,10 @@ def _figures(records: Sequence[Record]) -> Record:
         "turns": len(records),
     }
     values: dict[str, Callable[[Record], float | None]] = {"score": lambda record: float(record["score"])}
-    values |= {name: agreed(key) for name, key in (("same_first_token", "first_token"), ("same_answer", "answer"), ("kl", "kl"))}
+    values |= {
+        name: agreed(key)
+        for name, key in (("same_first_token", "first_token"), ("same_answer", "answer"), ("kl", "kl"))
+    }
     for name, value in values.items():
         dialogues = gather(records, value)
         found |= {name: mean(dialogues), f"{name}_se": standard_error(dialogues)}
@@ -82,13 +85,12 @@ def _weighted(records: Iterable[Record], name: str, weigh: Callable[[Record], in
 
 
 def _causal_pairs(record: Record) -> int:
-    new: int = record["prompt_tokens"]
-    old: int = record["reused_tokens"]
+    new, old = int(record["prompt_tokens"]), int(record["reused_tokens"])
     return new * old + new * (new + 1) // 2
 
 
 def _steps(record: Record) -> int:
-    return max(0, record["output_tokens"] - 1)
+    return max(0, int(record["output_tokens"]) - 1)
 
 
 def _median(values: Iterable[float | None]) -> float | None:

@@ -72,10 +72,9 @@ def problems(run: Run) -> Table:
     return Table("Problems", ("kind", "stack", "dialogues", "why"), tuple(rows), "" if rows else "None.")
 
 
-def plus_minus(value: float | None, error: float | None, scale: float = 100, digits: int = 1) -> str:
-    if value is None:
-        return _NONE
-    return f"{value * scale:.{digits}f}" + ("" if error is None else f" ± {error * scale:.{digits}f}")
+def plus_minus(value: float | None, error: float | None) -> str:
+    """A share in %, with its standard error."""
+    return _NONE if value is None else f"{100 * value:.1f}" + ("" if error is None else f" ± {100 * error:.1f}")
 
 
 def _answers(records: Sequence[Record]) -> Table:
@@ -83,13 +82,13 @@ def _answers(records: Sequence[Record]) -> Table:
         "score": lambda row: plus_minus(row["score"], row["score_se"]),
         "same first token": lambda row: plus_minus(row["same_first_token"], row["same_first_token_se"]),
         "same answer": lambda row: plus_minus(row["same_answer"], row["same_answer_se"]),
-        "KL to dense, mnat": lambda row: plus_minus(row["kl"], row["kl_se"], 1000, 2),
+        "KL to dense": lambda row: _nats(row["kl"], row["kl_se"]),
         "dialogues": lambda row: str(row["dialogues"]),
         "turns": lambda row: str(row["turns"]),
     }
     note = (
         "Scores and shares in %, ± bootstrap standard error by dialogue; over tasks, the mean of their means. KL: of the next-token "
-        "distribution, mean over the tokens of the gold answers, in thousandths of a nat."
+        "distribution, mean over the tokens of the gold answers, in nats."
     )
     return _by_stack("Answers", records, columns, note)
 
@@ -123,7 +122,7 @@ def _prefill(records: Sequence[Record]) -> Table:
         "coverage, estimated": lambda row: _percent(row["coverage_estimated"]),
         "held-out": lambda row: _percent(row["coverage_held_out"]),
         "realised": lambda row: _percent(row["coverage_realised"]),
-        "fall-backs per turn": lambda row: _number(row["fallbacks"]),
+        "fall-backs to dense per turn": lambda row: _number(row["fallbacks"]),
     }
     return _by_stack("Prefill", records, columns, "Cells and tiles: computed, as shares of causal attention.")
 
@@ -196,6 +195,10 @@ def _percent(value: float | None) -> str:
     return _NONE if value is None else f"{value:.1%}"
 
 
+def _nats(value: float | None, error: float | None) -> str:
+    return _NONE if value is None else f"{value:.2g}" + ("" if error is None else f" ± {error:.1g}")
+
+
 def _number(value: float | None) -> str:
     return _NONE if value is None else f"{value:,.1f}" if value < 100 else f"{value:,.0f}"
 
@@ -205,4 +208,6 @@ def _ms(value: float | None) -> str:
 
 
 def _bytes(value: float | None) -> str:
-    return _NONE if value is None else f"{value / 1024:,.1f} KiB" if value < 1 << 20 else f"{value / (1 << 20):,.1f} MiB"
+    return (
+        _NONE if value is None else f"{value / 1024:,.1f} KiB" if value < 1 << 20 else f"{value / (1 << 20):,.1f} MiB"
+    )
