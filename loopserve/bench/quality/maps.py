@@ -48,7 +48,7 @@ def attention_map(attention: Tensor, verticals: Sequence[int], slashes: Sequence
     drawn = figure(7.5, 1.6 + 6.0 * min(1.0, rows / keys + 0.2))
     axes = drawn.subplots()
     axes.imshow(
-        _shrunk(attention.float().cpu()) ** 0.25,
+        (_shrunk(attention.float().cpu()) ** 0.25).numpy(),
         cmap="Greys",
         aspect="auto",
         extent=(-0.5, keys - 0.5, keys - 0.5, first - 0.5),

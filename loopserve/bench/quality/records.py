@@ -84,11 +84,15 @@ class RecordFile:
         self.path = path
         try:
             self._file = path.open("a+b")
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot be written ({error.strerror})") from error
+        try:
             _lock(self._file.fileno(), path)
             self.records, length = _read(path)
             self._file.truncate(length)
-        except OSError as error:
-            raise ConfigError(f"{path}: cannot be written ({error.strerror})") from error
+        except BaseException:
+            self._file.close()
+            raise
 
     def append(self, records: Sequence[Record]) -> None:
         """Add all lines of one sample under one stack; they are on the disk when this returns."""
