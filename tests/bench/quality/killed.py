@@ -21,9 +21,8 @@ from loopserve.bench.quality.runner import Examiner, Settings
 from tests.bench.quality.small import SNAPKV, Words, random_model
 
 
-def ask(directory: Path) -> None:
-    """What ``run_suite`` does, with the small task and the random model."""
-    examiner = Examiner(Engine(*random_model(), "dense"), contestants([load_stack(SNAPKV)]), Settings())
+def ask(examiner: Examiner, directory: Path) -> None:
+    """What ``run_suite`` does once the model is loaded, with the small task."""
     identity = {"lineup": [each.name for each in examiner.lineup], "stacks": {}}
     claim(directory, identity, {}, resume=True)
     file = RecordFile(directory / FILE)
@@ -35,13 +34,13 @@ def ask(directory: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    random_model()
+    warm = Examiner(Engine(*random_model(), "dense"), contestants([load_stack(SNAPKV)]), Settings())
     print("ready", flush=True)
     for line in sys.stdin:
         seconds, _, directory = line.strip().partition(" ")
         child = os.fork()
         if child == 0:
-            ask(Path(directory))
+            ask(warm, Path(directory))
             os._exit(0)
         if float(seconds):
             time.sleep(float(seconds))
