@@ -80,8 +80,8 @@ class RecallTask:
     """Share of the asked places that an earlier question asked for already; at 0 no place is asked for twice."""
     distance: int | None = None
     """How many turns back every asked fact was told, as far as there are so many turns and facts; None draws it per place."""
-    list_all: bool = False
-    """Each turn tells `keys` facts and no more, and asks for all of them without naming a place; the answer goes in the order told."""
+    list_all: Literal["no", "named", "unnamed"] = "no"
+    """Each turn tells `keys` facts and no more, and asks for all, naming the places or not; the answer goes in the order told."""
 
     def __post_init__(self) -> None:
         low, high = self.key_range
@@ -95,8 +95,14 @@ class RecallTask:
             raise ValueError(f"more than {len(PLACES)} places would be asked for")
         if self.distance is not None and (self.distance < 0 or self.chain > 1):
             raise ValueError("distance must be at least 0 and goes with chain 1")
-        if self.list_all and (self.chain > 1 or self.distance or self.again_share or self.silent_share):
-            raise ValueError("list_all asks for what its own turn told: no chain, distance, again_share or silent_share")
+        if self.lists and (self.chain > 1 or self.distance or self.again_share or self.silent_share):
+            raise ValueError(
+                "list_all asks for what its own turn told: no chain, distance, again_share or silent_share"
+            )
+
+    @property
+    def lists(self) -> bool:
+        return self.list_all != "no"
 
     @property
     def key_range(self) -> tuple[int, int]:
@@ -192,14 +198,14 @@ class _Writer:
         new: list[Fact] = []
         chains = [] if rng.random() < self.task.silent_share else self._choose(turn, stop - len(words), new)
         keys = [chain[0].key for chain in chains]
-        question = list(LIST_ALL) if self.task.list_all else _question(keys)
+        question = self._question(keys)
         answer_length = sum(2 + len(fact.value) + 1 for chain in chains for fact in chain) or len(ACKNOWLEDGEMENT)
         room = stop - len(words) - MARKERS_PER_TURN - answer_length - len(question)
 
         sentences: list[Fact | list[str]] = []
         told = sum(len(fact.words) for fact in new)
         asked = {fact.key for chain in chains for fact in chain}
-        while not self.task.list_all and told < self.task.fact_share * (room + len(question)) and self.places:
+        while not self.task.lists and told < self.task.fact_share * (room + len(question)) and self.places:
             new.append(self._fact(turn))
             told += len(new[-1].words)
         # A fact that no longer fits is dropped again, unless the answer needs it.
@@ -215,15 +221,16 @@ class _Writer:
                 sentences.append(talk)
                 room -= len(talk)
         rng.shuffle(sentences)
-        if self.task.list_all:
+        if self.task.lists:
             chains = [[sentence] for sentence in sentences if isinstance(sentence, Fact)]
+            question = self._question([chain[0].key for chain in chains])
         self.unasked.append([fact for fact in new if fact.key not in asked])
         self._place(turn, sentences, question, chains)
 
     def _choose(self, turn: int, room: int, new: list[Fact]) -> list[list[Fact]]:
         """The facts to ask for, one chain per key: some told earlier, some to be told in this turn (added to `new`)."""
         low, high = self.task.key_range
-        if self.task.list_all:
+        if self.task.lists:
             new.extend(self._fact(turn) for _ in range(self.rng.randint(low, high)))
             return [[fact] for fact in new]
         chains: list[list[Fact]] = []
@@ -276,6 +283,9 @@ class _Writer:
         self.layout.facts[fact.key] = fact
         return fact
 
+    def _question(self, keys: list[str]) -> list[str]:
+        return list(LIST_ALL) if self.task.list_all == "unnamed" else _question(keys)
+
     def _small_talk(self) -> list[str]:
         choice = self.rng.choice
         return [choice(SLOTS[word]) if word in SLOTS else word for word in choice(_TALK)]
@@ -308,7 +318,9 @@ class _Writer:
         start = len(words)
         sources: list[int] = []
         owners: list[int] = []
-        asked = [chain[0].start for chain in chains] if self.task.list_all else marks[:-1]  # marks ends with the question mark
+        # The last mark is the question mark; places that the question does not name are first named by their facts.
+        unnamed = self.task.list_all == "unnamed"
+        asked = [chain[0].start for chain in chains] if unnamed else marks[:-1]
         for source, chain in zip(asked, chains, strict=True):
             for fact in chain:
                 owner, length = len(words), len(fact.value)

@@ -22,6 +22,8 @@ TASKS = [
     RecallTask(tokens=2048, turns=3, keys=(1, 5), position="end"),
     RecallTask(tokens=4096, turns=6, keys=(1, 5), fact_share=0.5),
     RecallTask(tokens=400, turns=3, keys=2, chain=3),
+    RecallTask(tokens=600, turns=3, keys=4, list_all="named"),
+    RecallTask(tokens=600, turns=3, keys=2, distance=1),
     RecallTask(tokens=500, turns=6, keys=(1, 3), uneven=True, silent_share=0.3, chain=2, chain_share=0.2),
 ]
 
@@ -117,9 +119,13 @@ def test_held_out_seeds_give_codes_that_no_training_seed_gave() -> None:
     assert not training & held_out
 
 
-def test_the_layout_points_at_the_words_that_answers_repeat() -> None:
+UNNAMED = RecallTask(tokens=600, turns=3, keys=4, list_all="unnamed")
+
+
+@pytest.mark.parametrize("task", [TASKS[-1], TASKS[-3], UNNAMED], ids=str)
+def test_the_layout_points_at_the_words_that_answers_repeat(task: RecallTask) -> None:
     for seed in range(20):
-        layout = lay_out(TASKS[-1], seed)
+        layout = lay_out(task, seed)
         for turn in layout.turns:
             answer = layout.words[turn.answer_start : turn.answer_stop]
             for word, source in zip(answer, turn.sources, strict=False):
@@ -136,10 +142,20 @@ def test_the_vocabulary_keeps_its_groups_apart() -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"keys": 0}, {"keys": (3, 2)}, {"turns": 0}, {"chain": 0}, {"code_words": (0, 2)}, {"turns": 100, "keys": 5}],
+    [
+        {"keys": 0},
+        {"keys": (3, 2)},
+        {"turns": 0},
+        {"chain": 0},
+        {"code_words": (0, 2)},
+        {"turns": 100, "keys": 5},
+        {"distance": -1},
+        {"distance": 1, "chain": 2},
+        {"list_all": "named", "chain": 2},
+    ],
 )
 def test_impossible_tasks_are_refused(wrong: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"at least 1|must be a range|would be asked for"):
+    with pytest.raises(ValueError, match=r"at least [01]|must be a range|would be asked for|no chain"):
         RecallTask(**wrong)
 
 

@@ -1,15 +1,14 @@
-"""LongBench recombined: dialogues of several turns, each with a context and a question at the begin, in the middle or at the end.
+"""LongBench recombined: dialogues of several turns, each a context with a question at its begin, in its middle or at its end.
 
-Construction (docs/benchmark_tasks.md): the items of one set are shuffled by the seed and taken in groups, one item a turn; each group is
-asked at every position. In the cross-turn variant (``distance``) a turn asks about the context of an earlier turn, and its own
-context stands in the way.
+Construction (docs/benchmark_tasks.md): the items of one set are shuffled by the seed and taken in groups, one item a turn; each
+group is asked at every position. In the cross-turn variant (``distance``) a turn asks about the context of an earlier turn, and
+its own context stands in the way.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from importlib.resources import files
 from itertools import product
 from pathlib import Path
@@ -38,7 +37,7 @@ class LongBenchOptions(TaskOptions):
     source: str = Field("hub", min_length=1, description="hub, shipped (a few items of our own), or a folder.")
     repository: str = Field(REPOSITORY, description="On the hub; only data.zip is read, no script is run.")
     revision: str | None = Field(None, description="Of the repository; the newest by default.")
-    turns: int = Field(3, ge=1)
+    turns: int = Field(3, ge=1, description="Items of a dialogue, one a turn.")
     position: Places = Field(POSITIONS, description="Where the question stands in its turn's text.")
     distance: OneOrMore = Field(
         0, description="How many turns before the question its context is given; above 0 is the cross-turn variant."
@@ -71,10 +70,7 @@ class LongBenchTask:
         self.options = options
         self.set = SETS[kind.removeprefix("longbench-")]
         self._files = _locate(self.set.name, options)
-
-    @cached_property
-    def version(self) -> str:
-        return f"{VERSION}+{digest(self._files)}"
+        self.version = f"{VERSION}+{digest(self._files)}"
 
     def samples(self, limit: int | None, seed: int) -> Iterator[Sample | BrokenSample]:
         """Broken rows first (they do not count towards the limit), then every group at all positions and distances."""
@@ -82,7 +78,8 @@ class LongBenchTask:
         yield from broken
         turns = self.options.turns
         if len(items) < turns:
-            raise ConfigError(f"{self.name}: {len(items)} usable rows are too few for dialogues of {turns} turns")
+            yield BrokenSample("dialogues", self.name, f"{len(items)} usable rows are too few for {turns} turns")
+            return
         Random(f"{self.set.name}-{seed}").shuffle(items)
         groups = (items[at : at + turns] for at in range(0, len(items) - turns + 1, turns))
         everything = product(groups, several(self.options.distance), several(self.options.position))
@@ -155,7 +152,9 @@ def _locate(name: str, options: LongBenchOptions) -> list[DataFile]:
         found = [path for path in data_files(folder) if path.stem == name]
         if not found:
             shipped = ", ".join(path.stem for path in data_files(folder))
-            raise ConfigError(f"no items of {name!r} are shipped (known: {shipped}); give a folder or the hub as source")
+            raise ConfigError(
+                f"no items of {name!r} are shipped (known: {shipped}); give a folder or the hub as source"
+            )
         return list(found)
     if options.source == "hub":
         return _in_zip(_from_hub(options), name, options, Path("longbench"))

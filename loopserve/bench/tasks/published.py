@@ -6,7 +6,6 @@ Little of its schema is documented, so configs and fields are found out at run t
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from functools import cached_property
 from importlib.resources import files
 from itertools import product
 from pathlib import Path
@@ -25,8 +24,15 @@ from loopserve.core.errors import ConfigError, did_you_mean
 
 VERSION = "1"
 REPOSITORY = "TreeAILab/Multi-turn_Long-context_Benchmark_for_LLMs"
-_LONGEST = {"qa_f1": 128, "rouge_l": 512, "classification": 64, "exact_match": 64, "edit_similarity": 64}  # as LongBench
-_SAMPLE = "multi_turn"  # the documented list of turns
+_LONGEST = {
+    "qa_f1": 128,
+    "rouge_l": 512,
+    "classification": 64,
+    "exact_match": 64,
+    "edit_similarity": 64,
+}  # as LongBench
+_TURNS = "multi_turn"  # the documented list of turns
+_LOOKED_AT = 50  # rows
 
 
 class PublishedOptions(TaskOptions):
@@ -36,7 +42,7 @@ class PublishedOptions(TaskOptions):
     repository: str = Field(REPOSITORY, description="On the hub.")
     revision: str | None = Field(None, description="Of the repository; the newest by default.")
     config: str = Field("multi-turn_QA", description="The documented one; a wrong name lists those that were found.")
-    split: str = "train"
+    split: str = Field("train", description="The documented one.")
     position: Places = Field("end", description="Where the question stands; `end` is the documented field.")
     fields: FieldNames = Field(default_factory=FieldNames, description="Fields whose names cannot be found out.")
     metric: str | None = Field(None, description="For rows that do not name their LongBench set.")
@@ -52,25 +58,21 @@ class PublishedTask:
         if options.metric is not None and options.metric not in METRICS:
             raise ConfigError(f"{self.name}: unknown metric {options.metric!r}{did_you_mean(options.metric, METRICS)}")
         self._rows = _open(options)
-
-    @cached_property
-    def version(self) -> str:
-        return f"{VERSION}+{self._rows.digest}"
-
-    @cached_property
-    def fields(self) -> Fields:
-        """Found on the first row that has a turn. ConfigError if none has, or if a name is not clear."""
-        for number in range(len(self._rows)):
-            data = self._rows.row(number).data or {}
-            turns = data.get(_SAMPLE)
-            if isinstance(turns, list) and turns and isinstance(turns[0], Mapping):
-                return find_fields(data, turns[0], several(self.options.position), self.options.fields)
-        raise ConfigError(f"{self.name}: none of {len(self._rows)} rows has a list {_SAMPLE!r} of turns")
+        self.version = f"{VERSION}+{self._rows.digest}"
+        self.fields = self._find_fields()
+        # Without a name of the set in the rows, the documented name of the config is all that says how answers are scored.
+        self._metric_of_config = options.metric or ("qa_f1" if "QA" in options.config else None)
+        if self._metric_of_config is None and self.fields.data_set is None:
+            raise ConfigError(
+                f"{self.name}: rows do not name a LongBench set, so how answers are scored is not known; give metric: "
+                f"one of {', '.join(METRICS)}"
+            )
 
     def report(self) -> list[str]:
         """What was found: configs, fields, which are used, and how answers are scored."""
         configs = f"configs: {', '.join(self._rows.configs)}; in use: {self.options.config} ({len(self._rows)} rows)"
-        scored = self.options.metric or ("by set" if self.fields.data_set else self._metric_of_config())
+        others = f"{self._metric_of_config or 'none'} for others"
+        scored = self.options.metric or (f"by set, {others}" if self.fields.data_set else self._metric_of_config)
         return [configs, *self.fields.report(), f"metric: {scored}"]
 
     def samples(self, limit: int | None, seed: int) -> Iterator[Sample | BrokenSample]:
@@ -90,10 +92,25 @@ class PublishedTask:
             except _Unusable as why:
                 yield BrokenSample(name, self.name, str(why))
 
+    def _find_fields(self) -> Fields:
+        """All fields of the first rows together, as one of them may lack some. ConfigError if a name is not clear."""
+        of_row: dict[str, Any] = {}
+        of_turn: dict[str, Any] = {}
+        for number in range(min(_LOOKED_AT, len(self._rows))):
+            data = self._rows.row(number).data or {}
+            turns = data.get(_TURNS)
+            for turn in turns if isinstance(turns, list) else []:
+                if isinstance(turn, Mapping):
+                    of_row |= data
+                    of_turn |= turn
+        if not of_turn:
+            raise ConfigError(f"{self.name}: of the first {_LOOKED_AT} rows none has a list {_TURNS!r} of turns")
+        return find_fields(of_row, of_turn, several(self.options.position), self.options.fields)
+
     def _turns(self, row: Mapping[str, Any], position: Position) -> tuple[AskedTurn, ...]:
-        turns = row.get(_SAMPLE)
+        turns = row.get(_TURNS)
         if not isinstance(turns, list) or not turns:
-            raise _Unusable(f"the row has no list {_SAMPLE!r} of turns (it has {', '.join(row) or 'nothing'})")
+            raise _Unusable(f"the row has no list {_TURNS!r} of turns (it has {', '.join(row) or 'nothing'})")
         asked = []
         for number, turn in enumerate(turns, 1):
             try:
@@ -122,7 +139,9 @@ class PublishedTask:
         known = SETS.get(str(own))
         if own:
             labels["set"] = own
-        metric = self.options.metric or (known.metric if known else self._metric_of_config())
+        metric = self.options.metric or (known.metric if known else self._metric_of_config)
+        if metric is None:
+            raise _Unusable(f"its set {own!r} is not known, so it needs the option metric")
         if metric == "classification":
             classes = self.fields.classes and turn.get(self.fields.classes, row.get(self.fields.classes))
             if not classes:
@@ -131,15 +150,6 @@ class PublishedTask:
         if known and known.first_line:
             labels["first_line"] = True
         return metric, known.max_new_tokens if known and known.metric == metric else _LONGEST[metric]
-
-    def _metric_of_config(self) -> str:
-        """QA is scored by F1, as the documented name of its config says; no other name is documented."""
-        if "QA" in self.options.config:
-            return "qa_f1"
-        raise ConfigError(
-            f"{self.name}: rows do not name a LongBench set, so how answers are scored is not known; give metric: "
-            f"one of {', '.join(METRICS)}"
-        )
 
 
 class _Unusable(Exception):

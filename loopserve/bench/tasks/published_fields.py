@@ -37,7 +37,9 @@ class FieldNames(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    prompt: dict[Position, str] = Field(default_factory=dict, description="Field with a turn's whole text, by position.")
+    prompt: dict[Position, str] = Field(
+        default_factory=dict, description="Field with a turn's whole text, by position."
+    )
     question: dict[Position, str] = Field(default_factory=dict, description="Field with the question, by position.")
     answers: str | None = Field(None, description="Field with the gold answer, or the list of them.")
     data_set: str | None = Field(None, description="Field with the name of the LongBench set, in the turn or the row.")
@@ -69,8 +71,10 @@ class Fields:
         ]
 
 
-def find_fields(row: Mapping[str, Any], turn: Mapping[str, Any], wanted: Iterable[Position], given: FieldNames) -> Fields:
-    """The fields to read, from one row and its first turn. ConfigError, naming all fields, where there is not exactly one candidate."""
+def find_fields(
+    row: Mapping[str, Any], turn: Mapping[str, Any], wanted: Iterable[Position], given: FieldNames
+) -> Fields:
+    """The fields to read, from those of a row and of a turn. ConfigError, naming them, where there is not exactly one candidate."""
     both = {**row, **turn}
     prompts = {position: given.prompt.get(position) or _only(turn, _PROMPT, position, "prompt") for position in wanted}
     questions = {

@@ -1,4 +1,4 @@
-"""Where the rows of the published set come from: the hub through ``datasets``, or a folder. Which configs there are is found out here."""
+"""Where the rows of the published set come from: the hub through ``datasets``, or a folder. Finds out which configs there are."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from hashlib import sha256
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from loopserve.bench.tasks.source import Row, data_files, digest, read_rows
+from loopserve.bench.tasks.source import SUFFIXES, Row, data_files, digest, read_rows
 from loopserve.core.config import parse_yaml
 from loopserve.core.errors import ConfigError, did_you_mean
 
@@ -19,20 +19,9 @@ DOWNLOAD = "hf download {repository} --repo-type dataset --local-dir {folder}"
 _SPLIT = re.compile(r"[-_.](train|test|validation)\b.*$")
 
 
-class Rows(Protocol):
-    """Rows by number, the configs that were found beside theirs, and a digest of the data."""
-
-    configs: tuple[str, ...]
-    digest: str
-
-    def __len__(self) -> int: ...
-
-    def row(self, number: int) -> Row: ...
-
-
 @dataclass(frozen=True)
 class FolderRows:
-    """The rows of one config's files, all in memory."""
+    """The rows of one config's files, all in memory; the configs found beside it, and a digest of the data."""
 
     configs: tuple[str, ...]
     digest: str
@@ -61,12 +50,15 @@ class HubRows:
         return Row(f"{self.name}-{number}", self.data[number])
 
 
+Rows = FolderRows | HubRows
+
+
 def folder_rows(folder: Path, config: str, split: str, repository: str) -> FolderRows:
     """One config of a folder. ConfigError, with the command that gets the set, if there is no such folder or config."""
     if not folder.is_dir():
         command = DOWNLOAD.format(repository=repository, folder=folder)
         raise ConfigError(f"{folder} is no folder; get the published set with: {command}")
-    configs = {name: _of_split(files, split) for name, files in folder_configs(folder).items()}
+    configs = folder_configs(folder, split)
     if not configs:
         command = DOWNLOAD.format(repository=repository, folder=folder)
         raise ConfigError(f"{folder} holds no JSON, JSONL or Parquet; get the published set with: {command}")
@@ -78,9 +70,9 @@ def folder_rows(folder: Path, config: str, split: str, repository: str) -> Folde
     return FolderRows(tuple(configs), digest(files), [row for file in files for row in read_rows(file)])
 
 
-def folder_configs(folder: Path) -> dict[str, list[Path]]:
-    """Config names with their files: as the README's front matter lists them, else by folder and file names."""
-    listed = _from_readme(folder)
+def folder_configs(folder: Path, split: str) -> dict[str, list[Path]]:
+    """Config names with their files of a split: as the README's front matter lists them, else by folder and file names."""
+    listed = _from_readme(folder, split)
     if listed:
         return listed
     found: dict[str, list[Path]] = {}
@@ -92,7 +84,7 @@ def folder_configs(folder: Path) -> dict[str, list[Path]]:
         for inside in sorted(path for path in place.iterdir() if path.is_dir() and path != folder / "data"):
             if own := data_files(inside):
                 found.setdefault(inside.name, []).extend(own)
-    return found
+    return {name: _of_split(files, split) for name, files in found.items()}
 
 
 def hub_rows(repository: str, revision: str | None, config: str, split: str) -> HubRows:
@@ -123,22 +115,29 @@ def _of_split(files: Sequence[Path], split: str) -> list[Path]:
     return [file for file, of in named.items() if of == split]
 
 
-def _from_readme(folder: Path) -> dict[str, list[Path]]:
+def _from_readme(folder: Path, split: str) -> dict[str, list[Path]]:
+    """What the front matter's ``configs`` say (the hub's convention); empty without it."""
     readme = folder / "README.md"
-    if not readme.is_file():
-        return {}
-    match = re.match(r"---\n(.*?)\n---", readme.read_text(encoding="utf-8"), re.DOTALL)
+    match = re.match(r"---\n(.*?)\n---", readme.read_text(encoding="utf-8"), re.DOTALL) if readme.is_file() else None
     front = parse_yaml(match.group(1), str(readme)).data if match else None
     found: dict[str, list[Path]] = {}
-    for entry in front.get("configs") or [] if isinstance(front, Mapping) else []:
-        patterns = entry.get("data_files")
-        listed = patterns if isinstance(patterns, list) else [patterns]
-        paths = [each.get("path") if isinstance(each, Mapping) else each for each in listed]
-        flat = [path for each in paths for path in (each if isinstance(each, list) else [each]) if path]
-        matched = sorted({file for path in flat for file in folder.glob(path) if file in data_files(file.parent)})
-        if matched:
-            found[str(entry.get("config_name", "default"))] = matched
+    for entry in (front.get("configs") or []) if isinstance(front, Mapping) else []:
+        files: list[Path] = []
+        for listed in _as_list(entry.get("data_files")):
+            of_split = listed.get("split", split) == split if isinstance(listed, Mapping) else True
+            patterns = _as_list(listed.get("path") if isinstance(listed, Mapping) else listed)
+            matched = sorted(
+                {path for pattern in patterns for path in folder.glob(str(pattern)) if path.suffix in SUFFIXES}
+            )
+            files += (
+                matched if isinstance(listed, Mapping) and of_split else _of_split(matched, split) if of_split else []
+            )
+        found[str(entry.get("config_name", "default"))] = files
     return found
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def _digest_of(data: Any) -> str:

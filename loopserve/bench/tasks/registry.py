@@ -55,7 +55,9 @@ def make_tasks(entries: Sequence[Mapping[str, Any]]) -> list[Task]:
             raise ConfigError(f"tasks[{number}]: `task` must be the name of a task (known: {', '.join(_KINDS)})")
         made.append(task_by_name(name, options, f"tasks[{number}] ({name})"))
         if made[-1].name in {task.name for task in made[:-1]}:
-            raise ConfigError(f"tasks[{number}]: there are two tasks {made[-1].name!r}: give one of them another `name`")
+            raise ConfigError(
+                f"tasks[{number}]: there are two tasks {made[-1].name!r}: give one of them another `name`"
+            )
     return made
 
 
@@ -67,7 +69,12 @@ _SYNTHETIC: dict[str, type[synthetic.RecallOptions]] = {
     "long_answers": synthetic.LongAnswerOptions,
 }
 _KINDS: dict[str, TaskKind] = {
-    name: TaskKind(name, (options.__doc__ or "").split(". ")[0].rstrip("."), options, partial(synthetic.SyntheticTask, name))
+    name: TaskKind(
+        name,
+        (options.__doc__ or "").split("\n")[0].split(". ")[0].rstrip("."),
+        options,
+        partial(synthetic.SyntheticTask, name),
+    )
     for name, options in _SYNTHETIC.items()
 }
 _KINDS["published"] = TaskKind(

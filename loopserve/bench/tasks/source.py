@@ -9,7 +9,8 @@ from hashlib import sha256
 from importlib import import_module
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile, Path as ZipPath
+from zipfile import BadZipFile
+from zipfile import Path as ZipPath
 
 from loopserve.core.errors import ConfigError
 

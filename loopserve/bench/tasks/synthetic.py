@@ -32,7 +32,7 @@ class RecallOptions(TaskOptions):
     """One key: a place is named, its code is the answer. Also the fields of the other synthetic tasks."""
 
     tokens: OneOrMore = Field(2048, description="Length of the whole dialogue in words (the bundled model's tokens).")
-    turns: int = Field(3, ge=1)
+    turns: int = Field(3, ge=1, description="Questions of a dialogue, one a turn.")
     position: Places = Field(POSITIONS, description="Where the question stands in its turn's text.")
     keys: OneOrMore = Field(1, description="Places that a question asks for.")
     distance: OneOrMore | None = Field(
@@ -40,7 +40,9 @@ class RecallOptions(TaskOptions):
     )
     dialogues: int = Field(24, ge=1, description="Dialogues of each case.")
     code_words: tuple[int, int] = Field((1, 4), description="Fewest and most words of a code.")
-    fact_share: float = Field(0.4, gt=0, lt=1, description="Share of the words that stand in facts; the rest is small talk.")
+    fact_share: float = Field(
+        0.4, gt=0, lt=1, description="Share of the words that stand in facts; the rest is small talk."
+    )
     form: Literal["plain", "instructed"] = Field("plain", description="instructed: the question says how to answer.")
 
     @model_validator(mode="after")
@@ -51,14 +53,16 @@ class RecallOptions(TaskOptions):
             except ValueError as error:
                 raise mistake(str(error)) from error
             if case.tokens < (least := case.least_words(self)):
-                raise mistake(f"tokens {case.tokens} cannot hold {self.turns} turns of this kind: give at least {least}")
+                raise mistake(
+                    f"tokens {case.tokens} cannot hold {self.turns} turns of this kind: give at least {least}"
+                )
         return self
 
 
 class MultiKeyOptions(RecallOptions):
     """Several keys: each part of the answer needs another place of the context."""
 
-    keys: OneOrMore = (2, 3, 5)
+    keys: OneOrMore = Field((2, 3, 5), description="Places that a question asks for.")
 
 
 class ChainOptions(RecallOptions):
@@ -68,22 +72,28 @@ class ChainOptions(RecallOptions):
 
 
 class ListAllOptions(RecallOptions):
-    """Each turn asks for every fact that it told, in the order told, and names no place. The bundled model was not trained on it."""
+    """Each turn asks for every fact that it told, in the order told: nothing else is told, and the answer is all over the turn.
 
+    The bundled model was not trained on it; it answers where the places are named.
+    """
+
+    named: bool = Field(True, description="The question names the places; if not, it asks for all new codes.")
     keys: OneOrMore = Field((4, 8), description="Facts told and listed in every turn.")
 
 
 class LongAnswerOptions(RecallOptions):
     """Answers of at least 128 words: many keys with long codes. The bundled model was trained on up to five keys."""
 
-    keys: OneOrMore = 19
-    code_words: tuple[int, int] = (4, 4)
+    keys: OneOrMore = Field(19, description="Places that a question asks for.")
+    code_words: tuple[int, int] = Field((4, 4), description="Fewest and most words of a code.")
 
     @model_validator(mode="after")
     def _long(self) -> LongAnswerOptions:
         words = min(several(self.keys)) * (3 + self.code_words[0])
         if words < LONG_ANSWER:
-            raise mistake(f"answers of {words} words are no long answers: keys x (3 + code_words) must reach {LONG_ANSWER}")
+            raise mistake(
+                f"answers of {words} words are no long answers: keys x (3 + code_words) must reach {LONG_ANSWER}"
+            )
         return self
 
 
@@ -109,7 +119,7 @@ class Case:
             fact_share=options.fact_share,
             code_words=options.code_words,
             distance=self.distance,
-            list_all=isinstance(options, ListAllOptions),
+            list_all="no" if not isinstance(options, ListAllOptions) else "named" if options.named else "unnamed",
         )
 
     def least_words(self, options: RecallOptions) -> int:
@@ -117,7 +127,7 @@ class Case:
         code = options.code_words[1]
         facts = self.keys * (6 + code + (self.chain - 1) * 9)
         answer = self.keys * (3 + code + (self.chain - 1) * 6)
-        question = len(LIST_ALL) if isinstance(options, ListAllOptions) else 5 + 2 * self.keys
+        question = max(len(LIST_ALL), 5 + 2 * self.keys)
         return 1 + options.turns * (MARKERS_PER_TURN + facts + answer + question)
 
     def trained(self, options: RecallOptions) -> bool:
@@ -172,7 +182,7 @@ class SyntheticTask:
         words, text, question = len(turn.answer.split()), turn.text, turn.question
         room = words + 16
         if self.options.form == "instructed":
-            listed = isinstance(self.options, ListAllOptions)
+            listed = isinstance(self.options, ListAllOptions) and not self.options.named
             how = _LISTED if listed else f"{_FORM} {_KEPT}" if case.chain > 1 else _FORM
             question = f"{turn.question} {how}"
             text = turn.text.replace(turn.question, question, 1)

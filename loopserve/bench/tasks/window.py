@@ -27,15 +27,18 @@ def fit(
     """
     parts = [_around(turn) for turn in sample.turns]
     fixed = sum(_fixed(turn, encode) + template_tokens for turn in sample.turns)
-    lengths = [len(encode(before)) + len(encode(after)) for before, _, after in parts]
+    lengths = [_context(turn, encode) for turn in sample.turns]
     if fixed + sum(lengths) <= max_tokens:
         return sample, 0
     # Cutting makes new token borders, so a cut text may need a token or two more than asked for: then the limit sinks.
     slack = 0
     while (room := max_tokens - fixed - slack) >= 0:
         limit = _common_limit(lengths, room)
-        turns = [_cut(*each, limit, encode, decode) for each in zip(sample.turns, parts, lengths, strict=True)]
-        counts = [len(encode(turn.text)) - len(encode(turn.question)) for turn in turns]
+        turns = [
+            turn if length <= limit else _cut(turn, part, limit, encode, decode)
+            for turn, part, length in zip(sample.turns, parts, lengths, strict=True)
+        ]
+        counts = [_context(turn, encode) for turn in turns]
         excess = fixed + sum(counts) - max_tokens
         if excess <= 0:
             truncated = [max(0, length - count) for length, count in zip(lengths, counts, strict=True)]
@@ -56,6 +59,11 @@ def _around(turn: AskedTurn) -> tuple[str, str, str]:
     return turn.text[:at], turn.text[at:stop], turn.text[stop:]
 
 
+def _context(turn: AskedTurn, encode: Encode) -> int:
+    """Tokens of a turn besides its question."""
+    return len(encode(turn.text)) - len(encode(turn.question))
+
+
 def _fixed(turn: AskedTurn, encode: Encode) -> int:
     gold = len(encode(turn.answers[0])) if turn.answers else 0
     return len(encode(turn.question)) + max(gold, turn.max_new_tokens)
@@ -73,13 +81,10 @@ def _common_limit(lengths: Sequence[int], room: int) -> int:
     return ordered[-1]
 
 
-def _cut(
-    turn: AskedTurn, parts: tuple[str, str, str], length: int, limit: int, encode: Encode, decode: Decode
-) -> AskedTurn:
-    if length <= limit:
-        return turn
+def _cut(turn: AskedTurn, parts: tuple[str, str, str], limit: int, encode: Encode, decode: Decode) -> AskedTurn:
     before, question, after = parts
-    kept = limit * len(encode(before)) // length
+    first, last = len(encode(before)), len(encode(after))
+    kept = limit * first // max(first + last, 1)
     text = _without_middle(before, kept, encode, decode) + question
     return replace(turn, text=text + _without_middle(after, limit - kept, encode, decode))
 
