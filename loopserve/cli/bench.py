@@ -107,16 +107,19 @@ def report(
     by: Annotated[
         list[str] | None, typer.Option(help="Of a quality run: a label of its tasks to show scores by, repeatable.")
     ] = None,
-    html: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Of a quality run: its page. [default: DIR/report.html]")
+    output_dir: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Of a quality run: where its page goes. [default: the run's own]")
     ] = None,
     format: FormatOption = Format.HUMAN,
 ) -> None:
-    """Tables of a quality run with its page, or rows of speed as a table and as plots; of repeated measurements the newest."""
+    """A quality run as tables and as a page, or rows of speed as a table and as plots.
+
+    The page (report.html, with plots inside) and its tables (report.md) are written. Of repeated measurements the newest is shown.
+    """
     if any(file.is_dir() for file in files):
         if len(files) > 1:
             raise typer.BadParameter("one quality run at a time; loopserve bench compare takes two")
-        quality.report_run(files[0], by or (), markdown, html, format)
+        quality.report_run(files[0], by or (), markdown, output_dir, format)
         return
     from loopserve.bench import speed
     from loopserve.bench.rows import latest, read_rows

@@ -147,21 +147,24 @@ def compare(
         _print(comparison.table(differences))
 
 
-def report_run(directory: Path, by: Sequence[str], markdown: bool, output: Path | None, format: Format) -> None:
-    """The tables of a run, and its page."""
+def report_run(directory: Path, by: Sequence[str], markdown: bool, output_dir: Path | None, format: Format) -> None:
+    """The tables of a run, on the terminal and as files: report.html with plots, report.md."""
     from loopserve.bench.quality import page
     from loopserve.bench.quality.run import open_run
     from loopserve.core.errors import ConfigError
 
     found = open_run(directory)
-    path = output or directory / "report.html"
-    try:
-        path.write_text(page.page(found, by), encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be written ({error.strerror})") from error
-    print(f"wrote {path}", file=sys.stderr)
+    text = page.markdown(found, by)
+    for name, content in (("report.html", page.page(found, by)), ("report.md", text)):
+        path = (output_dir or directory) / name
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(content, encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot be written ({error.strerror})") from error
+        print(f"wrote {path}", file=sys.stderr)
     if markdown:
-        print(page.markdown(found, by), end="")
+        print(text, end="")
     else:
         show_run(found, by, format)
 

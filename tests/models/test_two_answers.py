@@ -58,7 +58,9 @@ def test_dictating_the_own_answer_changes_nothing(llama: PreTrainedModel, name: 
     forced = Noting(Dictation(said))
     assert answer(engine, other, logits, forced) == said and own.tokens == other.tokens
     assert all(torch.equal(a, b) for a, b in zip(free.logits, forced.logits, strict=True))
-    again = [list(engine.generate(each, second, SamplingConfig(max_new_tokens=ANSWER), NO_STOP)) for each in (own, other)]
+    again = [
+        list(engine.generate(each, second, SamplingConfig(max_new_tokens=ANSWER), NO_STOP)) for each in (own, other)
+    ]
     assert again[0] == again[1]
     assert own.stats.as_dict() | {"ttft_ms": 0, "tpot_ms": 0} == other.stats.as_dict() | {"ttft_ms": 0, "tpot_ms": 0}
 

@@ -119,7 +119,9 @@ def _difference(name: str, grouping: tuple[str, ...], group: tuple[Any, ...], re
         bounds[0] if bounds else None,
         bounds[1] if bounds else None,
         by_chance,
-        _verdict(mean(dialogues) or 0.0, bounds, by_chance, count, same=all(record["score"] == 0 for record in records)),
+        _verdict(
+            mean(dialogues) or 0.0, bounds, by_chance, count, same=all(record["score"] == 0 for record in records)
+        ),
     )
 
 

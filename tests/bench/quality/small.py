@@ -60,7 +60,9 @@ class Words:
                 yield BrokenSample(str(number), self.name, "the row has no 'question'")
             else:
                 draw = Random(seed * 1000 + number)
-                yield Sample(str(number), self.name, tuple(self._turn(draw, number, turn) for turn in range(self.turns)))
+                yield Sample(
+                    str(number), self.name, tuple(self._turn(draw, number, turn) for turn in range(self.turns))
+                )
 
     def _turn(self, draw: Random, number: int, turn: int) -> AskedTurn:
         count = 2 * WINDOW if number in self.too_long else self.words

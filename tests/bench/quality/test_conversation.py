@@ -20,7 +20,7 @@ def talk(stack: object = "dense") -> Conversation:
 
 
 def test_the_history_is_what_a_template_makes_of_gold_answers() -> None:
-    model, tokenizer = random_model()
+    _, tokenizer = random_model()
     told = talk()
     for text, gold in zip(TEXTS, GOLD, strict=True):
         told.ask(text, gold, 5)
@@ -80,7 +80,9 @@ def test_divergence_is_zero_to_itself_and_what_torch_says_to_others() -> None:
 def test_a_large_vocabulary_is_measured_by_its_likeliest_tokens_from_below() -> None:
     draw = torch.Generator().manual_seed(0)
     ours, theirs = torch.randn(2, 9000, generator=draw).mul(3).unbind(0)
-    whole = float(torch.nn.functional.kl_div(theirs.log_softmax(-1), ours.log_softmax(-1), reduction="sum", log_target=True))
+    whole = float(
+        torch.nn.functional.kl_div(theirs.log_softmax(-1), ours.log_softmax(-1), reduction="sum", log_target=True)
+    )
     (found,) = Distributions.of([ours]).divergences([theirs])
     assert 0.8 * whole < found <= whole
     assert Distributions.of([ours]).divergences([ours]) == [0.0]

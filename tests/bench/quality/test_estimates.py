@@ -73,7 +73,9 @@ def by_group(differences: list[Difference]) -> dict[str, Difference]:
 def test_a_difference_is_told_from_noise() -> None:
     worse, better = [[0.0, 1.0]] * 12, [[1.0, 1.0]] * 12
     found = by_group(compare_stacks(run(a={"t": worse}, b={"t": better}), "a", "b"))
-    assert found["all"].verdict == found["turn 1"].verdict == "B is better" and found["turn 2"].verdict == "no difference"
+    assert (
+        found["all"].verdict == found["turn 1"].verdict == "B is better" and found["turn 2"].verdict == "no difference"
+    )
     assert found["all"].difference == 0.5 and (found["all"].low, found["all"].high) == (0.5, 0.5)
     assert by_group(compare_stacks(run(a={"t": better}, b={"t": worse}), "a", "b"))["begin"].verdict == "A is better"
     draw = Random(1)

@@ -87,7 +87,9 @@ def test_the_page_is_whole_and_needs_no_network(run: Run) -> None:
     text = page.page(run)
     parsed = Page()
     parsed.feed(text)
-    assert parsed.tags["svg"] == 4 and parsed.tags["table"] >= 5 and not parsed.tags["script"] and not parsed.tags["link"]
+    assert (
+        parsed.tags["svg"] == 4 and parsed.tags["table"] >= 5 and not parsed.tags["script"] and not parsed.tags["link"]
+    )
     assert not parsed.outside and "@import" not in text
     assert parsed.refers <= set(parsed.ids) and max(Counter(parsed.ids).values()) == 1
     assert "a &lt;fast&gt; one" in text and "test &amp; co" in text and "<fast>" not in text
@@ -101,7 +103,9 @@ def test_a_run_without_answers_still_has_a_page(run: Run) -> None:
 
 
 def test_other_pictures_can_be_drawn(run: Run, tmp_path: Path) -> None:
-    rows = [row | {"alpha": 0.9 + 0.01 * number} for number, row in enumerate(summarise(run.records, "family", "stack"))]
+    rows = [
+        row | {"alpha": 0.9 + 0.01 * number} for number, row in enumerate(summarise(run.records, "family", "stack"))
+    ]
     attention = torch.rand(40, 2000).tril(1960)
     lines = ([0, 7, 1990], [0, 3, 1980])
     for number, drawn in enumerate(

@@ -102,7 +102,7 @@ def test_what_goes_wrong_is_recorded_and_the_run_goes_on(monkeypatch: pytest.Mon
     assert asked == [("0", "snapkv"), ("2", "dense"), ("2", "snapkv"), ("3", "dense"), ("3", "snapkv")]
     assert found.records[2]["agreement"] is None  # dense failed on this dialogue
     cut = [r for r in found.records if r["sample"] == "2" and "error" not in r]
-    assert all(0 < r["labels"]["truncated"] for r in cut)
+    assert all(r["labels"]["truncated"] > 0 for r in cut)
     assert max(r["prompt_tokens"] + r["reused_tokens"] + r["output_tokens"] for r in cut) <= WINDOW
     counted = {(kind, count) for kind, _, count, _ in problems(found).rows}
     assert counted == {("refused", "1"), ("failed", "1"), ("broken", "1"), ("cut", "1")}
@@ -118,7 +118,7 @@ def test_unknown_names_are_refused_before_anything_is_asked() -> None:
         run_suite(suite(), stacks=["snapk"])
     with pytest.raises(ConfigError, match="suite 'test' has no task 'recall' "):
         run_suite(suite(), tasks=["recall"])
-    with pytest.raises(ConfigError, match="--attended 1.5: must be above 0 and at most 1"):
+    with pytest.raises(ConfigError, match=r"--attended 1\.5: must be above 0 and at most 1"):
         run_suite(suite(), attended=[1.5])
     with pytest.raises(ConfigError, match="unknown metric 'exactmatch'; did you mean 'exact_match'"):
         ask(Words(metric="exactmatch"))
