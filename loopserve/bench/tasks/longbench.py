@@ -21,7 +21,7 @@ from loopserve.bench.samples import AskedTurn, BrokenSample, Position, Sample
 from loopserve.bench.tasks.longbench_sets import EARLIER, SETS, WHERE
 from loopserve.bench.tasks.options import POSITIONS, OneOrMore, Places, TaskOptions, several
 from loopserve.bench.tasks.placement import place
-from loopserve.bench.tasks.source import DataFile, Row, data_files, digest, open_zip, read_rows
+from loopserve.bench.tasks.source import DataFile, Row, data_files, digest, gold_answers, open_zip, read_rows
 from loopserve.core.config import mistake
 from loopserve.core.errors import ConfigError
 
@@ -131,19 +131,19 @@ class LongBenchTask:
         missing = [field for field in ("context", "input", "answers") if field not in data]
         if missing:
             return f"the row lacks {', '.join(missing)} (it has {', '.join(sorted(data)) or 'nothing'})"
-        context, asked, answers = data["context"], data["input"], data["answers"]
+        context, asked = data["context"], data["input"]
         if not isinstance(context, str) or not context.strip():
             return "the context is empty or no text"
         if not isinstance(asked, str) or ("{input}" in self.set.request and not asked.strip()):
             return "the input (the question) is empty or no text"
-        if not isinstance(answers, list) or not answers:
-            return "the list of answers is empty"
-        if not all(isinstance(answer, str) and answer.strip() for answer in answers):
-            return "an answer is empty or no text"
+        try:
+            answers = gold_answers(data["answers"])
+        except ValueError as why:
+            return str(why)
         classes = data.get("all_classes") or []
         if self.set.metric == "classification" and not classes:
             return "all_classes is missing, without which an answer cannot be scored"
-        return Item(str(data.get("_id") or row.id), asked, context, tuple(answers), tuple(map(str, classes)))
+        return Item(str(data.get("_id") or row.id), asked, context, answers, tuple(map(str, classes)))
 
 
 def _locate(name: str, options: LongBenchOptions) -> list[DataFile]:
@@ -158,7 +158,7 @@ def _locate(name: str, options: LongBenchOptions) -> list[DataFile]:
         return list(found)
     if options.source == "hub":
         return _in_zip(_from_hub(options), name, options, Path("longbench"))
-    folder = Path(options.source)
+    folder = Path(options.source).expanduser()
     for place_ in (folder, folder / "data", folder / name):
         if place_.is_dir():
             own = data_files(place_)

@@ -6,7 +6,9 @@ import re
 
 from loopserve.bench.samples import Position
 
-_PARAGRAPH = re.compile(r"\n\s*\n|\n")
+_NEAR = 0.2  # share of the context that a border may be away from half before smaller parts are looked at
+_PARAGRAPH = re.compile(r"\n\s*\n")
+_LINE = re.compile(r"\n")
 _SENTENCE = re.compile(r"(?<=[.!?])\s+")
 _WORD = re.compile(r"\s+")
 
@@ -15,7 +17,8 @@ def place(context: str, question: str, position: Position, boundary: str | None 
     """The turn's text. In the middle, the question stands at the border nearest to half of the context.
 
     boundary: a pattern; borders are where it matches (before an example of a few-shot context). Else borders are between paragraphs
-    or, in a text without them, between sentences, then words. An empty context gives the question alone.
+    or, where none is within a fifth of the context from half, between lines, sentences, words. An empty context gives the
+    question alone.
     """
     if not context:
         return question
@@ -28,10 +31,12 @@ def place(context: str, question: str, position: Position, boundary: str | None 
 
 
 def _middle(context: str, boundary: str | None) -> int:
-    """Index of the border nearest to half, never at an end unless there is no border inside."""
-    patterns = [re.compile(boundary, re.MULTILINE)] if boundary else [_PARAGRAPH, _SENTENCE, _WORD]
+    """Index of the border to use, never at an end unless there is no border inside."""
+    patterns = [re.compile(boundary, re.MULTILINE)] if boundary else [_PARAGRAPH, _LINE, _SENTENCE, _WORD]
+    nearest: list[int] = []
     for pattern in patterns:
         borders = [match.start() for match in pattern.finditer(context) if 0 < match.start() < len(context)]
-        if borders:
-            return min(borders, key=lambda at: abs(2 * at - len(context)))
-    return len(context) // 2
+        nearest += [min(borders, key=lambda at: abs(2 * at - len(context)))] if borders else []
+        if nearest and abs(2 * nearest[-1] - len(context)) <= 2 * _NEAR * len(context):
+            break
+    return nearest[-1] if nearest else len(context) // 2

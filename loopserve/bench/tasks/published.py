@@ -20,6 +20,7 @@ from loopserve.bench.tasks.longbench_sets import SETS
 from loopserve.bench.tasks.options import Places, TaskOptions, several
 from loopserve.bench.tasks.published_fields import FieldNames, Fields, find_fields
 from loopserve.bench.tasks.published_source import Rows, folder_rows, hub_rows
+from loopserve.bench.tasks.source import gold_answers
 from loopserve.core.errors import ConfigError, did_you_mean
 
 VERSION = "1"
@@ -160,7 +161,7 @@ def _open(options: PublishedOptions) -> Rows:
     if options.source == "hub":
         return hub_rows(options.repository, options.revision, options.config, options.split)
     shipped = Path(str(files("loopserve.bench"))) / "data" / "published"
-    folder = shipped if options.source == "shipped" else Path(options.source)
+    folder = shipped if options.source == "shipped" else Path(options.source).expanduser()
     return folder_rows(folder, options.config, options.split, options.repository)
 
 
@@ -176,10 +177,7 @@ def _text(turn: Mapping[str, Any], field: str) -> str:
 def _answers(turn: Mapping[str, Any], field: str) -> tuple[str, ...]:
     if field not in turn:
         raise _Unusable(f"the field {field} is missing")
-    value = turn[field]
-    answers = [value] if isinstance(value, str) else value
-    if not isinstance(answers, list) or not answers:
-        raise _Unusable("the list of answers is empty")
-    if not all(isinstance(answer, str) and answer.strip() for answer in answers):
-        raise _Unusable("an answer is empty or no text")
-    return tuple(answers)
+    try:
+        return gold_answers(turn[field])
+    except ValueError as why:
+        raise _Unusable(str(why)) from why

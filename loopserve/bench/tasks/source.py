@@ -38,6 +38,19 @@ def read_rows(file: DataFile) -> Iterator[Row]:
         raise ConfigError(f"{file}: cannot be read: {error}") from error
 
 
+def gold_answers(value: Any) -> tuple[str, ...]:
+    """A row's answers, a text or a list of them, without empty ones. ValueError says why there is none."""
+    listed = [value] if isinstance(value, str) else value
+    if not isinstance(listed, list) or not listed:
+        raise ValueError("the list of answers is empty")
+    if not all(isinstance(answer, str) for answer in listed):
+        raise ValueError("an answer is no text")
+    answers = tuple(answer for answer in listed if answer.strip())
+    if not answers:
+        raise ValueError("every answer is empty")
+    return answers
+
+
 def data_files(folder: Path) -> list[Path]:
     """The files of a folder that hold rows, by name; those inside folders of it are not among them."""
     return sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES)

@@ -17,6 +17,7 @@ from pydantic import Field, model_validator
 from loopserve.bench.recall import HELD_OUT_SEED, LIST_ALL, MARKERS_PER_TURN, RecallTask, Turn, make_dialogue
 from loopserve.bench.samples import AskedTurn, Position, Sample
 from loopserve.bench.tasks.options import POSITIONS, OneOrMore, Places, TaskOptions, several
+from loopserve.bench.vocabulary import PLACES
 from loopserve.core.config import mistake
 
 VERSION = "1"
@@ -40,9 +41,7 @@ class RecallOptions(TaskOptions):
     )
     dialogues: int = Field(24, ge=1, description="Dialogues of each case.")
     code_words: tuple[int, int] = Field((1, 4), description="Fewest and most words of a code.")
-    fact_share: float = Field(
-        0.4, gt=0, lt=1, description="Share of the words that stand in facts; the rest is small talk."
-    )
+    fact_share: float = Field(0.4, gt=0, lt=1, description="Share of the words in facts; less where places run out.")
     form: Literal["plain", "instructed"] = Field("plain", description="instructed: the question says how to answer.")
 
     @model_validator(mode="after")
@@ -116,11 +115,16 @@ class Case:
             keys=self.keys,
             position=position,
             chain=self.chain,
-            fact_share=options.fact_share,
+            fact_share=min(options.fact_share, self._most_facts(options)),
             code_words=options.code_words,
             distance=self.distance,
             list_all="no" if not isinstance(options, ListAllOptions) else "named" if options.named else "unnamed",
         )
+
+    def _most_facts(self, options: RecallOptions) -> float:
+        """Share of the words that facts can take if no place is told twice: beyond some 8,000 words, places are scarce."""
+        spare = len(PLACES) - options.turns * self.keys * self.chain
+        return 0.9 * spare * (6 + sum(options.code_words) / 2) / self.tokens
 
     def least_words(self, options: RecallOptions) -> int:
         """Words of a dialogue that tells what it asks for and nothing else."""

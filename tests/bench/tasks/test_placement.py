@@ -19,6 +19,13 @@ def test_the_middle_is_the_paragraph_border_nearest_to_half() -> None:
     assert place(PARAGRAPHS, "What?", "middle") == "\n\n".join([first, "What?", second, third])
 
 
+def test_a_paragraph_is_preferred_to_a_line_unless_it_is_far_from_half() -> None:
+    titled = "Passage 1:\nSarnow\nA port.\n\nPassage 2:\nTrebin\nA town in the hills."
+    assert place(titled, "What?", "middle").split("\n\nWhat?\n\n")[1].startswith("Passage 2:")
+    late = "First line of many words.\nSecond line of many words.\nThird line of many words.\n\nEnd."
+    assert place(late, "What?", "middle").split("\n\nWhat?\n\n")[1].startswith("Third line")
+
+
 def test_without_paragraphs_it_is_a_sentence_then_a_word() -> None:
     assert place("One two. Three four.", "What?", "middle") == "One two.\n\nWhat?\n\nThree four."
     assert place("one two three four", "What?", "middle") == "one two\n\nWhat?\n\nthree four"

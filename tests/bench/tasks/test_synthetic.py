@@ -152,11 +152,12 @@ def test_instructions_stand_beside_the_question_and_nowhere_else(kind: str) -> N
             assert turn.answers == bare.answers and turn.max_new_tokens > bare.max_new_tokens
 
 
-@pytest.mark.parametrize("tokens", [512, 8000])
+@pytest.mark.parametrize("tokens", [512, 8000, 32_000])
 def test_dialogues_have_the_length_asked_for(tokens: int) -> None:
     for sample in made("recall", limit=3, tokens=tokens):
         length = 1 + sum(3 + len(turn.text.split()) + len(turn.answers[0].split()) for turn in sample.turns)
         assert abs(length - tokens) <= 0.05 * tokens
+        assert all("the code of" in turn.text.replace(turn.question, "") for turn in sample.turns)
 
 
 @pytest.mark.parametrize(
