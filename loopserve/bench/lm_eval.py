@@ -28,6 +28,7 @@ except ImportError as error:
     raise ConfigError(absent) from error
 
 _MAX_GEN_TOKS = 256  # the harness's default
+_UNASKED = "cuda:0"  # the device that its command line names by itself, GPU or not
 _OPTIONS = ("until", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k")
 
 
@@ -54,7 +55,9 @@ class StackLM(LM):
         for name in ignored.keys() - {"batch_size", "max_batch_size"}:
             known = ("pretrained", "stack", "dtype", "device", "seed")
             raise ConfigError(f"--model_args: unknown {name!r}{did_you_mean(name, known)}")
-        self.engine = Engine.from_pretrained(pretrained, stack, dtype=dtype, device=device or "auto")
+        if device in (None, _UNASKED):
+            device = "auto"
+        self.engine = Engine.from_pretrained(pretrained, stack, dtype=dtype, device=device)
         self.seed = int(seed)
         self._name = pretrained
 
