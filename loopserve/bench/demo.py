@@ -11,6 +11,7 @@ from statistics import median
 from typing import Any
 
 from loopserve.api import Engine, load_stack
+from loopserve.bench.budget import budget_for, budget_of, with_budget
 from loopserve.bench.engine import machine
 from loopserve.bench.recall import Dialogue, Position, RecallTask, make_dialogues
 from loopserve.core.errors import ConfigError
@@ -61,28 +62,11 @@ def demo_dialogues(seed: int, tokens: int, turns: int, dialogues: int, keys: Seq
 
 def equal_budget(stack: PolicyStack, tokens: int, turns: int) -> PolicyStack:
     """The stack with its decode budget set so that a tenth of the pairs that dense attends to are attended."""
-    described = stack.describe()
     average = tokens * (turns + 1) / (2 * turns)  # length of the conversation at each answer, turns being equally long
-    budget = max(16, round(average * ATTENDED) - _ANSWER_ROOM)
-    for part in [described, *described.get("layers", [])]:
-        decode = innermost(part.get("decode") or {})
-        if "budget" in decode:
-            # What a policy sets aside of its budget stays the same share of it.
-            decode |= (
-                {"page_budget": decode["page_budget"] * budget // decode["budget"]} if "page_budget" in decode else {}
-            )
-            decode["budget"] = budget
     try:
-        return load_stack(described)
+        return with_budget(stack, budget_for(ATTENDED, average, _ANSWER_ROOM))
     except ConfigError as error:
         raise ConfigError(f"a tenth of {tokens} tokens is too small a budget ({error}): raise --tokens") from error
-
-
-def innermost(decode: dict[str, Any]) -> dict[str, Any]:
-    """What a described decode policy wraps at last, where budgets stand; itself if it wraps nothing."""
-    while isinstance(decode.get("inner"), dict):
-        decode = decode["inner"]
-    return decode
 
 
 def run_demo(
@@ -102,7 +86,7 @@ def run_demo(
     budgets = set()
     for name in stacks:
         stack = equal_budget(load_stack(name), tokens, turns)
-        budgets |= {innermost(stack.describe()["decode"]).get("budget")} - {None}
+        budgets |= {budget_of(stack)} - {None}
         engine = Engine(loaded, tokenizer, stack, measure_coverage=True)
         total, per_turn = Tally(), [Tally() for _ in range(turns)]
         per_position = {position: Tally() for position in POSITIONS}

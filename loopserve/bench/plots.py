@@ -1,4 +1,4 @@
-"""Pictures of a run. matplotlib is an extra: ``pip install loopserve[plot]``."""
+"""Pictures of the demonstration and of speed. matplotlib is an extra: ``pip install loopserve[plot]``."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from loopserve.bench.figures import figure, save
 from loopserve.bench.rows import Row
 from loopserve.bench.speed import count, crossing
-from loopserve.core.errors import ConfigError
 
 _WHOLE = "sparse_prefill"  # scoring, selection and attention
 _FIRST_TURN = ("dense_attention", "vertical_slash", _WHOLE)
@@ -16,9 +16,9 @@ _FIRST_TURN = ("dense_attention", "vertical_slash", _WHOLE)
 
 def plot_demo(result: dict[str, Any], path: str | Path) -> None:
     """Answers right by turn, and what each stack computes and reads as shares of dense; written as an image file."""
-    figure = _figure(11, 5)
+    drawn = figure(11, 5)
     stacks: dict[str, dict[str, Any]] = result["stacks"]
-    right, costs = figure.subplots(1, 2)
+    right, costs = drawn.subplots(1, 2)
     turns = len(next(iter(stacks.values()))["turns"])
     width = 0.8 / len(stacks)
     for number, (name, figures) in enumerate(stacks.items()):
@@ -40,7 +40,7 @@ def plot_demo(result: dict[str, Any], path: str | Path) -> None:
     costs.set_xticks(range(len(stacks)), list(stacks), rotation=20)
     costs.set(ylabel="share of dense", title="Cost")
     costs.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3)
-    _save(figure, path)
+    save(drawn, path)
 
 
 def _bytes_share(figures: dict[str, Any]) -> float | None:
@@ -58,10 +58,10 @@ def plot_speed(rows: Sequence[Row], directory: Path) -> list[Path]:
     ]
     steps = [row for row in rows if "median_ms" in row and row["op"] == "decode_step" and "turn" not in row["shape"]]
     if first:
-        figure = _panels(
+        panels = _panels(
             first, lambda row: f"{row['data'].split(',')[0]}, D {row['shape']['head_dim']}, {row['dtype']}"
         )
-        for axes, group in figure:
+        for axes, group in panels:
             dense = {row["shape"]["n"]: row["sdpa_ms"] for row in group if "sdpa_ms" in row}
             axes.plot(*_line(dense), "k--", marker="o", label="fastest SDPA")
             for op, impl in dict.fromkeys((row["op"], row["impl"]) for row in group):
@@ -73,15 +73,15 @@ def plot_speed(rows: Sequence[Row], directory: Path) -> list[Path]:
                 if op == _WHOLE and even is not None:
                     axes.axvline(even, color="gray", linestyle=":", label=f"break-even, {impl}: {count(even)}")
             _log_log(axes, "tokens", "ms", dense)
-        made.append(_save(figure[0][0].figure, directory / "time_by_length.png"))
+        made.append(save(panels[0][0].figure, directory / "time_by_length.png"))
     if steps:
-        figure = _panels(steps, lambda row: f"{row['shape']['kv_heads']} KV heads, {row['dtype']}")
-        for axes, group in figure:
+        panels = _panels(steps, lambda row: f"{row['shape']['kv_heads']} KV heads, {row['dtype']}")
+        for axes, group in panels:
             for stack in dict.fromkeys(row["stack"] for row in group):
                 times = {row["shape"]["n"]: row["median_ms"] for row in group if row["stack"] == stack}
                 axes.plot(*_line(times), marker="o", label=stack)
             _log_log(axes, "tokens of history", "ms per output token", [row["shape"]["n"] for row in group])
-        made.append(_save(figure[0][0].figure, directory / "tpot_by_history.png"))
+        made.append(save(panels[0][0].figure, directory / "tpot_by_history.png"))
     return made
 
 
@@ -92,8 +92,7 @@ def _panels(rows: Sequence[Row], title: Callable[[Row], str]) -> list[tuple[Any,
         kinds.setdefault(title(row), []).append(row)
     across = min(len(kinds), 3)
     down = -(-len(kinds) // across)
-    figure = _figure(5.5 * across, 4.5 * down)
-    panels = figure.subplots(down, across, squeeze=False).flatten()
+    panels = figure(5.5 * across, 4.5 * down).subplots(down, across, squeeze=False).flatten()
     for axes, name in zip(panels, kinds, strict=False):
         axes.set_title(name, fontsize=10)
     for axes in panels[len(kinds) :]:
@@ -113,19 +112,3 @@ def _log_log(axes: Any, across: str, up: str, lengths: Iterable[int]) -> None:
     axes.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-
-
-def _figure(width: float, height: float) -> Any:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ConfigError("plots need matplotlib: pip install 'loopserve[plot]'") from error
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def _save(figure: Any, path: str | Path) -> Path:
-    try:
-        figure.savefig(path, dpi=120)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot write the plot ({error})") from error
-    return Path(path)

@@ -1,4 +1,4 @@
-"""What a benchmark measures, read from YAML: ``benchmarks/suites/*.yaml`` or a file of one's own.
+"""What a speed benchmark measures, read from YAML: ``benchmarks/suites/*.yaml`` or a file of one's own.
 
 Wherever a field takes a number or a list, a list stands for one case per number; several lists multiply.
 """
@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import product
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from loopserve.core.config import mistake, read_yaml
-from loopserve.core.errors import ConfigError, did_you_mean
+from loopserve.bench.suite_files import SuiteKind, read_suite
+from loopserve.core.config import mistake
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Data = Literal["structured", "model", "planted"]
@@ -23,7 +22,6 @@ PrefillOp = Literal[
 DecodeOp = Literal["token_scores", "gather_kv", "decode_attention", "sparse_decode"]
 ChoosesOn = Literal["own", "structured"]  # a layer's own flat attention, or synthetic heads of its shape
 OneOrMore = int | tuple[int, ...]
-_FOLDER = Path("benchmarks") / "suites"
 Case = TypeVar("Case", bound=BaseModel)
 
 
@@ -145,14 +143,7 @@ class Suite(_Part):
 
 def load_suite(spec: str) -> Suite:
     """A suite by name (of those beside the checkout) or file. ConfigError, one line a mistake, for what is no suite."""
-    path = Path(spec)
-    if not path.suffix:
-        folders = [folder / _FOLDER for folder in (Path.cwd(), Path(__file__).parents[2])]
-        found = {file.stem: file for folder in reversed(folders) for file in sorted(folder.glob("*.yaml"))}
-        if spec not in found:
-            raise ConfigError(f"unknown suite {spec!r}{did_you_mean(spec, found)}, or give a YAML file")
-        path = found[spec]
-    return read_yaml(path, path.name).parse(Suite, known_options=lambda at: _options(at))
+    return read_suite(spec, SuiteKind.SPEED).parse(Suite, known_options=lambda at: _options(at))
 
 
 def _options(at: tuple[str | int, ...]) -> list[str] | None:

@@ -1,4 +1,4 @@
-"""``loopserve bench``: timings on this machine."""
+"""``loopserve bench``: timings on this machine; answers of a model are ``cli.quality``'s."""
 
 from __future__ import annotations
 
@@ -9,13 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from loopserve.cli import quality
 from loopserve.cli.options import Format, FormatOption, Settings
 from loopserve.cli.output import console, print_json, table
 
 if TYPE_CHECKING:
     from loopserve.bench.suite import Suite
 
-app = typer.Typer(help="Measure on this machine.", no_args_is_help=True)
+app = typer.Typer(help="Measure on this machine: answers and speed.", no_args_is_help=True)
+app.command()(quality.run)
+app.command()(quality.ls)
+app.command()(quality.compare)
 
 SuiteOption = Annotated[str, typer.Option(help="A suite of benchmarks/suites by name, or a YAML file.")]
 OutputOption = Annotated[Path | None, typer.Option(help="File of JSON lines that the rows are appended to.")]
@@ -89,15 +93,34 @@ def conversation(
 
 @app.command()
 def report(
-    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Result files of JSON lines.")],
+    files: Annotated[
+        list[Path],
+        typer.Argument(metavar="DIR|FILE...", help="A quality run, or speed results in files of JSON lines."),
+    ],
     only: Annotated[list[str] | None, typer.Option(help="An operation to show; may be given several times.")] = None,
     markdown: Annotated[
         bool, typer.Option("--markdown", help="A table for a document, with the machine named.")
     ] = False,
-    plots: Annotated[Path | None, typer.Option(help="Directory that plots are written to (needs matplotlib).")] = None,
+    plots: Annotated[
+        Path | None, typer.Option(help="Directory that plots of speed are written to (needs matplotlib).")
+    ] = None,
+    by: Annotated[
+        list[str] | None, typer.Option(help="Of a quality run: a label of its tasks to show scores by, repeatable.")
+    ] = None,
+    output_dir: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Of a quality run: where its page goes. [default: the run's own]")
+    ] = None,
     format: FormatOption = Format.HUMAN,
 ) -> None:
-    """Result rows as a table and as plots; of repeated measurements the newest."""
+    """A quality run as tables and as a page, or rows of speed as a table and as plots.
+
+    The page (report.html, with plots inside) and its tables (report.md) are written. Of repeated measurements the newest is shown.
+    """
+    if any(file.is_dir() for file in files):
+        if len(files) > 1:
+            raise typer.BadParameter("one quality run at a time; loopserve bench compare takes two")
+        quality.report_run(files[0], by or (), markdown, output_dir, format)
+        return
     from loopserve.bench import speed
     from loopserve.bench.rows import latest, read_rows
 

@@ -37,6 +37,7 @@ class Call:
     observer: int | None = None  # the compressor (key in the session) that an observation pass is for
     seen_after: int = 0  # length of every layer once its new pairs are in
     compressed: bool = False
+    reselected: bool = False  # some layer was given another selection
     memos: dict[int, dict[Any, Any]] = field(default_factory=dict)
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> None:
@@ -209,6 +210,7 @@ def _decode(
         if selection is not None:
             check_retention(policies.compressor, selection)
             cache.select(selection)
+            call.reselected = True
             inputs = None  # what it says of the selection, and after an eviction of the store, is no longer true
     store = cache.store
     active, pairs, first_valid, columns, tail = cache.active, store, cache.first_valid, None, 0

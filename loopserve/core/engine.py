@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
@@ -17,6 +18,20 @@ from loopserve.core.session import Session, assign
 from loopserve.core.stack import PolicyStack
 
 _CHUNK_TOKENS = 4096
+
+
+@contextmanager
+def _whole(session: Session) -> Iterator[None]:
+    """While the block runs, the session is answering; a turn that does not come to the block's end is taken back."""
+    session.answering = True
+    complete = False
+    try:
+        yield
+        complete = True
+    finally:
+        session.answering = False
+        if not complete:
+            session.undo()
 
 
 class Model(Protocol):
@@ -63,34 +78,54 @@ class TokenEngine:
 
         A turn that is not finished (an error, Ctrl-C, a consumer that walks away) is taken back whole.
         """
-        self._fits(session, new_tokens, sampling)
-        sampler = Sampler(sampling)
+        logits = self.read(session, new_tokens, room=sampling.max_new_tokens)
+        yield from self.answer(session, logits, Sampler(sampling), stop_ids, sampling.max_new_tokens)
+
+    def read(self, session: Session, new_tokens: Sequence[int], *, room: int) -> Tensor:
+        """Begin a turn and compute its tokens; logits ``[vocabulary]`` of the answer's first token.
+
+        room: tokens that the answer may have. The session rests afterwards: it can be forked, and the turn answered twice.
+        """
+        self._fits(session, new_tokens, room)
         session.begin_turn(new_tokens)
-        session.answering = True
-        complete = False
-        try:
+        with _whole(session):
             started = time.perf_counter()
-            logits = self.prefill(session, room=sampling.max_new_tokens)
-            token = sampler(logits)
+            logits = self.prefill(session, room=room)
             session.stats.ttft_ms = (time.perf_counter() - started - session.stats.measuring_s) * 1e3
-            for count in range(1, sampling.max_new_tokens + 1):
+        return logits
+
+    def answer(
+        self,
+        session: Session,
+        logits: Tensor,
+        choose: Callable[[Tensor], int],
+        stop_ids: frozenset[int],
+        max_new_tokens: int,
+    ) -> Iterator[int]:
+        """Answer the turn that ``read`` gave these logits for, token by token; left unfinished, the turn is taken back whole.
+
+        choose: the next token of logits ``[vocabulary]``: a ``Sampler``, or ``Dictation`` for an answer that is known.
+        """
+        session.require_rest()
+        if session.cache.seen != len(session.tokens):
+            raise InputError("no turn waits for an answer: read one first")
+        with _whole(session):
+            started = time.perf_counter()
+            token = choose(logits)
+            session.stats.ttft_ms += (time.perf_counter() - started) * 1e3
+            for count in range(1, max_new_tokens + 1):
                 session.tokens.append(token)
                 session.stats.output_tokens = count
                 self._weigh(session)
                 yield token
-                if token in stop_ids or count == sampling.max_new_tokens:
-                    complete = True
+                if token in stop_ids or count == max_new_tokens:
                     return
                 started = time.perf_counter()
                 logits = self.decode(session)
-                token = sampler(logits)
+                token = choose(logits)
                 session.stats.decode_ms += (time.perf_counter() - started) * 1e3
-        finally:
-            session.answering = False
-            if not complete:
-                session.undo()
 
-    def _fits(self, session: Session, new_tokens: Sequence[int], sampling: SamplingConfig) -> None:
+    def _fits(self, session: Session, new_tokens: Sequence[int], room: int) -> None:
         if not new_tokens:
             raise InputError("a turn needs at least one token")
         limit = self.model.max_positions
@@ -100,9 +135,9 @@ class TokenEngine:
                 f"the conversation would be {needed} tokens long, the model takes {limit}: shorten the message, "
                 "undo a turn, or start a new session"
             )
-        if limit is not None and needed - 1 + sampling.max_new_tokens > limit:
+        if limit is not None and needed - 1 + room > limit:
             raise InputError(
-                f"max_new_tokens={sampling.max_new_tokens} does not fit: {limit - needed + 1} tokens are left of the model's {limit}"
+                f"max_new_tokens={room} does not fit: {limit - needed + 1} tokens are left of the model's {limit}"
             )
 
     def prefill(self, session: Session, *, room: int = 0) -> Tensor:
@@ -146,6 +181,8 @@ class TokenEngine:
             session.stats.compressed_steps += call.compressed
         for key in session.compressors:
             self._ask(call, key)
+        if call.phase is Phase.DECODE:
+            session.stats.reselected_steps += call.reselected
 
     def _ask(self, call: Call, key: int) -> None:
         session = call.session
@@ -176,6 +213,7 @@ class TokenEngine:
                 )
             check_retention(compressor, selection)
             session.cache.layers[layer].select(selection)
+            call.reselected = True
 
     def _observe(self, session: Session, wish: Observation, key: int) -> None:
         """Run some rows of this turn again at their own positions; nothing is appended, only ``key`` is asked."""

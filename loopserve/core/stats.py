@@ -43,6 +43,7 @@ class TurnStats:
     decode_ms: float = 0.0
     decode_steps: int = 0
     compressed_steps: int = 0  # steps in which some layer attended to a selection
+    reselected_steps: int = 0  # steps in or after which some layer was given another selection
     store_bytes: int = 0
     active_bytes: int = 0
     phase: Phase = Phase.PREFILL
@@ -109,6 +110,7 @@ class TurnStats:
             "decode_ms",
             "decode_steps",
             "compressed_steps",
+            "reselected_steps",
         ):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.store_bytes = max(self.store_bytes, other.store_bytes)
@@ -159,6 +161,7 @@ class TurnStats:
             "dense_kv_bytes_per_token": self.dense_bytes / steps if steps else None,
             "kv_bytes_by_kind": {kind: total / steps for kind, total in self.bytes_read.items()} if steps else {},
             "compressed_share": self.compressed_steps / steps if steps else None,
+            "reselected_steps": self.reselected_steps,
             "store_bytes": self.store_bytes,
             "active_bytes": self.active_bytes,
             "fallbacks": sum(count for name, count in self.counters.items() if name.startswith("fallback")),

@@ -93,6 +93,12 @@ class ChatTokenizer:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         return ids
 
+    def answer_end(self, stop_ids: frozenset[int]) -> int | None:
+        """The stop token that the template writes behind an answer; None if it writes none there."""
+        exchange = [{"role": role, "content": "."} for role in ("user", "assistant", "user")]
+        after = self.turn_tokens(exchange, None)
+        return after[0] if after[0] in stop_ids else None
+
     def decode(self, ids: Sequence[int]) -> str:
         text: str = self.tokenizer.decode(list(ids), skip_special_tokens=True)
         return text

@@ -7,15 +7,24 @@ from pathlib import Path
 import pytest
 
 from loopserve.bench.suite import KernelPrefill, cases, load_suite
+from loopserve.bench.suite_files import SuiteKind, suite_files
 from loopserve.cli import main
 from loopserve.core.errors import ConfigError
 
 SUITES = Path(__file__).parents[2] / "benchmarks" / "suites"
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in SUITES.glob("*.yaml")))
+@pytest.mark.parametrize("name", suite_files(SuiteKind.SPEED))
 def test_shipped_suites_load(name: str) -> None:
     assert load_suite(name).name == name == load_suite(str(SUITES / f"{name}.yaml")).name
+
+
+def test_the_two_kinds_of_suites_are_told_apart() -> None:
+    shipped = {path.stem for path in SUITES.glob("*.yaml")}
+    speed, quality = (set(suite_files(kind)) for kind in SuiteKind)
+    assert speed | quality == shipped and not speed & quality and "cpu" in speed and "synthetic-small" in quality
+    with pytest.raises(ConfigError, match="this is a suite of quality: give it to loopserve bench run"):
+        load_suite(str(SUITES / "synthetic-small.yaml"))
 
 
 def test_lists_multiply() -> None:

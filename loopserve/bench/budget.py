@@ -1,0 +1,44 @@
+"""Decode budgets set from outside, so that stacks attend to equally many pairs and their answers compare."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from loopserve.api import load_stack
+from loopserve.core.stack import PolicyStack
+
+_LEAST = 16
+
+
+def budget_for(share: float, length: float, answer_room: float) -> int:
+    """Pairs per KV head so that ``share`` of what dense attends to is attended, over conversations ``length`` tokens long.
+
+    answer_room: outputs attended besides the budget, on average over an answer.
+    """
+    return max(_LEAST, round(length * share - answer_room))
+
+
+def budget_of(stack: PolicyStack) -> int | None:
+    """The decode budget of a stack; None where its decode policy has none."""
+    found = _innermost(stack.describe()["decode"]).get("budget")
+    return found if isinstance(found, int) else None
+
+
+def with_budget(stack: PolicyStack, budget: int) -> PolicyStack:
+    """The stack with another decode budget wherever it has one. ConfigError if a policy cannot work with so few."""
+    described = stack.describe()
+    for part in [described, *described.get("layers", [])]:
+        decode = _innermost(part.get("decode") or {})
+        if "budget" in decode:
+            # What a policy sets aside of its budget stays the same share of it.
+            if "page_budget" in decode:
+                decode["page_budget"] = decode["page_budget"] * budget // decode["budget"]
+            decode["budget"] = budget
+    return load_stack(described)
+
+
+def _innermost(decode: dict[str, Any]) -> dict[str, Any]:
+    """What a described decode policy wraps at last, where budgets stand; itself if it wraps nothing."""
+    while isinstance(decode.get("inner"), dict):
+        decode = decode["inner"]
+    return decode

@@ -1,0 +1,63 @@
+"""How far a stack's next-token distributions are from dense's on the same answer: what shows long before answers change."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_WHOLE = 4096  # vocabularies up to this size are kept whole
+_KEPT = 256  # of larger ones the likeliest tokens, and all others as one
+_LEAST = 1e-30
+
+
+@dataclass(frozen=True)
+class Distributions:
+    """Dense's distributions over the tokens of one answer, on the CPU.
+
+    logs ``[n, k]``: log-probabilities, float64. ids ``[n, k]``: of which tokens; None if it is the whole vocabulary in order.
+    """
+
+    logs: Tensor
+    ids: Tensor | None
+
+    @classmethod
+    def of(cls, logits: Sequence[Tensor]) -> Distributions:
+        """From the logits ``[vocabulary]`` that each token of an answer is drawn from."""
+        if not logits:
+            return cls(torch.empty(0, 0, dtype=torch.float64), None)
+        if len(logits[0]) <= _WHOLE:
+            return cls(torch.stack([_logs(each).cpu() for each in logits]), None)
+        best = [_logs(each).topk(_KEPT) for each in logits]
+        return cls(
+            torch.stack([each.values.cpu() for each in best]), torch.stack([each.indices.cpu() for each in best])
+        )
+
+    def divergences(self, logits: Sequence[Tensor]) -> list[float]:
+        """KL(dense || other) in nats for each token of the answer.
+
+        Of a large vocabulary all tokens but dense's 256 likeliest count as one, which can only make the figure smaller.
+        """
+        return [
+            _divergence(dense, _logs(other).cpu(), None if self.ids is None else self.ids[number])
+            for number, (dense, other) in enumerate(zip(self.logs, logits, strict=True))
+        ]
+
+
+def _logs(logits: Tensor) -> Tensor:
+    return logits.double().log_softmax(-1)
+
+
+def _divergence(dense: Tensor, other: Tensor, ids: Tensor | None) -> float:
+    if ids is not None:
+        other = other[ids]
+        dense, other = _with_rest(dense), _with_rest(other)
+    return max(0.0, float((dense.exp() * (dense - other)).nan_to_num(0.0).sum()))
+
+
+def _with_rest(logs: Tensor) -> Tensor:
+    """Log-probabilities with that of everything else behind them."""
+    rest = (1.0 - logs.exp().sum()).clamp(min=_LEAST).log()
+    return torch.cat([logs, rest[None]])

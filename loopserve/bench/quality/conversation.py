@@ -1,0 +1,100 @@
+"""One benchmark dialogue under one stack, where a turn can be answered twice: by the model, and as the data set has it.
+
+The gold answer goes through decode steps under the same stack, token by token, like an answer of the model's own. So the
+conversation goes on as if the model had given it, and what the model would have said at each of its tokens is known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from loopserve.core.engine import TokenEngine
+from loopserve.core.sampling import Dictation, Sampler, SamplingConfig
+from loopserve.core.stats import TurnStats
+from loopserve.models.chat import ChatTokenizer, Message
+
+History = Literal["gold", "generated"]
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What became of one turn."""
+
+    tokens: list[int]  # what the model said, with the token that ended it; empty where it was not asked
+    text: str
+    stopped: bool  # the model ended the answer itself
+    stats: TurnStats  # of the model's own answer, if it gave one
+    predictions: list[
+        Tensor
+    ]  # logits [vocabulary] at each token of the gold answer; empty where that is not in the history
+
+
+class Conversation:
+    """A dialogue in progress; ``session`` stands at its last complete turn."""
+
+    def __init__(self, engine: TokenEngine, tokenizer: ChatTokenizer, stop_ids: frozenset[int]) -> None:
+        self.engine = engine
+        self.tokenizer = tokenizer
+        self.stop_ids = stop_ids
+        self.messages: list[Message] = []
+        self.session = engine.session()
+        self._end = tokenizer.answer_end(stop_ids)
+
+    def ask(self, text: str, gold: str | None, max_new_tokens: int, *, generate: bool = True) -> Answered:
+        """Say something; the model answers, and the conversation goes on with ``gold``, or with what it said if that is None.
+
+        generate: False where only the history matters; the model is then not asked.
+        """
+        self.messages.append({"role": "user", "content": text})
+        said = self.gold_tokens(gold) if gold is not None else []
+        new_ids = self.tokenizer.turn_tokens(self.messages, self._stop_token())
+        logits = self.engine.read(self.session, new_ids, room=max(max_new_tokens, len(said)))
+        own = self.session
+        answer: list[int] = []
+        predictions: list[Tensor] = []
+        if generate or gold is None:
+            if gold is not None:
+                self.session = own.fork()
+            watch = _Watch(Sampler(SamplingConfig(max_new_tokens=max_new_tokens)), said)
+            answer = list(self.engine.answer(own, logits, watch, self.stop_ids, max_new_tokens))
+            predictions = watch.seen
+        if gold is not None and answer == said:
+            self.session = own  # nothing has to be decoded again
+        elif said:
+            watch = _Watch(Dictation(said), said)
+            for _ in self.engine.answer(self.session, logits, watch, frozenset(), len(said)):
+                pass
+            predictions = watch.seen
+        spoken = self.tokenizer.decode(answer).strip()
+        self.messages.append({"role": "assistant", "content": gold if gold is not None else spoken})
+        return Answered(answer, spoken, bool(answer) and answer[-1] in self.stop_ids, own.stats, predictions)
+
+    def gold_tokens(self, gold: str) -> list[int]:
+        """A gold answer as the model would have produced it, with the token that ends it."""
+        return self.tokenizer.answer_tokens(gold) + ([self._end] if self._end is not None else [])
+
+    def _stop_token(self) -> int | None:
+        """The token that ended the last answer, if one did: the template must not add it again."""
+        tokens = self.session.tokens
+        return tokens[-1] if tokens and tokens[-1] in self.stop_ids else None
+
+
+class _Watch:
+    """Chooses as another does, and keeps the logits for as long as what was chosen is the beginning of a known answer."""
+
+    def __init__(self, choose: Sampler | Dictation, known: Sequence[int]) -> None:
+        self.seen: list[Tensor] = []
+        self._choose = choose
+        self._known = known
+        self._same = True
+
+    def __call__(self, logits: Tensor) -> int:
+        token = self._choose(logits)
+        if self._same and len(self.seen) < len(self._known):
+            self._same = token == self._known[len(self.seen)]
+            self.seen.append(logits)
+        return token

@@ -1,0 +1,83 @@
+"""What a run is, in ``manifest.json`` beside its records: enough to repeat it, and to refuse going on with something else."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from loopserve.core.errors import ConfigError
+
+FILE = "manifest.json"
+VERSION = 1
+
+
+def claim(directory: Path, identity: Mapping[str, Any], session: Mapping[str, Any], *, resume: bool) -> None:
+    """Make a directory the place of a run, or find that it is this very run's. ConfigError, naming what differs, if it is not.
+
+    identity: what every record depends on. session: machine, versions and date of this start; each start of the run adds one.
+    """
+    path = directory / FILE
+    sessions = []
+    if path.exists():
+        if not resume:
+            raise ConfigError(f"{directory}: holds a run already: go on with --resume, or choose another --output-dir")
+        found = read_manifest(directory)
+        if differences := list(_differences(found["identity"], _plain(identity))):
+            raise ConfigError(
+                "\n".join(f"{directory}: cannot be resumed, it is another run: {each}" for each in differences)
+            )
+        sessions = found["sessions"]
+    elif directory.is_dir() and any(not each.name.startswith(".") for each in directory.iterdir()):
+        raise ConfigError(f"{directory}: is not empty and holds no run: choose another --output-dir")
+    _write(path, {"version": VERSION, "identity": identity, "sessions": [*sessions, session]})
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """The manifest of a run. ConfigError if the directory holds none."""
+    path = directory / FILE
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{directory}: no quality run ({FILE}: {error.strerror})") from error
+    except ValueError as error:
+        raise ConfigError(f"{path}: damaged ({error})") from error
+    if not isinstance(found, dict) or found.get("version") != VERSION:
+        raise ConfigError(f"{path}: not a manifest of version {VERSION}")
+    return found
+
+
+def _write(path: Path, manifest: Mapping[str, Any]) -> None:
+    """All or nothing: a killed run leaves the old manifest or the new one."""
+    fresh = path.with_name(f".{path.name}.new")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with fresh.open("w", encoding="utf-8") as file:
+            json.dump(manifest, file, indent=2, ensure_ascii=False)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        fresh.replace(path)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written ({error.strerror})") from error
+
+
+def _plain(value: Mapping[str, Any]) -> Any:
+    """As it looks after a file: tuples are lists."""
+    return json.loads(json.dumps(value))
+
+
+def _differences(old: Any, new: Any, at: str = "") -> Iterator[str]:
+    """``model.digest was 'x' and is 'y'``, for each leaf that differs."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in {**old, **new}:
+            yield from _differences(old.get(key), new.get(key), f"{at}.{key}" if at else key)
+    elif old != new:
+        yield f"{at} was {_shown(old)} and is {_shown(new)}"
+
+
+def _shown(value: Any) -> str:
+    text = "absent" if value is None else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 100 else text[:97] + "..."

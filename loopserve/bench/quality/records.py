@@ -1,0 +1,172 @@
+"""Results of a run as lines of JSON: one line per sample, stack and turn, written sample by sample so that nothing is lost or doubled.
+
+A line has ``stack``, ``family``, ``digest``, ``task``, ``sample``, ``turn`` and ``turns`` (how many lines the sample has under the
+stack), and either ``error`` (``kind``: broken, failed or refused; ``why``) or the turn's figures: see ``turn_record``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Literal
+
+from loopserve.bench.quality.conversation import Answered
+from loopserve.bench.samples import AskedTurn
+from loopserve.core.errors import ConfigError
+
+Record = dict[str, Any]
+Key = tuple[str, str, str]  # digest, task, sample
+Kind = Literal["broken", "failed", "refused"]
+FILE = "records.jsonl"
+TIMES = ("ttft_ms", "tpot_ms")
+_FIGURES = (
+    "prompt_tokens",
+    "reused_tokens",
+    "output_tokens",
+    *TIMES,
+    "prefill_cell_density",
+    "prefill_tile_density",
+    "coverage_estimated",
+    "coverage_held_out",
+    "coverage_realised",
+    "attended_pairs",
+    "attended_fraction",
+    "kv_bytes_per_token",
+    "kv_bytes_per_token_with_observation",
+    "dense_kv_bytes_per_token",
+    "kv_bytes_by_kind",
+    "reselected_steps",
+    "compressed_share",
+    "store_bytes",
+    "active_bytes",
+    "fallbacks",
+    "counters",
+)
+
+
+def key_of(record: Record) -> Key:
+    return record["digest"], record["task"], record["sample"]
+
+
+def error_record(stack: Record, task: str, sample: str, kind: Kind, why: str) -> Record:
+    """What stands for a sample that cannot be asked (broken) or failed under a stack, and for a stack that the model refused.
+
+    stack: the fields ``stack``, ``family`` and ``digest``.
+    """
+    return {**stack, "task": task, "sample": sample, "turn": 0, "turns": 1, "error": {"kind": kind, "why": why}}
+
+
+def turn_record(turn: AskedTurn, answered: Answered) -> Record:
+    """What a turn asked and what its answer took, in figures of ``TurnStats``.
+
+    ``attended_pairs`` is per step and layer, summed over KV heads; ``kv_bytes_per_token`` includes scoring and summaries.
+    """
+    stats = answered.stats.as_dict()
+    return {
+        "position": turn.position,
+        "labels": dict(turn.labels),
+        "metric": turn.metric,
+        "gold": list(turn.answers),
+        "answer": answered.text,
+        "stopped": answered.stopped,
+        **{name: stats[name] for name in _FIGURES},
+    }
+
+
+class RecordFile:
+    """The file of a run that is being written; one process at a time."""
+
+    def __init__(self, path: Path) -> None:
+        """Opens the file, and takes away what a killed run left unfinished at its end. ConfigError if another process has it."""
+        self.path = path
+        try:
+            self._file = path.open("a+b")
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot be written ({error.strerror})") from error
+        try:
+            _lock(self._file.fileno(), path)
+            self.records, length = _read(path)
+            self._file.truncate(length)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def append(self, records: Sequence[Record]) -> None:
+        """Add all lines of one sample under one stack; they are on the disk when this returns."""
+        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        try:
+            self._file.write(lines.encode())
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise ConfigError(f"{self.path}: cannot be written ({error.strerror})") from error
+        self.records += records
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_records(path: Path) -> list[Record]:
+    """All complete samples of a file, which a run may still be writing. ConfigError, with the line, for what is no record."""
+    try:
+        return _read(path)[0]
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def turns(records: Iterable[Record]) -> Iterator[Record]:
+    """The records of turns that were asked and scored."""
+    return (record for record in records if "error" not in record and record["score"] is not None)
+
+
+def _read(path: Path) -> tuple[list[Record], int]:
+    """The complete samples of a file, and how many bytes they take. Only the last sample may be cut off."""
+    lines = path.read_bytes().splitlines(keepends=True)
+    found: list[tuple[Record, int]] = []  # with the length of its line
+    for number, line in enumerate(lines, 1):
+        record = _parsed(line)
+        if record is None:
+            if number < len(lines):
+                raise ConfigError(f"{path}:{number}: not a record of a quality run")
+            break
+        found.append((record, len(line)))
+    kept: list[Record] = []
+    length = number = 0
+    for _, group in groupby(found, key=lambda each: key_of(each[0])):
+        sample = list(group)
+        number += len(sample)
+        if [record["turn"] for record, _ in sample] != list(range(sample[0][0]["turns"])):
+            if number < len(found) or len(sample) >= sample[0][0]["turns"]:
+                raise ConfigError(f"{path}:{number}: turns are missing, doubled or out of order: was the file edited?")
+            break
+        kept += [record for record, _ in sample]
+        length += sum(size for _, size in sample)
+    return kept, length
+
+
+def _parsed(line: bytes) -> Record | None:
+    try:
+        record = json.loads(line)
+    except ValueError:  # UnicodeDecodeError is one
+        return None
+    complete = (
+        line.endswith(b"\n")
+        and isinstance(record, dict)
+        and {"digest", "task", "sample", "turn", "turns"} <= record.keys()
+    )
+    return record if complete else None
+
+
+def _lock(descriptor: int, path: Path) -> None:
+    """Keep the file for this process as long as it is open; the system lets go of it when the process ends, however it ends."""
+    try:
+        import fcntl
+    except ImportError:  # not a Unix
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise ConfigError(f"{path}: another run is writing to it") from error

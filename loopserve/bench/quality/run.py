@@ -1,0 +1,43 @@
+"""A quality run as it lies in a directory or in memory: its manifest and its records."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loopserve.bench.quality import manifest, records
+from loopserve.bench.quality.records import Record
+from loopserve.core.errors import ConfigError, did_you_mean
+
+
+@dataclass(frozen=True)
+class Run:
+    """identity: what the records depend on. sessions: machine, versions and date of each start, in order."""
+
+    identity: Mapping[str, Any]
+    sessions: list[Mapping[str, Any]]
+    records: list[Record]
+
+    @property
+    def stacks(self) -> list[str]:
+        """Names of the contestants, in the order they were asked."""
+        return list(self.identity["lineup"])
+
+    def of_stack(self, name: str) -> list[Record]:
+        """The records of one contestant. ConfigError if it took no part."""
+        if name not in self.stacks:
+            raise ConfigError(f"the run has no stack {name!r}{did_you_mean(name, self.stacks)}")
+        return [record for record in self.records if record["stack"] == name]
+
+
+def open_run(directory: Path) -> Run:
+    """A run from its directory, finished or not. ConfigError if there is none."""
+    found = manifest.read_manifest(directory)
+    path = directory / records.FILE
+    return Run(found["identity"], found["sessions"], records.read_records(path) if path.exists() else [])
+
+
+def is_run(path: Path) -> bool:
+    return (path / manifest.FILE).is_file()

@@ -1,0 +1,71 @@
+"""What a quality run asks, read from YAML: ``benchmarks/suites/*.yaml`` or a file of one's own.
+
+version: 1
+name: mine
+tasks:
+  - {task: recall, tokens: 2048, dialogues: 8}      # a task's name and its options: loopserve bench ls
+stacks: [dense, loopserve]                          # what --stack replaces
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, Protocol, runtime_checkable
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from loopserve.bench.quality.conversation import History
+from loopserve.bench.samples import Task
+from loopserve.bench.suite_files import SuiteKind, read_suite
+from loopserve.bench.tasks import make_tasks
+from loopserve.core.errors import ConfigError, did_you_mean
+
+
+class QualitySuite(BaseModel):
+    """A suite file; command-line options of the same names replace what it says."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    version: Literal[1]
+    name: str
+    description: str = ""
+    tasks: tuple[dict[str, Any], ...] = Field(min_length=1, description="Each a task's name and its options.")
+    stacks: tuple[str, ...] = Field(("dense", "loopserve"), min_length=1, description="Presets or files of stacks.")
+    attended: tuple[float, ...] = Field(
+        (),
+        description="Shares of dense's KV pairs that every stack with a budget attends to; its own budget by default.",
+    )
+    history: History = Field("gold", description="What answers of earlier turns the conversation goes on with.")
+    limit: int | None = Field(None, gt=0, description="Dialogues of each task; all by default.")
+    coverage: bool = Field(False, description="Measure realised coverage, as costly as dense attention.")
+
+
+@runtime_checkable
+class Found(Protocol):
+    """A task that had to find out what its data hold, and tells."""
+
+    def report(self) -> list[str]: ...
+
+
+def load_suite(spec: str) -> QualitySuite:
+    """A suite by name or file. ConfigError, one line a mistake, for what is no quality suite."""
+    document = read_suite(spec, SuiteKind.QUALITY)
+    return document.parse(QualitySuite, known_options=lambda at: None if at else list(QualitySuite.model_fields))
+
+
+def suite_tasks(suite: QualitySuite, only: Sequence[str] = ()) -> list[Task]:
+    """The tasks of a suite, or those named. ConfigError for wrong options and for names it does not have."""
+    tasks = make_tasks(suite.tasks)
+    named = [task.name for task in tasks]
+    for name in only:
+        if name not in named:
+            raise ConfigError(f"suite {suite.name!r} has no task {name!r}{did_you_mean(name, named)}")
+    return [task for task in tasks if not only or task.name in only]
+
+
+def suite_digest(suite: QualitySuite, tasks: Iterable[Task]) -> str:
+    """Equal for suites that ask the same: names and versions of the tasks, and their options."""
+    asked = [[task.name, task.version] for task in tasks]
+    return hashlib.sha256(json.dumps([suite.tasks, asked], sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,213 @@
+"""The tables of a run, as text cells that the terminal, Markdown and the page show alike."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from loopserve.bench.quality.estimates import gather, mean, standard_error
+from loopserve.bench.quality.records import Record, turns
+from loopserve.bench.quality.run import Run
+from loopserve.bench.quality.summary import group_of, summarise
+
+Cell = Callable[[Record], str]
+_NONE = "-"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text under columns; the first column names the row."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    note: str = ""
+
+    def markdown(self) -> str:
+        lines = ["| " + " | ".join(self.columns) + " |", "|---" * len(self.columns) + "|"]
+        lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in self.rows]
+        return "\n".join([f"### {self.title}", "", *lines, *(["", self.note] if self.note else [])])
+
+
+def tables(run: Run, by: Sequence[str] = (), *, times: bool = True) -> list[Table]:
+    """All tables of a run that have something to say. by: labels of the tasks to break scores down by. times: with those that no two
+    runs have alike.
+    """
+    asked = list(turns(run.records))
+    found = [_answers(asked)] if asked else []
+    for across in (("task",), ("position",), ("task", "position"), ("turn",), *((label,) for label in by)):
+        varies = all(len({group_of(record, name) for record in asked} - {None}) > 1 for name in across)
+        if varies or (across[0] in by and asked):
+            found.append(scores(asked, *across))
+    if any(len(record["parts"] or ()) > 1 for record in asked):
+        found.append(_parts(asked))
+    if asked:
+        found += [_prefill(asked), _decode(asked), *([_times(asked)] if times else [])]
+    return [*found, problems(run)]
+
+
+def scores(records: Sequence[Record], *across: str) -> Table:
+    """Scores of each stack (rows) by one or two groupings (columns), with standard errors."""
+    groups = _ordered({tuple(group_of(record, name) for name in across) for record in records})
+    cells = {
+        (row["stack"], *(row[name] for name in across)): plus_minus(row["score"], row["score_se"])
+        for row in summarise(records, "stack", *across)
+    }
+    columns = [" / ".join(_spoken(name, value) for name, value in zip(across, group, strict=True)) for group in groups]
+    rows = [(stack, *(cells.get((stack, *group), _NONE) for group in groups)) for stack in _stacks(records)]
+    return Table(f"Score by {' and '.join(across)}", ("stack", *columns), tuple(rows))
+
+
+def problems(run: Run) -> Table:
+    """How many samples could not be asked, failed under a stack, or were cut to the model's window; which stacks were refused."""
+    counted: Counter[tuple[str, str, str]] = Counter()
+    for record in run.records:
+        if "error" in record:
+            counted[record["error"]["kind"], record["stack"] or "all", record["error"]["why"]] += 1
+    cut = {(record["task"], record["sample"]) for record in turns(run.records) if record["labels"].get("truncated")}
+    rows = [(kind, stack, str(count), why) for (kind, stack, why), count in counted.items()]
+    if cut:
+        rows.append(("cut", "all", str(len(cut)), "longer than the model's window: contexts were cut in the middle"))
+    return Table("Problems", ("kind", "stack", "dialogues", "why"), tuple(rows), "" if rows else "None.")
+
+
+def plus_minus(value: float | None, error: float | None) -> str:
+    """A share in %, with its standard error."""
+    return _NONE if value is None else f"{100 * value:.1f}" + ("" if error is None else f" ± {100 * error:.1f}")
+
+
+def _answers(records: Sequence[Record]) -> Table:
+    columns: dict[str, Cell] = {
+        "score": lambda row: plus_minus(row["score"], row["score_se"]),
+        "same first token": lambda row: plus_minus(row["same_first_token"], row["same_first_token_se"]),
+        "same answer": lambda row: plus_minus(row["same_answer"], row["same_answer_se"]),
+        "KL to dense": lambda row: _nats(row["kl"], row["kl_se"]),
+        "dialogues": lambda row: str(row["dialogues"]),
+        "turns": lambda row: str(row["turns"]),
+    }
+    note = (
+        "Scores and shares in %, ± bootstrap standard error by dialogue; over tasks, the mean of their means. KL: of the next-token "
+        "distribution, mean over the tokens of the gold answers, in nats."
+    )
+    return _by_stack("Answers", records, columns, note)
+
+
+def _parts(records: Sequence[Record]) -> Table:
+    """Share of right parts by their place in the answer."""
+    most = max(len(record["parts"] or ()) for record in records)
+    rows = []
+    for stack in _stacks(records):
+        cells = []
+        for index in range(most):
+            dialogues = gather((each for each in records if each["stack"] == stack), _part(index))
+            cells.append(plus_minus(mean(dialogues), standard_error(dialogues)))
+        rows.append((stack, *cells))
+    columns = ("stack", *(f"part {index + 1}" for index in range(most)))
+    return Table("Right parts by their place in the answer", columns, tuple(rows))
+
+
+def _part(index: int) -> Callable[[Record], float | None]:
+    def value(record: Record) -> float | None:
+        parts = record["parts"] or ()
+        return float(parts[index]) if 1 < len(parts) > index else None
+
+    return value
+
+
+def _prefill(records: Sequence[Record]) -> Table:
+    columns: dict[str, Cell] = {
+        "cells": lambda row: _percent(row["prefill_cell_density"]),
+        "tiles": lambda row: _percent(row["prefill_tile_density"]),
+        "coverage, estimated": lambda row: _percent(row["coverage_estimated"]),
+        "held-out": lambda row: _percent(row["coverage_held_out"]),
+        "realised": lambda row: _percent(row["coverage_realised"]),
+        "fall-backs to dense per turn": lambda row: _number(row["fallbacks"]),
+    }
+    return _by_stack("Prefill", records, columns, "Cells and tiles: computed, as shares of causal attention.")
+
+
+def _decode(records: Sequence[Record]) -> Table:
+    columns: dict[str, Cell] = {
+        "pairs attended per step": lambda row: _number(row["attended_pairs"]),
+        "of dense's": lambda row: _percent(row["attended_fraction"]),
+        "KV read per token": lambda row: _bytes(row["kv_bytes_per_token"]),
+        "of dense's read": lambda row: _percent(row["kv_share"]),
+        "with observation": lambda row: _percent(row["kv_share_with_observation"]),
+        "re-selections per turn": lambda row: _number(row["reselected_steps"]),
+        "tokens compressed": lambda row: _percent(row["compressed_share"]),
+        "store": lambda row: _bytes(row["store_bytes"]),
+        "active set": lambda row: _bytes(row["active_bytes"]),
+    }
+    note = (
+        "Pairs: per step and layer, summed over KV heads. KV read: keys, values and summaries, for attending and scoring; with "
+        "observation: what is read before the first output too, spread over the answer."
+    )
+    return _by_stack("Decoding", records, columns, note)
+
+
+def _times(records: Sequence[Record]) -> Table:
+    rows = summarise(records, "stack", "turn")
+    numbers = sorted({row["turn"] for row in rows})
+    cells = {(row["stack"], row["turn"]): (_ms(row["ttft_ms"]), _ms(row["tpot_ms"])) for row in rows}
+    columns = [f"{name}, turn {number + 1}" for name in ("TTFT", "TPOT") for number in numbers]
+    body = [
+        (stack, *(cells.get((stack, number), (_NONE, _NONE))[part] for part in (0, 1) for number in numbers))
+        for stack in _stacks(records)
+    ]
+    return Table("Time (medians)", ("stack", *columns), tuple(body))
+
+
+def _by_stack(title: str, records: Sequence[Record], columns: dict[str, Cell], note: str) -> Table:
+    """A row per stack; columns that have no value anywhere are left out."""
+    rows = [(row["stack"], *(cell(row) for cell in columns.values())) for row in summarise(records, "stack")]
+    names = ("stack", *columns)
+    kept = [at for at in range(len(names)) if any(row[at] != _NONE for row in rows)]
+    return Table(title, tuple(names[at] for at in kept), tuple(tuple(row[at] for at in kept) for row in rows), note)
+
+
+def _stacks(records: Iterable[Record]) -> list[str]:
+    return list(dict.fromkeys(record["stack"] for record in records))
+
+
+def _ordered(groups: set[tuple[object, ...]]) -> list[tuple[object, ...]]:
+    """By value; positions as they stand in a text."""
+    rank = {"begin": 0, "middle": 1, "end": 2}
+
+    def key(group: tuple[object, ...]) -> list[tuple[int, float, str]]:
+        return [
+            (value is None, rank.get(str(value), float(value) if isinstance(value, int | float) else 0), str(value))
+            for value in group
+        ]
+
+    return sorted(groups, key=key)
+
+
+def _spoken(name: str, value: object) -> str:
+    if name == "turn" and isinstance(value, int):
+        return f"turn {value + 1}"
+    if name in ("task", "position"):
+        return _NONE if value is None else str(value)
+    return f"{name} {_NONE if value is None else value}"
+
+
+def _percent(value: float | None) -> str:
+    return _NONE if value is None else f"{value:.1%}"
+
+
+def _nats(value: float | None, error: float | None) -> str:
+    return _NONE if value is None else f"{value:.2g}" + ("" if error is None else f" ± {error:.1g}")
+
+
+def _number(value: float | None) -> str:
+    return _NONE if value is None else f"{value:,.1f}" if value < 100 else f"{value:,.0f}"
+
+
+def _ms(value: float | None) -> str:
+    return _NONE if value is None else f"{value:,.1f} ms"
+
+
+def _bytes(value: float | None) -> str:
+    return (
+        _NONE if value is None else f"{value / 1024:,.1f} KiB" if value < 1 << 20 else f"{value / (1 << 20):,.1f} MiB"
+    )

@@ -1,0 +1,46 @@
+"""Finds suite files by name. Two kinds share ``benchmarks/suites``: those of speed, and those of quality, which have ``tasks``."""
+
+from __future__ import annotations
+
+import re
+from enum import StrEnum
+from pathlib import Path
+
+from loopserve.core.config import Document, read_yaml
+from loopserve.core.errors import ConfigError, did_you_mean
+
+_FOLDER = Path("benchmarks") / "suites"
+_TASKS = re.compile(r"^tasks:", re.MULTILINE)
+
+
+class SuiteKind(StrEnum):
+    SPEED = "speed"
+    QUALITY = "quality"
+
+
+_COMMAND = {SuiteKind.SPEED: "loopserve bench kernels, decode or prefill", SuiteKind.QUALITY: "loopserve bench run"}
+
+
+def suite_files(kind: SuiteKind) -> dict[str, Path]:
+    """The suites of a kind beside the checkout and in the current directory, which wins, by name."""
+    folders = [Path(__file__).parents[2] / _FOLDER, Path.cwd() / _FOLDER]
+    found = {file.stem: file for folder in folders for file in sorted(folder.glob("*.yaml"))}
+    return {name: file for name, file in sorted(found.items()) if _kind(file) is kind}
+
+
+def read_suite(spec: str, kind: SuiteKind) -> Document:
+    """A suite by name or file. ConfigError if there is none of this kind."""
+    path = Path(spec)
+    if not path.suffix:
+        found = suite_files(kind)
+        if spec not in found:
+            raise ConfigError(f"unknown suite {spec!r}{did_you_mean(spec, found)}, or give a YAML file")
+        path = found[spec]
+    if path.is_file() and _kind(path) is not kind:
+        raise ConfigError(f"{path.name}: this is a suite of {_kind(path)}: give it to {_COMMAND[_kind(path)]}")
+    return read_yaml(path, path.name)
+
+
+def _kind(path: Path) -> SuiteKind:
+    text = path.read_text(encoding="utf-8", errors="replace")
+    return SuiteKind.QUALITY if _TASKS.search(text) else SuiteKind.SPEED

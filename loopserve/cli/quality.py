@@ -1,0 +1,230 @@
+"""``loopserve bench run|ls|compare``: answers of a model under several stacks, and what they cost."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from loopserve.cli.options import DeviceOption, DtypeOption, Format, FormatOption, Settings
+from loopserve.cli.output import console, print_json, table
+
+if TYPE_CHECKING:
+    from loopserve.bench.quality.run import Run
+    from loopserve.bench.quality.runner import Step
+    from loopserve.bench.quality.tables import Table
+
+
+class HistoryKind(StrEnum):
+    GOLD = "gold"
+    GENERATED = "generated"
+
+
+def run(
+    context: typer.Context,
+    suite: Annotated[str, typer.Option(help="A suite of benchmarks/suites by name, or a YAML file.")],
+    model: Annotated[str, typer.Option(help="A hub id, a local directory, or 'demo'.")] = "demo",
+    stack: Annotated[
+        list[str] | None, typer.Option(help="A preset's name or a YAML file, repeatable; the suite's by default.")
+    ] = None,
+    tasks: Annotated[list[str] | None, typer.Option(help="A task of the suite, repeatable; all by default.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Dialogues of each task.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Other seeds give other dialogues.")] = 0,
+    attended: Annotated[
+        list[float] | None,
+        typer.Option(
+            help="Share of dense's KV pairs that stacks with a budget attend to, repeatable; 0: their own budget."
+        ),
+    ] = None,
+    history: Annotated[
+        HistoryKind | None, typer.Option(help="Answers that the conversation goes on with; the suite's by default.")
+    ] = None,
+    agreement: Annotated[bool, typer.Option(help="Compare next-token distributions with dense's.")] = True,
+    coverage: Annotated[
+        bool | None, typer.Option(help="Measure realised coverage, as costly as dense attention; as the suite says.")
+    ] = None,
+    output_dir: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where the run goes. [default: runs/SUITE-MODEL]")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that is there.")] = False,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    format: FormatOption = Format.HUMAN,
+) -> None:
+    """Ask a suite of dialogues under several stacks.
+
+    Each dialogue is written as soon as it is answered: a run that was stopped goes on with --resume.
+    """
+    settings: Settings = context.obj
+    from loopserve.bench.quality.runner import run_suite
+    from loopserve.bench.quality.suite import load_suite
+
+    loaded = load_suite(suite)
+    stacks = settings.stacks(stack or loaded.stacks)  # a misspelt stack is refused before any work
+    directory = output_dir or Path("runs") / f"{loaded.name}-{Path(model).name}"
+    with _progress() as progress:
+        found = run_suite(
+            loaded,
+            model=model,
+            stacks=stacks,
+            attended=None if attended is None else [share for share in attended if share],
+            tasks=tasks or (),
+            limit=limit,
+            seed=seed,
+            history=history.value if history is not None else None,
+            agreement=agreement,
+            coverage=coverage,
+            directory=directory,
+            resume=resume,
+            device=device,
+            dtype=dtype,
+            progress=progress,
+        )
+    print(f"records: {directory} (loopserve bench report {directory})", file=sys.stderr)
+    show_run(found, (), format)
+
+
+def ls(context: typer.Context, format: FormatOption = Format.HUMAN) -> None:
+    """Suites, tasks and stacks."""
+    from loopserve.bench.quality.suite import load_suite
+    from loopserve.bench.suite_files import SuiteKind, suite_files
+    from loopserve.bench.tasks import known_tasks
+    from loopserve.core.stack import preset_names
+
+    suites = {name: load_suite(str(path)) for name, path in suite_files(SuiteKind.QUALITY).items()}
+    tasks = known_tasks()
+    if format is Format.JSON:
+        print_json(
+            {
+                "suites": {name: suite.model_dump() for name, suite in suites.items()},
+                "speed_suites": list(suite_files(SuiteKind.SPEED)),
+                "tasks": {
+                    name: {"about": kind.about, "options": kind.options.model_json_schema()}
+                    for name, kind in tasks.items()
+                },
+                "stacks": preset_names(),
+            }
+        )
+        return
+    shown = table("suite", "tasks", "stacks", "what for")
+    for name, suite in suites.items():
+        shown.add_row(name, ", ".join(_task_names(suite.tasks)), ", ".join(suite.stacks), suite.description)
+    console().print(shown)
+    shown = table("task", "what it asks")
+    for name, kind in tasks.items():
+        shown.add_row(name, kind.about)
+    console().print(shown)
+    print(f"stacks: {', '.join(preset_names())}")
+    print(f"suites of speed: {', '.join(suite_files(SuiteKind.SPEED))}")
+
+
+def compare(
+    a: Annotated[str, typer.Argument(metavar="A", help="A run's directory; with --run, a stack of it.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="What is held against it.")],
+    run: Annotated[Path | None, typer.Option(metavar="DIR", help="The run that holds both stacks.")] = None,
+    format: FormatOption = Format.HUMAN,
+) -> None:
+    """Paired differences of two runs, or of two stacks of one run, with confidence intervals.
+
+    Says which differences are more than noise.
+    """
+    from loopserve.bench.quality import comparison
+    from loopserve.bench.quality.run import open_run
+
+    if run is not None:
+        differences = comparison.compare_stacks(open_run(run), a, b)
+    else:
+        differences = comparison.compare_runs(open_run(Path(a)), open_run(Path(b)))
+    if format is Format.JSON:
+        print_json({"a": a, "b": b, "differences": [each.as_dict() for each in differences]})
+    else:
+        print(f"A: {a}, B: {b}")
+        _print(comparison.table(differences))
+
+
+def report_run(directory: Path, by: Sequence[str], markdown: bool, output_dir: Path | None, format: Format) -> None:
+    """The tables of a run, on the terminal and as files: report.html with plots, report.md."""
+    from loopserve.bench.quality import page
+    from loopserve.bench.quality.run import open_run
+    from loopserve.core.errors import ConfigError
+
+    found = open_run(directory)
+    text = page.markdown(found, by)
+    for name, content in (("report.html", page.page(found, by)), ("report.md", text)):
+        path = (output_dir or directory) / name
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(content, encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot be written ({error.strerror})") from error
+        print(f"wrote {path}", file=sys.stderr)
+    if markdown:
+        print(text, end="")
+    else:
+        show_run(found, by, format)
+
+
+def show_run(found: Run, by: Sequence[str], format: Format) -> None:
+    from loopserve.bench.quality.summary import summarise
+    from loopserve.bench.quality.tables import tables
+
+    if format is Format.JSON:
+        groups = (("stack",), ("stack", "task", "position"), ("stack", "turn"), *(("stack", label) for label in by))
+        rows = {"_".join(group): summarise(found.records, *group) for group in groups}
+        errors = [record for record in found.records if "error" in record]
+        print_json({"identity": found.identity, "sessions": found.sessions, "rows": rows, "errors": errors})
+        return
+    for each in tables(found, by):
+        _print(each)
+
+
+def _print(shown: Table) -> None:
+    out = console()
+    if shown.rows:
+        figures = table(*shown.columns, title=shown.title)
+        for column in figures.columns[1:]:
+            column.justify = "right"
+        for row in shown.rows:
+            figures.add_row(*row)
+        out.print(figures)
+    else:
+        out.print(f"{shown.title}: {shown.note}")
+
+
+def _task_names(entries: Sequence[dict[str, Any]]) -> list[str]:
+    return [str(entry.get("name") or entry.get("task")) for entry in entries]
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[Step], None]]:
+    """A bar on stderr at a terminal, with the time left; nothing elsewhere."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left:"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
+        line = bar.add_task("loading", total=None)
+
+        def report(step: Step) -> None:
+            bar.update(line, description=f"{step.task} {step.stack}", completed=step.done, total=step.total)
+
+        yield report
