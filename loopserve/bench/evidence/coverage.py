@@ -78,12 +78,16 @@ def call_of(recording: Recording, layer: int, turn: int, notebook: dict[Any, Any
     """One layer's prefill call of one turn, as the engine would hand it to a sparsifier."""
     start, stop = recording.rows_of(turn)
     call = as_call(recording.block(layer, start, stop))
-    return replace(call, layer=replace(call.layer, index=layer), turn=turn, turn_start=start, notebook={} if notebook is None else notebook)
+    return replace(
+        call,
+        layer=replace(call.layer, index=layer),
+        turn=turn,
+        turn_start=start,
+        notebook={} if notebook is None else notebook,
+    )
 
 
-def _judged(
-    recording: Recording, turn: int, inputs: AttentionInputs, pattern: AttentionPattern
-) -> dict[str, float]:
+def _judged(recording: Recording, turn: int, inputs: AttentionInputs, pattern: AttentionPattern) -> dict[str, float]:
     start, stop = recording.rows_of(turn)
     probabilities, columns = softmax_rows(recording.block(inputs.layer.index, start, stop))
     by_row = row_coverage(pattern, probabilities, columns)

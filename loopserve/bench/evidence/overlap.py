@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from statistics import mean
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from loopserve.bench.evidence.lines import chance, jaccard, row_coverage, softmax_rows
 from loopserve.bench.evidence.recording import Recording, record
-from loopserve.bench.evidence.units import Found, Spec, Unit
+from loopserve.bench.evidence.tally import with_error
+from loopserve.bench.evidence.units import Found, Row, Spec, Unit
+from loopserve.bench.evidence.words import percent, table, verdict
 from loopserve.bench.heads import Heads
 from loopserve.bench.recall import HELD_OUT_SEED, RecallTask
 from loopserve.core.patterns import LinePattern
@@ -104,3 +109,54 @@ def _compared(first: _Side, second: _Side) -> dict[str, float]:
 
 def _fit(lines: Tensor, total: int) -> Tensor:
     return pad(lines[:, :total], (0, max(0, total - lines.shape[1])))
+
+
+_SAID = {
+    "inputs": "two dialogues, last turns",
+    "turns": "turns two and three of one dialogue",
+    "halves": "halves of one turn",
+}
+
+
+def section(rows: Sequence[Row]) -> str:
+    found = [row["found"] for row in rows]
+    figures = ("verticals", "slashes", "both", "chance", "held", "own")
+    by_layer = [
+        [
+            _SAID[pair],
+            *(
+                with_error([each[pair]["both"][layer] for each in found])
+                for layer in range(len(found[0][pair]["both"]))
+            ),
+        ]
+        for pair in PAIRS
+    ]
+    over = {pair: mean(_values(found, pair, "both")) for pair in PAIRS}
+    held, own = (mean(_values(found, "inputs", name)) for name in ("held", "own"))
+    return "\n\n".join(
+        [
+            f"Lines that hold {percent(ALPHA, 0)} of all rows' mass at the price of their length, nothing forced, {len(found)} pairs of dialogues. Overlap is shared over "
+            "all lines of two choices (Jaccard), by place for verticals and by offset for slashes; *by chance*: what random choices of these sizes share. *Held*: the share "
+            "of the second block's mass that the first one's lines hold; its own hold *own*.",
+            table(
+                ["between", "verticals", "slashes", "both", "both, by chance", "held", "own"],
+                [[_SAID[pair], *(with_error(_values(found, pair, name)) for name in figures)] for pair in PAIRS],
+            ),
+            "Both kinds, by layer:",
+            table(["between", *(f"layer {layer}" for layer in range(len(by_layer[0]) - 1))], by_layer),
+            verdict(
+                over["inputs"] < 0.5,
+                f"the lines of two inputs overlap by {percent(over['inputs'])}, those of two turns of a dialogue by {percent(over['turns'])}, those of the halves of "
+                f"one turn by {percent(over['halves'])}.",
+            ),
+            verdict(
+                held < own - 0.02,
+                f"lines of another input are a loss: they hold {percent(held)} of the mass where the input's own lines hold {percent(own)}.",
+            ),
+        ]
+    )  # fmt: skip
+
+
+def _values(found: Sequence[Found], pair: str, name: str) -> list[float]:
+    """A figure, mean over layers: one value per pair of dialogues."""
+    return [mean(each[pair][name]) for each in found]

@@ -128,9 +128,7 @@ def prefill_policies(tokens: int) -> dict[str, dict[str, Policy]]:
             for t in (0.8, 0.9, 0.95, 0.98)
         },
         "topk_blocks": {f"top_p {p}": {"policy": "topk_blocks", "top_p": p, "block": 64} for p in (0.9, 0.95, 0.98)},
-        "sample_attention": {
-            f"alpha {a}": {"policy": "sample_attention", "alpha": a} for a in (0.9, 0.95, 0.98, 0.99)
-        },
+        "sample_attention": {f"alpha {a}": {"policy": "sample_attention", "alpha": a} for a in (0.9, 0.95, 0.98, 0.99)},
         "a_shape": {
             f"window {w}": {"policy": "a_shape", "sink_tokens": 16, "local_window": round(w * scale)} for w in windows
         },

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
+from functools import cache
 from typing import Any
 
 from loopserve.api import load_stack
@@ -30,13 +32,18 @@ def talk(
         "label": label,
         "model": model,
         "stack": stack,
-        "digest": load_stack({"version": 1, "name": "evidence", **stack}).digest,
+        "digest": _digest(json.dumps(stack)),
         "task": task,
         "dialogues": dialogues,
         "seed": seed,
         **more,
     }
     return Unit(experiment, spec)
+
+
+@cache
+def _digest(stack: str) -> str:
+    return load_stack({"version": 1, "name": "evidence", **json.loads(stack)}).digest
 
 
 def at_positions(
@@ -49,9 +56,7 @@ def at_positions(
     **more: Any,
 ) -> list[Unit]:
     """The same at each position of the question, so that a position is a unit."""
-    return [
-        talk(experiment, label, stack, {**task, "position": position}, dialogues, **more) for position in positions
-    ]
+    return [talk(experiment, label, stack, {**task, "position": position}, dialogues, **more) for position in positions]
 
 
 def tallies(rows: Iterable[Row], *by: str) -> dict[Any, Tally]:

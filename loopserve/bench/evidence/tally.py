@@ -126,7 +126,9 @@ class Tally:
         return sorted({distance for answer in self.answers for distance in answer["distances"]})
 
 
-def paired(first: Tally, second: Tally, where: Callable[[dict[str, Any]], bool] = lambda _: True) -> tuple[float, float]:
+def paired(
+    first: Tally, second: Tally, where: Callable[[dict[str, Any]], bool] = lambda _: True
+) -> tuple[float, float]:
     """Mean difference of right answers over the same dialogues, and its standard error between dialogues."""
     by_dialogue: dict[Any, list[float]] = {}
     for one, other in zip(first.answers, second.answers, strict=True):
@@ -138,3 +140,12 @@ def paired(first: Tally, second: Tally, where: Callable[[dict[str, Any]], bool] 
     middle = mean(means)
     spread = sum((value - middle) ** 2 for value in means) / max(len(means) - 1, 1)
     return middle, math.sqrt(spread / len(means))
+
+
+def with_error(shares: Sequence[float]) -> str:
+    """Mean of shares in per cent, with its standard error where there are several."""
+    middle = mean(shares)
+    if len(shares) < 2:
+        return f"{100 * middle:.1f} %"
+    spread = sum((share - middle) ** 2 for share in shares) / (len(shares) - 1)
+    return f"{100 * middle:.1f} ± {100 * math.sqrt(spread / len(shares)):.1f} %"
