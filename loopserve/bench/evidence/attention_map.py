@@ -97,7 +97,8 @@ def section(rows: Sequence[Row], pictures: Pictures) -> str:
     below.set_xlabel("column of the conversation")
     return "\n\n".join(
         [
-            f"One head of layer {found['layer']}: {len(found['verticals'])} vertical and {len(found['slashes'])} slash lines, "
+            f"One head of layer {found['layer']}: {len(found['verticals'])} vertical and {len(found['slashes'])} slash "
+            "lines, "
             f"{percent(found['cells'])} of the cells, hold {percent(found['held'])} of its attention in this turn.",
             pictures.save(figure, "attention_map", "Attention map of one head, without and with the chosen lines"),
         ]

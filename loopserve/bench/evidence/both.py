@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from loopserve.bench.evidence.pictures import COLOURS, Pictures, dressed
@@ -47,7 +47,10 @@ def stacks(tokens: int, turns: int = 3) -> dict[str, Recipe]:
         "loopserve": {"prefill": ours, "decode": decode_preset("loopserve", budget)},
         "loopserve, prefill only": {"prefill": ours, "decode": FULL},
         "loopserve, decoding only": decoding("loopserve"),
-        "loopserve-paper": {"prefill": preset("loopserve-paper")["prefill"], "decode": decode_preset("loopserve-paper", budget)},
+        "loopserve-paper": {
+            "prefill": preset("loopserve-paper")["prefill"],
+            "decode": decode_preset("loopserve-paper", budget),
+        },
         "snapkv": decoding("snapkv"),
         "adakv": decoding("adakv"),
         "streaming_llm": {"prefill": DENSE, "decode": decode_preset("streaming_llm", whole)},
@@ -58,10 +61,13 @@ def stacks(tokens: int, turns: int = 3) -> dict[str, Recipe]:
         "tri_shape": {"prefill": prefills["tri_shape"]["window 256"], "decode": FULL},
         "minference": {"prefill": minference, "decode": FULL},
         "minference and snapkv": {"prefill": minference, "decode": decode_preset("snapkv", budget)},
-        "minference and quest, pages of 4": {"prefill": minference, "decode": {"policy": "quest", "budget": whole, "page": 4}},
+        "minference and quest, pages of 4": {
+            "prefill": minference,
+            "decode": {"policy": "quest", "budget": whole, "page": 4},
+        },
         "flexprefill": {"prefill": prefills["flexprefill"]["gamma 0.9"], "decode": FULL},
         "xattention": {"prefill": prefills["xattention"]["threshold 0.95"], "decode": FULL},
-    }  # fmt: skip
+    }
 
 
 def units(tokens: int, dialogues: int, tasks: Sequence[str] = tuple(TASKS)) -> list[Unit]:
@@ -82,17 +88,29 @@ def section(rows: Sequence[Row], pictures: Pictures) -> str:
     asked = next(iter(by_task.values())).at("begin").asked
     return "\n\n".join(
         [
-            f"A budget of {percent(SHARE, 0)} of the context; {asked} answers per stack, task and position, standard errors up to "
-            f"{100 * max(tally.at(place).error for tally in by_task.values() for place in POSITIONS):.0f} points; costs over all tasks. TTFT is the "
+            f"A budget of {percent(SHARE, 0)} of the context; {asked} answers per stack, task and position, standard "
+            "errors up to "
+            f"{100 * max(tally.at(place).error for tally in by_task.values() for place in POSITIONS):.0f} points; "
+            "costs over all tasks. TTFT is the "
             "median, one thread.",
             table(
-                ["stack", *(f"{name} (begin / middle / end)" for name in tasks), "cells", "tiles", "attended", "bytes", "all bytes", "TTFT ms", "TPOT ms"],
+                [
+                    "stack",
+                    *(f"{name} (begin / middle / end)" for name in tasks),
+                    "cells",
+                    "tiles",
+                    "attended",
+                    "bytes",
+                    "all bytes",
+                    "TTFT ms",
+                    "TPOT ms",
+                ],
                 [_row(label, tally, [by_task[name, label] for name in tasks]) for label, tally in whole.items()],
             ),
             _pareto(whole, pictures),
             *_verdicts(whole),
         ]
-    )  # fmt: skip
+    )
 
 
 def _row(label: str, tally: Tally, by_task: Sequence[Tally]) -> list[str]:
@@ -107,10 +125,11 @@ def _row(label: str, tally: Tally, by_task: Sequence[Tally]) -> list[str]:
 def _pareto(whole: dict[str, Tally], pictures: Pictures) -> str:
     figure = pictures.figure(11, 4.6)
     reads, computes = figure.subplots(1, 2, sharey=True)
-    for axes, name, cost in (
+    costs: tuple[tuple[Any, str, Callable[[Tally], float | None]], ...] = (
         (reads, "KV bytes read per output token, everything included", lambda tally: tally.bytes_of_all),
         (computes, "prefill cells computed", lambda tally: tally.cells),
-    ):
+    )
+    for axes, name, cost in costs:
         for number, (label, tally) in enumerate(whole.items()):
             marker = "os^D"[number // len(COLOURS) % 4]
             axes.plot(
@@ -142,14 +161,17 @@ def _verdicts(whole: dict[str, Tally]) -> list[str]:
     said = [
         verdict(
             ours.value >= dense.value - 0.03,
-            f"the preset answers as well as dense attention over all tasks: {ours.with_error} % beside {dense.with_error} %, with "
-            f"{percent(whole['loopserve'].cells)} of the cells and {percent(whole['loopserve'].bytes_of_all)} of the bytes.",
+            f"the preset answers as well as dense attention over all tasks: {ours.with_error} % beside "
+            f"{dense.with_error} %, with "
+            f"{percent(whole['loopserve'].cells)} of the cells and {percent(whole['loopserve'].bytes_of_all)} of the "
+            "bytes.",
         ),
         verdict(
             paper.value >= dense.value - 0.03,
-            f"the method as its paper describes it keeps dense's quality: {paper.with_error} %, {points(paper.value - dense.value)}.",
+            f"the method as its paper describes it keeps dense's quality: {paper.with_error} %, "
+            f"{points(paper.value - dense.value)}.",
         ),
-    ]  # fmt: skip
+    ]
     cheaper = [
         label
         for label, tally in others.items()
@@ -158,7 +180,8 @@ def _verdicts(whole: dict[str, Tally]) -> list[str]:
     ]
     if cheaper:
         said.append(
-            f"**A rival wins:** {', '.join(f'`{label}`' for label in cheaper)} answers as many at no more bytes and cells."
+            f"**A rival wins:** {', '.join(f'`{label}`' for label in cheaper)} answers as many at no more bytes and "
+            "cells."
         )
     elif others:
         told = [

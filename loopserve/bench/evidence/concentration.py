@@ -81,21 +81,27 @@ def section(rows: Sequence[Row], pictures: Pictures) -> str:
     }
     return "\n\n".join(
         [
-            "Lines are vertical and slash lines, 2n of them for n tokens. *Fewest*: taken one by one, heaviest first, cells of two lines counted once; an "
-            "upper bound for the smallest share. *By length*: as the policy chooses at the price of a line's length, and the cells that these "
+            "Lines are vertical and slash lines, 2n of them for n tokens. *Fewest*: taken one by one, heaviest first, "
+            "cells of two lines counted once; an "
+            "upper bound for the smallest share. *By length*: as the policy chooses at the price of a line's length, "
+            "and the cells that these "
             "lines compute. All rows choose. Means over layers, heads and dialogues.",
             table(
                 [
-                    "tokens", "dialogues", "block", *(f"{kind}, {percent(alpha, 0)}" for alpha in ALPHAS for kind in ("fewest", "by length", "cells")),
+                    "tokens",
+                    "dialogues",
+                    "block",
+                    *(f"{kind}, {percent(alpha, 0)}" for alpha in ALPHAS for kind in ("fewest", "by length", "cells")),
                 ],
                 [_row(tokens, found, block) for block in ("whole", "turn") for tokens, found in by_length.items()],
             ),
-            f"Fewest lines per layer and head at {lengths[-1]:,} tokens, as shares of all lines for 90 % / 95 % of the mass, the dialogue read at once:",
+            f"Fewest lines per layer and head at {lengths[-1]:,} tokens, as shares of all lines for 90 % / 95 % of the "
+            "mass, the dialogue read at once:",
             _by_head(by_length[lengths[-1]]),
             _picture(by_length, pictures),
             *_verdicts(by_length),
         ]
-    )  # fmt: skip
+    )
 
 
 def _values(found: Sequence[Found], block: str, alpha: float, name: str) -> list[float]:
@@ -156,8 +162,11 @@ def _verdicts(by_length: dict[int, list[Found]]) -> list[str]:
     return [
         verdict(
             share <= 0.10,
-            f"at {longest:,} tokens {percent(share)} of the lines hold {percent(alpha, 0)} of the attention on average, and between {percent(min(heads))} and "
-            f"{percent(max(heads))} in single heads; {sum(value <= 0.10 for value in heads)} of {len(heads)} heads need a tenth or less.",
+            f"at {longest:,} tokens {percent(share)} of the lines hold {percent(alpha, 0)} of the attention on "
+            f"average, and between {percent(min(heads))} and "
+            f"{percent(max(heads))} in single heads; {sum(value <= 0.10 for value in heads)} of {len(heads)} heads "
+            "need a tenth or less.",
         ),
-        f"The share {'falls' if share < before else 'does not fall'} with length: {percent(before)} at {shortest:,} tokens, {percent(share)} at {longest:,}.",
+        f"The share {'falls' if share < before else 'does not fall'} with length: {percent(before)} at {shortest:,} "
+        f"tokens, {percent(share)} at {longest:,}.",
     ]

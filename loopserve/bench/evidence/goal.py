@@ -68,7 +68,8 @@ def section(rows: Sequence[Row], pictures: Pictures) -> str:
     if passed:
         best = min(passed, key=lambda label: passed[label].bytes_of_all or 1.0)
         said = (
-            f"two keys, {tokens:,} tokens: `{best}` reads {percent(passed[best].bytes_of_all)} of the bytes and computes "
+            f"two keys, {tokens:,} tokens: `{best}` reads {percent(passed[best].bytes_of_all)} of the bytes and "
+            "computes "
             f"{percent(passed[best].cells)} of the cells. The bar is {bar}."
         )
     else:
@@ -77,15 +78,27 @@ def section(rows: Sequence[Row], pictures: Pictures) -> str:
         [
             verdict(bool(passed), said),
             f"{asked} answers per stack and position, standard errors up to "
-            f"{100 * max(tally.at(place).error for tally in found.values() for place in POSITIONS):.0f} points. Differences are paired, over the same "
-            "dialogues, with their standard error between dialogues; bytes of decode steps, and with what is read before the first output.",
+            f"{100 * max(tally.at(place).error for tally in found.values() for place in POSITIONS):.0f} points. "
+            "Differences are paired, over the same "
+            "dialogues, with their standard error between dialogues; bytes of decode steps, and with what is read "
+            "before the first output.",
             table(
-                ["stack", *(f"right, {place}" for place in POSITIONS), "difference to dense", "cells", "tiles", "attended", "bytes", "all bytes", "meets the bar"],
+                [
+                    "stack",
+                    *(f"right, {place}" for place in POSITIONS),
+                    "difference to dense",
+                    "cells",
+                    "tiles",
+                    "attended",
+                    "bytes",
+                    "all bytes",
+                    "meets the bar",
+                ],
                 [_row(label, tally, dense, label in passed) for label, tally in found.items()],
             ),
             _picture(found, pictures),
         ]
-    )  # fmt: skip
+    )
 
 
 def _passes(tally: Tally, dense: Tally) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 
 from loopserve.bench.evidence.pictures import Pictures, dressed, lines
 from loopserve.bench.evidence.recipes import DENSE, FULL, Policy, average_context, decode_preset, observing
-from loopserve.bench.evidence.talks import tallies, talk
+from loopserve.bench.evidence.talks import talk, tallies
 from loopserve.bench.evidence.tally import Tally
 from loopserve.bench.evidence.units import Row, Unit
 from loopserve.bench.evidence.words import percent, points, table, verdict
@@ -38,7 +38,7 @@ def units(tokens: int, dialogues: int, long_dialogues: int, intervals: Sequence[
                 interval=interval,
                 first=first,
                 answer="five keys",
-            )  # fmt: skip
+            )
         )
     long = {"tokens": tokens, "turns": 2, "position": "mixed", **LONG}
     for label, interval, first, decode in _policies(round(SHARE * average_context(tokens, 2) - 64), intervals):
@@ -54,7 +54,7 @@ def units(tokens: int, dialogues: int, long_dialogues: int, intervals: Sequence[
                     interval=interval,
                     first=first,
                     answer="long",
-                )  # fmt: skip
+                )
             )
     return made
 
@@ -85,8 +85,10 @@ def section(rows: Sequence[Row], pictures: Pictures) -> str:
     worst = max(tally.parts(_index(0)).error for tally in found.values())
     return "\n\n".join(
         [
-            f"Five keys asked, so an answer visits five places: {asked} answers, {asked} parts of each index, standard errors up to "
-            f"{100 * worst:.0f} points, {percent(SHARE, 0)} of the context attended, dense prefill. A part is right if the answer has "
+            f"Five keys asked, so an answer visits five places: {asked} answers, {asked} parts of each index, standard "
+            "errors up to "
+            f"{100 * worst:.0f} points, {percent(SHARE, 0)} of the context attended, dense prefill. A part is right if "
+            "the answer has "
             f"it word for word. Under compression: share of decode steps that attend to a selection.",
             table(
                 [
@@ -97,7 +99,7 @@ def section(rows: Sequence[Row], pictures: Pictures) -> str:
                     "whole answers",
                     "under compression",
                     "all bytes",
-                ],  # fmt: skip
+                ],
                 [_row(key, tally) for key, tally in found.items()],
             ),
             _picture(found, dense, pictures),
@@ -144,7 +146,8 @@ def _verdicts(found: dict[tuple[str, int, str], Tally]) -> list[str]:
     said.append(
         verdict(
             end.value < start.value - 2 * end.error,
-            f"parts that come later are lost more often when a selection stays: with the paper's scheme and n_d = 16, part 1 is right in "
+            "parts that come later are lost more often when a selection stays: with the paper's scheme and n_d = 16, "
+            "part 1 is right in "
             f"{start.with_error} %, part {_KEYS} in {end.with_error} %.",
         )
     )
@@ -153,14 +156,15 @@ def _verdicts(found: dict[tuple[str, int, str], Tally]) -> list[str]:
     said.append(
         verdict(
             gain > 2 * best[16].error,
-            f"observing the past alone needs a shorter interval than the published 16: parts right are "
+            "observing the past alone needs a shorter interval than the published 16: parts right are "
             + ", ".join(f"{share} % at {interval}" for interval, share in best.items())
             + ".",
         )
     )
     dense_block = found["observing", 16, "dense"]
     said.append(
-        f"A dense first block hides this: with n_d = 16 and a dense first block {dense_block.parts().with_error} % of the parts are right, and "
+        f"A dense first block hides this: with n_d = 16 and a dense first block {dense_block.parts().with_error} % of "
+        "the parts are right, and "
         f"{percent(dense_block.compressed, 0)} of the decode steps are under compression."
     )
     blocks = {name: found["observing", 16, name].parts() for name in ("two_hop", "last_window", "sampled")}
@@ -168,13 +172,15 @@ def _verdicts(found: dict[tuple[str, int, str], Tally]) -> list[str]:
     said.append(
         verdict(
             top == "two_hop",
-            f"two hops are the best start at n_d = 16: {', '.join(f'{name} {share.with_error} %' for name, share in blocks.items())} of the "
+            "two hops are the best start at n_d = 16: "
+            f"{', '.join(f'{name} {share.with_error} %' for name, share in blocks.items())} of the "
             f"parts right.",
         )
     )
     query = found["loopserve", 16, "two_hop"].parts()
     said.append(
-        f"With a look by the current query (`loopserve`) the interval hardly matters: {query.with_error} % of the parts at n_d = 16, "
+        f"With a look by the current query (`loopserve`) the interval hardly matters: {query.with_error} % of the "
+        "parts at n_d = 16, "
         f"{points(query.value - found['full', 0, '-'].parts().value)} beside dense."
     )
     return said
@@ -187,18 +193,31 @@ def _long(found: dict[tuple[str, int, str], Tally]) -> str:
     length = sum(answer["outputs"] for answer in dense.answers) / max(len(dense.answers), 1)
     return "\n\n".join(
         [
-            f"**Long answers**: {length:.0f} tokens on average, {dense.right().asked} answers of {LONG['keys']} parts each. The model was trained on "
+            f"**Long answers**: {length:.0f} tokens on average, {dense.right().asked} answers of {LONG['keys']} parts "
+            "each. The model was trained on "
             "questions for up to five places, so dense decoding misses parts itself; thirds are thirds of the answer.",
             table(
-                ["policy", "n_d", "first block", "parts right", *(f"third {third + 1}" for third in range(3)), "under compression", "all bytes"],
+                [
+                    "policy",
+                    "n_d",
+                    "first block",
+                    "parts right",
+                    *(f"third {third + 1}" for third in range(3)),
+                    "under compression",
+                    "all bytes",
+                ],
                 [
                     [
-                        label, str(interval or "-"), first, tally.parts().with_error,
-                        *(str(tally.parts(_third(third))) for third in range(3)), percent(tally.compressed, 0),
+                        label,
+                        str(interval or "-"),
+                        first,
+                        tally.parts().with_error,
+                        *(str(tally.parts(_third(third))) for third in range(3)),
+                        percent(tally.compressed, 0),
                         percent(tally.bytes_of_all),
                     ]
                     for (label, interval, first), tally in found.items()
                 ],
             ),
         ]
-    )  # fmt: skip
+    )

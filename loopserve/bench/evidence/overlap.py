@@ -135,8 +135,10 @@ def section(rows: Sequence[Row]) -> str:
     held, own = (mean(_values(found, "inputs", name)) for name in ("held", "own"))
     return "\n\n".join(
         [
-            f"Lines that hold {percent(ALPHA, 0)} of all rows' mass at the price of their length, nothing forced, {len(found)} pairs of dialogues. Overlap is shared over "
-            "all lines of two choices (Jaccard), by place for verticals and by offset for slashes; *by chance*: what random choices of these sizes share. *Held*: the share "
+            f"Lines that hold {percent(ALPHA, 0)} of all rows' mass at the price of their length, nothing forced, "
+            f"{len(found)} pairs of dialogues. Overlap is shared over "
+            "all lines of two choices (Jaccard), by place for verticals and by offset for slashes; *by chance*: what "
+            "random choices of these sizes share. *Held*: the share "
             "of the second block's mass that the first one's lines hold; its own hold *own*.",
             table(
                 ["between", "verticals", "slashes", "both", "both, by chance", "held", "own"],
@@ -146,15 +148,17 @@ def section(rows: Sequence[Row]) -> str:
             table(["between", *(f"layer {layer}" for layer in range(len(by_layer[0]) - 1))], by_layer),
             verdict(
                 over["inputs"] < 0.5,
-                f"the lines of two inputs overlap by {percent(over['inputs'])}, those of two turns of a dialogue by {percent(over['turns'])}, those of the halves of "
+                f"the lines of two inputs overlap by {percent(over['inputs'])}, those of two turns of a dialogue by "
+                f"{percent(over['turns'])}, those of the halves of "
                 f"one turn by {percent(over['halves'])}.",
             ),
             verdict(
                 held < own - 0.02,
-                f"lines of another input are a loss: they hold {percent(held)} of the mass where the input's own lines hold {percent(own)}.",
+                f"lines of another input are a loss: they hold {percent(held)} of the mass where the input's own lines "
+                f"hold {percent(own)}.",
             ),
         ]
-    )  # fmt: skip
+    )
 
 
 def _values(found: Sequence[Found], pair: str, name: str) -> list[float]:

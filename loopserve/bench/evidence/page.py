@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from loopserve.bench.evidence import (
@@ -30,12 +30,13 @@ _HEAD = """# The paper's claims, tested here
 Made by `make evidence` from the rows in `{results}`: every sentence with a figure is written by rules from those rows, so a re-run
 renews the page. Do not edit it.
 
-The model is the bundled one (`recall`, trained on synthetic recall dialogues, see demo_model.md), the dialogues are held out and have three
-turns unless said otherwise, and the history holds the model's own answers. Figures say which way the wind blows, not what an 8 B
-model will do. An answer is right if every word is. Standard errors (±) are those of a share with one right and one wrong answer
-added. *Bytes* are KV bytes read per output token as a share of what dense attention reads, scoring and key summaries included; *all bytes* includes what is read
-before the first output, spread over the answer. Attended pairs, cells and tiles are as design.md defines them. Of the paper's results only what
-its public reviews say is known here, so claims are tested by their direction."""
+The model is the bundled one (`recall`, trained on synthetic recall dialogues, see demo_model.md), the dialogues are held out and have
+three turns unless said otherwise, and the history holds the model's own answers. Figures say which way the wind blows, not what an
+8 B model will do. An answer is right if every word is. Standard errors (±) are those of a share with one right and one wrong
+answer added. *Bytes* are KV bytes read per output token as a share of what dense attention reads, scoring and key summaries
+included; *all bytes* includes what is read before the first output, spread over the answer. Attended pairs, cells and tiles are as
+design.md defines them. Of the paper's results only what its public reviews say is known here, so claims are tested by their
+direction."""
 
 EXPERIMENTS = (
     concentration.NAME, overlap.NAME, position.NAME, moving.NAME, turns.NAME, coverage.NAME, prefill.NAME, attention_map.NAME,
@@ -53,39 +54,56 @@ def write(results: Path, page: Path, pictures: Path) -> None:
         raise ConfigError(f"{page}: cannot be written ({error.strerror})") from error
 
 
-def render(rows: dict[str, list[Row]], pictures: Pictures, results: Path) -> str:
+def render(rows: Rows, pictures: Pictures, results: Path) -> str:
     """The page's text; experiments without rows are said to be missing."""
-
-    def part(title: str, name: str, text: str) -> str:
-        return f"## {title}\n\n{text if rows[name] else 'Not run.'}"
-
-    def told(name: str, text: str) -> str:
-        return text if rows[name] else ""
-
-    def of(module: object, name: str) -> str:
-        return module.section(rows[name], pictures) if rows[name] else ""  # type: ignore[attr-defined, no-any-return]
-
-    prefilled = prefill.section(rows[prefill.NAME], rows[coverage.NAME], pictures) if rows[prefill.NAME] else ""
-    overlapping = overlap.section(rows[overlap.NAME]) if rows[overlap.NAME] else ""
-    goals = of(goal, goal.NAME)
-    texts = [
-        _HEAD.format(results=os.path.relpath(results)),
-        part("The bar", goal.NAME, goals),
-        part("1. Attention is concentrated on few lines", concentration.NAME, of(concentration, concentration.NAME)),
-        part("2. Which lines, the input decides", overlap.NAME, overlapping),
-        part("3. The question's position", position.NAME, of(position, position.NAME)),
-        part("4. Answers that move through the context", moving.NAME, of(moving, moving.NAME)),
-        part("5. Several turns", turns.NAME, of(turns, turns.NAME)),
-        part("6. Sparse prefill", prefill.NAME, prefilled),
-        told(attention_map.NAME, of(attention_map, attention_map.NAME)),
-        part("7. Both phases together", both.NAME, of(both, both.NAME)),
-        part("Sensitivity", sensitivity.NAME, of(sensitivity, sensitivity.NAME)),
-        f"## How it was had\n\n{_made(rows)}" if any(rows.values()) else "",
-    ]
-    return "\n\n".join(text for text in texts if text) + "\n"
+    texts = [_HEAD.format(results=os.path.relpath(results))]
+    for title, name, section in _SECTIONS:
+        texts.append(f"## {title}\n\n{section(rows, pictures) if rows[name] else 'Not run.'}")
+    if any(rows.values()):
+        texts.append(f"## How it was had\n\n{_made(rows)}")
+    return "\n\n".join(texts) + "\n"
 
 
-def _made(rows: dict[str, list[Row]]) -> str:
+def _prefill(rows: Rows, pictures: Pictures) -> str:
+    parts = [prefill.section(rows[prefill.NAME], rows[coverage.NAME], pictures)]
+    if rows[attention_map.NAME]:
+        parts.append(attention_map.section(rows[attention_map.NAME], pictures))
+    return "\n\n".join(parts)
+
+
+Rows = Mapping[str, Sequence[Row]]
+"""Stored rows by experiment."""
+
+_SECTIONS: tuple[tuple[str, str, Callable[[Rows, Pictures], str]], ...] = (
+    ("The bar", goal.NAME, lambda rows, pictures: goal.section(rows[goal.NAME], pictures)),
+    (
+        "1. Attention is concentrated on few lines",
+        concentration.NAME,
+        lambda rows, pictures: concentration.section(rows[concentration.NAME], pictures),
+    ),
+    ("2. Which lines, the input decides", overlap.NAME, lambda rows, _: overlap.section(rows[overlap.NAME])),
+    (
+        "3. The question's position",
+        position.NAME,
+        lambda rows, pictures: position.section(rows[position.NAME], pictures),
+    ),
+    (
+        "4. Answers that move through the context",
+        moving.NAME,
+        lambda rows, pictures: moving.section(rows[moving.NAME], pictures),
+    ),
+    ("5. Several turns", turns.NAME, lambda rows, pictures: turns.section(rows[turns.NAME], pictures)),
+    ("6. Sparse prefill", prefill.NAME, _prefill),
+    ("7. Both phases together", both.NAME, lambda rows, pictures: both.section(rows[both.NAME], pictures)),
+    (
+        "Sensitivity",
+        sensitivity.NAME,
+        lambda rows, pictures: sensitivity.section(rows[sensitivity.NAME], pictures),
+    ),
+)
+
+
+def _made(rows: Rows) -> str:
     done = {name: found for name, found in rows.items() if found}
     every = [row for found in done.values() for row in found]
     spent = {name: sum(row["seconds"] for row in found) for name, found in done.items()}
@@ -100,7 +118,8 @@ def _made(rows: dict[str, list[Row]]) -> str:
     return "\n\n".join(
         [
             table(["experiment", "units", "answers", "time of one core"], lines),
-            f"{devices}, one thread per unit, units shared among processes side by side, so times to first token are of a busy machine; torch {versions}, float32; commit "
+            f"{devices}, one thread per unit, units shared among processes side by side, so times to first token are "
+            f"of a busy machine; torch {versions}, float32; commit "
             f"{commits}; {min(each['date'] for each in made)} to {max(each['date'] for each in made)}.",
         ]
     )

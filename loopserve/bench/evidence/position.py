@@ -39,9 +39,16 @@ def units(tokens: int, dialogues: int, shares: Sequence[float], plain_dialogues:
     for label, decode in {"full": FULL, **{name: policies[name] for name in _PLAIN}}.items():
         for model in ("demo", "demo-no-lookahead"):
             made += at_positions(
-                NAME, label, {"prefill": DENSE, "decode": decode}, plain, plain_dialogues,
-                seed=340, model=model, share=0.15, plain=True,
-            )  # fmt: skip
+                NAME,
+                label,
+                {"prefill": DENSE, "decode": decode},
+                plain,
+                plain_dialogues,
+                seed=340,
+                model=model,
+                share=0.15,
+                plain=True,
+            )
     return made
 
 
@@ -57,11 +64,15 @@ def section(rows: Sequence[Row], pictures: Pictures) -> str:
         [
             f"Dense prefill; {asked} answers to two keys per policy, share and position, standard errors up to "
             f"{100 * worst:.0f} points. Dense decoding: {_three(dense)}.",
-            "**At equal attended KV.** Whole answers right in per cent, question at begin / middle / end; the columns are the share of the "
-            "context that the budget is set to. Bytes: KV bytes read per output token as a share of dense's at a budget of "
-            f"{percent(shares[min(1, len(shares) - 1)], 0)}, of decode steps and with everything read before the first output.",
+            "**At equal attended KV.** Whole answers right in per cent, question at begin / middle / end; the columns "
+            "are the share of the "
+            "context that the budget is set to. Bytes: KV bytes read per output token as a share of dense's at a "
+            "budget of "
+            f"{percent(shares[min(1, len(shares) - 1)], 0)}, of decode steps and with everything read before the first "
+            "output.",
             _equal_attended(found, labels, shares),
-            "**At equal bytes.** The best measured setting of each policy that reads at most so many bytes per output token, "
+            "**At equal bytes.** The best measured setting of each policy that reads at most so many bytes per output "
+            "token, "
             "everything included; `-` where no setting is so cheap.",
             _equal_bytes(found, labels),
             _picture(found, labels, dense, pictures),
@@ -138,7 +149,8 @@ def _verdicts(
     said = [
         verdict(
             falls >= _DROP if seen else None,
-            f"methods that watch the end of the prompt lose answers when the question stands earlier. The best of them at "
+            "methods that watch the end of the prompt lose answers when the question stands earlier. The best of them "
+            "at "
             f"{percent(largest, 0)}, `{best}`, has {_three(windows[best])}"
             + (
                 "."
@@ -152,7 +164,8 @@ def _verdicts(
     said.append(
         verdict(
             gain > 2 * paper.right().error,
-            f"re-selecting from the last outputs alone, as the paper describes it, answers {_three(paper)} at {percent(largest, 0)}, "
+            f"re-selecting from the last outputs alone, as the paper describes it, answers {_three(paper)} at "
+            f"{percent(largest, 0)}, "
             f"{points(gain)} over all positions beside `{best}`.",
         )
     )
@@ -216,11 +229,13 @@ def _without_lookahead(rows: Sequence[Row]) -> str:
     gain = query.right().value - past.right().value
     return "\n\n".join(
         [
-            f"**On a model that does not look ahead** (see demo_model.md), shorter dialogues, 15 % attended, {asked} answers per position.",
+            f"**On a model that does not look ahead** (see demo_model.md), shorter dialogues, 15 % attended, {asked} "
+            "answers per position.",
             table(["policy", "look-ahead", "none"], cells),
             verdict(
                 gain > 2 * query.right().error,
-                "what no earlier row has looked at can be found by the current query only. Without look-ahead, observing the past every "
+                "what no earlier row has looked at can be found by the current query only. Without look-ahead, "
+                "observing the past every "
                 f"other output answers {_three(past)}, with a look by the current query {_three(query)}.",
             ),
         ]

@@ -34,7 +34,7 @@ def units(tokens: int, dialogues: int, positions: Sequence[str] = POSITIONS) -> 
         for setting, policy in settings.items():
             made += at_positions(
                 NAME, family, {"prefill": policy, "decode": FULL}, task, dialogues, positions, seed=600, setting=setting
-            )  # fmt: skip
+            )
     return made
 
 
@@ -46,20 +46,32 @@ def section(rows: Sequence[Row], covered: Sequence[Row], pictures: Pictures) -> 
     asked = dense.right().asked
     best = {family: _cheapest(found, family, dense) for family in dict.fromkeys(family for family, _ in found)}
     header = [
-        "policy", "setting", "right (begin / middle / end)", "cells", "tiles", "mass held", "held out", "worst tenth of rows",
-        "question's rows", "TTFT",
-    ]  # fmt: skip
+        "policy",
+        "setting",
+        "right (begin / middle / end)",
+        "cells",
+        "tiles",
+        "mass held",
+        "held out",
+        "worst tenth of rows",
+        "question's rows",
+        "TTFT",
+    ]
     return "\n\n".join(
         [
             f"Full decoding; {asked} answers a row ({dense.at('begin').asked} at each position), standard errors up to "
-            f"{100 * max(tally.right().error for tally in found.values()):.0f} points over all positions. Dense: {_three(dense)}. "
-            f"Mass held: mean over all rows, heads and layers, on {len(covered)} recorded dialogues, turns after the first; held out: over rows "
+            f"{100 * max(tally.right().error for tally in found.values()):.0f} points over all positions. Dense: "
+            f"{_three(dense)}. "
+            f"Mass held: mean over all rows, heads and layers, on {len(covered)} recorded dialogues, turns after the "
+            "first; held out: over rows "
             "that did not choose; worst tenth: over the tenth of held-out rows that a head serves worst.",
-            "**The cheapest setting of each policy that keeps within 3 points of dense** over all positions, or its best where none does:",
+            "**The cheapest setting of each policy that keeps within 3 points of dense** over all positions, or its "
+            "best where none does:",
             table(header, [_row(key, found[key], shares[key]) for key in best.values()]),
             _picture(found, shares, dense, pictures),
             *_verdicts(found, shares, best, dense),
-            "**Who chooses the lines.** The same lines chosen by other rows, alpha 0.95; the mass that the question's own rows keep, by where it stands.",
+            "**Who chooses the lines.** The same lines chosen by other rows, alpha 0.95; the mass that the question's "
+            "own rows keep, by where it stands.",
             _samples(found, covered),
             _heat(covered, pictures),
             f"<details><summary>All {len(found)} settings</summary>",
@@ -157,7 +169,8 @@ def _verdicts(
         said.append(
             verdict(
                 wins,
-                f"lines chosen online until a share alpha is held keep dense's answers at fewer cells than any rival: {told(own)}; the best rival is "
+                "lines chosen online until a share alpha is held keep dense's answers at fewer cells than any rival: "
+                f"{told(own)}; the best rival is "
                 f"{told(rival)}." + ("" if wins else " **The rival wins.**"),
             )
         )
@@ -165,7 +178,8 @@ def _verdicts(
             mine = ours["loopserve"]
             fewest = min(good.values(), key=lambda key: found[key].tiles or 1.0)
             said.append(
-                f"What a kernel computes are tiles: the preset's policy needs {told(mine)}; fewest tiles of all: {told(fewest)}."
+                f"What a kernel computes are tiles: the preset's policy needs {told(mine)}; fewest tiles of all: "
+                f"{told(fewest)}."
             )
     else:
         said.append(
@@ -177,7 +191,8 @@ def _verdicts(
         said.append(
             verdict(
                 drop < -0.03,
-                f"lines must be chosen anew for each input: those of the first turn, kept, have {_three(found[static])} at best ({told(static)}), "
+                "lines must be chosen anew for each input: those of the first turn, kept, have "
+                f"{_three(found[static])} at best ({told(static)}), "
                 f"{points(drop)} beside dense.",
             )
         )
@@ -187,7 +202,8 @@ def _verdicts(
         asked = float(most[1].split()[1])
         said.append(
             f"Overlap must be counted: with {most[1]} and cells of two lines counted twice, the lines hold "
-            f"{percent(shares[most].get('mean'))} of the mass instead of {percent(asked, 0)}, and {found[most].right().with_error} % of the answers are right."
+            f"{percent(shares[most].get('mean'))} of the mass instead of {percent(asked, 0)}, and "
+            f"{found[most].right().with_error} % of the answers are right."
         )
     return said
 
@@ -215,8 +231,10 @@ def _samples(found: dict[Key, Tally], covered: Sequence[Row]) -> str:
     answers = [found[family, "alpha 0.95"].at("begin") for family in ("last rows", "random rows", "loopserve")]
     said = verdict(
         lost > 0.03,
-        f"with the question at the begin, the last rows miss what it looks at: its rows keep {percent(pair[0])} of their mass with lines "
-        f"chosen by the last rows, {percent(pair[1])} by random ones. Answers right there: last rows {answers[0].with_error} %, random rows "
+        f"with the question at the begin, the last rows miss what it looks at: its rows keep {percent(pair[0])} of "
+        "their mass with lines "
+        f"chosen by the last rows, {percent(pair[1])} by random ones. Answers right there: last rows "
+        f"{answers[0].with_error} %, random rows "
         f"{answers[1].with_error} %, half last and half random (`loopserve`) {answers[2].with_error} %.",
     )
     return f"{text}\n\n{said}"

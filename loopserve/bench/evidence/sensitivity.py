@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from loopserve.bench.evidence.pictures import Pictures, dressed
 from loopserve.bench.evidence.recipes import DENSE, FULL, Recipe, average_context, decode_preset, preset
@@ -96,7 +96,7 @@ def _row(value: float, tally: Tally) -> list[str]:
 def _picture(found: dict[tuple[str, float], Tally], pictures: Pictures) -> str:
     alphas = {value: tally for (label, value), tally in found.items() if label == "alpha"}
     figure = pictures.figure(11, 3)
-    shown = (
+    shown: tuple[tuple[str, Callable[[Tally], float | None]], ...] = (
         ("mass really held", lambda tally: tally.realised),
         ("cells computed", lambda tally: tally.cells),
         ("answers right", lambda tally: tally.right().value),

@@ -8,7 +8,7 @@ from typing import Any
 from loopserve.bench.demo import innermost
 from loopserve.bench.evidence.pictures import Pictures, dressed, lines
 from loopserve.bench.evidence.recipes import DENSE, FULL, Policy, average_context, decode_preset, observing
-from loopserve.bench.evidence.talks import tallies, talk
+from loopserve.bench.evidence.talks import talk, tallies
 from loopserve.bench.evidence.tally import Share, Tally
 from loopserve.bench.evidence.units import Row, Unit
 from loopserve.bench.evidence.words import listed, percent, points, table, verdict
@@ -36,7 +36,7 @@ def units(tokens: int, dialogues: int, shares: Sequence[float]) -> list[Unit]:
                     share=share,
                     kept=kept,
                     survival=True,
-                )  # fmt: skip
+                )
             )
     return made
 
@@ -62,19 +62,27 @@ def section(rows: Sequence[Row], pictures: Pictures) -> str:
     asked = dense.right(lambda answer: answer["turn"] == 0).asked
     return "\n\n".join(
         [
-            f"Dialogues of {_TURNS} turns, two keys asked in each, {asked} answers per turn, dense prefill. By turn: whole answers right in per cent; by "
+            f"Dialogues of {_TURNS} turns, two keys asked in each, {asked} answers per turn, dense prefill. By turn: "
+            "whole answers right in per cent; by "
             "distance: parts right by how many turns ago the fact was told.",
             table(
-                ["policy", "unselected pairs", "share", *(f"turn {turn + 1}" for turn in turns), *(f"distance {far}" for far in distances)],
+                [
+                    "policy",
+                    "unselected pairs",
+                    "share",
+                    *(f"turn {turn + 1}" for turn in turns),
+                    *(f"distance {far}" for far in distances),
+                ],
                 [_row(key, tally, turns, distances) for key, tally in found.items()],
             ),
             _picture(found, turns, pictures),
             *_verdicts(found),
-            "**What eviction has left.** Pairs of an asked fact that are still stored when its turn begins, mean over layers and KV heads; and parts "
+            "**What eviction has left.** Pairs of an asked fact that are still stored when its turn begins, mean over "
+            "layers and KV heads; and parts "
             "right by whether at least half of them are.",
             _survivors(found, distances),
         ]
-    )  # fmt: skip
+    )
 
 
 def _row(key: tuple[str, str, float], tally: Tally, turns: Sequence[int], distances: Sequence[int]) -> list[str]:
