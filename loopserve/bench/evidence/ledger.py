@@ -66,9 +66,8 @@ class Ledger:
 
 
 def rows_of(directory: Path, experiment: str) -> list[Row]:
-    """The rows of the last complete run, else of the one under way, else none."""
-    whole = directory / f"{experiment}.jsonl"
-    return read(whole if whole.exists() else directory / f"{experiment}.part.jsonl")
+    """The rows of an experiment's last complete run; none if it never came to its end."""
+    return read(directory / f"{experiment}.jsonl")
 
 
 def read(path: Path) -> list[Row]:

@@ -58,7 +58,7 @@ def render(rows: Rows, pictures: Pictures, results: Path) -> str:
     """The page's text; experiments without rows are said to be missing."""
     texts = [_HEAD.format(results=os.path.relpath(results))]
     for title, name, section in _SECTIONS:
-        texts.append(f"## {title}\n\n{section(rows, pictures) if rows[name] else 'Not run.'}")
+        texts.append(f"## {title}\n\n{section(rows, pictures) if rows[name] else 'Not run to its end.'}")
     if any(rows.values()):
         texts.append(f"## How it was had\n\n{_made(rows)}")
     return "\n\n".join(texts) + "\n"

@@ -38,8 +38,8 @@ class Sizes:
     moving: int = 12
     long: int = 4
     intervals: Sequence[int] = INTERVALS
-    turns: int = 12
-    turn_shares: Sequence[float] = (0.10, 0.20)
+    turns: int = 16
+    turn_shares: Sequence[float] = (0.20, 0.40)
     prefill: int = 4
     both: int = 6
     tasks: Sequence[str] = tuple(TASKS)

@@ -208,7 +208,10 @@ def _cheapest(found: dict[tuple[str, float], Tally], labels: Sequence[str], leve
     first = min(reached, key=lambda label: reached[label])
     ours = {label: cost for label, cost in reached.items() if label in _OURS}
     rivals = {label: cost for label, cost in reached.items() if not label.startswith(("loopserve", "observing"))}
-    text = f"at dense's level over all positions `{first}` reads least, {percent(reached[first], 0)} of dense's bytes, everything included."
+    text = (
+        f"at dense's level over all positions `{first}` reads least, {percent(reached[first], 0)} of dense's bytes, "
+        "everything included."
+    )
     if rivals and ours:
         rival, own = min(rivals, key=lambda label: rivals[label]), min(ours, key=lambda label: ours[label])
         text += f" The best rival is `{rival}` with {percent(rivals[rival], 0)}; the best of ours `{own}` with {percent(ours[own], 0)}."

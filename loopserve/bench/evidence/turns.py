@@ -15,12 +15,13 @@ from loopserve.bench.evidence.words import listed, percent, points, table, verdi
 
 NAME = "turns"
 _TURNS = 4
+_POOLS = {"keep": {"pool": "full"}, "evict": {"pool": "active"}}
 _SCORED = ("snapkv", "adakv", "keydiff", "h2o", "tova", "streaming_llm")
 
 
 def units(tokens: int, dialogues: int, shares: Sequence[float]) -> list[Unit]:
     """Dialogues of four turns, each method once with the whole store kept and once with the rest evicted."""
-    task = {"tokens": tokens, "turns": _TURNS, "keys": 2, "position": "mixed"}
+    task = {"tokens": tokens, "turns": _TURNS, "keys": 1, "position": "mixed"}
     made = [talk(NAME, "full", {"prefill": DENSE, "decode": FULL}, task, dialogues, seed=500, share=1.0, kept="keep")]
     for share in shares:
         budget = max(round(share * average_context(tokens, _TURNS)), 48)
@@ -44,8 +45,8 @@ def units(tokens: int, dialogues: int, shares: Sequence[float]) -> list[Unit]:
 def _policies(budget: int) -> list[tuple[str, str, Policy]]:
     found: list[tuple[str, str, Policy]] = [
         ("loopserve", "keep", decode_preset("loopserve", budget, dense_below=1)),
-        ("loopserve, observing every 16", "keep", observing(budget, 16)),
-        ("loopserve, observing every 16", "evict", decode_preset("loopserve-active", budget)),
+        *(("observing, every 2", kept, observing(budget, 2, **_POOLS[kept])) for kept in _POOLS),
+        *(("observing, every 16", kept, observing(budget, 16, **_POOLS[kept])) for kept in _POOLS),
     ]
     for name in _SCORED:
         for kept in ("keep", "evict"):
@@ -62,9 +63,8 @@ def section(rows: Sequence[Row], pictures: Pictures) -> str:
     asked = dense.right(lambda answer: answer["turn"] == 0).asked
     return "\n\n".join(
         [
-            f"Dialogues of {_TURNS} turns, two keys asked in each, {asked} answers per turn, dense prefill. By turn: "
-            "whole answers right in per cent; by "
-            "distance: parts right by how many turns ago the fact was told.",
+            f"Dialogues of {_TURNS} turns, one key asked in each, {asked} answers per turn, dense prefill. Answers right "
+            "in per cent, by turn and by how many turns ago the fact was told (distance).",
             table(
                 [
                     "policy",

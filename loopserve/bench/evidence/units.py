@@ -14,7 +14,7 @@ Found = dict[str, Any]
 """What a unit found, as plain JSON."""
 
 Row = dict[str, Any]
-"""A stored unit: ``experiment``, ``unit`` (its spec), ``found``, ``seconds``, ``made`` (where and with what)."""
+"""A stored unit: ``experiment``, ``unit`` (its spec), ``found``, ``seconds`` (of one core), ``made`` (where and with what)."""
 
 
 @dataclass(frozen=True)
