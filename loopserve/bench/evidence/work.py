@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 
@@ -13,7 +13,7 @@ from loopserve.bench.evidence import attention_map, concentration, conversations
 from loopserve.bench.evidence.units import Found, Row, Spec, Unit
 from loopserve.bench.rows import provenance
 
-KINDS: Mapping[str, Callable[[Spec], Found]] = {
+KINDS: dict[str, Callable[[Spec], Found]] = {
     "talk": conversations.hold,
     concentration.NAME: concentration.measure,
     overlap.NAME: overlap.measure,
