@@ -31,20 +31,20 @@ class Sizes:
     tokens: int = 2000
     lengths: Mapping[int, int] = field(default_factory=lambda: {512: 4, 1024: 4, 2048: 3, 4096: 2})
     overlap: int = 6
-    coverage: int = 3
+    coverage: int = 4
     position: int = 12
     shares: Sequence[float] = (0.05, 0.10, 0.15, 0.20)
     plain: int = 8
-    moving: int = 12
+    moving: int = 16
     long: int = 4
     intervals: Sequence[int] = INTERVALS
-    turns: int = 16
+    turns: int = 24
     turn_shares: Sequence[float] = (0.20, 0.40)
-    prefill: int = 4
-    both: int = 6
+    prefill: int = 10
+    both: int = 8
     tasks: Sequence[str] = tuple(TASKS)
-    sensitivity: int = 5
-    goal: int = 20
+    sensitivity: int = 12
+    goal: int = 48
 
 
 FULL = Sizes()
