@@ -52,11 +52,13 @@ def test_the_last_complete_run_is_shown_until_the_next_is_complete(tmp_path: Pat
     fill(Ledger(tmp_path, PLAN), PLAN)
     again = Ledger(tmp_path, PLAN)
     assert again.waiting(PLAN) == PLAN  # a run that ended is done anew
-    for unit in PLAN[:3]:
+    for unit in PLAN[:-1]:
         again.add(row(unit, found=1))
-    assert {each["found"] for each in rows_of(tmp_path, "one")} == {0}
-    again.add(row(PLAN[3], found=1))
-    assert {each["found"] for each in rows_of(tmp_path, "one")} == {1}
+    assert {each["found"] for name in ("one", "two") for each in rows_of(tmp_path, name)} == {0}
+    resumed = Ledger(tmp_path, PLAN)
+    assert resumed.waiting(PLAN) == PLAN[-1:]  # experiments that are whole wait for the others
+    resumed.add(row(PLAN[-1], found=1))
+    assert {each["found"] for name in ("one", "two") for each in rows_of(tmp_path, name)} == {1}
 
 
 def test_units_that_changed_are_done_again_and_fresh_forgets_all(tmp_path: Path) -> None:

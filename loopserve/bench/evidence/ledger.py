@@ -1,8 +1,8 @@
 """Where finished units are kept: one file of JSON lines per experiment.
 
 A run under way writes ``NAME.part.jsonl``; a line is a unit, so a killed run loses at most the units it was at. When the last
-unit of an experiment is in, the lines are sorted as planned and replace ``NAME.jsonl``. So a complete file is never a
-mixture of two runs that both ended, and a page can always be made of the last complete run.
+unit of the plan is in, the lines are sorted as planned and replace each ``NAME.jsonl``. So a page can always be made of the last
+run that came to its end, and the next run begins anew.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Ledger:
                 kept = [row for row in read(part) if key_of(row["unit"]) in set(keys)]
                 _write(part, kept)
                 self._done[experiment] = {key_of(row["unit"]) for row in kept}
-                self._finish_if_complete(experiment)
+            self._finish_if_complete()
         except OSError as error:
             raise ConfigError(f"{directory}: results cannot be kept there ({error.strerror})") from error
 
@@ -51,18 +51,19 @@ class Ledger:
             file.flush()
             os.fsync(file.fileno())
         self._done[experiment].add(key_of(row["unit"]))
-        self._finish_if_complete(experiment)
+        self._finish_if_complete()
 
     def _part(self, experiment: str) -> Path:
         return self.directory / f"{experiment}.part.jsonl"
 
-    def _finish_if_complete(self, experiment: str) -> None:
-        keys, part = self._planned[experiment], self._part(experiment)
-        if not set(keys) <= self._done[experiment] or not part.exists():
+    def _finish_if_complete(self) -> None:
+        if any(len(self._done[experiment]) < len(set(keys)) for experiment, keys in self._planned.items()):
             return
-        rows = {key_of(row["unit"]): row for row in read(part)}
-        _write(part, [rows[key] for key in keys])
-        part.replace(self.directory / f"{experiment}.jsonl")
+        for experiment, keys in self._planned.items():
+            part = self._part(experiment)
+            rows = {key_of(row["unit"]): row for row in read(part)}
+            _write(part, [rows[key] for key in keys])
+            part.replace(self.directory / f"{experiment}.jsonl")
 
 
 def rows_of(directory: Path, experiment: str) -> list[Row]:
