@@ -232,7 +232,7 @@ def _without_lookahead(rows: Sequence[Row]) -> str:
     gain = query.right().value - past.right().value
     return "\n\n".join(
         [
-            f"**On a model that does not look ahead** (see demo_model.md), shorter dialogues, 15 % attended, {asked} "
+            f"**On a model that does not look ahead** ([demo_model.md](demo_model.md)), shorter dialogues, 15 % attended, {asked} "
             "answers per position.",
             table(["policy", "look-ahead", "none"], cells),
             verdict(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 
 import torch
@@ -12,6 +12,7 @@ import torch
 from loopserve.bench.evidence import attention_map, concentration, conversations, coverage, overlap
 from loopserve.bench.evidence.units import Found, Row, Spec, Unit
 from loopserve.bench.rows import provenance
+from loopserve.core.errors import ConfigError
 
 KINDS: dict[str, Callable[[Spec], Found]] = {
     "talk": conversations.hold,
@@ -54,6 +55,8 @@ def run_all(units: Sequence[Unit], workers: int) -> Iterator[tuple[Unit, Row | B
         try:
             for future in as_completed(futures):
                 error = future.exception()
+                if isinstance(error, BrokenExecutor):
+                    raise ConfigError("a process died (out of memory?): the same command goes on, try --workers 1")
                 yield futures[future], error if error is not None else future.result()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
