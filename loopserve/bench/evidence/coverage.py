@@ -16,7 +16,7 @@ from loopserve.bench.evidence.recording import Recording, record
 from loopserve.bench.evidence.units import Found, Spec, Unit
 from loopserve.bench.recall import HELD_OUT_SEED, RecallTask
 from loopserve.core.interfaces import AttentionInputs
-from loopserve.core.patterns import AttentionPattern, LinePattern
+from loopserve.core.patterns import LinePattern
 from loopserve.policies.draws import SAMPLED_ROWS
 
 NAME = "coverage"
@@ -53,25 +53,50 @@ def measure(spec: Spec) -> Found:
     turn, where they are lines.
     """
     recording = record(spec["model"], RecallTask(**spec["task"]), HELD_OUT_SEED + spec["seed"])
-    return {label: _of_policy(recording, policy) for label, policy in spec["policies"].items()}
-
-
-def _of_policy(recording: Recording, policy: dict[str, Any]) -> dict[str, Any]:
-    sparsifier = load_stack({"version": 1, "name": "evidence", "prefill": policy, "decode": FULL}).prefill
-    figures: dict[str, list[float]] = {}
-    lines: list[list[int]] = []
+    judged = {label: _Judged(policy) for label, policy in spec["policies"].items()}
     for layer in recording.layers:
-        notebook: dict[Any, Any] = {}
+        notebooks: dict[str, dict[Any, Any]] = {label: {} for label in judged}
         for turn in range(recording.turns):
-            inputs = call_of(recording, layer, turn, notebook)
-            pattern = sparsifier.sparsify(inputs)
-            if turn == 0:
-                continue
-            for name, value in _judged(recording, turn, inputs, pattern).items():
-                figures.setdefault(name, []).append(value)
-            if turn == recording.turns - 1 and isinstance(pattern, LinePattern):
-                lines.append((pattern.verticals.sum(1) + pattern.slashes.sum(1)).tolist())
-    return {name: round(sum(values) / len(values), 5) for name, values in figures.items()} | {"lines": lines}
+            # One softmax serves all policies; the first turn is only there for those that remember it.
+            rows = softmax_rows(recording.block(layer, *recording.rows_of(turn))) if turn else None
+            for label, each in judged.items():
+                each.judge(recording, call_of(recording, layer, turn, notebooks[label]), rows)
+    return {label: each.found() for label, each in judged.items()}
+
+
+class _Judged:
+    """A sparsifier and what its patterns held, one value per layer and turn."""
+
+    def __init__(self, policy: dict[str, Any]) -> None:
+        self.sparsifier = load_stack({"version": 1, "name": "evidence", "prefill": policy, "decode": FULL}).prefill
+        self.figures: dict[str, list[float]] = {}
+        self.lines: list[list[int]] = []
+
+    def judge(self, recording: Recording, inputs: AttentionInputs, rows: tuple[Tensor, Tensor] | None) -> None:
+        """rows: probabilities and columns of the call's rows; None where the call is only to be remembered."""
+        pattern = self.sparsifier.sparsify(inputs)
+        if rows is None:
+            return
+        by_row = row_coverage(pattern, *rows)
+        held_out = by_row[:, _unused(inputs)]
+        first, last = (at - inputs.turn_start for at in recording.question_rows(inputs.turn))
+        for name, value in {
+            "cells": pattern.cell_density(),
+            "tiles": pattern.tile_density(),
+            "mean": by_row,
+            "worst": worst_tenth(by_row),
+            "held_out": held_out,
+            "held_out_worst": worst_tenth(held_out),
+            "question": by_row[:, first:last],
+        }.items():
+            self.figures.setdefault(name, []).append(float(value.mean()))
+        if inputs.turn == recording.turns - 1 and isinstance(pattern, LinePattern):
+            self.lines.append((pattern.verticals.sum(1) + pattern.slashes.sum(1)).tolist())
+
+    def found(self) -> dict[str, Any]:
+        return {name: round(sum(values) / len(values), 5) for name, values in self.figures.items()} | {
+            "lines": self.lines
+        }
 
 
 def call_of(recording: Recording, layer: int, turn: int, notebook: dict[Any, Any] | None = None) -> AttentionInputs:
@@ -85,23 +110,6 @@ def call_of(recording: Recording, layer: int, turn: int, notebook: dict[Any, Any
         turn_start=start,
         notebook={} if notebook is None else notebook,
     )
-
-
-def _judged(recording: Recording, turn: int, inputs: AttentionInputs, pattern: AttentionPattern) -> dict[str, float]:
-    start, stop = recording.rows_of(turn)
-    probabilities, columns = softmax_rows(recording.block(inputs.layer.index, start, stop))
-    by_row = row_coverage(pattern, probabilities, columns)
-    held_out = by_row[:, _unused(inputs)]
-    asked = [at - start for at in recording.question_rows(turn)]
-    return {
-        "cells": float(pattern.cell_density().mean()),
-        "tiles": float(pattern.tile_density().mean()),
-        "mean": float(by_row.mean()),
-        "worst": float(worst_tenth(by_row).mean()),
-        "held_out": float(held_out.mean()),
-        "held_out_worst": float(worst_tenth(held_out).mean()),
-        "question": float(by_row[:, asked[0] : asked[1]].mean()),
-    }
 
 
 def _unused(inputs: AttentionInputs) -> Tensor:
