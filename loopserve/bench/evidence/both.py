@@ -37,7 +37,7 @@ def stacks(tokens: int, turns: int = 3) -> dict[str, Recipe]:
     prefills = prefill_policies(tokens)
     ours = preset("loopserve")["prefill"]
     quest: Recipe = preset("quest") | {"decode": {"policy": "quest", "budget": whole, "page": 16}}
-    minference = prefills["minference"]["200 + 64 lines"]
+    minference = prefills["minference"]["200 + 0 lines"]
 
     def decoding(name: str) -> Recipe:
         return {"prefill": DENSE, "decode": decode_preset(name, budget)}

@@ -49,17 +49,24 @@ class Pictures:
 
 
 def lines(
-    axes: Any, series: Mapping[str, Points], *, faint: Mapping[str, Points] | None = None, dots: bool = True
+    axes: Any,
+    series: Mapping[str, Points],
+    *,
+    faint: Mapping[str, Points] | None = None,
+    names: Sequence[str] | None = None,
 ) -> None:
-    """One line per name, in the palette's order; faint ones behind them in grey, without a name."""
+    """One line per name; faint ones behind them in grey, without a name.
+
+    names: all names in the order of the palette, where several panels must agree on their colours.
+    """
+    order = list(names or series)
     for points in (faint or {}).values():
-        axes.plot(*_columns(points), color=_PALE, linewidth=1, marker="." if dots else None, zorder=1)
-    for number, (name, points) in enumerate(series.items()):
-        colour = COLOURS[number % len(COLOURS)]
+        axes.plot(*_columns(points), color=_PALE, linewidth=1, marker=".", zorder=1)
+    for name, points in series.items():
+        number = order.index(name)
         style = "-" if number < len(COLOURS) else "--"
-        axes.plot(
-            *_columns(points), style, color=colour, marker="o" if dots else None, markersize=4, label=name, zorder=2
-        )
+        colour = COLOURS[number % len(COLOURS)]
+        axes.plot(*_columns(points), style, color=colour, marker="o", markersize=4, label=name, zorder=2)
 
 
 def _columns(points: Points) -> tuple[list[float], list[float]]:

@@ -90,7 +90,7 @@ def prefill_policies(tokens: int) -> dict[str, dict[str, Policy]]:
     """By family and setting, every prefill policy at sizes that fit conversations of about ``tokens`` tokens."""
     ours = preset("loopserve")["prefill"]
     scale = tokens / 2000
-    sizes = [(25, 8), (50, 16), (100, 32), (200, 64), (400, 128)]  # beside the 64 nearest offsets
+    sizes = [(50, 0), (100, 0), (200, 0), (100, 32), (200, 64), (400, 128)]  # slashes beside the 64 nearest
     windows = [64, 128, 256, 512]
     alphas = [0.8, 0.9, 0.95, 0.98, 0.99]
     few = [0.9, 0.95, 0.98, 0.99]
@@ -113,7 +113,7 @@ def prefill_policies(tokens: int) -> dict[str, dict[str, Policy]]:
             f"{v} + {s} lines": {
                 "policy": "minference",
                 "vertical_size": max(round(v * scale), 4),
-                "slash_size": 64 + max(round(s * scale), 1),
+                "slash_size": 64 + round(s * scale),
                 "sink_tokens": 4,
                 "local_window": 64,
             }

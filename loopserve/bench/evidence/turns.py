@@ -97,6 +97,7 @@ def _at_distance(tally: Tally, far: int) -> Share:
 
 def _picture(found: dict[tuple[str, str, float], Tally], turns: Sequence[int], pictures: Pictures) -> str:
     shares = sorted({share for _, _, share in found} - {1.0})
+    labels = list(dict.fromkeys(label for label, _, _ in found))
     figure = pictures.figure(11, 3.8)
     panels = figure.subplots(1, 3)
     for axes, kept in zip(panels, ("keep", "evict"), strict=False):
@@ -108,7 +109,7 @@ def _picture(found: dict[tuple[str, str, float], Tally], turns: Sequence[int], p
             for (label, how, share), tally in found.items()
             if label == "full" or (how == kept and share == shares[0])
         }
-        lines(axes, curves)
+        lines(axes, curves, names=labels)
         dressed(
             axes,
             f"the rest is {'kept' if kept == 'keep' else 'evicted'}, {percent(shares[0], 0)}",
