@@ -32,7 +32,7 @@ class Sizes:
     lengths: Mapping[int, int] = field(default_factory=lambda: {512: 4, 1024: 4, 2048: 3, 4096: 2})
     overlap: int = 6
     coverage: int = 4
-    position: int = 12
+    position: int = 16
     shares: Sequence[float] = (0.05, 0.10, 0.15, 0.20)
     plain: int = 8
     moving: int = 16
