@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loopserve.core.errors import CacheError
+from loopserve.core.errors import CacheError, Fault, PolicyFault
 from loopserve.core.interfaces import KVSelection, Retention
 from loopserve.core.ragged import RaggedBuffer
 from loopserve.kernels.gather_kv import gather_kv
@@ -31,6 +31,19 @@ def counted(start: int, end: int, device: torch.device) -> Tensor:
     return known[start:end]
 
 
+def recount(device: torch.device) -> None:
+    """Count anew from the next call on: somebody wrote into the tensor that all share."""
+    _counted.pop(device, None)
+
+
+def versions(*tensors: Tensor) -> tuple[int, ...]:
+    """Counts of the writes into tensors, which their views share. Tensors made in inference mode do not count: always ()."""
+    try:
+        return tuple([tensor._version for tensor in tensors])
+    except RuntimeError:
+        return ()
+
+
 class PairBuffer:
     """Keys and values ``[Hkv, capacity, D]`` that grow by half, so appending one token copies one token."""
 
@@ -40,6 +53,7 @@ class PairBuffer:
         heads, tokens = keys.shape[0], keys.shape[1]
         self._keys = large_pages(keys.new_empty(heads, tokens + slack, keys.shape[2]))
         self._values = large_pages(values.new_empty(heads, tokens + slack, values.shape[2]))
+        self._versions = versions(self._keys, self._values)
         self.append(keys, values)
 
     def append(self, keys: Tensor, values: Tensor) -> None:
@@ -48,6 +62,7 @@ class PairBuffer:
         self._keys[:, self.length : end] = keys
         self._values[:, self.length : end] = values
         self.length = end
+        self._versions = versions(self._keys, self._values)
 
     def reserve(self, length: int) -> None:
         """Make room for ``length`` pairs now, so that no later append has to."""
@@ -60,6 +75,12 @@ class PairBuffer:
             new = large_pages(old.new_empty(old.shape[0], capacity, old.shape[2]))
             new[:, : self.length] = old[:, : self.length]
             setattr(self, name, new)
+        self._versions = versions(self._keys, self._values)
+
+    @property
+    def intact(self) -> bool:
+        """Nobody but this buffer has written into it."""
+        return versions(self._keys, self._values) == self._versions
 
     @property
     def keys(self) -> Tensor:
@@ -156,6 +177,15 @@ class LayerCache:
         if self.store is None:
             self.store = PairBuffer(keys, values, slack=max(_FIRST_CAPACITY, self._reserved))
         else:
+            if not self.store.intact:
+                raise PolicyFault(
+                    "somebody wrote into stored pairs between two passes: a policy, or other code, has kept a reference to "
+                    "them; the conversation is computed anew from its tokens",
+                    Fault.WROTE,
+                    policy="unknown",
+                    distribution="unknown",
+                    moment="between two passes",
+                )
             self.store.reserve(self.store.length + keys.shape[1] + self._reserved)
             self.store.append(keys, values)
         self._reserved = 0
