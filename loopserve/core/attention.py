@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loopserve.core.cache import counted
 from loopserve.core.faults import FAULTS
 from loopserve.core.interfaces import AttentionInputs, LayerType, Phase
 from loopserve.core.judging import check_output, check_pattern, check_selection
@@ -85,7 +84,7 @@ def _inputs(
     if call.phase is Phase.OBSERVE:
         columns = _columns_of(call.positions, cache.positions())
     else:
-        columns = counted(total - queries.shape[1], total, queries.device)
+        columns = cache.counted(total - queries.shape[1], total, queries.device)
     return AttentionInputs(
         queries=queries,
         keys=cache.store.keys,

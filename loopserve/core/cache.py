@@ -20,20 +20,20 @@ _FIRST_CAPACITY = 256
 _ACTIVE_SLACK = 64  # room for outputs behind a gathered selection before the buffer must grow
 
 
-_counted: dict[torch.device, Tensor] = {}
+class Counted:
+    """int64 0, 1, 2, ...: one tensor for all layers of a conversation, since every call needs a part of it. No two conversations
+    share it, so that whoever writes into it harms only his own.
+    """
 
+    def __init__(self) -> None:
+        self._known: Tensor | None = None
 
-def counted(start: int, end: int, device: torch.device) -> Tensor:
-    """int64 ``start`` to ``end - 1``, a view of one tensor that all calls share; not to be written to."""
-    known = _counted.get(device)
-    if known is None or len(known) < end:
-        _counted[device] = known = torch.arange(max(end, 4096) * 3 // 2, device=device)
-    return known[start:end]
-
-
-def recount(device: torch.device) -> None:
-    """Count anew from the next call on: somebody wrote into the tensor that all share."""
-    _counted.pop(device, None)
+    def __call__(self, start: int, end: int, device: torch.device) -> Tensor:
+        """``start`` to ``end - 1``, a view that is not to be written to."""
+        known = self._known
+        if known is None or len(known) < end or known.device != device:
+            self._known = known = torch.arange(max(end, 1024) * 3 // 2, device=device)
+        return known[start:end]
 
 
 def versions(*tensors: Tensor) -> tuple[int, ...]:
@@ -154,7 +154,9 @@ class ActiveSet:
 class LayerCache:
     """One layer's store and active set."""
 
-    def __init__(self) -> None:
+    def __init__(self, counted: Counted | None = None) -> None:
+        """counted: that of the conversation's other layers."""
+        self.counted = counted or Counted()
         self.seen = 0  # logical length: tokens of the conversation, evicted ones included
         self.store: PairBuffer | RaggedBuffer | None = None
         self.active: ActiveSet | None = None
@@ -201,8 +203,8 @@ class LayerCache:
         """Original positions: int64 ``[columns]``, or ``[Hkv, columns]`` once heads differ; filler columns hold -1."""
         device = self.store.device if self.store is not None else torch.device("cpu")
         if self._positions is None:
-            return counted(0, self.seen, device)
-        tail = counted(self._evicted_at, self.seen, device).expand(self._positions.shape[0], -1)
+            return self.counted(0, self.seen, device)
+        tail = self.counted(self._evicted_at, self.seen, device).expand(self._positions.shape[0], -1)
         return torch.cat([self._positions, tail], dim=1)
 
     def select(self, selection: KVSelection) -> None:
@@ -291,9 +293,9 @@ class LayerCache:
         self.first_valid = first_valid
         self._evicted_at = length
 
-    def fork(self) -> LayerCache:
-        """An independent copy: no buffer is shared."""
-        other = LayerCache()
+    def fork(self, counted: Counted | None = None) -> LayerCache:
+        """An independent copy: no buffer is shared. counted: that of the copy's other layers."""
+        other = LayerCache(counted)
         other.seen, other._evicted_at = self.seen, self._evicted_at
         other.store = self.store.copy() if self.store is not None else None
         other.first_valid = self.first_valid  # never written in place, like positions and selections
@@ -306,7 +308,8 @@ class KVCache:
     """The layers of one conversation. ``seen`` is its logical length."""
 
     def __init__(self, layers: int) -> None:
-        self.layers = [LayerCache() for _ in range(layers)]
+        counted = Counted()
+        self.layers = [LayerCache(counted) for _ in range(layers)]
 
     @property
     def seen(self) -> int:
@@ -339,9 +342,9 @@ class KVCache:
             layer.truncate(min(length, layer.seen))
 
     def fork(self) -> KVCache:
-        other = KVCache(0)
-        other.layers = [layer.fork() for layer in self.layers]
+        other, counted = KVCache(0), Counted()
+        other.layers = [layer.fork(counted) for layer in self.layers]
         return other
 
     def clear(self) -> None:
-        self.layers = [LayerCache() for _ in self.layers]
+        self.layers = KVCache(len(self.layers)).layers

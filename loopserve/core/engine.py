@@ -10,9 +10,17 @@ import torch
 from torch import Tensor
 
 from loopserve.core.attention import Call
-from loopserve.core.errors import ConfigError, InputError, PolicyError, PolicyFault
+from loopserve.core.errors import (
+    POLICY_TIMEOUT_S,
+    ConfigError,
+    InputError,
+    OnPolicyFault,
+    PolicyChecks,
+    PolicyError,
+    PolicyFault,
+)
 from loopserve.core.faults import FAULTS
-from loopserve.core.guard import TIMEOUT_S, Guard, OnPolicyFault, PolicyChecks
+from loopserve.core.guard import Guard
 from loopserve.core.interfaces import DecodeCompressor, LayerSpec, Observation, Phase, Selections, Step
 from loopserve.core.judging import check_observation, check_selection
 from loopserve.core.sampling import Sampler, SamplingConfig
@@ -52,7 +60,7 @@ class TokenEngine:
         measure_coverage: bool = False,
         policy_checks: PolicyChecks | str = PolicyChecks.CHEAP,
         on_policy_fault: OnPolicyFault | str = OnPolicyFault.RAISE,
-        policy_timeout_s: float | None = TIMEOUT_S,
+        policy_timeout_s: float | None = POLICY_TIMEOUT_S,
     ) -> None:
         """chunk_tokens: longest piece of a prefill. measure_coverage: realised coverage over all rows, for reports.
         policy_checks, on_policy_fault, policy_timeout_s: how policies are watched, see ``core.guard``.

@@ -6,6 +6,22 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from enum import StrEnum
 
+POLICY_TIMEOUT_S = 5.0  # a longer call of a policy is a fault
+
+
+class PolicyChecks(StrEnum):
+    """How closely an engine looks at what its policies do."""
+
+    CHEAP = "cheap"  # what costs next to nothing beside a decode step
+    STRICT = "strict"  # everything that can be seen from outside; slow, for trying a policy out
+
+
+class OnPolicyFault(StrEnum):
+    """What an engine does about a policy that breaks its contract."""
+
+    RAISE = "raise"  # a PolicyFault; the turn is taken back
+    DENSE = "dense"  # the turn is finished dense, and the fault counted in its figures
+
 
 class LoopServeError(Exception):
     """Everything loopserve raises on purpose. ``exit_code`` is what the command line ends with."""

@@ -9,14 +9,21 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable
-from enum import StrEnum
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
-from loopserve.core.cache import recount, versions
-from loopserve.core.errors import ConfigError, Fault, PolicyError, PolicyFault
+from loopserve.core.cache import versions
+from loopserve.core.errors import (
+    POLICY_TIMEOUT_S,
+    ConfigError,
+    Fault,
+    OnPolicyFault,
+    PolicyChecks,
+    PolicyError,
+    PolicyFault,
+)
 from loopserve.core.faults import FAULTS, Owners, Policy, kind_of, policy_fault
 from loopserve.core.hidden import Inspection
 from loopserve.core.interfaces import AttentionInputs
@@ -25,22 +32,11 @@ from loopserve.core.patterns import AttentionPattern
 BREAKER_FAULTS = 3  # faults of one policy in one engine, within
 BREAKER_WINDOW_S = 60.0  # so many seconds, and it is not called
 COOL_DOWN_S = 60.0  # for so long
-TIMEOUT_S = 5.0
 
 _log = logging.getLogger("loopserve")
 
 Arguments = ParamSpec("Arguments")
 Answer = TypeVar("Answer")
-
-
-class PolicyChecks(StrEnum):
-    CHEAP = "cheap"  # what costs next to nothing beside a decode step
-    STRICT = "strict"  # everything that can be seen from outside; slow, for trying a policy out
-
-
-class OnPolicyFault(StrEnum):
-    RAISE = "raise"  # a PolicyFault; the turn is taken back
-    DENSE = "dense"  # the turn is finished dense, and the fault counted in its figures
 
 
 class Guard:
@@ -51,7 +47,7 @@ class Guard:
         *,
         checks: PolicyChecks | str = PolicyChecks.CHEAP,
         on_fault: OnPolicyFault | str = OnPolicyFault.RAISE,
-        timeout_s: float | None = TIMEOUT_S,
+        timeout_s: float | None = POLICY_TIMEOUT_S,
         owners: Owners | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
@@ -131,8 +127,6 @@ class Guard:
         inspection: Inspection | None,
     ) -> None:
         if _versions(inputs) != written or (inspection is not None and inspection.wrote):
-            assert inputs is not None
-            recount(inputs.keys.device)  # positions and columns are shared by all sessions
             raise PolicyError("it wrote into its inputs", Fault.WROTE)
         if _switches() != switches:
             _restore(switches)

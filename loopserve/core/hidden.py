@@ -147,10 +147,10 @@ def _inside(name: str, value: Any, seen: set[int], depth: int) -> Iterator[_Vari
         yield _Contents(name, lambda: type(value)(value), lambda kept: _refill(value, kept), _identical)
         parts = list(value)
     elif isinstance(value, Tensor):
-        yield _Contents(name, value.detach().clone, value.data.copy_, _same)
+        yield _Contents(name, value.detach().clone, lambda kept: _keep(value.data.copy_(kept)), _same)
         return
     elif isinstance(value, torch.Generator):
-        yield _Contents(name, value.get_state, value.set_state, torch.equal)
+        yield _Contents(name, value.get_state, lambda kept: _keep(value.set_state(kept)), torch.equal)
         return
     elif isinstance(value, random.Random):
         yield _Contents(name, value.getstate, value.setstate, lambda one, other: bool(one == other))
@@ -202,3 +202,7 @@ def holds(value: Any, stores: frozenset[int], depth: int = _DEPTH) -> bool:
     else:
         parts = list(getattr(value, "__dict__", {}).values())
     return any(holds(part, stores, depth - 1) for part in parts)
+
+
+def _keep(_: object) -> None:
+    """What a setter answers is of no interest."""
