@@ -87,14 +87,9 @@ def machine() -> dict[str, Any]:
 
 
 def _prompts(vocabulary: int, history: int, new_tokens: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(0)
     lengths = [history] + [new_tokens] * (_TURNS - 1)
-    return [random_tokens(vocabulary, length, seed) for seed, length in enumerate(lengths)]
-
-
-def random_tokens(vocabulary: int, length: int, seed: int = 0) -> list[int]:
-    """Words drawn at random, no special token among them."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(8, vocabulary, (length,), generator=generator).tolist()
+    return [torch.randint(8, vocabulary, (length,), generator=generator).tolist() for length in lengths]
 
 
 def _by_engine(engine: TokenEngine, prompts: list[list[int]], output_tokens: int) -> list[int]:

@@ -9,11 +9,15 @@ from statistics import median, quantiles
 from typing import Any
 from unittest.mock import patch
 
+import torch
+
 from loopserve.api import load_stack
-from loopserve.bench.engine import machine, random_tokens
+from loopserve.bench.engine import machine
 from loopserve.core import attention, cache, engine
+from loopserve.core.cache import versions
 from loopserve.core.engine import TokenEngine
 from loopserve.core.guard import Guard
+from loopserve.core.judging import check_selection
 from loopserve.core.sampling import SamplingConfig
 from loopserve.models.huggingface import IMPLEMENTATION, HuggingFaceModel, set_implementation, vocabulary_size
 from loopserve.models.loading import load
@@ -32,19 +36,23 @@ class Bare(Guard):
 
 
 @contextmanager
-def _unguarded() -> Iterator[None]:
-    """No answer is judged and no write is counted in this block."""
+def _looking(looks: bool) -> Iterator[None]:
+    """Whether answers are judged and writes counted in this block. Both take the same trouble, so that neither side begins with
+    colder caches.
+    """
+    judge = check_selection if looks else lambda *_: None
+    count = versions if looks else lambda *_: ()
     with ExitStack() as undo:
         for module in (attention, engine):
-            undo.enter_context(patch.object(module, "check_selection", lambda *_: None))
-        undo.enter_context(patch.object(cache, "versions", lambda *_: ()))
+            undo.enter_context(patch.object(module, "check_selection", judge))
+        undo.enter_context(patch.object(cache, "versions", count))
         yield
 
 
 def run_guard_bench(
     *,
     model: str = "demo",
-    stacks: Sequence[str] = ("dense", "snapkv", "loopserve"),
+    stacks: Sequence[str] = ("dense", "snapkv", "quest", "loopserve"),
     history: int = 2048,
     output_tokens: int = 64,
     runs: int = 5,
@@ -57,7 +65,8 @@ def run_guard_bench(
     """
     loaded, _ = load(model)
     set_implementation(loaded, IMPLEMENTATION)
-    prompt = random_tokens(vocabulary_size(loaded), history)
+    draw = torch.Generator().manual_seed(0)
+    prompt = torch.randint(8, vocabulary_size(loaded), (history,), generator=draw).tolist()
     rows = []
     for stack in stacks:
         progress(f"guard: {stack}")
@@ -105,9 +114,7 @@ def _answers(
     for step in range(output_tokens):
         for side in SIDES if step % 2 else reversed(SIDES):
             served.guard = sessions[side].guard  # the loop asks the engine's
-            with ExitStack() as undo:
-                if side == "bare":
-                    undo.enter_context(_unguarded())
+            with _looking(side == "guarded"):
                 started = time.perf_counter()
                 tokens[side].append(next(answers[side]))
                 if step:

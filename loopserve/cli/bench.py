@@ -150,7 +150,7 @@ def guard(
     model: Annotated[str, typer.Option(help="A hub id, a local directory, or 'demo'.")] = "demo",
     stack: Annotated[
         list[str] | None,
-        typer.Option(help="A preset's name or a YAML file, repeatable. [default: dense, snapkv, loopserve]"),
+        typer.Option(help="A preset's name or a YAML file, repeatable. [default: dense, snapkv, quest, loopserve]"),
     ] = None,
     history: Annotated[int, typer.Option(min=1, help="Tokens of the message.")] = 2048,
     output_tokens: Annotated[int, typer.Option(min=4, help="Tokens of the answer.")] = 64,
@@ -158,7 +158,7 @@ def guard(
     format: FormatOption = Format.HUMAN,
 ) -> None:
     """A decode step with the guard around policies, and without it, in paired runs."""
-    stacks = stack or ["dense", "snapkv", "loopserve"]
+    stacks = stack or ["dense", "snapkv", "quest", "loopserve"]
     settings: Settings = context.obj
     settings.stacks(stacks)
     from loopserve.bench.guard import run_guard_bench

@@ -6,6 +6,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from pydantic import ValidationError
+from pydantic_core import PydanticCustomError
+
 from loopserve.core.errors import Fault, LoopServeError, PolicyError, PolicyFault
 from loopserve.core.interfaces import DecodeCompressor, PrefillSparsifier
 
@@ -79,10 +82,12 @@ def blamed(policy: Policy, moment: str, owners: Owners, layer: int | None = None
 
 @contextmanager
 def constructing(kind: str, name: str, distribution: str) -> Iterator[None]:
-    """What a policy's constructor raises in this block becomes a PolicyFault; loopserve's own errors pass."""
+    """What a policy's constructor, or its options, raise in this block becomes a PolicyFault. Complaints about what a user wrote
+    pass: loopserve's own errors, and pydantic's.
+    """
     try:
         yield
-    except LoopServeError:
+    except (LoopServeError, ValidationError, PydanticCustomError):
         raise
     except FAULTS as error:
         raise PolicyFault(

@@ -81,9 +81,8 @@ class _Maker:
         try:
             registration = self.registry.get(kind, name)
             inside = _Maker(self.registry, self.depth + 1)
-            config = parse_strictly(registration.config, options, inside)
             with constructing(kind, name, str(registration.owner)):
-                return registration.policy(config)
+                return registration.policy(parse_strictly(registration.config, options, inside))
         except ConfigError as error:
             raise mistake_at(("policy",), str(error), name) from error
 
