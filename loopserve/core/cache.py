@@ -258,7 +258,7 @@ class LayerCache:
 
     def _evict(self, selection: KVSelection) -> None:
         keys, values, first_valid = self._gather(selection)
-        self._positions = selection.indices
+        self._positions = selection.indices.clone()  # a policy may go on using its own tensor
         self._evicted_at = selection.boundary
         self.first_valid = first_valid
         self.store = _survivors(keys, values, first_valid, selection.indices.shape[1])

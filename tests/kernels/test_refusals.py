@@ -72,3 +72,12 @@ def test_what_could_be_read_amiss_is_refused(call: Callable[[], object]) -> None
 
 def test_jumps_from_a_base_that_fits() -> None:
     assert jumps(torch.tensor([[0, 31]])).shape == (1, 4)
+
+
+def test_filler_in_the_midst_of_columns_is_not_read_before_the_buffer() -> None:
+    """It has no meaning, so only that it stays inside is asked: keys before the buffer are not numbers here."""
+    around = torch.full((3, 40, 16), float("nan"))
+    around[1] = KEYS[0]
+    keys = around[1:2]
+    output, _ = decode_attention(ONE, keys, keys, scaling=1.0, columns=torch.tensor([[-1, 3, -1, 7]]), tail=39)
+    assert not output.isnan().any()

@@ -50,3 +50,10 @@ def test_a_damaged_store_always_raises() -> None:
     stack = PolicyStack("writes", DensePrefill(), Halving(COMPRESSOR["writes into its inputs"]))
     with pytest.raises(PolicyFault, match="it wrote into its inputs"):
         answers(stack, on_policy_fault="dense")
+
+
+def test_inference_mode_counts_no_writes_and_serves_all_the_same() -> None:
+    stack = PolicyStack("sound", Windowed(), Halving())
+    with torch.inference_mode():
+        found, faults = answers(stack)
+    assert faults == [0, 0] and found == answers(stack)[0]
