@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import wraps
 from statistics import median, quantiles
 from typing import Any
 from unittest.mock import patch
@@ -28,11 +29,39 @@ SIDES = ("guarded", "bare")
 class Bare(Guard):
     """Calls a policy and looks at nothing."""
 
-    def _watched(self, policy: Any, inputs: Any, method: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    def _watched(
+        self, policy: Any, inputs: Any, method: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]
+    ) -> Any:
         return method(*args, **options)
 
     def ask(self, policy: Any, method: Callable[..., Any], *args: Any, **options: Any) -> Any:
         return method(*args, **options)
+
+
+class Clocked(Guard):
+    """Clocks its own part of each call: all of it less the policy's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seconds = 0.0
+
+    def ask(self, policy: Any, method: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        theirs = 0.0
+
+        @wraps(method)
+        def timed(*args: Any, **options: Any) -> Any:
+            nonlocal theirs
+            began = time.perf_counter()
+            try:
+                return method(*args, **options)
+            finally:
+                theirs = time.perf_counter() - began
+
+        started = time.perf_counter()
+        try:
+            return super().ask(policy, timed, *args, **options)
+        finally:
+            self.seconds += time.perf_counter() - started - theirs
 
 
 @contextmanager
@@ -58,7 +87,8 @@ def run_guard_bench(
     runs: int = 5,
     progress: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """A row per stack: milliseconds of a decode step on both sides, and their ratio, guarded to bare, step by step.
+    """A row per stack: milliseconds of a decode step on both sides, and their ratio, guarded to bare, step by step; beside them
+    ``asking_us``, what the guard does around the calls of one step, clocked by itself.
 
     A run is an answer of ``output_tokens`` to a message of ``history`` tokens; both sides take each step in turn, and who begins
     changes with every step.
@@ -91,6 +121,7 @@ def run_guard_bench(
                 "steps": len(ratios),
                 "guarded_ms": median(seconds["guarded"]) * 1e3,
                 "bare_ms": median(seconds["bare"]) * 1e3,
+                "asking_us": _asking(served, prompt, output_tokens) * 1e6,
                 "ratio": median(seconds["guarded"]) / median(seconds["bare"]),
                 "ratio_paired_median": median(ratios),
                 "ratio_q20": fifths[0],
@@ -99,6 +130,17 @@ def run_guard_bench(
             }
         )
     return {"rows": rows, "machine": machine()}
+
+
+def _asking(served: TokenEngine, prompt: list[int], output_tokens: int) -> float:
+    """Seconds of a decode step that the guard spends around calls of policies: the median over an answer."""
+    session, clocked = served.session(), Clocked()
+    served.guard = session.guard = clocked
+    found = []
+    for _ in served.generate(session, prompt, SamplingConfig(max_new_tokens=output_tokens), frozenset()):
+        found.append(clocked.seconds)
+        clocked.seconds = 0.0
+    return median(found[1:])
 
 
 def _answers(

@@ -64,7 +64,7 @@ class Guard:
         self.owners = owners or {}
         self._timeout_s = float("inf") if timeout_s is None else timeout_s
         self._clock = clock
-        self._called: set[tuple[int, str]] = set()
+        self._called: set[str] = set()  # the first call of each method is not timed: kernels are compiled then
         self._recent: dict[int, deque[float]] = {}
         self._closed_until: dict[int, float] = {}
 
@@ -76,37 +76,33 @@ class Guard:
         """
         inputs = args[0] if args and type(args[0]) is AttentionInputs else None
         started = self._clock()
-        answer = self._watched(policy, inputs, method, *args, **options)
+        answer = self._watched(policy, inputs, method, args, options)
         spent = self._clock() - started
-        if spent > self._timeout_s:
-            self._time(policy, method.__name__, spent)
-        self._called.add((id(policy), method.__name__))
+        name = method.__qualname__
+        if spent > self._timeout_s and name in self._called:
+            raise PolicyError(f"it took {spent:.1f} s, the limit is {self._timeout_s:g} s", Fault.SLOW)
+        self._called.add(name)
         return answer
 
     def attend(
         self, policy: Policy, pattern: AttentionPattern, inputs: AttentionInputs, need_lse: bool
     ) -> tuple[Tensor, Tensor | None]:
         """What a policy's pattern attends to. Not timed: attention over a long history takes its time."""
-        return self._watched(
-            policy,
-            inputs,
-            pattern.attend,
-            inputs.queries,
-            inputs.keys,
-            inputs.values,
-            scaling=inputs.scaling,
-            softcap=inputs.softcap,
-            first_valid=inputs.first_valid,
-            need_lse=need_lse,
-        )
+        options = {
+            "scaling": inputs.scaling,
+            "softcap": inputs.softcap,
+            "first_valid": inputs.first_valid,
+            "need_lse": need_lse,
+        }
+        return self._watched(policy, inputs, pattern.attend, (inputs.queries, inputs.keys, inputs.values), options)
 
     def _watched(
         self,
         policy: Policy,
         inputs: AttentionInputs | None,
-        method: Callable[Arguments, Answer],
-        *args: Arguments.args,
-        **options: Arguments.kwargs,
+        method: Callable[..., Answer],
+        args: tuple[Any, ...],
+        options: dict[str, Any],
     ) -> Answer:
         inspection = Inspection(policy, inputs) if self.strict else None
         written, switches = _versions(inputs), _switches()
@@ -115,7 +111,8 @@ class Guard:
         except FAULTS:
             self._look(inputs, written, switches, inspection)  # damage outweighs what it raised
             raise
-        self._look(inputs, written, switches, inspection)
+        if inspection is not None or _versions(inputs) != written or _switches() != switches:
+            self._look(inputs, written, switches, inspection)
         return answer
 
     def _look(
@@ -135,11 +132,6 @@ class Guard:
             )
         if inspection is not None:
             inspection.conclude()
-
-    def _time(self, policy: Policy, method: str, spent: float) -> None:
-        """The first call of each method is not judged: kernels are compiled then."""
-        if (id(policy), method) in self._called:
-            raise PolicyError(f"it took {spent:.1f} s, the limit is {self._timeout_s:g} s", Fault.SLOW)
 
     def note(
         self, policy: Policy, error: BaseException, *, moment: str, layer: int | None = None, phase: str | None = None

@@ -13,5 +13,6 @@ def test_both_sides_say_the_same_and_nothing_stays_switched_off() -> None:
     assert row["same_tokens"] is True and row["steps"] == 5
     assert row["ratio"] == row["guarded_ms"] / row["bare_ms"] > 0
     assert row["ratio_q20"] <= row["ratio_paired_median"] <= row["ratio_q80"]
+    assert 0 < row["asking_us"] < row["guarded_ms"] * 1e3
     assert "torch" in result["machine"]
     assert attention.check_selection is check_selection
