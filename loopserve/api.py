@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from loopserve.core.engine import TokenEngine
-from loopserve.core.errors import ConfigError, InputError
+from loopserve.core.errors import POLICY_TIMEOUT_S, ConfigError, InputError, OnPolicyFault, PolicyChecks
 from loopserve.core.sampling import SamplingConfig
 from loopserve.core.session import Session
 from loopserve.core.stack import PolicyStack
@@ -34,21 +34,43 @@ StackLike = str | Path | Mapping[str, Any] | PolicyStack
 
 def load_stack(stack: StackLike) -> PolicyStack:
     """A stack by preset name, YAML file, dictionary, or as it is."""
-    return stack if isinstance(stack, PolicyStack) else _load_stack(stack, load_registry().registry)
+    if isinstance(stack, PolicyStack):
+        return stack
+    loaded = load_registry()
+    try:
+        return _load_stack(stack, loaded.registry)
+    except ConfigError as error:  # a policy that is missing may be one whose plugin could not be loaded
+        if not loaded.problems:
+            raise
+        raise ConfigError("\n".join([str(error), *map(str, loaded.problems)])) from error
 
 
 @contextmanager
 def apply(
-    model: PreTrainedModel, stack: StackLike = "loopserve", *, measure_coverage: bool = False
+    model: PreTrainedModel,
+    stack: StackLike = "loopserve",
+    *,
+    measure_coverage: bool = False,
+    policy_checks: PolicyChecks | str = PolicyChecks.CHEAP,
+    on_policy_fault: OnPolicyFault | str = OnPolicyFault.RAISE,
+    policy_timeout_s: float | None = POLICY_TIMEOUT_S,
 ) -> Iterator[Applied]:
     """Serve a plain transformers model under a stack: ``with apply(model, "loopserve"): model.generate(**batch)``.
 
     Undone fully at exit. Batches may be padded: each row gets what it gets alone. A forward pass of several tokens is a new
     turn, one of a single token a decode step; leave ``prefill_chunk_size`` unset, or each chunk is a turn.
     measure_coverage: realised coverage of the prefill patterns over all rows, as costly as dense attention; ``stats`` of
-    what the block yields holds the figures.
+    what the block yields holds the figures. Faults of policies are dealt with as in ``Engine``; but a write into the stored pairs
+    always raises, since the forward pass is the caller's and cannot be run again from here.
     """
-    with applied(model, load_stack(stack), measure_coverage=measure_coverage) as state:
+    with applied(
+        model,
+        load_stack(stack),
+        measure_coverage=measure_coverage,
+        policy_checks=policy_checks,
+        on_policy_fault=on_policy_fault,
+        policy_timeout_s=policy_timeout_s,
+    ) as state:
         yield state
 
 
@@ -87,10 +109,15 @@ class Engine:
         *,
         chunk_tokens: int = 4096,
         measure_coverage: bool = False,
+        policy_checks: PolicyChecks | str = PolicyChecks.CHEAP,
+        on_policy_fault: OnPolicyFault | str = OnPolicyFault.RAISE,
+        policy_timeout_s: float | None = POLICY_TIMEOUT_S,
     ) -> None:
         """Takes the model over: its attention is loopserve's from here on (``apply`` is what undoes itself).
 
         chunk_tokens: longest piece of a prefill. measure_coverage: realised coverage over all rows, for reports.
+        policy_checks: ``cheap``, or ``strict`` to try a policy out. on_policy_fault: ``raise`` a PolicyFault, or finish the turn
+        ``dense``. policy_timeout_s: the longest call of a policy that is no fault; None = any.
         """
         try:
             kernels.chosen()
@@ -99,7 +126,13 @@ class Engine:
         self.stack = load_stack(stack)
         self.tokenizer = ChatTokenizer(tokenizer)
         self.tokens = TokenEngine(
-            HuggingFaceModel(model), self.stack, chunk_tokens=chunk_tokens, measure_coverage=measure_coverage
+            HuggingFaceModel(model),
+            self.stack,
+            chunk_tokens=chunk_tokens,
+            measure_coverage=measure_coverage,
+            policy_checks=policy_checks,
+            on_policy_fault=on_policy_fault,
+            policy_timeout_s=policy_timeout_s,
         )
         set_implementation(model, IMPLEMENTATION)
         self.model = model
@@ -117,13 +150,25 @@ class Engine:
         trust_remote_code: bool = False,
         chunk_tokens: int = 4096,
         measure_coverage: bool = False,
+        policy_checks: PolicyChecks | str = PolicyChecks.CHEAP,
+        on_policy_fault: OnPolicyFault | str = OnPolicyFault.RAISE,
+        policy_timeout_s: float | None = POLICY_TIMEOUT_S,
     ) -> Engine:
         """Load by hub id, local directory, or ``demo``. The stack is checked before the weights are read."""
         resolved = load_stack(stack)
         loaded, tokenizer = load(
             model, dtype=dtype, device=device, revision=revision, trust_remote_code=trust_remote_code
         )
-        return cls(loaded, tokenizer, resolved, chunk_tokens=chunk_tokens, measure_coverage=measure_coverage)
+        return cls(
+            loaded,
+            tokenizer,
+            resolved,
+            chunk_tokens=chunk_tokens,
+            measure_coverage=measure_coverage,
+            policy_checks=policy_checks,
+            on_policy_fault=on_policy_fault,
+            policy_timeout_s=policy_timeout_s,
+        )
 
     def session(self, system: str | None = None) -> ChatSession:
         return ChatSession(self, system)

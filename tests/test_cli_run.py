@@ -114,6 +114,27 @@ def test_options_reach_model_and_sampling(cli: Cli, notes: dict[str, Any]):
     assert notes["sampling"] == {"max_new_tokens": 7, "temperature": 0.5, "top_p": 0.9, "top_k": 5, "seed": 3}
 
 
+@pytest.mark.parametrize("command", [["run", "m", "x"], ["chat", "m"]])
+def test_what_becomes_of_a_policys_fault_can_be_chosen(cli: Cli, notes: dict[str, Any], command: list[str]):
+    assert cli(*command, "--stack", "dense")[0] == 0
+    chosen = (notes["policy_checks"], notes["on_policy_fault"], notes["policy_timeout_s"])
+    assert chosen == ("cheap", "dense", 5.0)
+    cli(
+        *command,
+        "--stack",
+        "dense",
+        *["--policy-checks", "strict", "--on-policy-fault", "raise", "--policy-timeout", "0"],
+    )
+    chosen = (notes["policy_checks"], notes["on_policy_fault"], notes["policy_timeout_s"])
+    assert chosen == ("strict", "raise", None)
+
+
+def test_faults_are_told_with_the_figures(cli: Cli, notes: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
+    assert "faults" not in cli("run", "m", "x", "--stack", "dense", "-v")[2]
+    monkeypatch.setitem(FIGURES, "faults", 2.0)
+    assert "2 faults of policies" in cli("run", "m", "x", "--stack", "dense", "-v")[2]
+
+
 @pytest.mark.parametrize("arguments", [["-"], []])
 def test_run_reads_a_pipe(cli: Cli, notes: dict[str, Any], arguments: list[str]):
     assert cli("run", "demo", *arguments, "--stack", "dense", stdin="from a pipe")[0] == 0

@@ -164,6 +164,35 @@ def engine(
     result: dict[str, Any] = run_engine_bench(
         model=model, history=history, new_tokens=new_tokens, output_tokens=output_tokens, runs=runs, stack=stack
     )
+    _show_result(result, format)
+
+
+@app.command()
+def guard(
+    context: typer.Context,
+    model: Annotated[str, typer.Option(help="A hub id, a local directory, or 'demo'.")] = "demo",
+    stack: Annotated[
+        list[str] | None,
+        typer.Option(help="A preset's name or a YAML file, repeatable. [default: dense, snapkv, quest, loopserve]"),
+    ] = None,
+    history: Annotated[int, typer.Option(min=1, help="Tokens of the message.")] = 2048,
+    output_tokens: Annotated[int, typer.Option(min=4, help="Tokens of the answer.")] = 64,
+    runs: Annotated[int, typer.Option(min=1, help="Answers on each side.")] = 5,
+    format: FormatOption = Format.HUMAN,
+) -> None:
+    """A decode step with the guard around policies, and without it, in paired runs."""
+    stacks = stack or ["dense", "snapkv", "quest", "loopserve"]
+    settings: Settings = context.obj
+    settings.stacks(stacks)
+    from loopserve.bench.guard import run_guard_bench
+
+    result = run_guard_bench(
+        model=model, stacks=stacks, history=history, output_tokens=output_tokens, runs=runs, progress=_progress
+    )
+    _show_result(result, format)
+
+
+def _show_result(result: dict[str, Any], format: Format) -> None:
     if format is Format.JSON:
         print_json(result)
         return

@@ -11,8 +11,10 @@ from typing import Annotated
 import typer
 
 from loopserve.cli.options import (
+    ChecksOption,
     DeviceOption,
     DtypeOption,
+    FaultOption,
     MaxNewTokensOption,
     ModelArgument,
     RevisionOption,
@@ -21,11 +23,13 @@ from loopserve.cli.options import (
     StackOption,
     SystemOption,
     TemperatureOption,
+    TimeoutOption,
     TopKOption,
     TopPOption,
     TrustOption,
     VerboseOption,
 )
+from loopserve.core.errors import POLICY_TIMEOUT_S, OnPolicyFault, PolicyChecks
 
 
 def chat(
@@ -46,6 +50,9 @@ def chat(
     top_p: TopPOption = 1.0,
     top_k: TopKOption = 0,
     seed: SeedOption = None,
+    policy_checks: ChecksOption = PolicyChecks.CHEAP,
+    on_policy_fault: FaultOption = OnPolicyFault.DENSE,
+    policy_timeout: TimeoutOption = POLICY_TIMEOUT_S,
 ) -> None:
     """Talk to a model. Inside: /help /stats /stack /undo /retry /save /exit."""
     from loopserve.cli.repl import Repl
@@ -56,7 +63,15 @@ def chat(
     from loopserve.api import Engine
 
     engine = Engine.from_pretrained(
-        model, resolved, dtype=dtype, device=device, revision=revision, trust_remote_code=trust_remote_code
+        model,
+        resolved,
+        dtype=dtype,
+        device=device,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        policy_checks=policy_checks,
+        on_policy_fault=on_policy_fault,
+        policy_timeout_s=policy_timeout or None,
     )
     if _at_terminal():
         print(f"{model} under the stack {resolved.name}; /help lists the commands, /exit leaves")

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from loopserve.core.errors import OnPolicyFault, PolicyChecks
+
 if TYPE_CHECKING:
     from loopserve.core.stack import PolicyStack
     from loopserve.plugins import LoadedPlugins
@@ -62,4 +64,15 @@ MaxNewTokensOption = Annotated[int, typer.Option(min=1, help="Longest answer, in
 TemperatureOption = Annotated[float, typer.Option(min=0.0, help="0 = greedy.")]
 TopPOption = Annotated[float, typer.Option(max=1.0, help="Keep this probability mass.")]
 TopKOption = Annotated[int, typer.Option(min=0, help="Keep this many tokens; 0 = all.")]
+ChecksOption = Annotated[
+    PolicyChecks, typer.Option("--policy-checks", help="cheap, or strict: every check of a policy there is; slow.")
+]
+FaultOption = Annotated[
+    OnPolicyFault,
+    typer.Option("--on-policy-fault", help="What a policy's fault does: finish the turn dense, or raise an error."),
+]
+TimeoutOption = Annotated[
+    float, typer.Option("--policy-timeout", min=0.0, help="Seconds a call of a policy may take; 0 = any.")
+]
+
 SeedOption = Annotated[int | None, typer.Option(help="Makes a drawn answer repeatable.")]

@@ -72,6 +72,7 @@ def turn_line(stats: Mapping[str, Any]) -> str:
             f"attended {percent(stats['attended_fraction'])}",
             f"KV read {size(stats['kv_bytes_per_token'])}/token",
             f"held {size(stats['store_bytes'] + stats['active_bytes'])}",
+            *([f"{stats['faults']:.0f} faults of policies"] if stats.get("faults") else []),
         )
     )
 

@@ -9,8 +9,10 @@ from typing import Annotated
 import typer
 
 from loopserve.cli.options import (
+    ChecksOption,
     DeviceOption,
     DtypeOption,
+    FaultOption,
     Format,
     FormatOption,
     MaxNewTokensOption,
@@ -21,13 +23,14 @@ from loopserve.cli.options import (
     StackOption,
     SystemOption,
     TemperatureOption,
+    TimeoutOption,
     TopKOption,
     TopPOption,
     TrustOption,
     VerboseOption,
 )
 from loopserve.cli.output import print_json, turn_line
-from loopserve.core.errors import InputError
+from loopserve.core.errors import POLICY_TIMEOUT_S, InputError, OnPolicyFault, PolicyChecks
 
 
 def run(
@@ -47,6 +50,9 @@ def run(
     top_p: TopPOption = 1.0,
     top_k: TopKOption = 0,
     seed: SeedOption = None,
+    policy_checks: ChecksOption = PolicyChecks.CHEAP,
+    on_policy_fault: FaultOption = OnPolicyFault.DENSE,
+    policy_timeout: TimeoutOption = POLICY_TIMEOUT_S,
 ) -> None:
     """Answer one message and leave."""
     text = _read(prompt)
@@ -55,7 +61,15 @@ def run(
     from loopserve.api import Engine
 
     engine = Engine.from_pretrained(
-        model, resolved, dtype=dtype, device=device, revision=revision, trust_remote_code=trust_remote_code
+        model,
+        resolved,
+        dtype=dtype,
+        device=device,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        policy_checks=policy_checks,
+        on_policy_fault=on_policy_fault,
+        policy_timeout_s=policy_timeout or None,
     )
     with engine.session(system) as conversation:
         pieces = conversation.stream(

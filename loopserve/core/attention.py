@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loopserve.core.cache import counted
-from loopserve.core.errors import PolicyError
-from loopserve.core.interfaces import AttentionInputs, DecodeCompressor, KVSelection, LayerType, Phase
+from loopserve.core.faults import FAULTS
+from loopserve.core.interfaces import AttentionInputs, LayerType, Phase
+from loopserve.core.judging import check_output, check_pattern, check_selection
 from loopserve.core.patterns import AttentionPattern, DensePattern
 from loopserve.core.session import LayerPolicies, Session
 from loopserve.core.stats import LayerRecord
@@ -75,14 +75,6 @@ def attend(
     return output
 
 
-def check_retention(compressor: DecodeCompressor[Any], selection: KVSelection) -> None:
-    """PolicyError for a selection that keeps or evicts otherwise than its policy declares; undo relies on it."""
-    if selection.retention is not compressor.retention:
-        raise PolicyError(
-            f"{compressor.name}: a selection says {selection.retention}, the policy declares {compressor.retention}"
-        )
-
-
 def _inputs(
     call: Call, policies: LayerPolicies, queries: Tensor, scaling: float, softcap: float | None
 ) -> AttentionInputs:
@@ -93,7 +85,7 @@ def _inputs(
     if call.phase is Phase.OBSERVE:
         columns = _columns_of(call.positions, cache.positions())
     else:
-        columns = counted(total - queries.shape[1], total, queries.device)
+        columns = cache.counted(total - queries.shape[1], total, queries.device)
     return AttentionInputs(
         queries=queries,
         keys=cache.store.keys,
@@ -114,6 +106,7 @@ def _inputs(
         memo=call.memos.setdefault(index, {}),
         notebook=session.states[id(policies.sparsifier)],
         ruled=session.ruled_by(id(policies.compressor)),
+        strict=session.guard.strict,
     )
 
 
@@ -127,46 +120,90 @@ def _many_rows(
     call: Call, policies: LayerPolicies, queries: Tensor, scaling: float, softcap: float | None, need_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
     inputs = _inputs(call, policies, queries, scaling, softcap)
-    output: Tensor
-    lse: Tensor | None
     if call.phase is Phase.OBSERVE:
-        output, lse = dense_attention(
-            queries,
-            inputs.keys,
-            inputs.values,
-            scaling=scaling,
-            softcap=softcap,
-            columns=inputs.columns,
-            first_valid=inputs.first_valid,
-            need_lse=need_lse,
-        )
+        output, lse = _dense(inputs, need_lse, columns=inputs.columns)
         pair = inputs.keys.shape[2] + inputs.values.shape[2]
         stored = inputs.keys.shape[0] * inputs.keys.shape[1]
         call.session.stats.read("observation", stored * pair * inputs.keys.element_size())
     else:
-        assert policies.sparsifier is not None
-        pattern = policies.sparsifier.sparsify(inputs)
-        _report(call, inputs, pattern)
-        output, lse = pattern.attend(
-            queries,
-            inputs.keys,
-            inputs.values,
-            scaling=scaling,
-            softcap=softcap,
-            first_valid=inputs.first_valid,
-            need_lse=need_lse,
-        )
-    if policies.watches_after and call.observer in (None, id(policies.compressor)):
-        assert policies.compressor is not None
-        policies.compressor.after_attention(inputs, call.session.states[id(policies.compressor)])
+        output, lse = _sparse(call, policies, inputs, need_lse) or _plain(call, inputs, need_lse)
+    if call.observer in (None, id(policies.compressor)):
+        _after(call, policies, inputs)
     return output, lse
 
 
+def _sparse(
+    call: Call, policies: LayerPolicies, inputs: AttentionInputs, need_lse: bool
+) -> tuple[Tensor, Tensor | None] | None:
+    """Attention on what the sparsifier chooses; None if it may not choose, or broke its contract."""
+    session, sparsifier = call.session, policies.sparsifier
+    assert sparsifier is not None
+    if not session.trusts(sparsifier):
+        return None
+    moment = "sparsify"
+    try:
+        pattern = session.guard.ask(sparsifier, sparsifier.sparsify, inputs)
+        check_pattern(pattern, inputs)
+        moment = "the attend of its pattern"
+        found = check_output(pattern, session.guard.attend(sparsifier, pattern, inputs, need_lse), inputs, need_lse)
+        _report(call, inputs, pattern)
+    except FAULTS as error:
+        session.failed(sparsifier, error, moment, inputs.layer.index)
+        return None
+    return found
+
+
+def _plain(call: Call, inputs: AttentionInputs, need_lse: bool) -> tuple[Tensor, Tensor | None]:
+    """Attention on everything, in place of a sparsifier."""
+    _report(call, inputs, DensePattern(inputs.queries.shape[0], inputs.new_tokens, inputs.total_tokens))
+    return _dense(inputs, need_lse)
+
+
+def _dense(inputs: AttentionInputs, need_lse: bool, columns: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    return dense_attention(
+        inputs.queries,
+        inputs.keys,
+        inputs.values,
+        scaling=inputs.scaling,
+        softcap=inputs.softcap,
+        columns=columns,
+        first_valid=inputs.first_valid,
+        need_lse=need_lse,
+    )
+
+
+def _after(call: Call, policies: LayerPolicies, inputs: AttentionInputs) -> None:
+    """Let the compressor observe."""
+    session, compressor = call.session, policies.compressor
+    if not policies.watches_after or not session.trusts(compressor):
+        return
+    assert compressor is not None
+    try:
+        session.guard.ask(compressor, compressor.after_attention, inputs, session.states[id(compressor)])
+    except FAULTS as error:
+        session.failed(compressor, error, "after_attention", inputs.layer.index)
+
+
+def _before(call: Call, policies: LayerPolicies, inputs: AttentionInputs) -> bool:
+    """Let the compressor select for this very step. True if it did, so that what the inputs say of the selection, and after an
+    eviction of the store, is no longer true.
+    """
+    session, compressor = call.session, policies.compressor
+    assert compressor is not None
+    cache = session.cache.layers[inputs.layer.index]
+    try:
+        selection = session.guard.ask(compressor, compressor.before_attention, inputs, session.states[id(compressor)])
+        if selection is None:
+            return False
+        check_selection(selection, cache, policies.retention, policies.most_pairs, session.output_index + 1)
+        cache.select(selection)
+        call.reselected = True
+    except FAULTS as error:
+        session.failed(compressor, error, "before_attention", inputs.layer.index)
+    return True
+
+
 def _report(call: Call, inputs: AttentionInputs, pattern: AttentionPattern) -> None:
-    if not isinstance(pattern, AttentionPattern):
-        raise PolicyError(
-            f"layer {inputs.layer.index}: sparsify must return an AttentionPattern, got {type(pattern).__name__}"
-        )
     rows, total = inputs.new_tokens, inputs.total_tokens
     causal = rows * (total - rows) + rows * (rows + 1) // 2
     started = time.perf_counter()
@@ -203,15 +240,10 @@ def _decode(
     cache = session.cache.layers[index]
     assert cache.store is not None
     inputs = None
-    if policies.watches_before:
+    if policies.watches_before and session.trusts(policies.compressor):
         inputs = _inputs(call, policies, queries, scaling, softcap)
-        assert policies.compressor is not None
-        selection = policies.compressor.before_attention(inputs, session.states[id(policies.compressor)])
-        if selection is not None:
-            check_retention(policies.compressor, selection)
-            cache.select(selection)
-            call.reselected = True
-            inputs = None  # what it says of the selection, and after an eviction of the store, is no longer true
+        if _before(call, policies, inputs):
+            inputs = None
     store = cache.store
     active, pairs, first_valid, columns, tail = cache.active, store, cache.first_valid, None, 0
     if active is None:
@@ -235,10 +267,8 @@ def _decode(
         tail=tail,
         need_lse=need_lse,
     )
-    if policies.watches_after:
-        assert policies.compressor is not None
-        inputs = inputs or _inputs(call, policies, queries, scaling, softcap)
-        policies.compressor.after_attention(inputs, session.states[id(policies.compressor)])
+    if policies.watches_after and session.trusts(policies.compressor):
+        _after(call, policies, inputs or _inputs(call, policies, queries, scaling, softcap))
     return output, lse
 
 

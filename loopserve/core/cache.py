@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loopserve.core.errors import CacheError
+from loopserve.core.errors import CacheError, Fault, PolicyFault
 from loopserve.core.interfaces import KVSelection, Retention
 from loopserve.core.ragged import RaggedBuffer
 from loopserve.kernels.gather_kv import gather_kv
@@ -20,15 +20,28 @@ _FIRST_CAPACITY = 256
 _ACTIVE_SLACK = 64  # room for outputs behind a gathered selection before the buffer must grow
 
 
-_counted: dict[torch.device, Tensor] = {}
+class Counted:
+    """int64 0, 1, 2, ...: one tensor for all layers of a conversation, since every call needs a part of it. No two conversations
+    share it, so that whoever writes into it harms only his own.
+    """
+
+    def __init__(self) -> None:
+        self._known: Tensor | None = None
+
+    def __call__(self, start: int, end: int, device: torch.device) -> Tensor:
+        """``start`` to ``end - 1``, a view that is not to be written to."""
+        known = self._known
+        if known is None or len(known) < end or known.device != device:
+            self._known = known = torch.arange(max(end, 1024) * 3 // 2, device=device)
+        return known[start:end]
 
 
-def counted(start: int, end: int, device: torch.device) -> Tensor:
-    """int64 ``start`` to ``end - 1``, a view of one tensor that all calls share; not to be written to."""
-    known = _counted.get(device)
-    if known is None or len(known) < end:
-        _counted[device] = known = torch.arange(max(end, 4096) * 3 // 2, device=device)
-    return known[start:end]
+def versions(*tensors: Tensor) -> tuple[int, ...]:
+    """Counts of the writes into tensors, which their views share. Tensors made in inference mode do not count: always ()."""
+    try:
+        return tuple([tensor._version for tensor in tensors])
+    except RuntimeError:
+        return ()
 
 
 class PairBuffer:
@@ -40,6 +53,7 @@ class PairBuffer:
         heads, tokens = keys.shape[0], keys.shape[1]
         self._keys = large_pages(keys.new_empty(heads, tokens + slack, keys.shape[2]))
         self._values = large_pages(values.new_empty(heads, tokens + slack, values.shape[2]))
+        self._versions = versions(self._keys, self._values)
         self.append(keys, values)
 
     def append(self, keys: Tensor, values: Tensor) -> None:
@@ -48,6 +62,7 @@ class PairBuffer:
         self._keys[:, self.length : end] = keys
         self._values[:, self.length : end] = values
         self.length = end
+        self._versions = versions(self._keys, self._values)
 
     def reserve(self, length: int) -> None:
         """Make room for ``length`` pairs now, so that no later append has to."""
@@ -60,6 +75,12 @@ class PairBuffer:
             new = large_pages(old.new_empty(old.shape[0], capacity, old.shape[2]))
             new[:, : self.length] = old[:, : self.length]
             setattr(self, name, new)
+        self._versions = versions(self._keys, self._values)
+
+    @property
+    def intact(self) -> bool:
+        """Nobody but this buffer has written into it."""
+        return versions(self._keys, self._values) == self._versions
 
     @property
     def keys(self) -> Tensor:
@@ -133,7 +154,9 @@ class ActiveSet:
 class LayerCache:
     """One layer's store and active set."""
 
-    def __init__(self) -> None:
+    def __init__(self, counted: Counted | None = None) -> None:
+        """counted: that of the conversation's other layers."""
+        self.counted = counted or Counted()
         self.seen = 0  # logical length: tokens of the conversation, evicted ones included
         self.store: PairBuffer | RaggedBuffer | None = None
         self.active: ActiveSet | None = None
@@ -156,6 +179,15 @@ class LayerCache:
         if self.store is None:
             self.store = PairBuffer(keys, values, slack=max(_FIRST_CAPACITY, self._reserved))
         else:
+            if not self.store.intact:
+                raise PolicyFault(
+                    "somebody wrote into stored pairs between two passes: a policy, or other code, has kept a reference to "
+                    "them; the conversation is computed anew from its tokens",
+                    Fault.WROTE,
+                    policy="unknown",
+                    distribution="unknown",
+                    moment="between two passes",
+                )
             self.store.reserve(self.store.length + keys.shape[1] + self._reserved)
             self.store.append(keys, values)
         self._reserved = 0
@@ -171,8 +203,8 @@ class LayerCache:
         """Original positions: int64 ``[columns]``, or ``[Hkv, columns]`` once heads differ; filler columns hold -1."""
         device = self.store.device if self.store is not None else torch.device("cpu")
         if self._positions is None:
-            return counted(0, self.seen, device)
-        tail = counted(self._evicted_at, self.seen, device).expand(self._positions.shape[0], -1)
+            return self.counted(0, self.seen, device)
+        tail = self.counted(self._evicted_at, self.seen, device).expand(self._positions.shape[0], -1)
         return torch.cat([self._positions, tail], dim=1)
 
     def select(self, selection: KVSelection) -> None:
@@ -226,7 +258,7 @@ class LayerCache:
 
     def _evict(self, selection: KVSelection) -> None:
         keys, values, first_valid = self._gather(selection)
-        self._positions = selection.indices
+        self._positions = selection.indices.clone()  # a policy may go on using its own tensor
         self._evicted_at = selection.boundary
         self.first_valid = first_valid
         self.store = _survivors(keys, values, first_valid, selection.indices.shape[1])
@@ -261,9 +293,9 @@ class LayerCache:
         self.first_valid = first_valid
         self._evicted_at = length
 
-    def fork(self) -> LayerCache:
-        """An independent copy: no buffer is shared."""
-        other = LayerCache()
+    def fork(self, counted: Counted | None = None) -> LayerCache:
+        """An independent copy: no buffer is shared. counted: that of the copy's other layers."""
+        other = LayerCache(counted)
         other.seen, other._evicted_at = self.seen, self._evicted_at
         other.store = self.store.copy() if self.store is not None else None
         other.first_valid = self.first_valid  # never written in place, like positions and selections
@@ -276,7 +308,8 @@ class KVCache:
     """The layers of one conversation. ``seen`` is its logical length."""
 
     def __init__(self, layers: int) -> None:
-        self.layers = [LayerCache() for _ in range(layers)]
+        counted = Counted()
+        self.layers = [LayerCache(counted) for _ in range(layers)]
 
     @property
     def seen(self) -> int:
@@ -309,9 +342,9 @@ class KVCache:
             layer.truncate(min(length, layer.seen))
 
     def fork(self) -> KVCache:
-        other = KVCache(0)
-        other.layers = [layer.fork() for layer in self.layers]
+        other, counted = KVCache(0), Counted()
+        other.layers = [layer.fork(counted) for layer in self.layers]
         return other
 
     def clear(self) -> None:
-        self.layers = [LayerCache() for _ in self.layers]
+        self.layers = KVCache(len(self.layers)).layers

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from loopserve.core.attention import Call, check_retention
-from loopserve.core.errors import ConfigError, InputError, PolicyError
-from loopserve.core.interfaces import LayerSpec, Observation, Phase, Step
+from loopserve.core.attention import Call
+from loopserve.core.errors import (
+    POLICY_TIMEOUT_S,
+    ConfigError,
+    InputError,
+    OnPolicyFault,
+    PolicyChecks,
+    PolicyError,
+    PolicyFault,
+)
+from loopserve.core.faults import FAULTS
+from loopserve.core.guard import Guard
+from loopserve.core.interfaces import DecodeCompressor, LayerSpec, Observation, Phase, Selections, Step
+from loopserve.core.judging import check_observation, check_selection
 from loopserve.core.sampling import Sampler, SamplingConfig
 from loopserve.core.session import Session, assign
 from loopserve.core.stack import PolicyStack
@@ -56,9 +67,19 @@ class TokenEngine:
     """Runs sessions of one model under one stack."""
 
     def __init__(
-        self, model: Model, stack: PolicyStack, *, chunk_tokens: int = _CHUNK_TOKENS, measure_coverage: bool = False
+        self,
+        model: Model,
+        stack: PolicyStack,
+        *,
+        chunk_tokens: int = _CHUNK_TOKENS,
+        measure_coverage: bool = False,
+        policy_checks: PolicyChecks | str = PolicyChecks.CHEAP,
+        on_policy_fault: OnPolicyFault | str = OnPolicyFault.RAISE,
+        policy_timeout_s: float | None = POLICY_TIMEOUT_S,
     ) -> None:
-        """chunk_tokens: longest piece of a prefill. measure_coverage: realised coverage over all rows, for reports."""
+        """chunk_tokens: longest piece of a prefill. measure_coverage: realised coverage over all rows, for reports.
+        policy_checks, on_policy_fault, policy_timeout_s: how policies are watched, see ``core.guard``.
+        """
         if chunk_tokens < 1:
             raise ConfigError(f"chunk_tokens must be at least 1, got {chunk_tokens}")
         stack.check(model.layers)
@@ -66,10 +87,13 @@ class TokenEngine:
         self.stack = stack
         self.chunk_tokens = chunk_tokens
         self.measure_coverage = measure_coverage
+        self.guard = Guard(
+            checks=policy_checks, on_fault=on_policy_fault, timeout_s=policy_timeout_s, owners=stack.owners
+        )
         self._policies = assign(model.layers, stack)
 
     def session(self) -> Session:
-        return Session(self._policies)
+        return Session(self._policies, self.guard)
 
     def generate(
         self, session: Session, new_tokens: Sequence[int], sampling: SamplingConfig, stop_ids: frozenset[int]
@@ -168,25 +192,52 @@ class TokenEngine:
             session, phase, positions, final=final, measure=self.measure_coverage, seen_after=seen + len(tokens)
         )
         session.enter(phase)
-        logits = self.model.forward(call, torch.tensor(tokens, dtype=torch.long, device=device))
-        self.complete(call)
+        steps = session.stats.decode_steps
+        try:
+            logits = self.model.forward(call, torch.tensor(tokens, dtype=torch.long, device=device))
+            self.complete(call)
+        except PolicyFault as fault:
+            session.damaged |= fault.damaged
+            if not fault.damaged or self.guard.raises:
+                raise
+            if phase is Phase.DECODE and session.stats.decode_steps == steps:
+                self._count_step(call)
+            logits = self._renewed(session, seen + len(tokens))
+            session.enter(phase)
         return logits
+
+    def _renewed(self, session: Session, length: int) -> Tensor:
+        """Logits after the first ``length`` tokens, all of them computed anew and dense: the stored pairs were written to."""
+        session.stats.count("computed_anew")
+        session.renew()
+        for start in range(0, length, self.chunk_tokens):
+            chunk = session.tokens[start : min(start + self.chunk_tokens, length)]
+            logits = self._run(session, chunk, Phase.PREFILL, final=start + len(chunk) == length)
+        return logits
+
+    def _count_step(self, call: Call) -> None:
+        session = call.session
+        session.output_index += 1
+        session.stats.decode_steps += 1
+        session.stats.compressed_steps += call.compressed
 
     def complete(self, call: Call) -> None:
         """After a forward pass: count it, ask each compressor once, carry out its wish."""
         session = call.session
         if call.phase is Phase.DECODE:
-            session.output_index += 1
-            session.stats.decode_steps += 1
-            session.stats.compressed_steps += call.compressed
+            self._count_step(call)
         for key in session.compressors:
             self._ask(call, key)
         if call.phase is Phase.DECODE:
             session.stats.reselected_steps += call.reselected
+        if self.guard.strict:
+            session.look_for_references()
 
     def _ask(self, call: Call, key: int) -> None:
         session = call.session
         compressor = session.compressors[key]
+        if not session.trusts(compressor):
+            return
         step = Step(
             phase=call.phase,
             turn=session.stats.turn,
@@ -197,21 +248,35 @@ class TokenEngine:
             layers=session.ruled_by(key),
             record=session.stats,
         )
-        wish = compressor.after_forward(step, session.states[key])
-        if wish is None:
+        try:
+            wish = self.guard.ask(compressor, compressor.after_forward, step, session.states[key])
+            if isinstance(wish, Observation):
+                if call.phase is Phase.OBSERVE:
+                    raise PolicyError("an observation may not ask for another one")
+                check_observation(wish, session.turn_start, session.cache.seen)
+            elif wish is not None:
+                self._select(session, step, wish)
+        except FAULTS as error:
+            session.failed(compressor, error, "after_forward")
             return
         if isinstance(wish, Observation):
-            if call.phase is Phase.OBSERVE:
-                raise PolicyError(f"{compressor.name}: an observation may not ask for another one")
             self._observe(session, wish, key)
-            return
+
+    def _select(self, session: Session, step: Step, wish: Selections) -> None:
+        """Carry out a compressor's selections, once all of them have been looked at."""
+        if not isinstance(wish, Mapping):
+            raise PolicyError(
+                f"after_forward must return selections by layer, an Observation or None, got {type(wish).__name__}"
+            )
         ruled = {layer.index for layer in step.layers}
         for layer, selection in wish.items():
             if layer not in ruled:
-                raise PolicyError(
-                    f"{compressor.name}: selected for layer {layer}, but it rules the layers {sorted(ruled)}"
-                )
-            check_retention(compressor, selection)
+                raise PolicyError(f"selected for layer {layer}, but it rules the layers {sorted(ruled)}")
+            policies = session.policies[layer]
+            check_selection(
+                selection, session.cache.layers[layer], policies.retention, policies.most_pairs, session.output_index
+            )
+        for layer, selection in wish.items():
             session.cache.layers[layer].select(selection)
             call.reselected = True
 
@@ -227,5 +292,14 @@ class TokenEngine:
 
     def _weigh(self, session: Session) -> None:
         session.stats.store_bytes = session.cache.store_bytes
-        summaries = sum(each.held_bytes(session.states[key]) for key, each in session.compressors.items())
+        summaries = sum(self._held_bytes(session, key, each) for key, each in session.compressors.items())
         session.stats.active_bytes = session.cache.active_bytes + summaries
+
+    def _held_bytes(self, session: Session, key: int, compressor: DecodeCompressor[Any]) -> int:
+        if not session.trusts(compressor):
+            return 0
+        try:
+            return int(self.guard.ask(compressor, compressor.held_bytes, session.states[key]))
+        except FAULTS as error:
+            session.failed(compressor, error, "held_bytes")
+            return 0

@@ -4,6 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from enum import StrEnum
+
+POLICY_TIMEOUT_S = 5.0  # a longer call of a policy is a fault
+
+
+class PolicyChecks(StrEnum):
+    """How closely an engine looks at what its policies do."""
+
+    CHEAP = "cheap"  # what costs next to nothing beside a decode step
+    STRICT = "strict"  # everything that can be seen from outside; slow, for trying a policy out
+
+
+class OnPolicyFault(StrEnum):
+    """What an engine does about a policy that breaks its contract."""
+
+    RAISE = "raise"  # a PolicyFault; the turn is taken back
+    DENSE = "dense"  # the turn is finished dense, and the fault counted in its figures
 
 
 class LoopServeError(Exception):
@@ -28,8 +45,52 @@ class ModelError(LoopServeError):
     """A model cannot be loaded, or asks attention for something loopserve does not do."""
 
 
+class Fault(StrEnum):
+    """How a policy broke its contract."""
+
+    RAISED = "raised"  # an exception of its own
+    ANSWER = "answer"  # an answer of the wrong type, shape, dtype, device, order or range
+    BUDGET = "budget"  # more pairs than its own budget
+    NAN = "nan"  # scores or an output that are not numbers
+    WROTE = "wrote"  # into what it was only given to read
+    KEPT = "kept"  # a reference to a session's store, beyond the pass
+    HIDDEN = "hidden"  # state outside the session, or a switch of the whole process
+    SLOW = "slow"  # longer than the limit
+
+
 class PolicyError(LoopServeError):
-    """A policy broke its contract (indices out of range, wrong shape)."""
+    """A policy broke its contract (indices out of range, wrong shape); ``fault`` says how."""
+
+    def __init__(self, message: str, fault: Fault = Fault.ANSWER) -> None:
+        super().__init__(message)
+        self.fault = fault
+
+
+class PolicyFault(PolicyError):
+    """A fault with its address: which policy of which distribution, in which call, in which layer and phase."""
+
+    def __init__(
+        self,
+        message: str,
+        fault: Fault,
+        *,
+        policy: str,
+        distribution: str,
+        moment: str,
+        layer: int | None = None,
+        phase: str | None = None,
+    ) -> None:
+        super().__init__(message, fault)
+        self.policy = policy
+        self.distribution = distribution
+        self.moment = moment
+        self.layer = layer
+        self.phase = phase
+
+    @property
+    def damaged(self) -> bool:
+        """The session's stored pairs can no longer be trusted; they are computed anew from its tokens."""
+        return self.fault is Fault.WROTE
 
 
 class PluginError(LoopServeError):

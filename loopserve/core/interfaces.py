@@ -106,6 +106,7 @@ class AttentionInputs:
     memo: dict[Any, Any] = field(default_factory=dict)
     notebook: dict[Any, Any] = field(default_factory=dict)  # what the sparsifier keeps in mind for this session
     ruled: tuple[LayerSpec, ...] = ()  # the layers that this layer's compressor rules, in order
+    strict: bool = False  # every check is made, whatever it costs (``policy_checks: strict``)
 
     @property
     def group(self) -> int:
@@ -267,17 +268,23 @@ class KVSelection:
         """Sorted original positions that one KV head keeps."""
         return self.indices[head, self.indices.shape[1] - int(self.lengths[head]) :]
 
-    def check(self, kv_heads: int, length: int) -> None:
-        """Raise PolicyError unless indices are sorted, unique, in range and below the boundary."""
+    def check_form(self, kv_heads: int, length: int) -> None:
+        """Raise PolicyError unless shapes, types and boundary are right; the numbers themselves are not looked at."""
         if self.indices.dtype != torch.long or self.indices.dim() != 2 or self.indices.shape[0] != kv_heads:
             raise PolicyError(
                 f"KVSelection.indices: expected int64 [{kv_heads}, S], got {self.indices.dtype} {list(self.indices.shape)}"
             )
         if not 0 <= self.boundary <= length:
             raise PolicyError(f"KVSelection.boundary: {self.boundary} is outside the {length} tokens seen")
-        if self.lengths.shape != (kv_heads,) or bool(
-            (self.lengths < 0).any() | (self.lengths > self.indices.shape[1]).any()
-        ):
+        if self.lengths.dtype != torch.long or self.lengths.shape != (kv_heads,):
+            raise PolicyError(
+                f"KVSelection.lengths: expected int64 [{kv_heads}], got {self.lengths.dtype} {list(self.lengths.shape)}"
+            )
+
+    def check(self, kv_heads: int, length: int) -> None:
+        """Raise PolicyError unless indices are sorted, unique, in range and below the boundary, and filler is -1."""
+        self.check_form(kv_heads, length)
+        if bool((self.lengths < 0).any() | (self.lengths > self.indices.shape[1]).any()):
             raise PolicyError(f"KVSelection.lengths: expected {kv_heads} numbers from 0 to {self.indices.shape[1]}")
         width = self.indices.shape[1]
         if (
@@ -285,6 +292,8 @@ class KVSelection:
         ):  # the common case, in few operations
             return
         filler = torch.arange(width, device=self.indices.device) < (width - self.lengths)[:, None]
+        if bool((self.indices.masked_fill(~filler, -1) != -1).any()):
+            raise PolicyError("KVSelection.indices: heads that keep fewer are padded with -1 on the left")
         kept = self.indices.masked_fill(filler, 0)
         if bool(((kept < 0) | (kept >= max(self.boundary, 1))).any() & (width > 0)):
             raise PolicyError(f"KVSelection.indices: positions must lie in [0, {self.boundary})")
@@ -358,6 +367,15 @@ class DecodeCompressor(ABC, Generic[State]):
     def retention(self) -> Retention:
         """What happens to unselected pairs under this configuration."""
         return getattr(self.config, "retention", Retention.KEEP)
+
+    @property
+    def most_pairs(self) -> int | None:
+        """Most pairs per KV head, mean over a layer's heads, that a selection makes attended beside this answer's outputs.
+
+        The engine holds a policy to it; None = it promises nothing. By default the option ``budget``.
+        """
+        budget = getattr(self.config, "budget", None)
+        return budget if type(budget) is int else None
 
     @abstractmethod
     def init_state(self) -> State:

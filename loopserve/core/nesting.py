@@ -116,6 +116,10 @@ class ScoredWrapper(ScoredCompressor):
         return self.inner.retention
 
     @property
+    def most_pairs(self) -> int | None:
+        return self.inner.most_pairs
+
+    @property
     def able(self) -> Capabilities:
         """What both can do, needing what either needs."""
         own, within = self.capabilities, self.inner.able

@@ -56,6 +56,11 @@ class RaggedBuffer:
         return whole
 
     @property
+    def intact(self) -> bool:
+        """Nobody but this buffer has written into it; what it hands out of the survivors is a copy."""
+        return self._tail.intact
+
+    @property
     def device(self) -> torch.device:
         return self._keys.device
 

@@ -14,6 +14,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from loopserve.core.errors import Fault, PolicyError
 from loopserve.core.interfaces import (
     AttentionInputs,
     DecodeCompressor,
@@ -54,6 +55,20 @@ def best_held(
         best = top_columns(scores[head : head + 1, start:], budget, sink_tokens=sinks, recent_window=recent)
         mask[head, best[0] + start] = True
     return mask
+
+
+def sound(scores: Tensor, inputs: AttentionInputs) -> Tensor:
+    """Scores that a choice can be made by, as they are. PolicyError for a wrong form, and for NaN, which would be chosen without a
+    word; on an accelerator a look waits for it, so there NaN is looked for under strict checks only.
+    """
+    wanted = inputs.keys.shape[:2]
+    if not isinstance(scores, Tensor) or scores.shape != wanted or scores.device != inputs.keys.device:
+        said = f"{list(scores.shape)} on {scores.device}" if isinstance(scores, Tensor) else type(scores).__name__
+        raise PolicyError(f"scores must be {list(wanted)} on {inputs.keys.device}, got {said}")
+    looks = inputs.strict or scores.device.type == "cpu"
+    if looks and bool(scores.isnan().any()) and bool((scores.isnan() & inputs.holds).any()):
+        raise PolicyError("scores hold NaN", Fault.NAN)
+    return scores
 
 
 class ScoredConfig(PolicyConfig):
@@ -157,7 +172,8 @@ class ScoredCompressor(DecodeCompressor[ScoredState]):
         budget = self.layer_budget(inputs)
         if inputs.total_tokens <= budget:  # nothing to leave out
             return
-        chosen = self.choose(inputs, self.ranking(inputs, state, budget), budget)
+        ranking = sound(self.ranking(inputs, state, budget), inputs)
+        chosen = self.choose(inputs, ranking, budget)
         if chosen is not None:
             state.pending[inputs.layer.index] = chosen
 

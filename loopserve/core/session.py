@@ -8,7 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from loopserve.core.cache import KVCache
-from loopserve.core.errors import CacheError, InputError
+from loopserve.core.errors import CacheError, Fault, InputError, PolicyError
+from loopserve.core.faults import FAULTS, Owners, Policy, blamed
+from loopserve.core.guard import Guard
+from loopserve.core.hidden import holds, storages
 from loopserve.core.interfaces import DecodeCompressor, LayerSpec, LayerType, Phase, PrefillSparsifier, Retention
 from loopserve.core.stack import PolicyStack
 from loopserve.core.stats import TurnStats
@@ -23,17 +26,20 @@ class LayerPolicies:
     compressor: DecodeCompressor[Any] | None
     watches_before: bool  # the compressor overrides before_attention
     watches_after: bool
+    retention: Retention = Retention.KEEP  # what the compressor declares, asked once
+    most_pairs: int | None = None
 
 
 def assign(layers: Sequence[LayerSpec], stack: PolicyStack) -> tuple[LayerPolicies, ...]:
     """The stack's policies layer by layer; only full-attention layers get any."""
-    total = len(layers)
+    total, owners = len(layers), stack.owners
     assigned = []
     for layer in layers:
         if layer.type is not LayerType.FULL:
             assigned.append(LayerPolicies(layer, None, None, watches_before=False, watches_after=False))
             continue
         compressor = stack.decode_for(layer.index, total)
+        retention, most = _declared(compressor, owners)
         assigned.append(
             LayerPolicies(
                 layer,
@@ -41,9 +47,16 @@ def assign(layers: Sequence[LayerSpec], stack: PolicyStack) -> tuple[LayerPolici
                 compressor,
                 watches_before=type(compressor).before_attention is not DecodeCompressor.before_attention,
                 watches_after=type(compressor).after_attention is not DecodeCompressor.after_attention,
+                retention=retention,
+                most_pairs=most,
             )
         )
     return tuple(assigned)
+
+
+def _declared(compressor: DecodeCompressor[Any], owners: Owners) -> tuple[Retention, int | None]:
+    with blamed(compressor, "its declaration", owners):
+        return Retention(compressor.retention), compressor.most_pairs
 
 
 @dataclass
@@ -53,20 +66,25 @@ class _TurnStart:
     tokens: int
     cached: int
     states: dict[int, Any]
+    aside: frozenset[int]
     cache: KVCache | None  # a copy, only where the stack evicts: an eviction cannot be undone otherwise
 
 
 class Session:
     """Tokens, cache, policy states and turns of one conversation. Two sessions share nothing that changes."""
 
-    def __init__(self, policies: tuple[LayerPolicies, ...]) -> None:
+    def __init__(self, policies: tuple[LayerPolicies, ...], guard: Guard | None = None) -> None:
+        """guard: the engine's; by default one that raises every fault."""
         self.policies = policies
+        self.guard = guard or Guard()
         self.cache = KVCache(len(policies))
         self.tokens: list[int] = []
         self.turns: list[TurnStats] = []
         self.output_index = 0
         self.turn_start = 0
         self.answering = False  # an answer is being written: no other turn may begin, end or be copied
+        self.aside: set[int] = set()  # policies (by id) that this turn is served without, after a fault
+        self.damaged = False  # the stored pairs were written to by somebody else
         self._starts: list[_TurnStart] = []
         self._ruled: dict[int, list[LayerSpec]] = {}
         self.compressors: dict[int, DecodeCompressor[Any]] = {}
@@ -74,17 +92,15 @@ class Session:
             if policy.compressor is not None:
                 self.compressors[id(policy.compressor)] = policy.compressor
                 self._ruled.setdefault(id(policy.compressor), []).append(policy.spec)
-        self.states: dict[int, Any] = {key: each.init_state() for key, each in self.compressors.items()}
-        self.states |= {id(each.sparsifier): {} for each in policies if each.sparsifier is not None}
+        self._actors: dict[int, Policy] = dict(self.compressors)
+        self._actors |= {id(each.sparsifier): each.sparsifier for each in policies if each.sparsifier is not None}
+        self.states: dict[int, Any] = {}  # begun with the first turn
+        self.evicts = any(each.retention is Retention.EVICT for each in policies)
 
     @property
     def stats(self) -> TurnStats:
         """Figures of the turn under way, or of the last one."""
         return self.turns[-1]
-
-    @property
-    def evicts(self) -> bool:
-        return any(each.retention is Retention.EVICT for each in self.compressors.values())
 
     def ruled_by(self, key: int) -> tuple[LayerSpec, ...]:
         """The layers of one compressor."""
@@ -101,12 +117,15 @@ class Session:
         undoable: under an evicting stack, keep a copy of the survivors, so that the turn can be taken back.
         """
         self.require_rest()
+        stats = TurnStats(len(self.turns), prompt_tokens=len(new_tokens), reused_tokens=len(self.tokens))
+        states, copies, aside = self._begun(stats)  # before anything is changed: it may raise
         self.cache.release()
         kept = self.cache.fork() if self.evicts and undoable else None
-        self._starts.append(_TurnStart(len(self.tokens), self.cache.seen, copy.deepcopy(self.states), kept))
+        self._starts.append(_TurnStart(len(self.tokens), self.cache.seen, copies, frozenset(self.aside), kept))
+        self.states, self.aside = states, aside
         if self.evicts and len(self._starts) > 1:
             self._starts[-2].cache = None  # one copy at a time: an evicting stack is there to save memory
-        self.turns.append(TurnStats(len(self.turns), prompt_tokens=len(new_tokens), reused_tokens=len(self.tokens)))
+        self.turns.append(stats)
         self.tokens.extend(new_tokens)
         self.turn_start = self.cache.seen
         self.output_index = 0
@@ -125,7 +144,10 @@ class Session:
             self.cache.truncate(start.cached)
         self._starts.pop()
         self.turns.pop()
-        self.states = start.states
+        self.states, self.aside = start.states, set(start.aside)
+        if self.damaged:  # the next turn computes the conversation anew
+            self.cache.clear()
+            self.states, self.damaged = {}, False
         del self.tokens[start.tokens :]
         self.turn_start = self._starts[-1].cached if self._starts else 0
         self.output_index = 0
@@ -133,17 +155,98 @@ class Session:
     def fork(self) -> Session:
         """An independent copy, to try two answers. Policies are shared (they never change), nothing else is."""
         self.require_rest()
-        other = Session(self.policies)
+        other = Session(self.policies, self.guard)
+        other.states, other.aside = self._copied(self.states), set(self.aside)
         other.cache = self.cache.fork()
         other.tokens = list(self.tokens)
-        other.states = copy.deepcopy(self.states)
         other.turns = copy.deepcopy(self.turns)
         other.output_index, other.turn_start = self.output_index, self.turn_start
         other._starts = [
-            _TurnStart(s.tokens, s.cached, copy.deepcopy(s.states), s.cache.fork() if s.cache else None)
+            _TurnStart(s.tokens, s.cached, self._copied(s.states), s.aside, s.cache.fork() if s.cache else None)
             for s in self._starts
         ]
         return other
 
     def enter(self, phase: Phase) -> None:
         self.stats.phase = phase
+
+    # Policies that break their contract.
+
+    def trusts(self, policy: Policy | None) -> bool:
+        """Whether a policy takes part in this turn."""
+        return id(policy) not in self.aside
+
+    def failed(self, policy: Policy, error: BaseException, moment: str, layer: int | None = None) -> None:
+        """A policy's call went wrong: PolicyFault, or the rest of this turn without it, its layers dense.
+
+        A fault that damaged the store is raised in any case: only the engine can repair it.
+        """
+        fault = self.guard.note(policy, error, moment=moment, layer=layer, phase=self.stats.phase)
+        self.damaged |= fault.damaged
+        if self.guard.raises:
+            raise fault from error
+        self.stats.count(f"fault:{fault.fault}")
+        self.aside.add(id(policy))
+        for each in self._ruled.get(id(policy), ()):
+            self.cache.layers[each.index].release()
+        if fault.damaged:
+            raise fault from error
+
+    def look_for_references(self) -> None:
+        """After a pass, find the policy whose state still holds a part of the store (strict checks)."""
+        stores = [layer.store for layer in self.cache.layers if layer.store is not None]
+        places = storages([part for store in stores for part in (store.keys, store.values)])
+        for key, policy in self._actors.items():
+            if self.trusts(policy) and holds(self.states[key], places):
+                kept = PolicyError("its state keeps a reference to the session's store after the pass", Fault.KEPT)
+                self.failed(policy, kept, "its state")
+
+    def renew(self) -> None:
+        """Forget every stored pair; the rest of this turn is served without any policy, and all begin anew with the next."""
+        self.cache.clear()
+        self.aside = set(self._actors)
+        self.damaged = False
+
+    def _begun(self, stats: TurnStats) -> tuple[dict[int, Any], dict[int, Any], set[int]]:
+        """The states that a turn begins with, copies of them to go back to, and the policies it is served without.
+
+        A policy that has no state yet, or was put aside in the last turn and missed a part of it, gets a fresh one.
+        """
+        states: dict[int, Any] = {}
+        copies: dict[int, Any] = {}
+        aside: set[int] = set()
+        for key, policy in self._actors.items():
+            if self.guard.skips(policy):
+                stats.count("breaker_open")
+                aside.add(key)
+                states[key] = copies[key] = {}
+                continue
+            moment = "init_state"
+            try:
+                kept = key in self.states and key not in self.aside
+                states[key] = self.states[key] if kept else self._fresh(policy)
+                moment = "a copy of its state"
+                copies[key] = copy.deepcopy(states[key])
+            except FAULTS as error:
+                fault = self.guard.note(policy, error, moment=moment)
+                if self.guard.raises:
+                    raise fault from error
+                stats.count(f"fault:{fault.fault}")
+                aside.add(key)
+                states[key] = copies[key] = {}
+        return states, copies, aside
+
+    def _fresh(self, policy: Policy) -> Any:
+        return {} if isinstance(policy, PrefillSparsifier) else self.guard.ask(policy, policy.init_state)
+
+    def _copied(self, states: dict[int, Any]) -> dict[int, Any]:
+        """Copies that share nothing. A state that cannot be copied is left out, so that its policy begins anew."""
+        copies = {}
+        for key, state in states.items():
+            try:
+                copies[key] = copy.deepcopy(state)
+            except FAULTS as error:
+                fault = self.guard.note(self._actors[key], error, moment="a copy of its state")
+                if self.guard.raises:
+                    raise fault from error
+        return copies

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 
 from loopserve.core.config import Document, parse_yaml, read_yaml
 from loopserve.core.errors import ConfigError, did_you_mean
+from loopserve.core.faults import Owners, blamed
 from loopserve.core.interfaces import DecodeCompressor, LayerSpec, LayerType, Need, PrefillSparsifier, Retention
 from loopserve.core.nesting import written
 from loopserve.core.registry import Kind, Registry
@@ -43,6 +44,7 @@ class PolicyStack:
     overrides: tuple[Override, ...] = ()
     source: str = "python"
     description: str | None = None
+    owners: Owners = field(default_factory=dict)  # who brings each policy class, where a registry said so
 
     def prefill_for(self, layer_index: int, layers_total: int) -> PrefillSparsifier:
         override = self._override(layer_index, layers_total)
@@ -102,13 +104,14 @@ class PolicyStack:
                 decode = self.decode_for(layer.index, len(layers))
                 served.setdefault((Kind.PREFILL, prefill), []).append(layer.index)
                 served.setdefault((Kind.DECODE, decode), []).append(layer.index)
-                for reason in pair_refusals(prefill, decode, layer):
+                for reason in pair_refusals(prefill, decode, layer, owners=self.owners):
                     refused.setdefault(reason, []).append(layer.index)
         if not served and not self.is_dense:
             problems.append("the model has no full-attention layer, so no policy would ever act: use the stack 'dense'")
         for (kind, policy), indices in served.items():
             where = f"{kind} policy {policy.name!r} at {_spoken(indices)}"
-            problems += [f"{where} {inability}" for inability in _inabilities(policy, batch)]
+            with blamed(policy, "its declaration", self.owners):
+                problems += [f"{where} {inability}" for inability in _inabilities(policy, batch)]
         problems += [f"at {_spoken(indices)}, {reason}" for reason, indices in refused.items()]
         if problems:
             raise ConfigError("\n".join(f"stack {self.name!r}: {problem}" for problem in problems))
@@ -135,6 +138,7 @@ def pair_refusals(
     decode: DecodeCompressor[Any],
     layer: LayerSpec | None = None,
     retention: Retention | None = None,
+    owners: Owners | None = None,
 ) -> Iterable[str]:
     """Why two policies cannot work together (in a layer, if one is given); nothing if they can.
 
@@ -143,11 +147,13 @@ def pair_refusals(
     pair: tuple[tuple[Kind, PrefillSparsifier | DecodeCompressor[Any]], ...]
     pair = ((Kind.PREFILL, prefill), (Kind.DECODE, decode))
     for kind, policy in pair:
-        for need in sorted(policy.able.needs):
-            reason = layer.lacks(need) if layer is not None else None
-            if reason is not None:
-                yield f"{kind} policy {policy.name!r} needs the layer's {need}: {reason}"
-        reason = policy.refuses(layer) if layer is not None else None
+        with blamed(policy, "its declaration", owners or {}):
+            needs = sorted(policy.able.needs)
+            reason = policy.refuses(layer) if layer is not None else None
+        for need in needs:
+            lack = layer.lacks(need) if layer is not None else None
+            if lack is not None:
+                yield f"{kind} policy {policy.name!r} needs the layer's {need}: {lack}"
         if reason is not None:
             yield f"{kind} policy {policy.name!r} {reason}"
     if Need.FULL_HISTORY in prefill.able.needs and (retention or decode.retention) is Retention.EVICT:
@@ -221,4 +227,5 @@ def _assemble(document: Document, registry: Registry, default_name: str) -> Poli
         overrides=tuple(Override(each.at, each.prefill, each.decode) for each in config.layers),
         source=document.source,
         description=config.description,
+        owners={each.policy: str(each.owner) for each in registry},
     )

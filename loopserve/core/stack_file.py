@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationInf
 
 from loopserve.core.config import Document, InvalidDocument, Location, mistake, mistake_at, parse_strictly
 from loopserve.core.errors import ConfigError
+from loopserve.core.faults import constructing
 from loopserve.core.interfaces import DecodeCompressor, PrefillSparsifier
 from loopserve.core.nesting import MAX_NESTING
 from loopserve.core.registry import Kind, Registry
@@ -80,7 +81,8 @@ class _Maker:
         try:
             registration = self.registry.get(kind, name)
             inside = _Maker(self.registry, self.depth + 1)
-            return registration.policy(parse_strictly(registration.config, options, inside))
+            with constructing(kind, name, str(registration.owner)):
+                return registration.policy(parse_strictly(registration.config, options, inside))
         except ConfigError as error:
             raise mistake_at(("policy",), str(error), name) from error
 

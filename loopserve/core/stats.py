@@ -165,6 +165,7 @@ class TurnStats:
             "store_bytes": self.store_bytes,
             "active_bytes": self.active_bytes,
             "fallbacks": sum(count for name, count in self.counters.items() if name.startswith("fallback")),
+            "faults": sum(count for name, count in self.counters.items() if name.startswith("fault:")),
             "counters": dict(self.counters),
             "means": {name: mean.value for name, mean in self.means.items() if name not in names},
         }

@@ -1,5 +1,5 @@
 """The check every operation makes before it dispatches: one clear error instead of a wrong answer or a crash further
-down.
+down. Compiled kernels read memory by address, so what they could read amiss (a dtype, a device, a range) is refused here.
 """
 
 from __future__ import annotations
@@ -37,22 +37,40 @@ def check(
         if queries.shape[1] > keys.shape[1]:
             raise ValueError(f"{op}: {queries.shape[1]} queries cannot be the last of {keys.shape[1]} keys")
     else:
-        check_columns(op, columns, queries.shape[1], keys.shape[1])
-    if first_valid is not None and first_valid.shape != keys.shape[:1]:
-        raise ValueError(f"{op}: first_valid {list(first_valid.shape)} must be [{keys.shape[0]}]")
+        check_columns(op, columns, queries.shape[1], keys.shape[1], queries.device)
+    if first_valid is not None:
+        check_first_valid(op, first_valid, keys)
 
 
 def _both(queries: Tensor, keys: Tensor) -> str:
     return f"queries {list(queries.shape)} and keys {list(keys.shape)}"
 
 
-def check_columns(op: str, columns: Tensor, rows: int, total: int) -> None:
-    """Raise ValueError unless ``columns`` are int64 ``[rows]`` in ``[0, total)``."""
+def check_columns(op: str, columns: Tensor, rows: int, total: int, device: torch.device) -> None:
+    """Raise ValueError unless ``columns`` are int64 ``[rows]`` in ``[0, total)`` on this device."""
     if columns.shape != (rows,) or columns.dtype != torch.long:
         raise ValueError(f"{op}: {rows} rows need int64 columns [{rows}], got {columns.dtype} {list(columns.shape)}")
+    check_device(op, "columns", columns, device)
     # Reading a value waits for an accelerator, so there the range is the caller's business.
     if columns.device.type == "cpu":
         check_range(f"{op}: columns", columns, total)
+
+
+def check_first_valid(op: str, first_valid: Tensor, of: Tensor) -> None:
+    """Raise ValueError unless ``first_valid`` is int64 ``[H]`` beside ``of`` ``[H, n, ...]``, from 0 to n."""
+    if first_valid.shape != of.shape[:1] or first_valid.dtype != torch.long:
+        raise ValueError(
+            f"{op}: first_valid {first_valid.dtype} {list(first_valid.shape)} must be int64 [{of.shape[0]}]"
+        )
+    check_device(op, "first_valid", first_valid, of.device)
+    if first_valid.device.type == "cpu":
+        check_range(f"{op}: first_valid", first_valid, of.shape[1] + 1)
+
+
+def check_device(op: str, name: str, tensor: Tensor, device: torch.device) -> None:
+    """Raise ValueError unless a tensor is where the others are."""
+    if tensor.device != device:
+        raise ValueError(f"{op}: {name} are on {tensor.device}, the rest is on {device}")
 
 
 def check_range(what: str, indices: Tensor, total: int) -> None:
@@ -64,8 +82,9 @@ def check_range(what: str, indices: Tensor, total: int) -> None:
         raise ValueError(f"{what} must lie in [0, {total}), got {low} to {high}")
 
 
-def check_lines(op: str, verticals: Tensor, slashes: Tensor, heads: int, total: int) -> None:
-    """Raise ValueError unless both are bool ``[heads, total]``."""
+def check_lines(op: str, verticals: Tensor, slashes: Tensor, heads: int, total: int, device: torch.device) -> None:
+    """Raise ValueError unless both are bool ``[heads, total]`` on this device."""
     for name, lines in (("verticals", verticals), ("slashes", slashes)):
         if lines.shape != (heads, total) or lines.dtype != torch.bool:
             raise ValueError(f"{op}: {name} must be bool [{heads}, {total}], got {lines.dtype} {list(lines.shape)}")
+        check_device(op, name, lines, device)

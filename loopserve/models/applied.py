@@ -36,10 +36,10 @@ class Applied:
 
 
 @contextmanager
-def applied(model: PreTrainedModel, stack: PolicyStack, *, measure_coverage: bool = False) -> Iterator[Applied]:
-    """Serve every forward pass of ``model`` with a cache under ``stack`` until the block ends."""
+def applied(model: PreTrainedModel, stack: PolicyStack, **options: Any) -> Iterator[Applied]:
+    """Serve every forward pass of ``model`` with a cache under ``stack`` until the block ends. options: the engine's."""
     before = {id(config): (config, config._attn_implementation_internal) for config in _configs(model)}
-    engine = TokenEngine(HuggingFaceModel(model), stack, measure_coverage=measure_coverage)
+    engine = TokenEngine(HuggingFaceModel(model), stack, **options)
     stack.check(engine.model.layers, batch=True)
     state = Applied(engine)
     signature = inspect.signature(model.forward)

@@ -37,7 +37,7 @@ def some(retention: Retention = Retention.KEEP) -> KVSelection:
 @pytest.mark.parametrize(
     ("wish", "says"),
     [
-        ({9: some()}, r"wishes: selected for layer 9, but it rules the layers \[0, 1, 2\]"),
+        ({9: some()}, r"'wishes'.*: selected for layer 9, but it rules the layers \[0, 1, 2\]"),
         ({0: some(Retention.EVICT)}, "a selection says evict, the policy declares keep"),
         ({0: KVSelection.uniform(torch.tensor([[2, 0]] * 2), 4)}, "sorted and unique"),
         (Observation(torch.tensor([1])), "may not ask for another"),

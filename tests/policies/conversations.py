@@ -29,7 +29,7 @@ def model(family: str) -> PreTrainedModel:
     return found
 
 
-def engine(family: str, prefill: dict[str, Any], decode: dict[str, Any], **options: int) -> TokenEngine:
+def engine(family: str, prefill: dict[str, Any], decode: dict[str, Any], **options: Any) -> TokenEngine:
     stack = load_stack({"prefill": prefill, "decode": decode}, registered())
     return TokenEngine(HuggingFaceModel(model(family)), stack, **options)
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from loopserve.kernels import backend
 from loopserve.kernels.block_sparse import cpu
 from loopserve.kernels.gpu import limits
-from loopserve.kernels.shapes import check
+from loopserve.kernels.shapes import check, check_device
 
 _OPERATION = backend.operation(
     "block_sparse", "packed", "cpu", "triton", limits={"cpu": cpu.limit, "triton": limits.blocks}
@@ -38,6 +38,7 @@ def block_sparse(
     wanted = (queries.shape[0], -(-queries.shape[1] // tile), -(-keys.shape[1] // tile))
     if blocks.shape != wanted or blocks.dtype != torch.bool:
         raise ValueError(f"block_sparse: blocks must be bool {list(wanted)}, got {blocks.dtype} {list(blocks.shape)}")
+    check_device("block_sparse", "blocks", blocks, queries.device)
     found: tuple[Tensor, Tensor] = _OPERATION(
         queries, keys, values, blocks, tile=tile, scaling=scaling, softcap=softcap, first_valid=first_valid
     )

@@ -8,7 +8,7 @@ from torch import Tensor
 from loopserve.kernels import backend
 from loopserve.kernels.decode_attention import cpu
 from loopserve.kernels.gpu import limits
-from loopserve.kernels.shapes import check, check_range
+from loopserve.kernels.shapes import check, check_device, check_range
 
 _OPERATION = backend.operation(
     "decode_attention", "packed", "cpu", "triton", limits={"cpu": cpu.limit, "triton": limits.attention}
@@ -49,6 +49,7 @@ def decode_attention(
             raise ValueError(
                 f"decode_attention: tail={tail} must lie before the queries' own columns of {keys.shape[1]}"
             )
+        check_device("decode_attention", "columns", columns, keys.device)
         if columns.device.type == "cpu":
             check_range("decode_attention: columns (plus one)", columns + 1, tail + 1)
     output, lse = _OPERATION(

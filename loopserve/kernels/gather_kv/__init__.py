@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from loopserve.kernels import backend
-from loopserve.kernels.shapes import check_range
+from loopserve.kernels.shapes import check_device, check_range
 
 _OPERATION = backend.operation("gather_kv", "packed", "cpu", "triton")
 
@@ -20,6 +20,7 @@ def gather_kv(keys: Tensor, values: Tensor, indices: Tensor) -> tuple[Tensor, Te
         raise ValueError(f"gather_kv: keys {list(keys.shape)} and values {list(values.shape)} must be [Hkv, n, D]")
     if indices.dim() != 2 or indices.shape[0] != keys.shape[0] or indices.dtype != torch.long:
         raise ValueError(f"gather_kv: indices {indices.dtype} {list(indices.shape)} must be int64 [{keys.shape[0]}, S]")
+    check_device("gather_kv", "indices", indices, keys.device)
     if indices.device.type == "cpu":
         check_range("gather_kv: indices", indices, keys.shape[1])
     copies: tuple[Tensor, Tensor] = _OPERATION(keys, values, indices)

@@ -14,6 +14,7 @@ from torch import Tensor
 from loopserve.kernels import backend
 from loopserve.kernels.gpu import limits
 from loopserve.kernels.key_codes import cpu
+from loopserve.kernels.shapes import check_device, check_range
 
 BITS = (2, 4, 8)
 _SUMMARISE = backend.operation(
@@ -53,6 +54,15 @@ def summarise_pages(
         )
     if codes is not None and (bits not in BITS or dim * bits % 8 or codes.shape[2:] != (page, dim * bits // 8)):
         raise ValueError(f"summarise_pages: codes {list(codes.shape)} do not hold {bits} bits of {dim} channels")
+    if not 0 <= first <= pages or {low.dtype, high.dtype} != {keys.dtype}:
+        raise ValueError(
+            f"summarise_pages: pages of {page} from {first} in {low.dtype} do not fit keys in {keys.dtype}"
+        )
+    if codes is not None and (codes.dtype != torch.uint8 or codes.shape[0] != heads or codes.shape[1] < pages):
+        raise ValueError(f"summarise_pages: codes {codes.dtype} {list(codes.shape)} have no room for {pages} pages")
+    for name, each in (("bounds", low), ("bounds", high), ("codes", codes)):
+        if each is not None:
+            check_device("summarise_pages", name, each, keys.device)
     _SUMMARISE(keys, page, first, low, high, codes, bits)
 
 
@@ -91,8 +101,15 @@ def code_jumps(
         raise ValueError(
             f"code_jumps: {budget} more than {base.dtype} {list(base.shape)} before column {tail} of {of.columns} do not fit"
         )
-    if observed is not None and (observed.shape != (heads, tail) or observed.dtype != torch.float32):
-        raise ValueError(f"code_jumps: observed {list(observed.shape)} must be float32 [{heads}, {tail}]")
+    if observed is not None:
+        if observed.shape != (heads, tail) or observed.dtype != torch.float32 or not observed.is_contiguous():
+            raise ValueError(
+                f"code_jumps: observed {list(observed.shape)} must be float32 [{heads}, {tail}], contiguous"
+            )
+        check_device("code_jumps", "observed", observed, queries.device)
+    check_device("code_jumps", "base", base, queries.device)
+    if base.device.type == "cpu":  # the compiled kernel writes at these columns
+        check_range("code_jumps: base", base, tail)
     found: Tensor = _JUMPS(queries, of, base, tail, budget, scaling=scaling, observed=observed)
     return found
 
@@ -103,3 +120,7 @@ def _check(op: str, queries: Tensor, of: KeyCodes) -> None:
         raise ValueError(f"{op}: queries {list(queries.shape)} do not fit codes of {heads} heads and {dim} channels")
     if of.codes.shape[:2] != (heads, pages) or of.columns > pages * of.codes.shape[2]:
         raise ValueError(f"{op}: codes {list(of.codes.shape)} do not fit {pages} pages and {of.columns} columns")
+    if of.high.shape != of.low.shape or of.high.dtype != of.low.dtype or of.codes.dtype != torch.uint8:
+        raise ValueError(f"{op}: bounds {of.low.dtype} and {of.high.dtype}, codes {of.codes.dtype} do not fit together")
+    for name, each in (("bounds", of.low), ("bounds", of.high), ("codes", of.codes)):
+        check_device(op, name, each, queries.device)

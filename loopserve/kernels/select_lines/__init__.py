@@ -65,7 +65,7 @@ def select_lines(
     if probabilities.dim() != 3 or 0 in probabilities.shape:
         raise ValueError(f"select_lines: probabilities {list(probabilities.shape)} must be non-empty [Hq, r, n]")
     heads, rows, total = probabilities.shape
-    check_columns("select_lines", columns, rows, total)
+    check_columns("select_lines", columns, rows, total, probabilities.device)
     options = prepare(
         "select_lines",
         columns,
@@ -120,7 +120,7 @@ def prepare(
     lines = torch.zeros(heads, 2, total, dtype=torch.bool, device=device)
     for kind, each in enumerate(forced):
         if each is not None:
-            check_lines(f"{op} (forced)", each.expand(heads, -1), each.expand(heads, -1), heads, total)
+            check_lines(f"{op} (forced)", each.expand(heads, -1), each.expand(heads, -1), heads, total, device)
             lines[:, kind] = each
     return {
         "alpha": alpha,

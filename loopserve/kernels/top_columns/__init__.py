@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from loopserve.kernels import backend
+from loopserve.kernels.shapes import check_first_valid
 from loopserve.kernels.top_columns import cpu
 
 _OPERATION = backend.operation("top_columns", "cpu", "triton", limits={"cpu": cpu.limit})
@@ -25,8 +26,8 @@ def top_columns(
         raise ValueError(
             f"top_columns: budget={budget}, sink_tokens={sink_tokens}, recent_window={recent_window}: none negative"
         )
-    if first_valid is not None and first_valid.shape != scores.shape[:1]:
-        raise ValueError(f"top_columns: first_valid {list(first_valid.shape)} must be [{scores.shape[0]}]")
+    if first_valid is not None:
+        check_first_valid("top_columns", first_valid, scores)
     found: Tensor = _OPERATION(
         scores,
         min(budget, scores.shape[1]),

@@ -33,7 +33,7 @@ def vertical_slash(
     that do not fit.
     """
     check("vertical_slash", queries, keys, values, first_valid=first_valid)
-    check_lines("vertical_slash", verticals, slashes, queries.shape[0], keys.shape[1])
+    check_lines("vertical_slash", verticals, slashes, queries.shape[0], keys.shape[1], queries.device)
     found: tuple[Tensor, Tensor] = _OPERATION(
         queries, keys, values, verticals, slashes, scaling=scaling, softcap=softcap, first_valid=first_valid
     )

@@ -41,6 +41,12 @@ class PyramidKVDecode(ScoredWrapper):
 
     config: Config
 
+    @property
+    def most_pairs(self) -> int | None:
+        """The first layer's part: never more than twice the mean."""
+        mean = self.inner.most_pairs
+        return None if mean is None else 2 * mean
+
     def layer_budget(self, inputs: AttentionInputs) -> int:
         mean = self.inner.layer_budget(inputs)
         ruled = [each.index for each in inputs.ruled]

@@ -6,7 +6,7 @@ from pydantic import Field
 from torch import Tensor
 
 from loopserve.core.interfaces import AttentionInputs, KVSelection, Phase, Retention
-from loopserve.core.scoring import ScoredCompressor, ScoredConfig, ScoredState, from_columns
+from loopserve.core.scoring import ScoredCompressor, ScoredConfig, ScoredState, from_columns, sound
 from loopserve.kernels.top_columns import top_columns
 from loopserve.policies.attended import attended
 
@@ -43,7 +43,7 @@ class RollingCompressor(ScoredCompressor):
         budget = self.layer_budget(inputs)
         if int(here.sum(1).max()) <= budget:
             return
-        ranking = self.ranking(inputs, state, budget)
+        ranking = sound(self.ranking(inputs, state, budget), inputs)
         state.pending[inputs.layer.index] = among(self.limits, ranking, here, budget, inputs, self.retention)
 
 

@@ -78,7 +78,8 @@ int LS(decode_attention)(const Attention *a) {
         else if (from < start) from = start;
         for (int64_t at = from; at < to; at += CHUNK) {
             int64_t columns[CHUNK], last = at + CHUNK < to ? at + CHUNK : to;
-            for (int64_t i = at; i < last; i++) columns[i - at] = i < chosen ? own[i] : tail + i - chosen;
+            for (int64_t i = at; i < last; i++)  // filler in the midst, where none belongs, must not be read before the buffer
+                columns[i - at] = i >= chosen ? tail + i - chosen : own[i] < 0 ? 0 : own[i];
             for (int64_t line = 0; line < lines; line++) {
                 int64_t head = kv * a->group + line / a->rows, row = line % a->rows;
                 int64_t seen = pairs - a->rows + row + 1, end = last < seen ? last : seen;
