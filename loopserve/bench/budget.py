@@ -20,7 +20,7 @@ def budget_for(share: float, length: float, answer_room: float) -> int:
 
 def budget_of(stack: PolicyStack) -> int | None:
     """The decode budget of a stack; None where its decode policy has none."""
-    found = _innermost(stack.describe()["decode"]).get("budget")
+    found = innermost(stack.describe()["decode"]).get("budget")
     return found if isinstance(found, int) else None
 
 
@@ -28,7 +28,7 @@ def with_budget(stack: PolicyStack, budget: int) -> PolicyStack:
     """The stack with another decode budget wherever it has one. ConfigError if a policy cannot work with so few."""
     described = stack.describe()
     for part in [described, *described.get("layers", [])]:
-        decode = _innermost(part.get("decode") or {})
+        decode = innermost(part.get("decode") or {})
         if "budget" in decode:
             # What a policy sets aside of its budget stays the same share of it.
             if "page_budget" in decode:
@@ -37,7 +37,7 @@ def with_budget(stack: PolicyStack, budget: int) -> PolicyStack:
     return load_stack(described)
 
 
-def _innermost(decode: dict[str, Any]) -> dict[str, Any]:
+def innermost(decode: dict[str, Any]) -> dict[str, Any]:
     """What a described decode policy wraps at last, where budgets stand; itself if it wraps nothing."""
     while isinstance(decode.get("inner"), dict):
         decode = decode["inner"]

@@ -256,6 +256,7 @@ class TokenEngine:
                 check_observation(wish, session.turn_start, session.cache.seen)
             elif wish is not None:
                 self._select(session, step, wish)
+                call.reselected |= bool(wish)
         except FAULTS as error:
             session.failed(compressor, error, "after_forward")
             return
@@ -278,7 +279,6 @@ class TokenEngine:
             )
         for layer, selection in wish.items():
             session.cache.layers[layer].select(selection)
-            call.reselected = True
 
     def _observe(self, session: Session, wish: Observation, key: int) -> None:
         """Run some rows of this turn again at their own positions; nothing is appended, only ``key`` is asked."""

@@ -23,6 +23,7 @@ def jumping() -> Script:
     script.tell(0, FACT)
     script.tell(1, OTHER)
     script.look(0, range(ANSWER - 8, ANSWER + JUMP))
+    script.queries[:, :, : ANSWER + JUMP, 1] = -1.0  # looks away, so that chance brings no part of it in
     script.look(1, range(ANSWER + JUMP, ANSWER + 20))
     return script
 

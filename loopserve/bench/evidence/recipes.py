@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from loopserve.bench.demo import innermost
+from loopserve.bench.budget import innermost
 from loopserve.core.config import parse_yaml
 from loopserve.core.stack import preset_file
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from loopserve.bench.demo import innermost
+from loopserve.bench.budget import innermost
 from loopserve.bench.evidence.pictures import Pictures, dressed, lines
 from loopserve.bench.evidence.recipes import DENSE, FULL, Policy, average_context, decode_preset, observing
 from loopserve.bench.evidence.talks import talk, tallies

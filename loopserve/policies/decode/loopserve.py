@@ -190,6 +190,8 @@ class LoopServeDecode(DecodeCompressor[LoopServeState]):
             if inputs.final:
                 self._observe_prefill(inputs, state)
         elif inputs.phase is Phase.DECODE:
+            if inputs.total_tokens <= self.config.dense_tokens:
+                return  # nothing to leave out yet, and no work for it
             kept = state.queries.setdefault(layer, deque(maxlen=self.config.window or self.config.interval))
             kept.append(inputs.queries.detach())
             state.calls[layer] = inputs
@@ -223,10 +225,10 @@ class LoopServeDecode(DecodeCompressor[LoopServeState]):
             rows, columns = inputs.queries[:, last], inputs.columns[last]
             self._add(inputs, state, inputs.token_scores(rows, columns, over_rows=config.rows.value))
             return
-        # Two readings of the keys take less than writing the rows down, which are not needed.
-        queries, columns = inputs.queries[:, last], inputs.columns[last]
-        self._add(inputs, state, inputs.token_scores(queries, columns, over_rows="max"))
-        looked_at = by_position(inputs.token_scores(queries, columns, over_rows="sum"), inputs).sum(0)
+        # One reading of the keys gives both: what the rows look at most, and which rows of the turn they look at.
+        scores = inputs.token_scores(inputs.queries[:, last], inputs.columns[last], over_rows="max")
+        self._add(inputs, state, scores)
+        looked_at = by_position(scores, inputs).sum(0)
         state.row_importance = looked_at if state.row_importance is None else state.row_importance + looked_at
 
     def _take(self, inputs: AttentionInputs, state: LoopServeState, queries: Tensor, columns: Tensor) -> None:
