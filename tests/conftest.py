@@ -1,4 +1,6 @@
-"""Shared by all tests: repeatable hypothesis runs, one thread per worker."""
+"""Shared by all tests: repeatable hypothesis runs, one thread per worker, a pipe's width."""
+
+import os
 
 import torch
 from hypothesis import HealthCheck, settings
@@ -11,3 +13,4 @@ settings.register_profile(
 )
 settings.load_profile("repeatable")
 torch.set_num_threads(1)
+os.environ.pop("COLUMNS", None)  # workers are told 80; what is written to a pipe has no width

@@ -82,8 +82,6 @@ def notes(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 @pytest.fixture
 def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Cli:
-    monkeypatch.delenv("COLUMNS", raising=False)  # some test runners set it; a pipe has no width
-
     def run(*arguments: str, stdin: str = "", terminal: bool = False) -> tuple[int, str, str]:
         typed = io.StringIO(stdin)
         typed.isatty = lambda: terminal  # type: ignore[method-assign]
