@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from loopserve.bench.evidence.pictures import Pictures, dressed
-from loopserve.bench.evidence.recipes import DENSE, FULL, Recipe, average_context, decode_preset, observing, preset
+from loopserve.bench.evidence.recipes import (
+    DENSE,
+    FULL,
+    TWO_HOP,
+    Recipe,
+    average_context,
+    decode_preset,
+    observing,
+    preset,
+)
 from loopserve.bench.evidence.talks import POSITIONS, at_positions, tallies
 from loopserve.bench.evidence.tally import Tally, paired
 from loopserve.bench.evidence.units import Row, Unit
@@ -37,12 +46,15 @@ def _stacks(tokens: int) -> dict[str, Recipe]:
         "dense": {"prefill": DENSE, "decode": FULL},
         "preset, 10 %": decoding(0.10),
         "preset, 5 %": decoding(0.05),
-        "5 %, pages of 64": decoding(0.05, page=64),
-        "10 %, last window": decoding(0.10, first_block="last_window"),
-        "5 %, last window": decoding(0.05, first_block="last_window"),
-        "5 %, last window, pages of 64": decoding(0.05, first_block="last_window", page=64),
-        "3 %, last window, pages of 64": decoding(0.03, first_block="last_window", page=64),
-        "5 %, last window, pages of 64, alpha 0.95": decoding(0.05, quick, first_block="last_window", page=64),
+        "preset, 3 %": decoding(0.03),
+        "5 %, pages of 16": decoding(0.05, page=16),
+        "5 %, pages of 32": decoding(0.05, page=32),
+        "5 %, pages of 128": decoding(0.05, page=128),
+        "5 %, codes of 4 bits": decoding(0.05, key_bits=4),
+        "5 %, two hops": decoding(0.05, **TWO_HOP),
+        "5 %, two hops, pages of 32": decoding(0.05, page=32, **TWO_HOP),
+        "5 %, sampled rows first": decoding(0.05, first_block="sampled"),
+        "5 %, alpha 0.95": decoding(0.05, quick),
         "observing every 4, 10 %": {"prefill": ours, "decode": observing(round(0.10 * context) - 6, 4)},
         "quest, pages of 16, 10 %": {
             "prefill": ours,

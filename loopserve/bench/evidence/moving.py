@@ -42,7 +42,7 @@ def units(tokens: int, dialogues: int, long_dialogues: int, intervals: Sequence[
         )
     long = {"tokens": tokens, "turns": 2, "position": "mixed", **LONG}
     for label, interval, first, decode in _policies(round(SHARE * average_context(tokens, 2) - 64), intervals):
-        if first in ("-", "two_hop") or label == "loopserve-paper":
+        if label != "observing" or first == "two_hop":
             made.append(
                 talk(
                     NAME,
@@ -69,7 +69,7 @@ def _policies(budget: int, intervals: Sequence[int]) -> list[tuple[str, int, str
         paper = decode_preset("loopserve-paper", budget, interval=interval)
         found.append(("loopserve-paper", interval, "last_window", paper))
         found.append(
-            ("loopserve", interval, "two_hop", decode_preset("loopserve", budget, dense_below=1, interval=interval))
+            ("loopserve", interval, "last_window", decode_preset("loopserve", budget, dense_below=1, interval=interval))
         )
     found.append(("snapkv", 0, "-", decode_preset("snapkv", budget)))
     found.append(("quest, pages of 4", 0, "-", {"policy": "quest", "budget": budget + 14, "page": 4}))
@@ -126,7 +126,7 @@ def _row(key: tuple[str, int, str], tally: Tally) -> list[str]:
 
 def _picture(found: dict[tuple[str, int, str], Tally], dense: Tally, pictures: Pictures) -> str:
     figure = pictures.figure(11, 3.6)
-    kinds = (("loopserve-paper", "last_window"), ("observing", "two_hop"), ("loopserve", "two_hop"))
+    kinds = (("loopserve-paper", "last_window"), ("observing", "two_hop"), ("loopserve", "last_window"))
     for axes, (label, first) in zip(figure.subplots(1, 3, sharey=True), kinds, strict=True):
         curves = {
             f"n_d {interval}": [(index + 1.0, tally.parts(_index(index)).value) for index in range(_KEYS)]
@@ -178,7 +178,7 @@ def _verdicts(found: dict[tuple[str, int, str], Tally]) -> list[str]:
             f"parts right.",
         )
     )
-    query = {interval: found["loopserve", interval, "two_hop"].parts() for interval in intervals}
+    query = {interval: found["loopserve", interval, "last_window"].parts() for interval in intervals}
     low, high = (bound(query.values(), key=lambda share: share.value) for bound in (min, max))
     said.append(
         verdict(

@@ -14,7 +14,7 @@ from loopserve.bench.evidence.words import listed, percent, points, table, verdi
 NAME = "position"
 BYTES = (0.10, 0.15, 0.20, 0.25, 0.30, 0.40)
 _WINDOWS = ("snapkv", "adakv", "pyramidkv", "chunkkv", "criticalkv")
-_OURS = ("loopserve", "loopserve, last window", "observing, every 2", "observing, every 4")
+_OURS = ("loopserve", "loopserve, two hops", "observing, every 2", "observing, every 4")
 _SHOWN = (
     "loopserve", "observing, every 2", "loopserve-paper", "quest, pages of 4", "quest, pages of 16", "rocketkv_mt, pages of 4",
     "snapkv", "expected_attention", "h2o", "streaming_llm",

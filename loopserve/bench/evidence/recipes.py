@@ -39,12 +39,14 @@ def decode_preset(name: str, budget: int, **changes: Any) -> Policy:
     return decode
 
 
-_OBSERVING = {"page_budget": 0, "key_bits": 0, "rescore": "keys", "page": 16, "dense_below": 1}
-"""What makes the preset's decoding observe the past only."""
+TWO_HOP: Policy = {"first_block": "two_hop", "second_hop": "kept", "hop_rows": 16}
+
+_OBSERVING = {"page_budget": 0, "key_bits": 0, "rescore": "keys", "page": 16, "dense_below": 1, **TWO_HOP}
+"""What makes the preset's decoding observe the past only, as well as that can."""
 
 
 def observing(budget: int, interval: int, **changes: Any) -> Policy:
-    """The preset's observation (two hops, memory, sharing) without a look by the current query."""
+    """The preset's memory and sharing, and two hops, without a look by the current query."""
     return decode_preset("loopserve", budget, **(_OBSERVING | {"interval": interval} | changes))
 
 
@@ -59,7 +61,7 @@ def decode_policies(share: float, context: float, outputs: float) -> dict[str, P
     alpha = {0.05: 0.9, 0.1: 0.95, 0.15: 0.98, 0.2: 0.99}.get(share, 0.95)
     return {
         "loopserve": decode_preset("loopserve", budget, dense_below=1),
-        "loopserve, last window": decode_preset("loopserve", budget, dense_below=1, first_block="last_window"),
+        "loopserve, two hops": decode_preset("loopserve", budget, dense_below=1, **TWO_HOP),
         "observing, every 2": observing(budget, 2),
         "observing, every 4": observing(budget, 4),
         "loopserve-paper": decode_preset("loopserve-paper", budget),
