@@ -33,6 +33,9 @@ def run(
         list[str] | None, typer.Option(help="A preset's name or a YAML file, repeatable; the suite's by default.")
     ] = None,
     tasks: Annotated[list[str] | None, typer.Option(help="A task of the suite, repeatable; all by default.")] = None,
+    source: Annotated[
+        str | None, typer.Option(help="Where tasks find their data: hub, a folder, or shipped; as the suite says.")
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Dialogues of each task.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Other seeds give other dialogues.")] = 0,
     attended: Annotated[
@@ -62,9 +65,9 @@ def run(
     """
     settings: Settings = context.obj
     from loopserve.bench.quality.runner import run_suite
-    from loopserve.bench.quality.suite import load_suite
+    from loopserve.bench.quality.suite import load_suite, with_source
 
-    loaded = load_suite(suite)
+    loaded = load_suite(suite) if source is None else with_source(load_suite(suite), source)
     stacks = settings.stacks(stack or loaded.stacks)  # a misspelt stack is refused before any work
     directory = output_dir or Path("runs") / f"{loaded.name}-{Path(model).name}"
     with _progress() as progress:
@@ -85,6 +88,9 @@ def run(
             dtype=dtype,
             progress=progress,
         )
+    for task, lines in found.identity["suite"]["found"].items():
+        for line in lines:  # what had to be found out of its data
+            print(f"{task}: {line}", file=sys.stderr)
     print(f"records: {directory} (loopserve bench report {directory})", file=sys.stderr)
     show_run(found, (), format)
 

@@ -65,6 +65,30 @@ def test_the_smoke_suite_runs_on_a_model_directory_and_is_shown(cli: Cli, tiny: 
     assert "no difference" in cli("compare", run, run)[1]
 
 
+@pytest.mark.parametrize(
+    ("suite", "tasks"), [("longbench", ["longbench-hotpotqa", "longbench-trec"]), ("published", [])]
+)
+def test_the_commands_for_a_real_model_run_on_a_small_one(
+    cli: Cli, tiny: Path, tmp_path: Path, suite: str, tasks: list[str]
+) -> None:
+    """docs/benchmark.md's commands, the shipped samples in the place of the data."""
+    chosen = [part for task in tasks for part in ("--tasks", task)]
+    command = ("run", "--suite", suite, "--model", tiny, "--source", "shipped", *chosen, "--limit", 1)
+    code, out, err = cli(*command, "--output-dir", tmp_path / "run", "--format", "json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert {row["stack"] for row in found["rows"]["stack"]} == set(load_suite(suite).stacks)
+    assert not found["errors"] and all(row["turns"] >= 3 for row in found["rows"]["stack"])
+    assert ("published: configs:" in err) == (suite == "published")
+
+
+def test_data_that_are_not_there_are_told_with_the_command_that_gets_them(cli: Cli, tmp_path: Path) -> None:
+    code, _, err = cli("run", "--suite", "longbench", "--source", tmp_path / "none", "--output-dir", tmp_path / "run")
+    assert code == 2 and "hf download THUDM/LongBench" in err and not (tmp_path / "run").exists()
+    code, _, err = cli("run", "--suite", "synthetic-small", "--source", "hub", "--output-dir", tmp_path / "run")
+    assert code == 2 and "has no task that reads data" in err
+
+
 def test_a_run_is_resumed_by_the_same_command_only(cli: Cli, tiny: Path, tmp_path: Path) -> None:
     suite, run = tmp_path / "mine.yaml", tmp_path / "run"
     suite.write_text(MINE)
