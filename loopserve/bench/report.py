@@ -1,8 +1,8 @@
 """From result files to the tables in the documents: ``python -m loopserve.bench.report README.md``.
 
 A table stands between markers that name its file: ``<!-- demo: FILE -->`` ... ``<!-- end of demo -->``, or ``<!-- speed:
-FILE op,op tokens -->`` ... ``<!-- end of speed -->`` for rows of ``loopserve bench``: of all operations or of those named, over all
-lengths or from so many tokens on.
+FILE op,op tokens not "text" "text" -->`` ... ``<!-- end of speed -->`` for rows of ``loopserve bench``: of all operations or of those
+named, over all lengths or from so many tokens on, without cases that contain one of the texts.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from loopserve.bench.speed import markdown
 
 _BEGIN, _END = "<!-- demo: {} -->", "<!-- end of demo -->"
 _PLACE = re.compile(r"<!-- demo: (\S+) -->.*?<!-- end of demo -->", re.DOTALL)
-_SPEED = re.compile(r"(<!-- speed: (\S+)(?: ([a-z_,]+))?(?: (\d+))? -->).*?<!-- end of speed -->", re.DOTALL)
+_SPEED = re.compile(
+    r"(<!-- speed: (\S+)(?: ([a-z_,]+))?(?: (\d+))?(?: not((?: \"[^\"]+\")+))? -->).*?<!-- end of speed -->", re.DOTALL
+)
 
 
 def demo_table(result: dict[str, Any]) -> str:
@@ -55,7 +57,8 @@ def renew(text: str, root: Path) -> str:
 
     def speed(match: re.Match[str]) -> str:
         ops = tuple(match.group(3).split(",")) if match.group(3) else ()
-        shown = markdown(read_rows(root / match.group(2)), ops, int(match.group(4) or 0))
+        without = re.findall(r'"([^"]+)"', match.group(5) or "")
+        shown = markdown(read_rows(root / match.group(2)), ops, int(match.group(4) or 0), without)
         return f"{match.group(1)}\n{shown}\n<!-- end of speed -->"
 
     return _SPEED.sub(speed, _PLACE.sub(table, text))
