@@ -50,7 +50,7 @@ def case(row: Row) -> str:
     if row["data"].startswith("model"):
         parts.append("the bundled model's heads")
     elif "planted" in row["data"]:
-        parts.append("planted lines")
+        parts.append("planted lines" + (", chosen on flat attention" if "own flat attention" in row["data"] else ""))
     return ", ".join(parts)
 
 
