@@ -277,7 +277,7 @@ def test_bench_engine_passes_its_options_on(cli: Cli, monkeypatch: pytest.Monkey
     def run_engine_bench(**options: Any) -> dict[str, Any]:
         return {"rows": [options | {"ratio": 0.987654}], "machine": {}}
 
-    monkeypatch.setitem(sys.modules, "loopserve.bench.engine", SimpleNamespace(run_engine_bench=run_engine_bench))
+    monkeypatch.setitem(sys.modules, "loopserve.bench.speed.engine", SimpleNamespace(run_engine_bench=run_engine_bench))
     row = json.loads(cli("bench", "engine", "--runs", "2", "--format", "json")[1])["rows"][0]
     assert row["model"] == "demo" and row["runs"] == 2 and row["stack"] == "dense"
     assert "0.9877" in cli("bench", "engine")[1]

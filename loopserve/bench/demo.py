@@ -12,8 +12,8 @@ from typing import Any
 
 from loopserve.api import Engine, load_stack
 from loopserve.bench.budget import budget_for, budget_of, with_budget
-from loopserve.bench.engine import machine
 from loopserve.bench.recall import Dialogue, Position, RecallTask, make_dialogues
+from loopserve.bench.speed.engine import machine
 from loopserve.core.errors import ConfigError
 from loopserve.core.stack import PolicyStack
 from loopserve.core.stats import TurnStats

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from loopserve.bench.rows import read_rows
-from loopserve.bench.speed import markdown
+from loopserve.bench.speed.table import markdown
 
 _BEGIN, _END = "<!-- demo: {} -->", "<!-- end of demo -->"
 _PLACE = re.compile(r"<!-- demo: (\S+) -->.*?<!-- end of demo -->", re.DOTALL)

@@ -12,11 +12,11 @@ from typing import Any, Literal, Protocol
 
 import torch
 
-from loopserve.bench.audit import audited
-from loopserve.bench.candidates import DTYPES
-from loopserve.bench.paired import watched
 from loopserve.bench.rows import Row
-from loopserve.bench.suite import Dtype, ModelShape
+from loopserve.bench.speed.audit import audited
+from loopserve.bench.speed.candidates import DTYPES
+from loopserve.bench.speed.paired import watched
+from loopserve.bench.speed.suite import Dtype, ModelShape
 from loopserve.core.cache import PairBuffer
 from loopserve.core.engine import TokenEngine
 from loopserve.core.sampling import SamplingConfig

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from loopserve.bench.heads import Heads
-from loopserve.bench.parity import Verdict
+from loopserve.bench.speed.parity import Verdict
 from loopserve.core.patterns import LinePattern
 from loopserve.kernels import backend
 from loopserve.kernels.choose_lines import choose_lines

@@ -7,10 +7,10 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
-from loopserve.bench.candidates import DTYPES, Candidate, Case, as_call, described, preset_sparsifier
 from loopserve.bench.capture import model_heads
 from loopserve.bench.heads import Heads, random_heads, structured_heads
-from loopserve.bench.parity import (
+from loopserve.bench.speed.candidates import DTYPES, Candidate, Case, as_call, described, preset_sparsifier
+from loopserve.bench.speed.parity import (
     Verdict,
     exact_blocks,
     exact_dense,
@@ -19,9 +19,9 @@ from loopserve.bench.parity import (
     sampled_rows,
     verdict,
 )
-from loopserve.bench.planted import PlantedSparsifier
-from loopserve.bench.selection import SAMPLED, check_selection, choose, of_kv_head, select
-from loopserve.bench.suite import KernelPrefill
+from loopserve.bench.speed.planted import PlantedSparsifier
+from loopserve.bench.speed.selection import SAMPLED, check_selection, choose, of_kv_head, select
+from loopserve.bench.speed.suite import KernelPrefill
 from loopserve.core.interfaces import PrefillSparsifier
 from loopserve.core.patterns import TILE, AttentionPattern, BlockPattern, DensePattern, LinePattern
 from loopserve.kernels import backend
