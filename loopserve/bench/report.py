@@ -41,7 +41,8 @@ def demo_table(result: dict[str, Any]) -> str:
     settings, machine = result["settings"], result["machine"]
     said = (
         f"{settings['dialogues']} held-out dialogues of {settings['tokens']:,} tokens and {settings['turns']} turns, one and two keys "
-        f"asked, budget {settings['budget'][0]} pairs per head; {machine['processor']}, {machine['threads']} thread(s), torch "
+        f"asked, budget {' or '.join(map(str, settings['budget']))} pairs per head (the larger where the answer counts in); "
+        f"{machine['processor']}, {machine['threads']} thread(s), torch "
         f"{machine['torch']}, float32. `loopserve demo --tokens {settings['tokens']} --turns {settings['turns']} "
         f"--dialogues {settings['dialogues'] // 3} --seed {settings['seed']} --format json`"
     )

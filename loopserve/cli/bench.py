@@ -12,6 +12,7 @@ import typer
 from loopserve.cli import quality
 from loopserve.cli.options import Format, FormatOption, Settings
 from loopserve.cli.output import console, print_json, table
+from loopserve.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from loopserve.bench.speed.suite import Suite
@@ -125,11 +126,16 @@ def report(
     from loopserve.bench.speed import table as speed
 
     rows = latest(row for file in files for row in read_rows(file))
+    if not rows:
+        raise ConfigError(f"{', '.join(map(str, files))}: no rows yet")
     shown = [row for row in rows if not only or row["op"] in only]
     if plots is not None:
         from loopserve.bench.plots import plot_speed
 
-        plots.mkdir(parents=True, exist_ok=True)
+        try:
+            plots.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"--plots {plots}: no directory can be made there ({error.strerror})") from error
         for path in plot_speed(rows, plots):
             _progress(f"wrote {path}")
     if format is Format.JSON:

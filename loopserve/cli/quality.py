@@ -75,7 +75,7 @@ def run(
             loaded,
             model=model,
             stacks=stacks,
-            attended=None if attended is None else [share for share in attended if share],
+            attended=attended,
             tasks=tasks or (),
             limit=limit,
             seed=seed,
@@ -157,9 +157,14 @@ def report_run(directory: Path, by: Sequence[str], markdown: bool, output_dir: P
     """The tables of a run, on the terminal and as files: report.html with plots, report.md."""
     from loopserve.bench.quality import page
     from loopserve.bench.quality.run import open_run
-    from loopserve.core.errors import ConfigError
+    from loopserve.bench.quality.tables import GROUPS
+    from loopserve.core.errors import ConfigError, did_you_mean
 
     found = open_run(directory)
+    known = {*GROUPS, *(label for record in found.records for label in record.get("labels", ()))}
+    for label in by:
+        if label not in known:
+            raise ConfigError(f"--by {label}: no turn of this run has such a label{did_you_mean(label, known)}")
     text = page.markdown(found, by)
     for name, content in (("report.html", page.page(found, by)), ("report.md", text)):
         path = (output_dir or directory) / name

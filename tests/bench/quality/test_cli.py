@@ -57,6 +57,8 @@ def test_the_smoke_suite_runs_on_a_model_directory_and_is_shown(cli: Cli, tiny: 
         "difflib",
     }
     assert {row["stack"] for row in found["rows"]["stack"]} == {"dense", "loopserve@0.2", "snapkv@0.2"}
+    code, _, err = cli("report", run, "--by", "wrods")
+    assert code == 2 and "--by wrods: no turn of this run has such a label; did you mean 'words'?" in err
     elsewhere = tmp_path / "a" / "page"
     text = cli("report", run, "--markdown", "--output-dir", elsewhere)[1]
     assert "| dense |" in text and (elsewhere / "report.md").read_text() == text
@@ -122,9 +124,12 @@ def test_suites_tasks_and_stacks_are_listed(cli: Cli) -> None:
         (MINE.replace("turns: 2", "turn: 2"), "turn: unknown key; did you mean 'turns'?"),
         (MINE.replace("recall", "recal"), "unknown task 'recal'; did you mean 'recall'?"),
         (MINE + "stacks: [snapk]\n", "unknown stack 'snapk'; did you mean 'snapkv'?"),
-        (MINE + "attended: [2.0]\n", "--attended 2: must be above 0 and at most 1"),
+        (MINE + "attended: [2.0]\n", "--attended 2: must be from 0 (a stack's own budget) to 1"),
         ("version: 1\nname: mine\ntasks: []\n", "mine.yaml:3: tasks: "),
-        ("version: 1\nname: mine\n", "this is a suite of speed"),
+        ("version: 1\nname: mine\n", "mine.yaml:1: tasks: this key is required"),
+        ("version: 1\nname: mine\nshort: []\n", "this is a suite of speed"),
+        ("version: 1\nname: [mine\n", "mine.yaml:3: broken YAML"),
+        (MINE.replace("tasks:", "task:"), "unknown key; did you mean 'tasks'?"),
     ],
 )
 def test_a_mistake_in_a_suite_is_one_clear_line(cli: Cli, tmp_path: Path, text: str, said: str) -> None:
@@ -142,6 +147,15 @@ def test_wrong_commands_are_told_what_is_known(cli: Cli, tmp_path: Path) -> None
     assert "no quality run" in cli("report", tmp_path)[2]
     assert "no quality run" in cli("compare", tmp_path, tmp_path)[2]
     assert cli("report", tmp_path, tmp_path)[0] == 2
+    (tmp_path / "manifest.json").write_text('{"version": 1}')
+    assert "damaged" in cli("report", tmp_path)[2]
+    records = tmp_path / "records.jsonl"
+    records.write_text('{"stack": "dense", "task": "recall", "sample": "0"}\n')
+    assert "give the run's directory" in cli("report", records)[2]
+    records.write_text('{"op": "x"}\n')
+    assert "records.jsonl:1: not a result row: it has no 'device'" in cli("report", records)[2]
+    records.write_text("")
+    assert "no rows yet" in cli("report", records)[2]
 
 
 @pytest.mark.parametrize("name", suite_files(SuiteKind.QUALITY))
