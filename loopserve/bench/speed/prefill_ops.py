@@ -20,7 +20,7 @@ from loopserve.bench.speed.parity import (
     verdict,
 )
 from loopserve.bench.speed.planted import PlantedSparsifier
-from loopserve.bench.speed.selection import SAMPLED, check_selection, choose, of_kv_head, select
+from loopserve.bench.speed.selection import check_selection, choose, of_kv_head, select
 from loopserve.bench.speed.suite import KernelPrefill
 from loopserve.core.interfaces import PrefillSparsifier
 from loopserve.core.patterns import TILE, AttentionPattern, BlockPattern, DensePattern, LinePattern
@@ -85,7 +85,8 @@ class _Block:
         self.dtype = heads.queries.dtype
         self.new, self.total = heads.queries.shape[1], heads.keys.shape[1]
         self.stretches = sampled_rows(self.new)
-        self.rows = sample_rows(self.new, SAMPLED, Sampling.MIXED, generator(0)).to(heads.keys.device)
+        sampled = preset_sparsifier(alpha).config.sample_rows
+        self.rows = sample_rows(self.new, sampled, Sampling.MIXED, generator(0)).to(heads.keys.device)
         self.columns = self.rows + heads.history
         self.exact_dense = cache(partial(exact_dense, heads, self.stretches))
         self.probabilities = cache(lambda: self._scores().probabilities)
