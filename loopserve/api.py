@@ -174,9 +174,11 @@ class Engine:
         return ChatSession(self, system)
 
     def load_session(self, path: str | Path) -> ChatSession:
-        """A conversation saved by ``ChatSession.save``; its cache is computed anew with the next message."""
+        """A conversation saved by ``ChatSession.save``, under this engine's stack; its cache is computed anew with the next message."""
         try:
             saved = json.loads(Path(path).read_text(encoding="utf-8"))
+            if saved["version"] != 1:
+                raise ValueError(f"version {saved['version']}, known is 1")
             messages = [{"role": str(m["role"]), "content": str(m["content"])} for m in saved["messages"]]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{path}: not a saved conversation ({error})") from error
@@ -238,12 +240,18 @@ class ChatSession:
         except ValidationError as error:
             first = error.errors()[0]
             raise ConfigError(f"{'.'.join(map(str, first['loc']))}: {first['msg']} (got {first['input']!r})") from error
-        session = self._open
-        session.require_rest()
-        asked = [*self.messages, {"role": "user", "content": text}]
-        return self._answer(session, asked, self._new_ids(session, asked), config)
+        self._open.require_rest()
+        self._asked(text)  # a message that cannot be asked is refused at once
+        return self._answer(text, config)
 
-    def _answer(self, session: Session, asked: list[Message], ids: list[int], config: SamplingConfig) -> Iterator[str]:
+    def _asked(self, text: str) -> tuple[list[Message], list[int]]:
+        """The conversation with this message, and the tokens that it adds."""
+        asked = [*self.messages, {"role": "user", "content": text}]
+        return asked, self._new_ids(self._open, asked)
+
+    def _answer(self, text: str, config: SamplingConfig) -> Iterator[str]:
+        session = self._open
+        asked, ids = self._asked(text)  # now, as other turns may have been held since the stream was opened
         decoder = StreamDecoder(self.engine.tokenizer)
         answer: list[int] = []
         for token in self.engine.tokens.generate(session, ids, config, self.engine.stop_ids):
@@ -314,7 +322,7 @@ class ChatSession:
         self.last_reply, self._session = other.last_reply, other._session
 
     def save(self, path: str | Path) -> None:
-        """Write the messages and the stack as JSON; ``Engine.load_session`` reads them."""
+        """Write the messages as JSON, with the stack for the record; ``Engine.load_session`` reads the messages."""
         body = {"version": 1, "stack": self.engine.stack.describe(), "messages": self.messages}
         try:
             Path(path).write_text(json.dumps(body, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -18,6 +18,7 @@ from loopserve.core.errors import ConfigError, InputError, ModelError
 from loopserve.models.demo import bundled_path
 
 TOLD = "the code of lisbon is amber falcon river . we had soup for lunch today . the code of oslo is silver lantern ."
+QUESTION = "what is the code of oslo ?"
 STACKS = ["dense", "loopserve", "snapkv", "snapkv-evict"]
 
 
@@ -96,6 +97,30 @@ def test_a_second_turn_cannot_begin_while_an_answer_is_being_written(chat: ChatS
     rest = "".join(stream)
     assert rest and len(chat.messages) == 2
     assert chat.send("what is the code of lisbon ?").text == "lisbon is amber falcon river ."
+
+
+def test_streams_opened_together_are_answered_in_the_order_they_are_read(chat: ChatSession) -> None:
+    first, second = chat.stream(f"{TOLD} what is the code of lisbon ?"), chat.stream(QUESTION)
+    list(first)
+    list(second)
+    assert [m["content"] for m in chat.messages if m["role"] == "user"] == [
+        f"{TOLD} what is the code of lisbon ?",
+        QUESTION,
+    ]
+    assert len(chat.turns) == 2 and "silver lantern" in chat.messages[-1]["content"]
+    assert chat.undo()["content"] == QUESTION
+    assert len(chat.messages) == 2 and len(chat.turns) == 1
+
+
+def test_a_turn_that_breaks_off_under_eviction_leaves_the_last_one_to_be_taken_back() -> None:
+    with Engine.from_pretrained("demo", "snapkv-evict").session() as chat:
+        chat.send(f"{TOLD} what is the code of lisbon ?")
+        chat.send(QUESTION)
+        stream = chat.stream(QUESTION)
+        next(stream)
+        stream.close()  # type: ignore[attr-defined]
+        assert chat.undo()["content"] == QUESTION
+        assert len(chat.messages) == 2 and chat.send(QUESTION).text == "oslo is silver lantern ."
 
 
 def test_a_closed_session_frees_its_cache(engine: Engine) -> None:

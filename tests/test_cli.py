@@ -126,6 +126,8 @@ def test_line_sizes_are_searched_on_a_model_and_read_by_the_policy(cli: Cli, tmp
     text.write_text("hello")
     code, _, err = cli("policies", "search-minference", "demo", "-o", str(sizes), "--text", str(text))
     assert code == 2 and "too few to search on" in err
+    code, _, err = cli("policies", "search-minference", "no-such-model", "-o", str(tmp_path))
+    assert code == 2 and "give a file in a directory that is there" in err
 
 
 def test_a_policy_shows_its_options(cli: Cli):

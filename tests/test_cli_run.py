@@ -265,6 +265,8 @@ def test_demo_refuses_a_misspelt_stack_and_a_lost_plot_before_any_work(cli: Cli,
     assert code == 2 and "did you mean 'dense'" in err
     code, _, err = cli("demo", "--stack", "dense", "--plot", str(tmp_path / "no" / "plot.png"))
     assert code == 2 and "there is no directory" in err
+    code, _, err = cli("demo", "--stack", "dense", "--plot", str(tmp_path / "plot.foo"))
+    assert code == 2 and "must end in .png, .svg or .pdf" in err
     assert not asked
 
 
@@ -277,7 +279,7 @@ def test_bench_engine_passes_its_options_on(cli: Cli, monkeypatch: pytest.Monkey
     def run_engine_bench(**options: Any) -> dict[str, Any]:
         return {"rows": [options | {"ratio": 0.987654}], "machine": {}}
 
-    monkeypatch.setitem(sys.modules, "loopserve.bench.engine", SimpleNamespace(run_engine_bench=run_engine_bench))
+    monkeypatch.setitem(sys.modules, "loopserve.bench.speed.engine", SimpleNamespace(run_engine_bench=run_engine_bench))
     row = json.loads(cli("bench", "engine", "--runs", "2", "--format", "json")[1])["rows"][0]
     assert row["model"] == "demo" and row["runs"] == 2 and row["stack"] == "dense"
     assert "0.9877" in cli("bench", "engine")[1]
@@ -295,3 +297,13 @@ def test_a_saved_conversation_goes_on_at_the_command_line(cli: Cli, tmp_path: Pa
         "chat", "demo", "--stack", "dense", "--continue", str(tmp_path / "nowhere.json"), stdin="hello\n"
     )
     assert code == 2 and "not a saved conversation" in err
+    code, _, err = cli("chat", "demo", "--continue", str(file), "--system", "be kind", stdin="hello\n")
+    assert code == 2 and "keeps its own system message" in err
+    file.write_text(file.read_text().replace('"version": 1', '"version": 9', 1))
+    code, _, err = cli("chat", "demo", "--stack", "dense", "--continue", str(file), stdin="hello\n")
+    assert code == 2 and "not a saved conversation (version 9, known is 1)" in err
+
+
+def test_a_wrong_dtype_is_not_taken_for_a_damaged_model(cli: Cli):
+    code, _, err = cli("run", "demo", "hello", "--dtype", "int7")
+    assert code == 2 and "unknown dtype 'int7'" in err and "damaged" not in err

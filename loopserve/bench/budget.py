@@ -18,6 +18,11 @@ def budget_for(share: float, length: float, answer_room: float) -> int:
     return max(_LEAST, round(length * share - answer_room))
 
 
+def room_for(stack: PolicyStack, outputs: float) -> float:
+    """Of so many outputs attended on average over an answer, those that the stack's budget does not count in."""
+    return 0.0 if stack.decode.counts_outputs else outputs
+
+
 def budget_of(stack: PolicyStack) -> int | None:
     """The decode budget of a stack; None where its decode policy has none."""
     found = innermost(stack.describe()["decode"]).get("budget")
@@ -25,14 +30,17 @@ def budget_of(stack: PolicyStack) -> int | None:
 
 
 def with_budget(stack: PolicyStack, budget: int) -> PolicyStack:
-    """The stack with another decode budget wherever it has one. ConfigError if a policy cannot work with so few."""
+    """The stack with another decode budget in every layer that has one; others stay as they are. ConfigError if a policy cannot work
+    with it.
+    """
     described = stack.describe()
-    for part in [described, *described.get("layers", [])]:
-        decode = innermost(part.get("decode") or {})
+    for each in [described, *described.get("layers", [])]:
+        decode = innermost(each.get("decode") or {})
         if "budget" in decode:
-            # What a policy sets aside of its budget stays the same share of it.
-            if "page_budget" in decode:
-                decode["page_budget"] = decode["page_budget"] * budget // decode["budget"]
+            # What a policy sets aside of its budget, or filters before it, stays the same share of it.
+            for part in ("page_budget", "filter_budget"):
+                if part in decode:
+                    decode[part] = decode[part] * budget // decode["budget"]
             decode["budget"] = budget
     return load_stack(described)
 

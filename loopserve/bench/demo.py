@@ -11,9 +11,9 @@ from statistics import median
 from typing import Any
 
 from loopserve.api import Engine, load_stack
-from loopserve.bench.budget import budget_for, budget_of, with_budget
-from loopserve.bench.engine import machine
+from loopserve.bench.budget import budget_for, budget_of, room_for, with_budget
 from loopserve.bench.recall import Dialogue, Position, RecallTask, make_dialogues
+from loopserve.bench.speed.engine import machine
 from loopserve.core.errors import ConfigError
 from loopserve.core.stack import PolicyStack
 from loopserve.core.stats import TurnStats
@@ -64,7 +64,7 @@ def equal_budget(stack: PolicyStack, tokens: int, turns: int) -> PolicyStack:
     """The stack with its decode budget set so that a tenth of the pairs that dense attends to are attended."""
     average = tokens * (turns + 1) / (2 * turns)  # length of the conversation at each answer, turns being equally long
     try:
-        return with_budget(stack, budget_for(ATTENDED, average, _ANSWER_ROOM))
+        return with_budget(stack, budget_for(ATTENDED, average, room_for(stack, _ANSWER_ROOM)))
     except ConfigError as error:
         raise ConfigError(f"a tenth of {tokens} tokens is too small a budget ({error}): raise --tokens") from error
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from loopserve.bench.figures import figure, save
 from loopserve.bench.rows import Row
-from loopserve.bench.speed import count, crossing
+from loopserve.bench.speed.table import count, crossing
 
 _WHOLE = "sparse_prefill"  # scoring, selection and attention
 _FIRST_TURN = ("dense_attention", "vertical_slash", _WHOLE)

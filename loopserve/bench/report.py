@@ -1,8 +1,8 @@
 """From result files to the tables in the documents: ``python -m loopserve.bench.report README.md``.
 
 A table stands between markers that name its file: ``<!-- demo: FILE -->`` ... ``<!-- end of demo -->``, or ``<!-- speed:
-FILE op,op tokens -->`` ... ``<!-- end of speed -->`` for rows of ``loopserve bench``: of all operations or of those named, over all
-lengths or from so many tokens on.
+FILE op,op tokens not "text" "text" -->`` ... ``<!-- end of speed -->`` for rows of ``loopserve bench``: of all operations or of those
+named, over all lengths or from so many tokens on, without cases that contain one of the texts.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from loopserve.bench.rows import read_rows
-from loopserve.bench.speed import markdown
+from loopserve.bench.speed.table import markdown
 
 _BEGIN, _END = "<!-- demo: {} -->", "<!-- end of demo -->"
 _PLACE = re.compile(r"<!-- demo: (\S+) -->.*?<!-- end of demo -->", re.DOTALL)
-_SPEED = re.compile(r"(<!-- speed: (\S+)(?: ([a-z_,]+))?(?: (\d+))? -->).*?<!-- end of speed -->", re.DOTALL)
+_SPEED = re.compile(
+    r"(<!-- speed: (\S+)(?: ([a-z_,]+))?(?: (\d+))?(?: not((?: \"[^\"]+\")+))? -->).*?<!-- end of speed -->", re.DOTALL
+)
 
 
 def demo_table(result: dict[str, Any]) -> str:
@@ -39,7 +41,8 @@ def demo_table(result: dict[str, Any]) -> str:
     settings, machine = result["settings"], result["machine"]
     said = (
         f"{settings['dialogues']} held-out dialogues of {settings['tokens']:,} tokens and {settings['turns']} turns, one and two keys "
-        f"asked, budget {settings['budget'][0]} pairs per head; {machine['processor']}, {machine['threads']} thread(s), torch "
+        f"asked, budget {' or '.join(map(str, settings['budget']))} pairs per head (the larger where the answer counts in); "
+        f"{machine['processor']}, {machine['threads']} thread(s), torch "
         f"{machine['torch']}, float32. `loopserve demo --tokens {settings['tokens']} --turns {settings['turns']} "
         f"--dialogues {settings['dialogues'] // 3} --seed {settings['seed']} --format json`"
     )
@@ -55,7 +58,8 @@ def renew(text: str, root: Path) -> str:
 
     def speed(match: re.Match[str]) -> str:
         ops = tuple(match.group(3).split(",")) if match.group(3) else ()
-        shown = markdown(read_rows(root / match.group(2)), ops, int(match.group(4) or 0))
+        without = re.findall(r'"([^"]+)"', match.group(5) or "")
+        shown = markdown(read_rows(root / match.group(2)), ops, int(match.group(4) or 0), without)
         return f"{match.group(1)}\n{shown}\n<!-- end of speed -->"
 
     return _SPEED.sub(speed, _PLACE.sub(table, text))

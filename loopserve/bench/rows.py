@@ -102,6 +102,10 @@ def quantiles(values: Sequence[float]) -> tuple[float, float, float]:
     return low, middle, high
 
 
+_NEEDED = ("op", "device", "threads", "versions", "commit", "date")
+"""What any row of ``loopserve bench`` has."""
+
+
 def append_rows(path: Path, rows: Iterable[Row]) -> None:
     """Add rows to a file of JSON lines; the file begins with the first row ever written."""
     try:
@@ -126,8 +130,11 @@ def read_rows(path: Path) -> list[Row]:
             row = json.loads(line)
         except ValueError as error:
             raise ConfigError(f"{path}:{number}: not a JSON row ({error})") from error
-        if not isinstance(row, dict) or "op" not in row:
-            raise ConfigError(f"{path}:{number}: not a result row: it has no 'op'")
+        if isinstance(row, dict) and "sample" in row and "stack" in row:
+            raise ConfigError(f"{path}: these are answers of a quality run: give the run's directory")
+        absent = [name for name in _NEEDED if not isinstance(row, dict) or name not in row]
+        if absent:
+            raise ConfigError(f"{path}:{number}: not a result row: it has no {absent[0]!r}")
         rows.append(row)
     return rows
 

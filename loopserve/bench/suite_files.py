@@ -18,6 +18,12 @@ class SuiteKind(StrEnum):
     QUALITY = "quality"
 
 
+_FIELDS = {
+    SuiteKind.SPEED: {"prefill_kernels", "decode_kernels", "decode", "prefill", "short", "conversation"},
+    SuiteKind.QUALITY: {"tasks"},
+}
+"""What only suites of a kind have."""
+
 _COMMAND = {SuiteKind.SPEED: "loopserve bench kernels, decode or prefill", SuiteKind.QUALITY: "loopserve bench run"}
 
 
@@ -36,9 +42,15 @@ def read_suite(spec: str, kind: SuiteKind) -> Document:
         if spec not in found:
             raise ConfigError(f"unknown suite {spec!r}{did_you_mean(spec, found)}, or give a YAML file")
         path = found[spec]
-    if path.is_file() and _kind(path) is not kind:
-        raise ConfigError(f"{path.name}: this is a suite of {_kind(path)}: give it to {_COMMAND[_kind(path)]}")
-    return read_yaml(path, path.name)
+    document = read_yaml(path, path.name)
+    other = next(each for each in SuiteKind if each is not kind)
+    if (
+        isinstance(document.data, dict)
+        and _FIELDS[other] & document.data.keys()
+        and not _FIELDS[kind] & document.data.keys()
+    ):
+        raise ConfigError(f"{path.name}: this is a suite of {other}: give it to {_COMMAND[other]}")
+    return document
 
 
 def _kind(path: Path) -> SuiteKind:

@@ -12,9 +12,10 @@ import typer
 from loopserve.cli import quality
 from loopserve.cli.options import Format, FormatOption, Settings
 from loopserve.cli.output import console, print_json, table
+from loopserve.core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from loopserve.bench.suite import Suite
+    from loopserve.bench.speed.suite import Suite
 
 app = typer.Typer(help="Measure on this machine: answers and speed.", no_args_is_help=True)
 app.command()(quality.run)
@@ -41,7 +42,7 @@ def kernels(
     An operation whose result differs from its reference on the same inputs gets no time, and the exit code is 1.
     """
     loaded = _suite(suite)
-    from loopserve.bench.kernels import check_ops, run_kernels
+    from loopserve.bench.speed.kernels import check_ops, run_kernels
 
     rows = run_kernels(loaded, device=device, only=check_ops(only or ()), runs=runs, progress=_progress)
     _show(rows, output, format)
@@ -57,7 +58,7 @@ def decode(
 ) -> None:
     """Milliseconds per output token after a long history, re-scoring included, beside transformers' own model."""
     loaded = _suite(suite)
-    from loopserve.bench.decode import run_decode
+    from loopserve.bench.speed.decode import run_decode
 
     _show(run_decode(loaded, device=device, runs=runs, progress=_progress), output, format)
 
@@ -72,7 +73,7 @@ def prefill(
 ) -> None:
     """Time to first token of a later turn over a long history, and short turns end to end."""
     loaded = _suite(suite)
-    from loopserve.bench.prefill import run_prefill
+    from loopserve.bench.speed.prefill import run_prefill
 
     _show(run_prefill(loaded, device=device, runs=runs, progress=_progress), output, format)
 
@@ -86,7 +87,7 @@ def conversation(
 ) -> None:
     """Time to first token and per token of every turn of a growing conversation, dense and sparse."""
     loaded = _suite(suite)
-    from loopserve.bench.prefill import run_conversation
+    from loopserve.bench.speed.prefill import run_conversation
 
     _show(run_conversation(loaded, device=device, progress=_progress), output, format)
 
@@ -121,15 +122,20 @@ def report(
             raise typer.BadParameter("one quality run at a time; loopserve bench compare takes two")
         quality.report_run(files[0], by or (), markdown, output_dir, format)
         return
-    from loopserve.bench import speed
     from loopserve.bench.rows import latest, read_rows
+    from loopserve.bench.speed import table as speed
 
     rows = latest(row for file in files for row in read_rows(file))
+    if not rows:
+        raise ConfigError(f"{', '.join(map(str, files))}: no rows yet")
     shown = [row for row in rows if not only or row["op"] in only]
     if plots is not None:
         from loopserve.bench.plots import plot_speed
 
-        plots.mkdir(parents=True, exist_ok=True)
+        try:
+            plots.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"--plots {plots}: no directory can be made there ({error.strerror})") from error
         for path in plot_speed(rows, plots):
             _progress(f"wrote {path}")
     if format is Format.JSON:
@@ -159,7 +165,7 @@ def engine(
     """
     settings: Settings = context.obj
     settings.stack(stack)  # a misspelt stack is refused before any work
-    from loopserve.bench.engine import run_engine_bench
+    from loopserve.bench.speed.engine import run_engine_bench
 
     result: dict[str, Any] = run_engine_bench(
         model=model, history=history, new_tokens=new_tokens, output_tokens=output_tokens, runs=runs, stack=stack
@@ -184,7 +190,7 @@ def guard(
     stacks = stack or ["dense", "snapkv", "quest", "loopserve"]
     settings: Settings = context.obj
     settings.stacks(stacks)
-    from loopserve.bench.guard import run_guard_bench
+    from loopserve.bench.speed.guard import run_guard_bench
 
     result = run_guard_bench(
         model=model, stacks=stacks, history=history, output_tokens=output_tokens, runs=runs, progress=_progress
@@ -204,7 +210,7 @@ def _show_result(result: dict[str, Any], format: Format) -> None:
 
 
 def _suite(spec: str) -> Suite:
-    from loopserve.bench.suite import load_suite
+    from loopserve.bench.speed.suite import load_suite
 
     return load_suite(spec)
 
@@ -234,7 +240,7 @@ def _show(rows: Iterator[dict[str, Any]], output: Path | None, format: Format) -
 
 
 def _print_rows(rows: Iterable[dict[str, Any]]) -> None:
-    from loopserve.bench import speed
+    from loopserve.bench.speed import table as speed
 
     rows = list(rows)
     figures = table(*speed.COLUMNS)

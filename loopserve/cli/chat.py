@@ -59,6 +59,8 @@ def chat(
     from loopserve.core.config import to_yaml
 
     settings: Settings = context.obj
+    if resume is not None and system is not None:
+        raise typer.BadParameter("a conversation that goes on keeps its own system message: leave --system out")
     resolved = settings.stack(stack)
     from loopserve.api import Engine
 

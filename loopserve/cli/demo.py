@@ -45,19 +45,21 @@ def demo(
 
     with _progress() as progress:
         result = run_demo(stacks=stacks, seed=seed, tokens=tokens, turns=turns, dialogues=dialogues, progress=progress)
-    if plot is not None:
-        from loopserve.bench.plots import plot_demo
-
-        plot_demo(result, plot)
     if format is Format.JSON:
         print_json(result)
     else:
         render(result)
+    if plot is not None:  # last: a picture that fails must not take the figures with it
+        from loopserve.bench.plots import plot_demo
+
+        plot_demo(result, plot)
 
 
 def _can_plot(path: Path) -> None:
     if find_spec("matplotlib") is None:
         raise ConfigError("--plot needs matplotlib: pip install 'loopserve[plot]'")
+    if path.suffix not in (".png", ".svg", ".pdf"):
+        raise ConfigError(f"--plot {path}: the name must end in .png, .svg or .pdf")
     if not path.absolute().parent.is_dir():
         raise ConfigError(f"--plot {path}: there is no directory {path.absolute().parent}")
 

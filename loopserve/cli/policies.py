@@ -11,6 +11,7 @@ import typer
 from loopserve.cli import check, scaffold
 from loopserve.cli.options import DeviceOption, DtypeOption, Format, FormatOption, ModelArgument, Settings
 from loopserve.cli.output import console, print_json, table
+from loopserve.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from loopserve.core.registry import Registration
@@ -117,6 +118,8 @@ def search_minference(
     """Search, once per model, how many vertical and slash lines each head needs; `minference` reads the file as `sizes`."""
     from loopserve.cli.search import searched
 
+    if Path(output).is_dir() or not Path(output).absolute().parent.is_dir():  # before the search, which takes time
+        raise ConfigError(f"{output}: cannot be written: give a file in a directory that is there")
     sizes = searched(model, text, tokens, share, dtype=dtype, device=device)
     from loopserve.policies.prefill.line_sizes import describe, write_sizes
 

@@ -33,6 +33,9 @@ def run(
         list[str] | None, typer.Option(help="A preset's name or a YAML file, repeatable; the suite's by default.")
     ] = None,
     tasks: Annotated[list[str] | None, typer.Option(help="A task of the suite, repeatable; all by default.")] = None,
+    source: Annotated[
+        str | None, typer.Option(help="Where tasks find their data: hub, a folder, or shipped; as the suite says.")
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Dialogues of each task.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Other seeds give other dialogues.")] = 0,
     attended: Annotated[
@@ -62,9 +65,9 @@ def run(
     """
     settings: Settings = context.obj
     from loopserve.bench.quality.runner import run_suite
-    from loopserve.bench.quality.suite import load_suite
+    from loopserve.bench.quality.suite import load_suite, with_source
 
-    loaded = load_suite(suite)
+    loaded = load_suite(suite) if source is None else with_source(load_suite(suite), source)
     stacks = settings.stacks(stack or loaded.stacks)  # a misspelt stack is refused before any work
     directory = output_dir or Path("runs") / f"{loaded.name}-{Path(model).name}"
     with _progress() as progress:
@@ -72,7 +75,7 @@ def run(
             loaded,
             model=model,
             stacks=stacks,
-            attended=None if attended is None else [share for share in attended if share],
+            attended=attended,
             tasks=tasks or (),
             limit=limit,
             seed=seed,
@@ -85,6 +88,9 @@ def run(
             dtype=dtype,
             progress=progress,
         )
+    for task, lines in found.identity["suite"]["found"].items():
+        for line in lines:  # what had to be found out of its data
+            print(f"{task}: {line}", file=sys.stderr)
     print(f"records: {directory} (loopserve bench report {directory})", file=sys.stderr)
     show_run(found, (), format)
 
@@ -151,9 +157,14 @@ def report_run(directory: Path, by: Sequence[str], markdown: bool, output_dir: P
     """The tables of a run, on the terminal and as files: report.html with plots, report.md."""
     from loopserve.bench.quality import page
     from loopserve.bench.quality.run import open_run
-    from loopserve.core.errors import ConfigError
+    from loopserve.bench.quality.tables import GROUPS
+    from loopserve.core.errors import ConfigError, did_you_mean
 
     found = open_run(directory)
+    known = {*GROUPS, *(label for record in found.records for label in record.get("labels", ()))}
+    for label in by:
+        if label not in known:
+            raise ConfigError(f"--by {label}: no turn of this run has such a label{did_you_mean(label, known)}")
     text = page.markdown(found, by)
     for name, content in (("report.html", page.page(found, by)), ("report.md", text)):
         path = (output_dir or directory) / name

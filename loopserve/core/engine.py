@@ -143,6 +143,7 @@ class TokenEngine:
                 self._weigh(session)
                 yield token
                 if token in stop_ids or count == max_new_tokens:
+                    session.end_turn()
                     return
                 started = time.perf_counter()
                 logits = self.decode(session)

@@ -96,7 +96,9 @@ class AttentionInputs:
     layer: LayerSpec
     phase: Phase
     turn: int
-    turn_start: int  # position of the first token of this turn
+    turn_start: (
+        int  # position of the first token that this turn computes: from turn two on, the last answer's last token
+    )
     output_index: int  # output tokens of this turn processed before this call
     final: bool  # False for all but the last chunk of a chunked prefill
     scaling: float
@@ -376,6 +378,11 @@ class DecodeCompressor(ABC, Generic[State]):
         """
         budget = getattr(self.config, "budget", None)
         return budget if type(budget) is int else None
+
+    @property
+    def counts_outputs(self) -> bool:
+        """Whether ``budget`` counts this answer's outputs in, which are attended on top of it otherwise. Equal shares depend on it."""
+        return False
 
     @abstractmethod
     def init_state(self) -> State:

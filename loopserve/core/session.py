@@ -123,12 +123,15 @@ class Session:
         kept = self.cache.fork() if self.evicts and undoable else None
         self._starts.append(_TurnStart(len(self.tokens), self.cache.seen, copies, frozenset(self.aside), kept))
         self.states, self.aside = states, aside
-        if self.evicts and len(self._starts) > 1:
-            self._starts[-2].cache = None  # one copy at a time: an evicting stack is there to save memory
         self.turns.append(stats)
         self.tokens.extend(new_tokens)
         self.turn_start = self.cache.seen
         self.output_index = 0
+
+    def end_turn(self) -> None:
+        """The turn is complete. Until now the one before could be taken back as well, if this one broke off."""
+        for start in self._starts[:-1]:
+            start.cache = None  # one copy at rest: an evicting stack is there to save memory
 
     def undo(self) -> None:
         """Take back the last turn (complete or broken off): tokens, pairs, states and figures are as before it."""

@@ -37,7 +37,7 @@ class TurnStats:
 
     turn: int
     prompt_tokens: int = 0  # tokens this turn added
-    reused_tokens: int = 0  # tokens already in the cache when it began
+    reused_tokens: int = 0  # tokens of the conversation before it; all but the last answer's last one are in the cache
     output_tokens: int = 0
     ttft_ms: float = 0.0
     decode_ms: float = 0.0

@@ -38,6 +38,8 @@ def load(
         )
         loaded, report = found
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    except ConfigError:
+        raise
     except Exception as error:  # whatever a damaged file makes a parser raise
         raise ModelError(f"cannot load model {model!r}: {_reason(error)}; {_remedy(model)}") from error
     absent = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from loopserve.bench.candidates import as_call, preset_sparsifier
 from loopserve.bench.heads import planted_lines, random_heads, structured_heads
+from loopserve.bench.speed.candidates import as_call, preset_sparsifier
 from loopserve.core.patterns import LinePattern
 
 

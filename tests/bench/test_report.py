@@ -13,3 +13,11 @@ def test_the_readme_shows_the_committed_result() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert renew(text, ROOT) == text, "run: python -m loopserve.bench.report README.md"
     assert "| `loopserve` |" in text
+
+
+def test_a_speed_table_leaves_out_what_its_marker_says() -> None:
+    every = "<!-- speed: benchmarks/results/cpu.jsonl decode_step --> <!-- end of speed -->"
+    some = every.replace(" -->", ' not "64K" "12/4 heads" -->', 1)
+    assert "64K" in renew(every, ROOT) and "12/4 heads" in renew(every, ROOT)
+    body = renew(some, ROOT).split("-->", 1)[1]
+    assert "64K" not in body and "12/4 heads" not in body and "32K" in body

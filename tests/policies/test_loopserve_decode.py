@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from loopserve.core.interfaces import DecodeCompressor, KVSelection
+from loopserve import Engine
+from loopserve.core.interfaces import AttentionInputs, DecodeCompressor, KVSelection
 from loopserve.policies.decode.loopserve import LoopServeDecode
 from loopserve.policies.decode.snapkv import SnapKVDecode
 from loopserve.testing.scripted import ScriptedConversation
@@ -276,3 +277,20 @@ def test_an_observation_that_another_policy_asked_for_is_not_taken_in() -> None:
     talk.compressor.after_attention(inputs, talk.state)
     assert not talk.state.memory.sums
     assert all(torch.equal(before[unit], talk.state.memory.held[unit]) for unit in before)
+
+
+def test_sampled_rows_are_its_own_whatever_prefill_policy_stands_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[int] = []
+    real = AttentionInputs.row_attention
+
+    def counted(self: AttentionInputs, rows: Any) -> Any:
+        looked.append(len(rows))
+        return real(self, rows)
+
+    monkeypatch.setattr(AttentionInputs, "row_attention", counted)
+    prefill = {"policy": "loopserve", "sample_rows": 40, "dense_above": 1.0}
+    decode = {"policy": "loopserve", "budget": 32, "first_block": "sampled", "hop_rows": 5}
+    engine = Engine.from_pretrained("demo", {"version": 1, "name": "s", "prefill": prefill, "decode": decode})
+    with engine.session() as chat:
+        chat.send("we had soup for lunch today . " * 20, max_new_tokens=2)
+    assert looked and looked[-len(engine.tokens.model.layers) :] == [5] * len(engine.tokens.model.layers)

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from loopserve.api import load_stack
-from loopserve.bench.candidates import as_call
 from loopserve.bench.evidence.lines import row_coverage, softmax_rows, worst_tenth
 from loopserve.bench.evidence.recipes import FULL, prefill_policies
 from loopserve.bench.evidence.recording import Recording, record
 from loopserve.bench.evidence.units import Found, Spec, Unit
 from loopserve.bench.recall import HELD_OUT_SEED, RecallTask
+from loopserve.bench.speed.candidates import as_call
 from loopserve.core.interfaces import AttentionInputs
 from loopserve.core.patterns import LinePattern
 from loopserve.policies.draws import SAMPLED_ROWS

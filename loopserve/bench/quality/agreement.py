@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from loopserve.core.errors import ModelError
 
 _WHOLE = 4096  # vocabularies up to this size are kept whole
 _KEPT = 256  # of larger ones the likeliest tokens, and all others as one
@@ -54,7 +57,12 @@ def _divergence(dense: Tensor, other: Tensor, ids: Tensor | None) -> float:
     if ids is not None:
         other = other[ids]
         dense, other = _with_rest(dense), _with_rest(other)
-    return max(0.0, float((dense.exp() * (dense - other)).nan_to_num(0.0).sum()))
+    if other.isnan().any() or dense.isnan().any():
+        raise ModelError("the model's logits are not numbers (NaN)")
+    likely = dense.exp()
+    # What dense gives no chance adds nothing; what only the other excludes counts as all but excluded.
+    terms = likely * (dense - other.clamp(min=math.log(_LEAST)))
+    return max(0.0, float(terms[likely > 0].sum()))
 
 
 def _with_rest(logs: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from loopserve.bench.budget import budget_for, budget_of, with_budget
+from loopserve.bench.budget import budget_for, budget_of, room_for, with_budget
 from loopserve.bench.quality.records import Record
 from loopserve.core.errors import ConfigError
 from loopserve.core.stack import PolicyStack
@@ -41,25 +41,28 @@ class Contestant:
         if self.share is None:
             return self.stack
         # Outputs are attended besides the budget: half of them on average over an answer.
-        room = sum(answers) / len(answers) / 2
+        room = room_for(self.stack, sum(answers) / len(answers) / 2)
         budget = budget_for(self.share, sum(lengths) / len(lengths), room)
         try:
             return with_budget(self.stack, budget)
         except ConfigError as error:
             raise ConfigError(
-                f"{self.share:.0%} of this dialogue is too small a budget ({error}): raise --attended"
+                f"{self.share:.0%} of this dialogue, {budget} pairs, is no budget for this stack: {error}"
             ) from error
 
 
 def contestants(stacks: Iterable[PolicyStack], shares: Sequence[float] = ()) -> list[Contestant]:
-    """Each stack, or each of those that have a budget with each of the shares; none twice. ConfigError for a name with two meanings."""
+    """Each stack, or each of those that have a budget with each of the shares (0: its own budget); none twice.
+
+    ConfigError for a name with two meanings.
+    """
     for share in shares:
-        if not 0 < share <= 1:
-            raise ConfigError(f"--attended {share:g}: must be above 0 and at most 1")
+        if not 0 <= share <= 1:
+            raise ConfigError(f"--attended {share:g}: must be from 0 (a stack's own budget) to 1")
     found: dict[str, Contestant] = {}
     for stack in stacks:
-        own: Sequence[float | None] = shares if shares and budget_of(stack) is not None else (None,)
-        for each_share in own:
+        own = shares if shares and budget_of(stack) is not None else (0.0,)
+        for each_share in (share or None for share in own):
             name = stack.name if each_share is None else f"{stack.name}@{each_share:.3g}"
             each = Contestant(name, stack.name, stack, each_share)
             if found.setdefault(name, each).digest != each.digest:

@@ -6,10 +6,11 @@ import html
 import json
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
+from statistics import fmean
 from typing import Any
 
 from loopserve.bench.figures import svg
-from loopserve.bench.quality import plots
+from loopserve.bench.quality import maps, plots
 from loopserve.bench.quality.records import turns
 from loopserve.bench.quality.run import Run
 from loopserve.bench.quality.summary import summarise
@@ -83,6 +84,36 @@ def _plots(run: Run) -> Iterator[tuple[str, Any]]:
     by_turn = summarise(asked, "stack", "turn")
     yield "Score by turn.", plots.score_by_turn(by_turn)
     yield "Time to first token by turn.", plots.ttft_by_turn(by_turn)
+    if swept := _alphas(run, summarise(asked, "stack")):
+        yield "What alpha gives and costs.", plots.sweep(swept, "alpha")
+    for stack in run.stacks:
+        if cells := _cells(run.of_stack(stack)):
+            caption = f"{stack}: share of the causal cells that each head's lines or blocks compute, mean over turns."
+            yield caption, maps.head_map(cells, stack, "cells computed")
+
+
+def _alphas(run: Run, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of stacks that differ in the alpha of their prefill policy, each with it; ``family`` is the policy's name."""
+    swept: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        prefill = run.identity["stacks"][row["stack"]]["described"]["prefill"]
+        if "alpha" in prefill:
+            swept.setdefault(prefill["policy"], []).append(
+                row | {"alpha": prefill["alpha"], "family": prefill["policy"]}
+            )
+    return [row for own in swept.values() if len({each["alpha"] for each in own}) > 1 for row in own]
+
+
+def _cells(records: Sequence[dict[str, Any]]) -> list[list[float | None]]:
+    """By layer and head, the mean share of cells computed; nothing where every turn was dense."""
+    tables = [found for record in records if (found := record.get("cells_by_head"))]
+    layers = sorted({int(layer) for found in tables for layer in found})
+    means = []
+    for layer in layers:
+        rows = [found[str(layer)] for found in tables if str(layer) in found]
+        known = [[value for value in head if value is not None] for head in zip(*rows, strict=True)]
+        means.append([fmean(values) if values else None for values in known])
+    return means if any(value is not None and value < 1 for row in means for value in row) else []
 
 
 def _table(table: Table) -> str:

@@ -16,9 +16,10 @@ from typing import Any, Literal
 from loopserve.bench.quality.conversation import Answered
 from loopserve.bench.samples import AskedTurn
 from loopserve.core.errors import ConfigError
+from loopserve.core.stats import TurnStats
 
 Record = dict[str, Any]
-Key = tuple[str, str, str]  # digest, task, sample
+Key = tuple[str, str, str, str]  # stack, digest, task, sample
 Kind = Literal["broken", "failed", "refused"]
 FILE = "records.jsonl"
 TIMES = ("ttft_ms", "tpot_ms")
@@ -48,7 +49,7 @@ _FIGURES = (
 
 
 def key_of(record: Record) -> Key:
-    return record["digest"], record["task"], record["sample"]
+    return record["stack"], record["digest"], record["task"], record["sample"]
 
 
 def error_record(stack: Record, task: str, sample: str, kind: Kind, why: str) -> Record:
@@ -73,6 +74,16 @@ def turn_record(turn: AskedTurn, answered: Answered) -> Record:
         "answer": answered.text,
         "stopped": answered.stopped,
         **{name: stats[name] for name in _FIGURES},
+        "cells_by_head": _cells_by_head(answered.stats),
+    }
+
+
+def _cells_by_head(stats: TurnStats) -> dict[str, list[float | None]]:
+    """By layer, the share of the causal cells that each head computed; empty for a dense prefill."""
+    return {
+        str(layer): [None if value is None else round(value, 3) for value in figures["prefill_cell_density"]]
+        for layer, figures in stats.head_figures().items()
+        if "prefill_cell_density" in figures
     }
 
 

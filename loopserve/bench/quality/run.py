@@ -32,12 +32,14 @@ class Run:
         return [record for record in self.records if record["stack"] == name]
 
 
+_NEEDED = {"suite", "model", "lineup", "stacks", "settings", "metrics"}
+"""What the manifest of a run says of it."""
+
+
 def open_run(directory: Path) -> Run:
     """A run from its directory, finished or not. ConfigError if there is none."""
     found = manifest.read_manifest(directory)
+    if not found.get("sessions") or _NEEDED - dict(found.get("identity") or {}).keys():
+        raise ConfigError(f"{directory / manifest.FILE}: damaged (a part of what a run is is missing)")
     path = directory / records.FILE
     return Run(found["identity"], found["sessions"], records.read_records(path) if path.exists() else [])
-
-
-def is_run(path: Path) -> bool:
-    return (path / manifest.FILE).is_file()

@@ -40,7 +40,7 @@ from loopserve.core.stack import PolicyStack
 from loopserve.models.digest import model_digest
 from loopserve.models.loading import load
 
-_ACKNOWLEDGEMENT = "ok ."  # gold history of a turn that asks nothing
+_ACKNOWLEDGEMENT = "ok ."  # the answer to a turn that asks nothing, in either kind of history
 _NOBODY = {"stack": "", "family": "", "digest": ""}  # in whose name broken samples are recorded
 
 
@@ -136,8 +136,8 @@ class Examiner:
     def _waiting(self, sample: Sample | BrokenSample, done: Container[Key]) -> list[Contestant | None]:
         """Who is still to be asked; None stands for the one record of a broken sample."""
         if isinstance(sample, BrokenSample):
-            return [None] if ("", sample.task, sample.id) not in done else []
-        return [each for each in self._able if (each.digest, sample.task, sample.id) not in done]
+            return [None] if ("", "", sample.task, sample.id) not in done else []
+        return [each for each in self._able if (each.name, each.digest, sample.task, sample.id) not in done]
 
     def _ask(self, sample: Sample | BrokenSample, done: Container[Key]) -> Iterator[list[Record]]:
         waiting = self._waiting(sample, done)
@@ -177,7 +177,7 @@ class Examiner:
         talk = Conversation(self._tokens(stack), self.engine.tokenizer, self.engine.stop_ids)
         answers = []
         for turn in sample.turns:
-            gold = _gold(turn) if self.settings.history == "gold" else None
+            gold = _gold(turn) if self.settings.history == "gold" or not turn.answers else None
             answers.append(talk.ask(turn.text, gold, turn.max_new_tokens, generate=bool(turn.answers)))
         return answers
 

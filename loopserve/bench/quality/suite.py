@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from loopserve.bench.quality.conversation import History
 from loopserve.bench.samples import Task
 from loopserve.bench.suite_files import SuiteKind, read_suite
-from loopserve.bench.tasks import make_tasks
+from loopserve.bench.tasks import known_tasks, make_tasks
 from loopserve.core.errors import ConfigError, did_you_mean
 
 
@@ -55,14 +55,23 @@ def load_suite(spec: str) -> QualitySuite:
     return document.parse(QualitySuite, known_options=lambda at: None if at else list(QualitySuite.model_fields))
 
 
+def with_source(suite: QualitySuite, source: str) -> QualitySuite:
+    """The suite with every task that reads data reading it from ``source``. ConfigError if none does."""
+    reading = {name for name, kind in known_tasks().items() if "source" in kind.options.model_fields}
+    if not any(entry.get("task") in reading for entry in suite.tasks):
+        raise ConfigError(f"--source {source}: suite {suite.name!r} has no task that reads data")
+    tasks = tuple(entry | {"source": source} if entry.get("task") in reading else entry for entry in suite.tasks)
+    return suite.model_copy(update={"tasks": tasks})
+
+
 def suite_tasks(suite: QualitySuite, only: Sequence[str] = ()) -> list[Task]:
     """The tasks of a suite, or those named. ConfigError for wrong options and for names it does not have."""
-    tasks = make_tasks(suite.tasks)
-    named = [task.name for task in tasks]
+    named = [str(entry.get("name") or entry.get("task")) for entry in suite.tasks]
     for name in only:
         if name not in named:
             raise ConfigError(f"suite {suite.name!r} has no task {name!r}{did_you_mean(name, named)}")
-    return [task for task in tasks if not only or task.name in only]
+    # Only those asked for are made: the data of the others need not be there.
+    return make_tasks([entry for name, entry in zip(named, suite.tasks, strict=True) if not only or name in only])
 
 
 def suite_digest(suite: QualitySuite, tasks: Iterable[Task]) -> str:

@@ -86,6 +86,8 @@ def _weighted(records: Iterable[Record], name: str, weigh: Callable[[Record], in
 
 def _causal_pairs(record: Record) -> int:
     new, old = int(record["prompt_tokens"]), int(record["reused_tokens"])
+    if old:  # the last answer's last token is computed with the turn
+        new, old = new + 1, old - 1
     return new * old + new * (new + 1) // 2
 
 

@@ -30,13 +30,17 @@ class Table:
         return "\n".join([f"### {self.title}", "", *lines, *(["", self.note] if self.note else [])])
 
 
+GROUPS = ("task", "position", "turn")
+"""What scores are broken down by in any run."""
+
+
 def tables(run: Run, by: Sequence[str] = (), *, times: bool = True) -> list[Table]:
     """All tables of a run that have something to say. by: labels of the tasks to break scores down by. times: with those that no two
     runs have alike.
     """
     asked = list(turns(run.records))
     found = [_answers(asked)] if asked else []
-    for across in (("task",), ("position",), ("task", "position"), ("turn",), *((label,) for label in by)):
+    for across in (*((group,) for group in GROUPS[:2]), GROUPS[:2], GROUPS[2:], *((label,) for label in by)):
         varies = all(len({group_of(record, name) for record in asked} - {None}) > 1 for name in across)
         if varies or (across[0] in by and asked):
             found.append(scores(asked, *across))
@@ -134,7 +138,7 @@ def _decode(records: Sequence[Record]) -> Table:
         "KV read per token": lambda row: _bytes(row["kv_bytes_per_token"]),
         "of dense's read": lambda row: _percent(row["kv_share"]),
         "with observation": lambda row: _percent(row["kv_share_with_observation"]),
-        "re-selections per turn": lambda row: _number(row["reselected_steps"]),
+        "steps with a new selection": lambda row: _number(row["reselected_steps"]),
         "tokens compressed": lambda row: _percent(row["compressed_share"]),
         "store": lambda row: _bytes(row["store_bytes"]),
         "active set": lambda row: _bytes(row["active_bytes"]),

@@ -43,7 +43,7 @@ from loopserve.policies.decode.loopserve_memory import (
     unit_of,
 )
 from loopserve.policies.decode.loopserve_step import Drift, Glance, same, selection_of
-from loopserve.policies.draws import SAMPLED_ROWS, generator, uniform_rows
+from loopserve.policies.draws import generator, uniform_rows
 
 
 @dataclass
@@ -85,8 +85,9 @@ class LoopServeDecode(DecodeCompressor[LoopServeState]):
     rows say which rows of the turn they look at, an extra pass over those says which keys matter), a decaying maximum
     over observations (``memory``), one selection for several heads or layers (``share``), pooling, sinks and recent
     window, outputs that compete for the budget (``scope: all``), re-selection on drift, and a part of the budget that
-    each step gives to the pages its own query points to (``page_budget``, Quest's bounds,
-    https://arxiv.org/abs/2406.10774). The preset ``loopserve-paper`` turns them off.
+    each step gives to what its own query points to: pages by Quest's bounds (``page_budget``, https://arxiv.org/abs/2406.10774),
+    or single tokens by codes of the keys (``key_bits``), which can serve re-selection as well (``rescore``); short conversations
+    decoded dense (``dense_below``). The preset ``loopserve-paper`` turns them off, ``loopserve`` uses what evidence supports.
 
     Drift is estimated by ``loopserve_step.Glance.captured``: by the keys' codes, or by page bounds calibrated at each
     selection. A layer that finds it re-selects by itself within the step, all layers together after it.
@@ -108,6 +109,10 @@ class LoopServeDecode(DecodeCompressor[LoopServeState]):
     @property
     def retention(self) -> Retention:
         return Retention.EVICT if self.config.pool is Pool.ACTIVE else Retention.KEEP
+
+    @property
+    def counts_outputs(self) -> bool:
+        return self.config.scope is Scope.ALL
 
     def init_state(self) -> LoopServeState:
         return LoopServeState()
@@ -213,10 +218,8 @@ class LoopServeDecode(DecodeCompressor[LoopServeState]):
             call = replace(call, queries=inputs.queries[:, -1:].detach().clone(), columns=inputs.columns[-1:])
         state.calls[inputs.layer.index] = call
         if config.first_block is FirstBlock.SAMPLED:
-            rows = inputs.memo.get(SAMPLED_ROWS)
-            if rows is None:
-                source = generator(config.seed, inputs.turn, inputs.layer.index, inputs.total_tokens)
-                rows = uniform_rows(torch.arange(inputs.new_tokens), config.hop_rows, source).to(inputs.queries.device)
+            source = generator(config.seed, inputs.turn, inputs.layer.index, inputs.total_tokens)
+            rows = uniform_rows(torch.arange(inputs.new_tokens), config.hop_rows, source).to(inputs.queries.device)
             per_query = inputs.row_attention(rows).probabilities.amax(1)
             self._add(inputs, state, _over_group(per_query, inputs))
             return

@@ -79,7 +79,8 @@ class LoopServeDecodeConfig(PolicyConfig):
     first_block: FirstBlock = Field(
         FirstBlock.TWO_HOP,
         description="First observation: two_hop: the last rows, then the rows of this turn they look at; "
-        "last_window: the last rows; sampled: rows at random; dense: nothing, the first interval is decoded dense.",
+        "last_window: the last rows; sampled: rows at random of the last prefill chunk; "
+        "dense: nothing, the first interval is decoded dense.",
     )
     second_hop: SecondHop = Field(
         SecondHop.AGAIN,

@@ -51,6 +51,10 @@ class QuestDecode(DecodeCompressor[QuestState]):
 
     config: Config
 
+    @property
+    def counts_outputs(self) -> bool:
+        return True
+
     def init_state(self) -> QuestState:
         return QuestState()
 

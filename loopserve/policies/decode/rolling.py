@@ -32,6 +32,10 @@ class RollingCompressor(ScoredCompressor):
 
     config: RollingConfig
 
+    @property
+    def counts_outputs(self) -> bool:
+        return self.config.rolling
+
     def after_attention(self, inputs: AttentionInputs, state: ScoredState) -> None:
         if inputs.phase is not Phase.DECODE:
             super().after_attention(inputs, state)

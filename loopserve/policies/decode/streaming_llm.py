@@ -64,6 +64,10 @@ class StreamingLLMDecode(DecodeCompressor[StreamingState]):
 
     config: Config
 
+    @property
+    def counts_outputs(self) -> bool:
+        return True
+
     def init_state(self) -> StreamingState:
         return StreamingState()
 

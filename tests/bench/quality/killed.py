@@ -23,7 +23,8 @@ from tests.bench.quality.small import SNAPKV, Words, random_model
 
 def ask(examiner: Examiner, directory: Path) -> None:
     """What ``run_suite`` does once the model is loaded, with the small task."""
-    identity = {"lineup": [each.name for each in examiner.lineup], "stacks": {}}
+    nothing: dict[str, dict[str, str]] = {part: {} for part in ("suite", "model", "stacks", "settings", "metrics")}
+    identity = {"lineup": [each.name for each in examiner.lineup], **nothing}
     claim(directory, identity, {}, resume=True)
     file = RecordFile(directory / FILE)
     task = Words(dialogues=10, broken=[3], turns=3)

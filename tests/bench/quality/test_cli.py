@@ -57,12 +57,38 @@ def test_the_smoke_suite_runs_on_a_model_directory_and_is_shown(cli: Cli, tiny: 
         "difflib",
     }
     assert {row["stack"] for row in found["rows"]["stack"]} == {"dense", "loopserve@0.2", "snapkv@0.2"}
+    code, _, err = cli("report", run, "--by", "wrods")
+    assert code == 2 and "--by wrods: no turn of this run has such a label; did you mean 'words'?" in err
     elsewhere = tmp_path / "a" / "page"
     text = cli("report", run, "--markdown", "--output-dir", elsewhere)[1]
     assert "| dense |" in text and (elsewhere / "report.md").read_text() == text
     code, out, _ = cli("compare", "dense", "snapkv@0.2", "--run", run, "--format", "json")
     assert code == 0 and json.loads(out)["differences"][0]["group"] == "all"
     assert "no difference" in cli("compare", run, run)[1]
+
+
+@pytest.mark.parametrize(
+    ("suite", "tasks"), [("longbench", ["longbench-hotpotqa", "longbench-trec"]), ("published", [])]
+)
+def test_the_commands_for_a_real_model_run_on_a_small_one(
+    cli: Cli, tiny: Path, tmp_path: Path, suite: str, tasks: list[str]
+) -> None:
+    """docs/benchmark.md's commands, the shipped samples in the place of the data."""
+    chosen = [part for task in tasks for part in ("--tasks", task)]
+    command = ("run", "--suite", suite, "--model", tiny, "--source", "shipped", *chosen, "--limit", 1)
+    code, out, err = cli(*command, "--output-dir", tmp_path / "run", "--format", "json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert {row["stack"] for row in found["rows"]["stack"]} == set(load_suite(suite).stacks)
+    assert not found["errors"] and all(row["turns"] >= 3 for row in found["rows"]["stack"])
+    assert ("published: configs:" in err) == (suite == "published")
+
+
+def test_data_that_are_not_there_are_told_with_the_command_that_gets_them(cli: Cli, tmp_path: Path) -> None:
+    code, _, err = cli("run", "--suite", "longbench", "--source", tmp_path / "none", "--output-dir", tmp_path / "run")
+    assert code == 2 and "hf download THUDM/LongBench" in err and not (tmp_path / "run").exists()
+    code, _, err = cli("run", "--suite", "synthetic-small", "--source", "hub", "--output-dir", tmp_path / "run")
+    assert code == 2 and "has no task that reads data" in err
 
 
 def test_a_run_is_resumed_by_the_same_command_only(cli: Cli, tiny: Path, tmp_path: Path) -> None:
@@ -98,9 +124,12 @@ def test_suites_tasks_and_stacks_are_listed(cli: Cli) -> None:
         (MINE.replace("turns: 2", "turn: 2"), "turn: unknown key; did you mean 'turns'?"),
         (MINE.replace("recall", "recal"), "unknown task 'recal'; did you mean 'recall'?"),
         (MINE + "stacks: [snapk]\n", "unknown stack 'snapk'; did you mean 'snapkv'?"),
-        (MINE + "attended: [2.0]\n", "--attended 2: must be above 0 and at most 1"),
+        (MINE + "attended: [2.0]\n", "--attended 2: must be from 0 (a stack's own budget) to 1"),
         ("version: 1\nname: mine\ntasks: []\n", "mine.yaml:3: tasks: "),
-        ("version: 1\nname: mine\n", "this is a suite of speed"),
+        ("version: 1\nname: mine\n", "mine.yaml:1: tasks: this key is required"),
+        ("version: 1\nname: mine\nshort: []\n", "this is a suite of speed"),
+        ("version: 1\nname: [mine\n", "mine.yaml:3: broken YAML"),
+        (MINE.replace("tasks:", "task:"), "unknown key; did you mean 'tasks'?"),
     ],
 )
 def test_a_mistake_in_a_suite_is_one_clear_line(cli: Cli, tmp_path: Path, text: str, said: str) -> None:
@@ -118,6 +147,15 @@ def test_wrong_commands_are_told_what_is_known(cli: Cli, tmp_path: Path) -> None
     assert "no quality run" in cli("report", tmp_path)[2]
     assert "no quality run" in cli("compare", tmp_path, tmp_path)[2]
     assert cli("report", tmp_path, tmp_path)[0] == 2
+    (tmp_path / "manifest.json").write_text('{"version": 1}')
+    assert "damaged" in cli("report", tmp_path)[2]
+    records = tmp_path / "records.jsonl"
+    records.write_text('{"stack": "dense", "task": "recall", "sample": "0"}\n')
+    assert "give the run's directory" in cli("report", records)[2]
+    records.write_text('{"op": "x"}\n')
+    assert "records.jsonl:1: not a result row: it has no 'device'" in cli("report", records)[2]
+    records.write_text("")
+    assert "no rows yet" in cli("report", records)[2]
 
 
 @pytest.mark.parametrize("name", suite_files(SuiteKind.QUALITY))

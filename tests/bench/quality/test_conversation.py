@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
+import pytest
 import torch
 
 from loopserve.api import Engine
 from loopserve.bench.quality.agreement import Distributions
 from loopserve.bench.quality.conversation import Conversation
+from loopserve.core.errors import ModelError
 from loopserve.models.huggingface import set_implementation
 from tests.bench.quality.small import SNAPKV, random_model
 
@@ -75,6 +79,18 @@ def test_divergence_is_zero_to_itself_and_what_torch_says_to_others() -> None:
         theirs.double().log_softmax(-1), ours.double().log_softmax(-1), reduction="none", log_target=True
     ).sum(-1)
     torch.testing.assert_close(torch.tensor(Distributions.of(list(ours)).divergences(list(theirs))), wanted.float())
+
+
+def test_what_is_no_number_is_no_agreement() -> None:
+    dense = Distributions.of([torch.randn(20, generator=torch.Generator().manual_seed(0))])
+    with pytest.raises(ModelError, match="not numbers"):
+        dense.divergences([torch.full((20,), float("nan"))])
+    barred = torch.zeros(20)
+    barred[3] = float("-inf")
+    assert 0 < dense.divergences([barred])[0] < 100
+    one = torch.full((20,), float("-inf"))
+    one[3] = 0.0
+    assert Distributions.of([one]).divergences([torch.zeros(20)])[0] == pytest.approx(math.log(20))
 
 
 def test_a_large_vocabulary_is_measured_by_its_likeliest_tokens_from_below() -> None:

@@ -8,10 +8,9 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-import torch
 
-from loopserve.bench.figures import figure, save, svg
-from loopserve.bench.quality import maps, page, plots
+from loopserve.bench.figures import save, svg
+from loopserve.bench.quality import maps, page
 from loopserve.bench.quality.run import Run
 from loopserve.bench.quality.summary import summarise
 from loopserve.bench.quality.tables import tables
@@ -28,7 +27,10 @@ def run() -> Run:
         "suite": {"name": "test & co", "tasks": ["words"], "found": {"words": ["config: x"]}},
         "model": {"name": "tiny", "digest": "0", "dtype": "float32"},
         "lineup": names,
-        "stacks": {name: {} for name in names},
+        "stacks": {
+            name: {"described": {"prefill": {"policy": "loopserve", "alpha": 0.9 + 0.01 * number}}}
+            for number, name in enumerate(names)
+        },
         "settings": {"limit": None, "seed": 0, "history": "gold"},
         "metrics": {"rouge": None},
     }
@@ -88,7 +90,7 @@ def test_the_page_is_whole_and_needs_no_network(run: Run) -> None:
     parsed = Page()
     parsed.feed(text)
     assert (
-        parsed.tags["svg"] == 4 and parsed.tags["table"] >= 5 and not parsed.tags["script"] and not parsed.tags["link"]
+        parsed.tags["svg"] == 5 and parsed.tags["table"] >= 5 and not parsed.tags["script"] and not parsed.tags["link"]
     )
     assert not parsed.outside and "@import" not in text
     assert parsed.refers <= set(parsed.ids) and max(Counter(parsed.ids).values()) == 1
@@ -102,19 +104,19 @@ def test_a_run_without_answers_still_has_a_page(run: Run) -> None:
     assert "| broken | all | 2 | the row has no 'question' |" in page.markdown(empty)
 
 
-def test_other_pictures_can_be_drawn(run: Run, tmp_path: Path) -> None:
-    rows = [
-        row | {"alpha": 0.9 + 0.01 * number} for number, row in enumerate(summarise(run.records, "family", "stack"))
-    ]
-    attention = torch.rand(40, 2000).tril(1960)
-    lines = ([0, 7, 1990], [0, 3, 1980])
-    for number, drawn in enumerate(
-        (
-            plots.sweep(rows, "alpha"),
-            maps.head_map([[0.1, 0.9], [None, 0.4]], "lines", "share"),
-            maps.attention_map(attention, *lines, title="one head"),
-        )
-    ):
-        assert save(drawn, tmp_path / f"{number}.png").read_bytes().startswith(b"\x89PNG")
-        assert svg(drawn, "x").startswith("<svg")
-    assert len(figure(1, 1).axes) == 0
+def test_heads_and_settings_are_drawn_where_they_differ(run: Run) -> None:
+    """A map of heads for each sparse prefill; a sweep only where stacks differ in alpha."""
+    sparse = {"name": "sparse", "prefill": {"policy": "a_shape", "sink_tokens": 2, "local_window": 8}}
+    records = ask(Words(dialogues=1), stacks=(SNAPKV, sparse | {"decode": {"policy": "full"}}))
+    names = list(dict.fromkeys(record["stack"] for record in records))
+    described = {name: {"described": {"prefill": {"policy": "dense"}}} for name in names}
+    drawn = Page()
+    drawn.feed(page.page(Run(run.identity | {"lineup": names, "stacks": described}, run.sessions, records)))
+    assert drawn.tags["svg"] == 5
+    cells = next(record["cells_by_head"] for record in records if record["stack"] == "sparse")
+    assert list(cells) == ["0", "1"] and all(len(row) == 2 and 0 < min(row) <= max(row) < 1 for row in cells.values())
+
+
+def test_pictures_can_be_saved(tmp_path: Path) -> None:
+    drawn = maps.head_map([[0.1, 0.9], [None, 0.4]], "lines", "share")
+    assert save(drawn, tmp_path / "map.png").read_bytes().startswith(b"\x89PNG") and svg(drawn, "x").startswith("<svg")

@@ -50,7 +50,7 @@ def case(row: Row) -> str:
     if row["data"].startswith("model"):
         parts.append("the bundled model's heads")
     elif "planted" in row["data"]:
-        parts.append("planted lines")
+        parts.append("planted lines" + (", chosen on flat attention" if "own flat attention" in row["data"] else ""))
     return ", ".join(parts)
 
 
@@ -123,11 +123,12 @@ def machines(rows: Iterable[Row]) -> str:
     )
 
 
-def markdown(rows: Iterable[Row], ops: Sequence[str] = (), shortest: int = 0) -> str:
-    """A table for a document, and under it the machine: rows over at least ``shortest`` tokens; without what others are held against,
-    unless all is asked for.
+def markdown(rows: Iterable[Row], ops: Sequence[str] = (), shortest: int = 0, without: Sequence[str] = ()) -> str:
+    """A table for a document, and under it the machine: rows over at least ``shortest`` tokens whose case contains none of ``without``;
+    and not what others are held against, unless all is asked for.
     """
     shown = [row for row in latest(rows) if "shape" in row and row["shape"]["n"] >= shortest]
+    shown = [row for row in shown if not any(text in case(row) for text in without)]
     if ops:
         shown = [row for row in shown if row["op"] in ops and not _is_baseline(row)]
     lines = [f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from loopserve.bench.guard import run_guard_bench
+from loopserve.bench.speed.guard import run_guard_bench
 from loopserve.core import attention
 from loopserve.core.judging import check_selection
 

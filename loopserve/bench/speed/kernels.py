@@ -7,15 +7,15 @@ from typing import Any, get_args
 
 import torch
 
-from loopserve.bench.baselines import eager_step, fastest, sdpa
-from loopserve.bench.candidates import Candidate, Case, Target
-from loopserve.bench.decode_ops import decode_case
 from loopserve.bench.heads import Heads
-from loopserve.bench.paired import Runner, paired_runs, wall_clock, watched
-from loopserve.bench.parity import Verdict
-from loopserve.bench.prefill_ops import prefill_case
 from loopserve.bench.rows import Row, provenance, ratio, times
-from loopserve.bench.suite import DecodeOp, PrefillOp, Suite, cases
+from loopserve.bench.speed.baselines import eager_step, fastest, sdpa
+from loopserve.bench.speed.candidates import Candidate, Case, Target
+from loopserve.bench.speed.decode_ops import decode_case
+from loopserve.bench.speed.paired import Runner, paired_runs, wall_clock, watched
+from loopserve.bench.speed.parity import Verdict
+from loopserve.bench.speed.prefill_ops import prefill_case
+from loopserve.bench.speed.suite import DecodeOp, PrefillOp, Suite, cases
 from loopserve.core.errors import ConfigError, did_you_mean
 
 Progress = Callable[[str], None]
@@ -45,7 +45,7 @@ def target_for(device: str) -> Target:
         raise ConfigError(f"device {device!r} is unknown to the benchmark (known: cpu, cuda)")
     if not torch.cuda.is_available():
         raise ConfigError(f"device {device!r}: torch sees no GPU here")
-    from loopserve.bench.gpu import CudaTarget
+    from loopserve.bench.speed.gpu import CudaTarget
 
     return CudaTarget(device)
 

@@ -17,8 +17,8 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
-from loopserve.bench.candidates import Candidate, Case
 from loopserve.bench.heads import Heads
+from loopserve.bench.speed.candidates import Candidate, Case
 from loopserve.core.errors import ConfigError
 from loopserve.core.patterns import LinePattern
 

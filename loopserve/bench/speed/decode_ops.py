@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loopserve.bench.candidates import DTYPES, Candidate, Case
 from loopserve.bench.heads import Heads, structured_heads
-from loopserve.bench.parity import Verdict, exact_dense, relative, verdict
-from loopserve.bench.suite import KernelDecode
+from loopserve.bench.speed.candidates import DTYPES, Candidate, Case
+from loopserve.bench.speed.parity import Verdict, exact_dense, relative, verdict
+from loopserve.bench.speed.suite import KernelDecode
 from loopserve.kernels import backend
 from loopserve.kernels.decode_attention import decode_attention
 from loopserve.kernels.gather_kv import gather_kv

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from loopserve.bench.suite import KernelPrefill, cases, load_suite
+from loopserve.bench.speed.suite import KernelPrefill, cases, load_suite
 from loopserve.bench.suite_files import SuiteKind, suite_files
 from loopserve.cli import main
 from loopserve.core.errors import ConfigError
 
-SUITES = Path(__file__).parents[2] / "benchmarks" / "suites"
+SUITES = Path(__file__).parents[3] / "benchmarks" / "suites"
 
 
 @pytest.mark.parametrize("name", suite_files(SuiteKind.SPEED))

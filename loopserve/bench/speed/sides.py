@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 
-from loopserve.bench.audit import audited
-from loopserve.bench.candidates import DTYPES
-from loopserve.bench.paired import watched
 from loopserve.bench.rows import Row
-from loopserve.bench.suite import Dtype, ModelShape
+from loopserve.bench.speed.audit import audited
+from loopserve.bench.speed.candidates import DTYPES
+from loopserve.bench.speed.paired import watched
+from loopserve.bench.speed.suite import Dtype, ModelShape
 from loopserve.core.cache import PairBuffer
 from loopserve.core.engine import TokenEngine
 from loopserve.core.sampling import SamplingConfig
@@ -28,13 +28,6 @@ from loopserve.models.random import random_llama
 _ROOM = 1024  # positions beside the history, for turns and answers
 _SPREAD = 0.5  # standard deviation of stored keys, about what random weights give
 _NO_STOP: frozenset[int] = frozenset()
-
-
-class Timed(Protocol):
-    """A side of a comparison."""
-
-    def answer(self, outputs: int) -> tuple[float, list[float]]:
-        """Seconds to the first of ``outputs`` tokens, and of each step after it; the history is as before afterwards."""
 
 
 class SharedModel:

@@ -10,7 +10,7 @@ import pytest
 
 from loopserve.bench.report import renew
 from loopserve.bench.rows import Row, append_rows, latest, read_rows
-from loopserve.bench.speed import COLUMNS, break_even, crossing, line, markdown, table
+from loopserve.bench.speed.table import COLUMNS, break_even, crossing, line, markdown, table
 from loopserve.cli import main
 from loopserve.core.errors import ConfigError
 
@@ -69,7 +69,10 @@ def test_files_are_appended_to_and_the_newest_row_counts(tmp_path: Path) -> None
     assert [row["ratio_sdpa"] for row in rows] == [1.0, 2.0, 3.0]
     assert [row["ratio_sdpa"] for row in latest(rows)] == [3.0, 2.0]
     assert len(table(rows)) == 2 and not table(rows, ("decode_step",))
-    file.write_text('{"op": "x"}\nnot json\n')
+    file.write_text('{"op": "x"}\n')
+    with pytest.raises(ConfigError, match=r"mine\.jsonl:1: not a result row: it has no 'device'"):
+        read_rows(file)
+    file.write_text(json.dumps(prefill_row(8192, 1.0)) + "\nnot json\n")
     with pytest.raises(ConfigError, match=r"mine\.jsonl:2: not a JSON row"):
         read_rows(file)
 

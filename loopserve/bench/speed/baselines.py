@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from loopserve.bench.heads import Heads
-from loopserve.bench.paired import Clock, Runner
+from loopserve.bench.speed.paired import Clock, Runner
 from loopserve.kernels.fused import fused, merge
 
 _CPU_DTYPES = (torch.float32, torch.bfloat16)

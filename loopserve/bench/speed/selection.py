@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from loopserve.bench.heads import Heads
-from loopserve.bench.parity import Verdict
+from loopserve.bench.speed.parity import Verdict
 from loopserve.core.patterns import LinePattern
 from loopserve.kernels import backend
 from loopserve.kernels.choose_lines import choose_lines
@@ -16,9 +16,9 @@ from loopserve.kernels.line_scores import line_scores
 from loopserve.kernels.select_lines import LineSelection, select_lines
 from loopserve.policies.draws import Sampling, generator, sample_rows
 
-SAMPLED = 128  # rows of the block whose softmax chooses the lines
 _SINKS, _LOCAL = 4, 64
 _CUT = 2048  # tokens on which the greedy is held against the line-by-line one, which is slow
+_CUT_ROWS = 64  # rows of them that choose
 _COST_SLACK = 0.05
 
 
@@ -74,7 +74,7 @@ def _excess_cost(heads: Heads, alpha: float) -> float:
     own = of_kv_head(heads, 0)
     new = min(own.queries.shape[1], _CUT)
     total = min(own.keys.shape[1], max(_CUT, new))
-    rows = sample_rows(new, SAMPLED // 2, Sampling.MIXED, generator(1)).to(own.keys.device)
+    rows = sample_rows(new, _CUT_ROWS, Sampling.MIXED, generator(1)).to(own.keys.device)
     columns = rows + total - new
     # Queries of another place are queries all the same: what matters is that both sides get the same probabilities.
     with backend.use("reference"):

@@ -15,10 +15,10 @@ from statistics import fmean, median
 import torch
 
 from loopserve.api import load_stack
-from loopserve.bench.planted import PlantedSparsifier
 from loopserve.bench.rows import Row, provenance, ratio, times
-from loopserve.bench.sides import EngineSide, PlainSide, SharedModel
-from loopserve.bench.suite import Conversation, Dtype, ModelShape, Prefill, Short, Suite, cases
+from loopserve.bench.speed.planted import PlantedSparsifier
+from loopserve.bench.speed.sides import EngineSide, PlainSide, SharedModel
+from loopserve.bench.speed.suite import Conversation, Dtype, ModelShape, Prefill, Short, Suite, cases
 from loopserve.core.sampling import SamplingConfig
 from loopserve.core.stack import PolicyStack
 from loopserve.models.huggingface import IMPLEMENTATION, set_implementation

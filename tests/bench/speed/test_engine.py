@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from loopserve.bench.engine import run_engine_bench
+from loopserve.bench.speed.engine import run_engine_bench
 
 
 def test_both_sides_say_the_same_and_the_row_can_be_repeated() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from loopserve.bench.rows import Row
-from loopserve.bench.suite import Suite
+from loopserve.bench.speed.suite import Suite
 
 SHAPE: dict[str, Any] = {
     "layers": 2,

@@ -11,23 +11,24 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend
 
-from loopserve.bench import capture, kernels, paired
-from loopserve.bench.candidates import Candidate, Case
-from loopserve.bench.decode_ops import decode_case
-from loopserve.bench.gpu import BACKENDS, flex_mask, flex_rival, fused_dense
+from loopserve.bench import capture
 from loopserve.bench.heads import Heads
-from loopserve.bench.kernels import CpuTarget, measure, run_kernels
-from loopserve.bench.paired import Runner, Watched, paired_runs, watched
-from loopserve.bench.prefill_ops import prefill_case
 from loopserve.bench.rows import Row, quantiles
-from loopserve.bench.suite import KernelPrefill, load_suite
+from loopserve.bench.speed import kernels, paired
+from loopserve.bench.speed.candidates import Candidate, Case
+from loopserve.bench.speed.decode_ops import decode_case
+from loopserve.bench.speed.gpu import BACKENDS, flex_mask, flex_rival, fused_dense
+from loopserve.bench.speed.kernels import CpuTarget, measure, run_kernels
+from loopserve.bench.speed.paired import Runner, Watched, paired_runs, watched
+from loopserve.bench.speed.prefill_ops import prefill_case
+from loopserve.bench.speed.suite import KernelPrefill, load_suite
 from loopserve.cli import main
 from loopserve.core.errors import ConfigError
 from loopserve.core.interfaces import DecodeCompressor
 from loopserve.core.patterns import LinePattern
 from loopserve.kernels.backend import Operation
 from loopserve.policies.decode.full import FullDecode
-from tests.bench.small import by_op, suite
+from tests.bench.speed.small import by_op, suite
 
 PREFILL_OPS = [
     "line_scores",

@@ -7,8 +7,8 @@ from statistics import fmean, median
 
 from loopserve.api import load_stack
 from loopserve.bench.rows import Row, provenance, ratio, times
-from loopserve.bench.sides import EngineSide, PlainSide, SharedModel
-from loopserve.bench.suite import Decode, Dtype, Suite, cases
+from loopserve.bench.speed.sides import EngineSide, PlainSide, SharedModel
+from loopserve.bench.speed.suite import Decode, Dtype, Suite, cases
 
 Progress = Callable[[str], None]
 _WATCHED_OUTPUTS = 17  # one interval of the presets: enough for shares

@@ -7,10 +7,10 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
-from loopserve.bench.candidates import DTYPES, Candidate, Case, as_call, described, preset_sparsifier
 from loopserve.bench.capture import model_heads
 from loopserve.bench.heads import Heads, random_heads, structured_heads
-from loopserve.bench.parity import (
+from loopserve.bench.speed.candidates import DTYPES, Candidate, Case, as_call, described, preset_sparsifier
+from loopserve.bench.speed.parity import (
     Verdict,
     exact_blocks,
     exact_dense,
@@ -19,9 +19,9 @@ from loopserve.bench.parity import (
     sampled_rows,
     verdict,
 )
-from loopserve.bench.planted import PlantedSparsifier
-from loopserve.bench.selection import SAMPLED, check_selection, choose, of_kv_head, select
-from loopserve.bench.suite import KernelPrefill
+from loopserve.bench.speed.planted import PlantedSparsifier
+from loopserve.bench.speed.selection import check_selection, choose, of_kv_head, select
+from loopserve.bench.speed.suite import KernelPrefill
 from loopserve.core.interfaces import PrefillSparsifier
 from loopserve.core.patterns import TILE, AttentionPattern, BlockPattern, DensePattern, LinePattern
 from loopserve.kernels import backend
@@ -85,7 +85,8 @@ class _Block:
         self.dtype = heads.queries.dtype
         self.new, self.total = heads.queries.shape[1], heads.keys.shape[1]
         self.stretches = sampled_rows(self.new)
-        self.rows = sample_rows(self.new, SAMPLED, Sampling.MIXED, generator(0)).to(heads.keys.device)
+        sampled = preset_sparsifier(alpha).config.sample_rows
+        self.rows = sample_rows(self.new, sampled, Sampling.MIXED, generator(0)).to(heads.keys.device)
         self.columns = self.rows + heads.history
         self.exact_dense = cache(partial(exact_dense, heads, self.stretches))
         self.probabilities = cache(lambda: self._scores().probabilities)

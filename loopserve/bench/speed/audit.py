@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loopserve.bench.parity import relative, verdict
+from loopserve.bench.speed.parity import relative, verdict
 from loopserve.kernels.backend import Operation
 from loopserve.kernels.line_scores.reference import row_probabilities
 from loopserve.kernels.vertical_slash.reference import line_mask

@@ -10,8 +10,8 @@ import torch
 
 from loopserve.api import load_stack
 from loopserve.bench.heads import Heads
-from loopserve.bench.parity import Verdict
 from loopserve.bench.rows import Row
+from loopserve.bench.speed.parity import Verdict
 from loopserve.core.interfaces import AttentionInputs, LayerSpec, LayerType, Phase
 from loopserve.core.patterns import AttentionPattern, BlockPattern, LinePattern
 from loopserve.core.stats import TurnStats

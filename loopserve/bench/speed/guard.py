@@ -13,7 +13,7 @@ from unittest.mock import patch
 import torch
 
 from loopserve.api import load_stack
-from loopserve.bench.engine import machine
+from loopserve.bench.speed.engine import machine
 from loopserve.core import attention, cache, engine
 from loopserve.core.cache import versions
 from loopserve.core.engine import TokenEngine

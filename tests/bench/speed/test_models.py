@@ -5,17 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
-from loopserve.bench.audit import audited
-from loopserve.bench.decode import run_decode
-from loopserve.bench.planted import PlantedSparsifier
-from loopserve.bench.prefill import run_conversation, run_prefill
 from loopserve.bench.rows import Row
-from loopserve.bench.sides import EngineSide, PlainSide, SharedModel
-from loopserve.bench.suite import ModelShape
+from loopserve.bench.speed.audit import audited
+from loopserve.bench.speed.decode import run_decode
+from loopserve.bench.speed.planted import PlantedSparsifier
+from loopserve.bench.speed.prefill import run_conversation, run_prefill
+from loopserve.bench.speed.sides import EngineSide, PlainSide, SharedModel
+from loopserve.bench.speed.suite import ModelShape
 from loopserve.kernels.backend import Operation
 from loopserve.models.plain import forward, growing_cache, preallocated_cache
-from tests.bench.small import SHAPE, suite
-from tests.bench.test_kernels import one_row_off, wrong
+from tests.bench.speed.small import SHAPE, suite
+from tests.bench.speed.test_kernels import one_row_off, wrong
 
 PLAIN = "transformers, preallocated cache"
 
@@ -98,8 +98,8 @@ def test_a_model_with_a_wrong_operation_gets_no_time(monkeypatch: pytest.MonkeyP
 
 def test_the_audit_looks_at_every_operation_of_a_sparse_turn() -> None:
     from loopserve.api import load_stack
-    from loopserve.bench.candidates import as_call, preset_sparsifier
     from loopserve.bench.heads import structured_heads
+    from loopserve.bench.speed.candidates import as_call, preset_sparsifier
 
     heads = structured_heads(2, 1, 300, 300, 32)
     with audited() as seen:
