@@ -165,7 +165,7 @@ class Guard:
 
 
 def _versions(inputs: AttentionInputs | None) -> tuple[int, ...]:
-    """Counts of the writes into what a call is given; see ``cache.versions``, but quicker."""
+    """Counts of the writes into what a call is given; see ``buffers.versions``, but quicker."""
     if inputs is None:
         return ()
     try:

@@ -5,13 +5,10 @@ Padding for one layer lives for one call; the store of every layer at rest holds
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from loopserve.core.cache import PairBuffer
+from loopserve.core.buffers import PairBuffer
 
 
 class RaggedBuffer:

@@ -1,4 +1,4 @@
-"""Lines that a prefill policy draws without looking at attention."""
+"""Lines from counts and masses, as several prefill policies take them."""
 
 from __future__ import annotations
 
@@ -39,3 +39,11 @@ def lines_counted_apart(
     taken = (before < share * vertical.sum(1, keepdim=True)) | worth.gather(1, order).isinf()
     chosen = torch.zeros_like(taken).scatter_(1, order, taken)
     return chosen[:, :total], chosen[:, total:]
+
+
+def heaviest(mass: Tensor, sizes: Tensor, forced: Tensor) -> Tensor:
+    """``sizes`` ``[Hq]`` lines of most mass ``[Hq, n]``, the forced ones first: bool ``[Hq, n]``. Ties: the lowest first."""
+    order = mass.masked_fill(forced, float("inf")).argsort(dim=-1, descending=True, stable=True)
+    ranks = torch.arange(mass.shape[1], device=mass.device)
+    taken = ranks < torch.maximum(sizes[:, None], forced.sum(-1, keepdim=True))
+    return torch.zeros_like(forced).scatter_(1, order, taken)

@@ -15,7 +15,7 @@ import torch
 from loopserve.api import load_stack
 from loopserve.bench.speed.engine import machine
 from loopserve.core import attention, cache, engine
-from loopserve.core.cache import versions
+from loopserve.core.buffers import versions
 from loopserve.core.engine import TokenEngine
 from loopserve.core.guard import Guard
 from loopserve.core.judging import check_selection

@@ -17,7 +17,7 @@ from loopserve.bench.speed.audit import audited
 from loopserve.bench.speed.candidates import DTYPES
 from loopserve.bench.speed.paired import watched
 from loopserve.bench.speed.suite import Dtype, ModelShape
-from loopserve.core.cache import PairBuffer
+from loopserve.core.buffers import PairBuffer
 from loopserve.core.engine import TokenEngine
 from loopserve.core.sampling import SamplingConfig
 from loopserve.core.stack import PolicyStack

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from loopserve.kernels.key_codes import KeyCodes
+    from loopserve.kernels.key_codes.layout import KeyCodes
 
 LARGEST_HEAD = 256  # channels; a wider tile of keys and values does not fit into shared memory
 LARGEST_HEAD_FLOAT32 = 128  # float32 takes twice the room, and three products for one

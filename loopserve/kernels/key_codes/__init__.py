@@ -6,14 +6,13 @@ nearly the logits of all keys, at a fraction of the keys' bytes; with them, whic
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from loopserve.kernels import backend
 from loopserve.kernels.gpu import limits
 from loopserve.kernels.key_codes import cpu
+from loopserve.kernels.key_codes.layout import KeyCodes
 from loopserve.kernels.shapes import check_device, check_range
 
 BITS = (2, 4, 8)
@@ -26,18 +25,6 @@ _LOGITS = backend.operation(
 _JUMPS = backend.operation(
     "code_jumps", "cpu", "triton", package="key_codes", limits={"cpu": cpu.limit, "triton": limits.jumps}
 )
-
-
-class KeyCodes(NamedTuple):
-    """low, high ``[Hkv, P, D]``: bounds of each page. codes uint8 ``[Hkv, P, page, D * bits / 8]``, those behind the last column mean
-    nothing: byte j holds the channels j, j + width, j + 2 width, ..., the first in the lowest bits. columns: keys coded.
-    """
-
-    low: Tensor
-    high: Tensor
-    codes: Tensor
-    bits: int
-    columns: int
 
 
 def summarise_pages(

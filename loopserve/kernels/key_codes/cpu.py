@@ -12,7 +12,7 @@ from loopserve.kernels.native import library
 from loopserve.kernels.native.arrays import rows_of
 
 if TYPE_CHECKING:
-    from loopserve.kernels.key_codes import KeyCodes
+    from loopserve.kernels.key_codes.layout import KeyCodes
 
 
 class _KeyCodes(Structure):

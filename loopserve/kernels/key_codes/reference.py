@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 from loopserve.kernels.page_bounds import page_bounds
 
 if TYPE_CHECKING:
-    from loopserve.kernels.key_codes import KeyCodes
+    from loopserve.kernels.key_codes.layout import KeyCodes
 
 
 def summarise_pages(

@@ -19,7 +19,7 @@ from loopserve.kernels.gpu.limits import MOST_ROWS
 from loopserve.kernels.gpu.pages import summarise_pages
 
 if TYPE_CHECKING:
-    from loopserve.kernels.key_codes import KeyCodes
+    from loopserve.kernels.key_codes.layout import KeyCodes
 
 __all__ = ["code_jumps", "code_logits", "summarise_pages"]
 

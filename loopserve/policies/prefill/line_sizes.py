@@ -16,7 +16,7 @@ from loopserve.core.errors import ConfigError
 from loopserve.core.interfaces import AttentionInputs, PolicyConfig, PrefillSparsifier
 from loopserve.core.patterns import DensePattern, LinePattern
 from loopserve.kernels.line_scores import LineScores
-from loopserve.policies.lines import sink_lines
+from loopserve.policies.lines import heaviest, sink_lines
 
 LineSizes = Mapping[int, Sequence[tuple[int, int]]]
 # (vertical, slash) sizes compared, from mostly vertical to mostly slash: the authors' search space, in shares of its largest.
@@ -92,8 +92,6 @@ class SizeSearch(PrefillSparsifier):
         return DensePattern(inputs.queries.shape[0], inputs.new_tokens, inputs.total_tokens)
 
     def _coverage(self, inputs: AttentionInputs, vertical: int, slash: int) -> Tensor:
-        from loopserve.policies.prefill.minference import heaviest
-
         heads, device = inputs.queries.shape[0], inputs.keys.device
         mass = self._rows(inputs, max(inputs.new_tokens - self.config.last_rows, 0), inputs.new_tokens)
         near = (torch.arange(inputs.total_tokens, device=device) < self.config.local_window).expand(heads, -1)

@@ -6,11 +6,10 @@ from typing import ClassVar
 
 import torch
 from pydantic import Field
-from torch import Tensor
 
 from loopserve.core.interfaces import AttentionInputs, LayerSpec, PolicyConfig, PrefillSparsifier
 from loopserve.core.patterns import AttentionPattern, LinePattern
-from loopserve.policies.lines import sink_lines
+from loopserve.policies.lines import heaviest, sink_lines
 from loopserve.policies.prefill.line_sizes import LineSizes, read_sizes
 
 
@@ -69,11 +68,3 @@ class MInferencePrefill(PrefillSparsifier):
         verticals = heaviest(mass.vertical, wanted[:, 0], sink_lines(inputs, config.sink_tokens))
         slashes = heaviest(mass.slash, wanted[:, 1], near)
         return LinePattern(verticals, slashes, inputs.new_tokens)
-
-
-def heaviest(mass: Tensor, sizes: Tensor, forced: Tensor) -> Tensor:
-    """``sizes`` ``[Hq]`` lines of most mass ``[Hq, n]``, the forced ones first: bool ``[Hq, n]``. Ties: the lowest first."""
-    order = mass.masked_fill(forced, float("inf")).argsort(dim=-1, descending=True, stable=True)
-    ranks = torch.arange(mass.shape[1], device=mass.device)
-    taken = ranks < torch.maximum(sizes[:, None], forced.sum(-1, keepdim=True))
-    return torch.zeros_like(forced).scatter_(1, order, taken)

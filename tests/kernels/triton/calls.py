@@ -15,7 +15,7 @@ from torch import Tensor
 
 import loopserve.kernels
 from loopserve.kernels import backend
-from loopserve.kernels.key_codes import KeyCodes
+from loopserve.kernels.key_codes.layout import KeyCodes
 
 ROWS, TOTAL = 512, 32768  # enough that columns overflow the packed room and keys are split
 KV_HEADS, GROUP = 2, 4
