@@ -21,7 +21,7 @@ from loopserve.core.stack import load_stack as _load_stack
 from loopserve.core.stats import TurnStats
 from loopserve.kernels import backend as kernels
 from loopserve.models.applied import Applied, applied
-from loopserve.models.chat import ChatTokenizer, Message, StreamDecoder
+from loopserve.models.chat import ChatTokenizer, Message, StreamDecoder, writable
 from loopserve.models.huggingface import IMPLEMENTATION, HuggingFaceModel, set_implementation
 from loopserve.models.loading import load
 from loopserve.plugins import load_registry
@@ -180,6 +180,9 @@ class Engine:
             if saved["version"] != 1:
                 raise ValueError(f"version {saved['version']}, known is 1")
             messages = [{"role": str(m["role"]), "content": str(m["content"])} for m in saved["messages"]]
+            roles = [m["role"] for m in messages if m["role"] != "system"]
+            if roles != ["user", "assistant"] * (len(roles) // 2):
+                raise ValueError("its messages are not turns of user and assistant")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{path}: not a saved conversation ({error})") from error
         return ChatSession(self, messages=messages)
@@ -199,6 +202,8 @@ class ChatSession:
         self.engine = engine
         self.messages: list[Message] = list(messages or [])
         if system is not None:
+            if not isinstance(system, str) or not writable(system):
+                raise InputError("the system message is no text; give it as UTF-8")
             self.messages.insert(0, {"role": "system", "content": system})
         self.last_reply: Reply | None = None
         self._session: Session | None = engine.tokens.session()
@@ -240,6 +245,8 @@ class ChatSession:
         except ValidationError as error:
             first = error.errors()[0]
             raise ConfigError(f"{'.'.join(map(str, first['loc']))}: {first['msg']} (got {first['input']!r})") from error
+        if not isinstance(text, str):
+            raise InputError(f"a message is text, not {type(text).__name__}")
         self._open.require_rest()
         self._asked(text)  # a message that cannot be asked is refused at once
         return self._answer(text, config)

@@ -197,6 +197,24 @@ def test_a_saved_conversation_goes_on(engine: Engine, tmp_path: Path) -> None:
     assert json.loads(file.read_text())["messages"][0]["role"] == "user"
 
 
+def test_what_is_no_conversation_is_refused(engine: Engine, tmp_path: Path) -> None:
+    file = tmp_path / "talk.json"
+    for roles in (["user", "user"], ["assistant", "user"], ["user"]):
+        said = [{"role": role, "content": "a b c"} for role in roles]
+        file.write_text(json.dumps({"version": 1, "messages": said}))
+        with pytest.raises(ConfigError, match="not turns of user and assistant"):
+            engine.load_session(file)
+    for wrong in (None, 5, b"x"):
+        with engine.session() as chat, pytest.raises(InputError, match="a message is text, not"):
+            chat.send(wrong)  # type: ignore[arg-type]
+    for system in (5, "\ud800"):
+        with pytest.raises(InputError, match="system message is no text"):
+            engine.session(system)  # type: ignore[arg-type]
+    for spec in (None, 1, []):
+        with pytest.raises(ConfigError, match="a stack is a preset's name"):
+            load_stack(spec)  # type: ignore[arg-type]
+
+
 def test_bad_requests_are_one_line_and_lose_nothing(chat: ChatSession) -> None:
     chat.send(f"{TOLD} what is the code of oslo ?")
     for text, options, says in [

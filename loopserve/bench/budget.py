@@ -41,6 +41,9 @@ def with_budget(stack: PolicyStack, budget: int) -> PolicyStack:
             for part in ("page_budget", "filter_budget"):
                 if part in decode:
                     decode[part] = decode[part] * budget // decode["budget"]
+            if decode.get("page_budget"):  # a small budget must leave something to select
+                forced = decode.get("sink_tokens", 0) + decode.get("recent_window", 0)
+                decode["page_budget"] = max(1, min(decode["page_budget"], budget - forced - 1))
             decode["budget"] = budget
     return load_stack(described)
 

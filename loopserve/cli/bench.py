@@ -120,11 +120,15 @@ def report(
     if any(file.is_dir() for file in files):
         if len(files) > 1:
             raise typer.BadParameter("one quality run at a time; loopserve bench compare takes two")
+        if plots is not None or only:
+            raise typer.BadParameter("--plots and --only are for rows of speed; a run's page has its plots inside")
         quality.report_run(files[0], by or (), markdown, output_dir, format)
         return
     from loopserve.bench.rows import latest, read_rows
     from loopserve.bench.speed import table as speed
 
+    if by or output_dir is not None:
+        raise typer.BadParameter("--by and --output-dir are for quality runs: give a run's directory")
     rows = latest(row for file in files for row in read_rows(file))
     if not rows:
         raise ConfigError(f"{', '.join(map(str, files))}: no rows yet")

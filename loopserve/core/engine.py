@@ -111,9 +111,9 @@ class TokenEngine:
         room: tokens that the answer may have. The session rests afterwards: it can be forked, and the turn answered twice.
         """
         self._fits(session, new_tokens, room)
+        started = time.perf_counter()  # copies to go back to are a part of what a turn costs
         session.begin_turn(new_tokens)
         with _whole(session):
-            started = time.perf_counter()
             logits = self.prefill(session, room=room)
             session.stats.ttft_ms = (time.perf_counter() - started - session.stats.measuring_s) * 1e3
         return logits

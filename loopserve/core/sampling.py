@@ -20,7 +20,7 @@ class SamplingConfig(BaseModel):
     temperature: float = Field(0.0, ge=0.0, description="0 = greedy; else logits are divided by it.")
     top_p: float = Field(1.0, gt=0.0, le=1.0, description="Keep the likeliest tokens up to this probability.")
     top_k: int = Field(0, ge=0, description="Keep this many likeliest tokens; 0 = all.")
-    seed: int | None = Field(None, description="Makes a drawn answer repeatable.")
+    seed: int | None = Field(None, ge=0, lt=1 << 63, description="Makes a drawn answer repeatable.")
 
 
 class Sampler:
@@ -41,13 +41,14 @@ class Sampler:
             raise ModelError("the model's logits are not numbers (NaN): its weights are damaged or its dtype overflows")
         if config.temperature == 0.0:
             return int(logits.argmax())
-        values, ids = (logits.float().cpu() / config.temperature).sort(descending=True, stable=True)
+        scores = logits.double().cpu()
+        values, ids = ((scores - scores.max()) / config.temperature).sort(descending=True, stable=True)
         if config.top_k:
             values, ids = values[: config.top_k], ids[: config.top_k]
         probabilities = values.softmax(0)
         if config.top_p < 1.0:
             before = probabilities.cumsum(0) - probabilities
-            probabilities = probabilities.masked_fill(before >= config.top_p, 0.0)
+            probabilities[1:] = probabilities[1:].masked_fill(before[1:] >= config.top_p, 0.0)
         return int(ids[torch.multinomial(probabilities, 1, generator=self._generator)])
 
 

@@ -195,6 +195,10 @@ def load_stack(spec: str | Path | Mapping[str, Any] | PolicyStack, registry: Reg
         return spec
     if isinstance(spec, Mapping):
         return _assemble(Document(dict(spec), "stack"), registry, default_name="custom")
+    if not isinstance(spec, str | Path):
+        raise ConfigError(
+            f"a stack is a preset's name, a YAML file, a dict or a PolicyStack, not {type(spec).__name__}"
+        )
     path = Path(spec)
     if isinstance(spec, str) and spec in preset_names():
         preset = preset_file(spec)

@@ -41,7 +41,7 @@ class ChatTokenizer:
         """
         if not messages or messages[-1]["role"] != "user" or not messages[-1]["content"].strip():
             raise InputError("the message is empty: write something")
-        if not _writable(messages[-1]["content"]):
+        if not writable(messages[-1]["content"]):
             raise InputError("the message holds bytes that are no text; send it as UTF-8")
         if any("\ue000" in message["content"] or "\ue001" in message["content"] for message in messages):
             raise InputError("the message contains the private characters U+E000 or U+E001; remove them")
@@ -104,7 +104,7 @@ class ChatTokenizer:
         return text
 
 
-def _writable(text: str) -> bool:
+def writable(text: str) -> bool:
     """False for lone surrogates, which stand for bytes that were no UTF-8."""
     try:
         text.encode()

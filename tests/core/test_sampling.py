@@ -17,6 +17,15 @@ def test_greedy_takes_the_lowest_of_equals() -> None:
     assert Sampler(SamplingConfig())(LOGITS) == 1
 
 
+@pytest.mark.parametrize(
+    "extreme", [{"temperature": 1e-45}, {"temperature": 1e-300}, {"temperature": 1.0, "top_p": 1e-300}]
+)
+def test_extreme_options_draw_the_likeliest(extreme: dict[str, float]) -> None:
+    assert Sampler(SamplingConfig(seed=0, **extreme))(LOGITS) in (1, 3)
+    with pytest.raises(ValueError, match="seed"):
+        SamplingConfig(seed=2**70)
+
+
 @given(st.integers(0, 10_000))
 def test_draws_are_repeatable_and_inside_what_was_asked(seed: int) -> None:
     config = SamplingConfig(temperature=2.0, top_k=3, seed=seed)

@@ -93,14 +93,18 @@ def _plots(run: Run) -> Iterator[tuple[str, Any]]:
 
 
 def _alphas(run: Run, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of stacks that differ in the alpha of their prefill policy, each with it; ``family`` is the policy's name."""
+    """The rows of stacks that differ in nothing but their prefill's alpha, each with it; ``family`` is the policy's name."""
     swept: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        prefill = run.identity["stacks"][row["stack"]]["described"]["prefill"]
+        stack = run.identity["stacks"][row["stack"]]
+        prefill = stack["described"]["prefill"]
         if "alpha" in prefill:
-            swept.setdefault(prefill["policy"], []).append(
-                row | {"alpha": prefill["alpha"], "family": prefill["policy"]}
-            )
+            rest = {
+                key: value for key, value in stack["described"].items() if key not in ("name", "description", "prefill")
+            }
+            others = [{**prefill, "alpha": None}, rest, stack.get("share")]  # all else must be alike
+            alike = swept.setdefault(json.dumps(others, sort_keys=True), [])
+            alike.append(row | {"alpha": prefill["alpha"], "family": prefill["policy"]})
     return [row for own in swept.values() if len({each["alpha"] for each in own}) > 1 for row in own]
 
 

@@ -166,7 +166,8 @@ def _parsed(line: bytes) -> Record | None:
     complete = (
         line.endswith(b"\n")
         and isinstance(record, dict)
-        and {"digest", "task", "sample", "turn", "turns"} <= record.keys()
+        and {"stack", "digest", "task", "sample"} <= record.keys()
+        and all(isinstance(record.get(name), int) for name in ("turn", "turns"))
     )
     return record if complete else None
 

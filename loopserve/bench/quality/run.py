@@ -39,7 +39,8 @@ _NEEDED = {"suite", "model", "lineup", "stacks", "settings", "metrics"}
 def open_run(directory: Path) -> Run:
     """A run from its directory, finished or not. ConfigError if there is none."""
     found = manifest.read_manifest(directory)
-    if not found.get("sessions") or _NEEDED - dict(found.get("identity") or {}).keys():
+    identity = found.get("identity")
+    if not found.get("sessions") or not isinstance(identity, dict) or _NEEDED - identity.keys():
         raise ConfigError(f"{directory / manifest.FILE}: damaged (a part of what a run is is missing)")
     path = directory / records.FILE
     return Run(found["identity"], found["sessions"], records.read_records(path) if path.exists() else [])

@@ -287,6 +287,10 @@ def _dense_first(lineup: Sequence[Contestant], agreement: bool) -> list[Contesta
     dense = [each for each in lineup if each.stack.is_dense]
     if agreement and not dense:
         dense = contestants([load_stack("dense")])
+        if any(each.name == dense[0].name for each in lineup):
+            raise ConfigError(
+                "a stack called 'dense' is not dense: give it another 'name', as dense takes part to compare with"
+            )
     return [*dense[:1], *(each for each in lineup if each not in dense[:1])]
 
 

@@ -149,6 +149,9 @@ def test_wrong_commands_are_told_what_is_known(cli: Cli, tmp_path: Path) -> None
     assert cli("report", tmp_path, tmp_path)[0] == 2
     (tmp_path / "manifest.json").write_text('{"version": 1}')
     assert "damaged" in cli("report", tmp_path)[2]
+    (tmp_path / "manifest.json").write_text('{"version": 1, "identity": [1], "sessions": [{}]}')
+    assert "damaged" in cli("report", tmp_path)[2]
+    assert "are for rows of speed" in cli("report", tmp_path, "--only", "ttft")[2]
     records = tmp_path / "records.jsonl"
     records.write_text('{"stack": "dense", "task": "recall", "sample": "0"}\n')
     assert "give the run's directory" in cli("report", records)[2]
@@ -156,6 +159,7 @@ def test_wrong_commands_are_told_what_is_known(cli: Cli, tmp_path: Path) -> None
     assert "records.jsonl:1: not a result row: it has no 'device'" in cli("report", records)[2]
     records.write_text("")
     assert "no rows yet" in cli("report", records)[2]
+    assert "are for quality runs" in cli("report", records, "--by", "set")[2]
 
 
 @pytest.mark.parametrize("name", suite_files(SuiteKind.QUALITY))

@@ -113,6 +113,12 @@ def test_heads_and_settings_are_drawn_where_they_differ(run: Run) -> None:
     drawn = Page()
     drawn.feed(page.page(Run(run.identity | {"lineup": names, "stacks": described}, run.sessions, records)))
     assert drawn.tags["svg"] == 5
+    for number, name in enumerate(names):  # another alpha, but another budget too
+        prefill = {"policy": "loopserve", "alpha": 0.9 + 0.01 * number}
+        described[name] = {"described": {"prefill": prefill, "decode": {"budget": number}}}
+    unlike = Page()
+    unlike.feed(page.page(Run(run.identity | {"lineup": names, "stacks": described}, run.sessions, records)))
+    assert unlike.tags["svg"] == 5
     cells = next(record["cells_by_head"] for record in records if record["stack"] == "sparse")
     assert list(cells) == ["0", "1"] and all(len(row) == 2 and 0 < min(row) <= max(row) < 1 for row in cells.values())
 

@@ -122,6 +122,8 @@ def test_unknown_names_are_refused_before_anything_is_asked() -> None:
         run_suite(suite(), tasks=["recall"])
     with pytest.raises(ConfigError, match=r"--attended 1\.5: must be from 0 \(a stack's own budget\) to 1"):
         run_suite(suite(), attended=[1.5])
+    with pytest.raises(ConfigError, match="a stack called 'dense' is not dense"):
+        run_suite(suite(), stacks=[SNAPKV | {"name": "dense"}])
     with pytest.raises(ConfigError, match="unknown metric 'exactmatch'; did you mean 'exact_match'"):
         ask(Words(metric="exactmatch"))
     other = {**SNAPKV, "decode": {"policy": "snapkv", "budget": 50, "window": 8}}
@@ -156,6 +158,8 @@ def test_a_share_is_met_by_budgets_with_outputs_and_without() -> None:
 def test_shares_reach_stacks_of_any_shape() -> None:
     rocket = contestants([load_stack("rocketkv_mt")], [0.3])[0].fitted([20000], [10])
     assert budget_of(rocket) == 5995 and rocket.describe()["decode"]["filter_budget"] > 4 * 5000
+    least = contestants([load_stack("loopserve")], [0.02])[0].fitted([100], [10])
+    assert budget_of(least) == 16 and least.describe()["decode"]["page_budget"] == 3
     lineup = contestants([load_stack("snapkv"), load_stack("dense")], [0.0, 0.1])
     assert [each.name for each in lineup] == ["snapkv", "snapkv@0.1", "dense"]
 
