@@ -79,5 +79,11 @@ def test_every_stack_that_compresses_gets_the_same_budget() -> None:
     assert len(budgets - {None}) == 1
     wrapped = equal_budget(load_stack("adakv"), 2000, 3).describe()["decode"]["inner"]["budget"]
     assert {wrapped} == budgets - {None}
+
+
+def test_a_stack_whose_window_outgrows_a_tenth_says_so_and_one_that_can_shrink_shrinks() -> None:
     with pytest.raises(ConfigError, match="raise --tokens"):
-        equal_budget(load_stack("loopserve"), 100, 3)
+        equal_budget(load_stack("snapkv"), 100, 3)
+    small = equal_budget(load_stack("loopserve"), 100, 3).describe()["decode"]
+    chosen = small["budget"] - small["sink_tokens"] - small["recent_window"] - small["page_budget"]
+    assert small["page_budget"] >= 1 and chosen >= 1

@@ -14,8 +14,7 @@ import torch
 
 from loopserve.api import load_stack
 from loopserve.bench.speed.engine import machine
-from loopserve.core import attention, cache, engine
-from loopserve.core.buffers import versions
+from loopserve.core import attention, buffers, engine
 from loopserve.core.engine import TokenEngine
 from loopserve.core.guard import Guard
 from loopserve.core.judging import check_selection
@@ -70,11 +69,11 @@ def _looking(looks: bool) -> Iterator[None]:
     colder caches.
     """
     judge = check_selection if looks else lambda *_: None
-    count = versions if looks else lambda *_: ()
+    count = buffers.versions if looks else lambda *_: ()
     with ExitStack() as undo:
         for module in (attention, engine):
             undo.enter_context(patch.object(module, "check_selection", judge))
-        undo.enter_context(patch.object(cache, "versions", count))
+        undo.enter_context(patch.object(buffers, "versions", count))
         yield
 
 
