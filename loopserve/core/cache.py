@@ -12,8 +12,8 @@ from torch import Tensor
 
 from loopserve.core.buffers import ACTIVE_SLACK, PairBuffer
 from loopserve.core.errors import CacheError, Fault, PolicyFault
-from loopserve.core.interfaces import KVSelection, Retention
 from loopserve.core.ragged import RaggedBuffer
+from loopserve.core.selection import KVSelection, Retention
 from loopserve.kernels.gather_kv import gather_kv
 
 _FIRST_CAPACITY = 256

@@ -228,6 +228,9 @@ class Session:
             try:
                 kept = key in self.states and key not in self.aside
                 states[key] = self.states[key] if kept else self._fresh(policy)
+                if isinstance(policy, DecodeCompressor):
+                    moment = "begin_turn"
+                    self.guard.ask(policy, policy.begin_turn, states[key])
                 moment = "a copy of its state"
                 copies[key] = copy.deepcopy(states[key])
             except FAULTS as error:

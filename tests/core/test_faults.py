@@ -192,12 +192,17 @@ class Broken(Halving):
             raise RuntimeError("no state")
         return {"lock": (each for each in ())} if self.where == "copy" else {}
 
+    def begin_turn(self, state: dict[str, Any]) -> None:
+        if self.where == "begin_turn":
+            raise RuntimeError("nothing to let go of")
+
     def held_bytes(self, state: Any) -> Any:
         return "many" if self.where == "held_bytes" else 0
 
 
 @pytest.mark.parametrize(
-    ("where", "moment"), [("init_state",) * 2, ("copy", "a copy of its state"), ("held_bytes",) * 2]
+    ("where", "moment"),
+    [("init_state",) * 2, ("begin_turn",) * 2, ("copy", "a copy of its state"), ("held_bytes",) * 2],
 )
 def test_a_state_that_cannot_be_had_is_a_fault_too(where: str, moment: str) -> None:
     said = SamplingConfig(max_new_tokens=ANSWER)

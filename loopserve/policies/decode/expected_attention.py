@@ -68,6 +68,9 @@ class ExpectedAttentionDecode(ScoredCompressor):
 
     config: Config
 
+    def begin_turn(self, state: ScoredState) -> None:
+        state.notes.clear()  # this turn's queries are others
+
     def observe(self, inputs: AttentionInputs, state: ScoredState) -> None:
         if inputs.phase is not Phase.PREFILL:
             return
@@ -77,8 +80,7 @@ class ExpectedAttentionDecode(ScoredCompressor):
             state.notes[inputs.layer.index] = found if held is None else held.joined(found)
 
     def ranking(self, inputs: AttentionInputs, state: ScoredState, budget: int) -> Tensor:
-        found = state.notes.pop(inputs.layer.index, None)  # the next turn's queries are others
-        return self._score(inputs, found)
+        return self._score(inputs, state.notes.get(inputs.layer.index))
 
     def score(self, inputs: AttentionInputs) -> Tensor:
         return self._score(inputs, self._statistics(inputs))

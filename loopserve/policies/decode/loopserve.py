@@ -50,7 +50,6 @@ from loopserve.policies.draws import generator, uniform_rows
 class LoopServeState:
     """What one turn's observations left behind. All but the page summaries is begun anew with each turn."""
 
-    turn: int = -1
     input_end: int = 0  # length when this turn's input had been taken in
     since: int = 0  # outputs processed since the last selection
     awaiting: bool = False  # an observation pass was asked for
@@ -116,6 +115,9 @@ class LoopServeDecode(DecodeCompressor[LoopServeState]):
 
     def init_state(self) -> LoopServeState:
         return LoopServeState()
+
+    def begin_turn(self, state: LoopServeState) -> None:
+        state.__dict__.update(LoopServeState(pages=state.pages).__dict__)
 
     def held_bytes(self, state: LoopServeState) -> int:
         return sum(pages.nbytes for pages in state.pages.values() if pages.columns)
@@ -188,8 +190,6 @@ class LoopServeDecode(DecodeCompressor[LoopServeState]):
     def after_attention(self, inputs: AttentionInputs, state: LoopServeState) -> None:
         layer = inputs.layer.index
         if inputs.phase is Phase.PREFILL:
-            if state.turn != inputs.turn:
-                self._begin_turn(inputs.turn, state)
             if self._looks_within_the_step() and inputs.total_tokens > self.config.dense_tokens:
                 self._pages(inputs, state)  # with the prefill, so that the first output need not wait for it
             if inputs.final:
@@ -202,10 +202,6 @@ class LoopServeDecode(DecodeCompressor[LoopServeState]):
             state.calls[layer] = inputs
         elif state.awaiting and layer in state.calls:
             self._take(inputs, state, inputs.queries, inputs.columns)
-
-    def _begin_turn(self, turn: int, state: LoopServeState) -> None:
-        fresh = LoopServeState(turn=turn, pages=state.pages)
-        state.__dict__.update(fresh.__dict__)
 
     def _observe_prefill(self, inputs: AttentionInputs, state: LoopServeState) -> None:
         """The first observation; in a layer that has nothing to leave out, none."""

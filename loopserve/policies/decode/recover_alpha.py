@@ -62,6 +62,9 @@ class RecoverAlphaDecode(DecodeCompressor[RecoverState]):
     def init_state(self) -> RecoverState:
         return RecoverState()
 
+    def begin_turn(self, state: RecoverState) -> None:
+        state.queries.clear()
+
     def after_attention(self, inputs: AttentionInputs, state: RecoverState) -> None:
         layer = inputs.layer.index
         if inputs.phase is Phase.PREFILL and inputs.final:

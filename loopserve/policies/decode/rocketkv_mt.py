@@ -77,6 +77,9 @@ class RocketKVMTDecode(DecodeCompressor[RocketState]):
     def init_state(self) -> RocketState:
         return RocketState()
 
+    def begin_turn(self, state: RocketState) -> None:
+        state.layers.clear()  # the filter holds for one turn
+
     def held_bytes(self, state: RocketState) -> int:
         return sum(2 * each.low.numel() * each.low.element_size() for each in state.layers.values())
 
