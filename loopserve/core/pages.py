@@ -68,8 +68,9 @@ class PageSummaries:
     @property
     def nbytes(self) -> int:
         """Bytes held, and read whenever everything is ranked."""
-        bounds = 2 * self.low.numel() * self.low.element_size()
-        return bounds + (self.codes[:, :, 0].numel() // self.pages * self.columns if self.bits else 0)
+        heads, _, dim = self._parts["low"].shape
+        bounds = 2 * heads * self.pages * dim * self._parts["low"].element_size()
+        return bounds + heads * self.columns * dim * self.bits // 8
 
     def update(self, keys: Tensor) -> None:
         """Take in the store's keys ``[Hkv, Tk, D]``: only the last, unfinished page and new pages are computed.

@@ -28,7 +28,7 @@ def coded(keys: Tensor, page: int, bits: int) -> PageSummaries:
     page=st.sampled_from([1, 7, 16, 32]),
     bits=st.sampled_from([2, 4, 8]),
     dim=st.sampled_from([8, 16, 32, 64, 128, 256]),
-    group=st.sampled_from([1, 3]),
+    group=st.sampled_from([1, 2, 3, 4, 7]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     seed=st.integers(0, 99),
 )

@@ -4,17 +4,23 @@
 #include "cells.h"
 #include "common.h"
 
-#define AHEAD (2 * VW)
 #define CHUNK 256  // keys at once: they stay in the second-level cache for the next query of the group
+#define AHEAD 64   // keys that are asked for before their turn, where they stand in no order
 
 // What a row has seen so far.
 typedef struct {
     float most, sum;
 } State;
 
-// columns [count]: where the pairs stand.
+// Ask for a row early. Into the second-level cache, which has many more requests under way than the first.
+INLINE void ask_for(const char *row, int64_t bytes) {
+    for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(row + b, 0, 2);
+}
+
+// columns [known]: where the pairs of this chunk stand, `count` of them, and then those of the next. scattered: in no order, and not
+// asked for yet; the first AHEAD keys are.
 static void attend_chunk(const Attention *a, const char *query, const char *keys, const char *values, const int64_t *columns,
-                         int64_t count, int scattered, State *state, float *output) {
+                         int64_t count, int64_t known, int scattered, State *state, float *output) {
     int64_t size = a->half ? 2 : 4;
     float scores[CHUNK] __attribute__((aligned(64)));
     const char *value[CHUNK], *row[VW];
@@ -22,12 +28,11 @@ static void attend_chunk(const Attention *a, const char *query, const char *keys
     vf most = splat(state->most);
     for (int64_t i = 0; i < count; i += VW) {
         const char *key[VW];
-        if (scattered)  // rows in no order: ask for them early, the values for the sum below and the keys of the steps to come
-            for (int64_t j = i; j < i + VW && j < count; j++)
-                for (int64_t b = 0; b < a->dim * size; b += 64) {
-                    __builtin_prefetch(values + columns[j] * a->value_row * size + b);
-                    if (j + AHEAD < count) __builtin_prefetch(keys + columns[j + AHEAD] * a->key_row * size + b);
-                }
+        if (scattered)  // the values for the sum below, and the keys of the steps to come
+            for (int64_t j = i; j < i + VW && j < count; j++) {
+                ask_for(values + columns[j] * a->value_row * size, a->dim * size);
+                if (j + AHEAD < known) ask_for(keys + columns[j + AHEAD] * a->key_row * size, a->dim * size);
+            }
         for (int j = 0; j < VW; j++) key[j] = keys + columns[i + j < count ? i + j : count - 1] * a->key_row * size;
         vf score = row_products(row, key, a->dim, a->half) * (a->scaling * LOG2E);
         store(scores + i, score);
@@ -77,15 +82,17 @@ int LS(decode_attention)(const Attention *a) {
             while (from < chosen && own[from] < 0) from++;
         else if (from < start) from = start;
         for (int64_t at = from; at < to; at += CHUNK) {
-            int64_t columns[CHUNK], last = at + CHUNK < to ? at + CHUNK : to;
-            for (int64_t i = at; i < last; i++)  // filler in the midst, where none belongs, must not be read before the buffer
+            int64_t columns[CHUNK + AHEAD], last = at + CHUNK < to ? at + CHUNK : to, known = last + AHEAD < to ? last + AHEAD : to;
+            for (int64_t i = at; i < known; i++)  // filler in the midst, where none belongs, must not be read before the buffer
                 columns[i - at] = i >= chosen ? tail + i - chosen : own[i] < 0 ? 0 : own[i];
+            for (int64_t i = at; sparse && at == from && i < known && i < at + AHEAD; i++)
+                ask_for(keys + columns[i - at] * a->key_row * size, a->dim * size);
             for (int64_t line = 0; line < lines; line++) {
                 int64_t head = kv * a->group + line / a->rows, row = line % a->rows;
                 int64_t seen = pairs - a->rows + row + 1, end = last < seen ? last : seen;
                 if (at < end)
-                    attend_chunk(a, a->queries + (head * a->query_head + row * a->query_row) * size, keys, values, columns, end - at, sparse,
-                                 state + line, output + line * a->dim);
+                    attend_chunk(a, a->queries + (head * a->query_head + row * a->query_row) * size, keys, values, columns, end - at,
+                                 known - at, sparse && line == 0, state + line, output + line * a->dim);
             }
         }
     }

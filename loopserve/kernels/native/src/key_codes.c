@@ -22,20 +22,26 @@ typedef struct {
     float scaling;
 } KeyCodes;
 
+enum { TOGETHER = 4 };  // queries of a group taken at once: a page's bounds are read and its codes unpacked once for all of them
+
 typedef struct {
-    float *steps;     // [dim]: query * step
-    int8_t *bytes;    // [2][dim]: the same in 127ths of the largest, and what that leaves in 127ths of one of those
-    float *logits;    // [columns]: of one row
-    float *best;      // [columns]: maximum over the rows
-    uint32_t *codes, *kept;  // [columns] each
-    int32_t *places;  // [columns]
+    int64_t stride;   // columns, and room for a page and two vectors behind them
+    float *steps;     // [TOGETHER][dim]: query * step of the page at hand
+    int8_t *bytes;    // [TOGETHER][2][dim]: the same in 127ths of the largest, and what that leaves in 127ths of one of those
+    float scales[TOGETHER], offsets[TOGETHER];  // logit = products * scale + offset
+    float *logits;    // [TOGETHER][stride]
+    float *best;      // [stride]: maximum over the rows
+    uint32_t *codes, *kept;  // [stride] each
+    int32_t *places;  // [stride]
     int64_t *jumps;   // [budget]
 } Desk;
 
 static int desk_open(Desk *d, const KeyCodes *k) {
-    int64_t room_of = (k->columns + k->page + 2 * VW) * 4;
-    *d = (Desk){room(k->dim * 4), room(2 * k->dim + 64), room(room_of), room(room_of), room(room_of), room(room_of), room(room_of),
-                room((k->budget + 1) * 8)};
+    int64_t stride = k->columns + k->page + 2 * VW, rows = k->rows < TOGETHER ? k->rows : TOGETHER;
+    d->stride = stride;
+    d->steps = room(TOGETHER * k->dim * 4), d->bytes = room(TOGETHER * 2 * k->dim);
+    d->logits = room(rows * stride * 4), d->best = room(stride * 4), d->codes = room(stride * 4), d->kept = room(stride * 4);
+    d->places = room(stride * 4), d->jumps = room((k->budget + 1) * 8);
     return d->steps && d->bytes && d->logits && d->best && d->codes && d->kept && d->places && d->jumps;
 }
 
@@ -44,40 +50,104 @@ static void desk_close(Desk *d) {
 }
 
 #if defined(__AVX512VNNI__)
-// The codes of channels 64 z to 64 z + 63 of a key of `width` bytes, a byte each.
-INLINE __m512i unpack(const uint8_t *key, int64_t width, int bits, int64_t z) {
-    __m512i x;
-    if (width == 16) {
-        x = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)key));
-        x = _mm512_srlv_epi64(x, _mm512_set_epi64(6, 6, 4, 4, 2, 2, 0, 0));
-    } else if (width == 32) {
-        x = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *)key));
-        x = _mm512_srli_epi64(x, 2 * z * bits);
-        x = _mm512_mask_srli_epi64(x, 0xf0, x, bits);
-    } else {
-        x = _mm512_srli_epi64(_mm512_loadu_si512(key + 64 * z % width), 64 * z / width * bits);
+// Bytes 16 piece to 16 piece + 15 of four keys of `width` bytes.
+INLINE __m512i quarter_of(const uint8_t *keys, int64_t width, int64_t piece) {
+    if (width == 16) return _mm512_loadu_si512(keys);
+    if (width == 32) {
+        __m512i a = _mm512_loadu_si512(keys), b = _mm512_loadu_si512(keys + 64);
+        return piece ? _mm512_shuffle_i64x2(a, b, 0xdd) : _mm512_shuffle_i64x2(a, b, 0x88);
     }
-    return bits == 8 ? x : _mm512_and_si512(x, _mm512_set1_epi8((1 << bits) - 1));
+    const uint8_t *from = keys + 16 * piece;
+    __m512i x = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i *)from));
+    x = _mm512_inserti32x4(x, _mm_loadu_si128((const __m128i *)(from + width)), 1);
+    x = _mm512_inserti32x4(x, _mm_loadu_si128((const __m128i *)(from + 2 * width)), 2);
+    return _mm512_inserti32x4(x, _mm_loadu_si128((const __m128i *)(from + 3 * width)), 3);
 }
 
-// width and bits are constants where this is inlined.
-INLINE void page_by_bytes(const KeyCodes *k, const int8_t *steps, const uint8_t *codes, int64_t width, int bits, float scale,
-                          float offset, float *logits) {
-    for (int64_t at = 0; at < k->page; at += VW) {
-        vf sums[VW];
-        UNROLL for (int i = 0; i < VW; i++) {
-            const uint8_t *key = codes + (at + i < k->page ? at + i : k->page - 1) * width;
-            __m512i sum = _mm512_setzero_si512(), rest = _mm512_setzero_si512();
-            for (int64_t z = 0; z < k->dim / 64; z++) {
-                __m512i codes_of_z = unpack(key, width, bits, z);
-                sum = _mm512_dpbusd_epi32(sum, codes_of_z, _mm512_loadu_si512(steps + 64 * z));
-                if (bits > 2) rest = _mm512_dpbusd_epi32(rest, codes_of_z, _mm512_loadu_si512(steps + k->dim + 64 * z));
+// Products of 16 keys' codes with the whole numbers of some rows. A lane stands for a key, so nothing is summed across lanes; and
+// codes are not shifted down, but what they give in each place of a byte is, once. width, bits and rows are constants where this
+// is inlined.
+INLINE void keys_by_bytes(const int8_t *bytes, int64_t dim, const uint8_t *keys, int64_t width, int bits, int rows, vf *found) {
+    enum { MOST = 4 };
+    int places = 8 / bits;
+    __m512i sums[TOGETHER][MOST] = {}, rests[TOGETHER][MOST] = {};
+    for (int64_t piece = 0; piece < width / 16; piece++) {
+        __m512i a = quarter_of(keys, width, piece), b = quarter_of(keys + 4 * width, width, piece);
+        __m512i c = quarter_of(keys + 8 * width, width, piece), d = quarter_of(keys + 12 * width, width, piece);
+        __m512i ab = _mm512_unpacklo_epi32(a, b), cd = _mm512_unpacklo_epi32(c, d);
+        __m512i ba = _mm512_unpackhi_epi32(a, b), dc = _mm512_unpackhi_epi32(c, d);
+        __m512i four[4] = {_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd), _mm512_unpacklo_epi64(ba, dc),
+                           _mm512_unpackhi_epi64(ba, dc)};  // [j]: bytes 4 j to 4 j + 3 of the piece, of keys 0, 4, 8, 12, 1, 5, ...
+        UNROLL for (int j = 0; j < 4; j++) UNROLL for (int p = 0; p < places; p++) {
+            __m512i codes = bits == 8 ? four[j] : _mm512_and_si512(four[j], _mm512_set1_epi8((char)(((1 << bits) - 1) << (bits * p))));
+            const int8_t *step = bytes + p * width + 16 * piece + 4 * j;
+            UNROLL for (int r = 0; r < rows; r++, step += 2 * dim) {
+                int32_t of, rest;
+                memcpy(&of, step, 4), memcpy(&rest, step + dim, 4);
+                sums[r][p] = _mm512_dpbusd_epi32(sums[r][p], codes, _mm512_set1_epi32(of));
+                if (bits > 2) rests[r][p] = _mm512_dpbusd_epi32(rests[r][p], codes, _mm512_set1_epi32(rest));
             }
-            sums[i] = (vf)_mm512_cvtepi32_ps(sum);
-            if (bits > 2) sums[i] += (vf)_mm512_cvtepi32_ps(rest) * (1.0f / 254);
         }
-        store(logits + at, sums_of(sums) * scale + offset);
     }
+    const __m512i order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
+    UNROLL for (int r = 0; r < rows; r++) {
+        UNROLL for (int p = 1; p < places; p++) {
+            sums[r][0] = _mm512_add_epi32(sums[r][0], _mm512_srai_epi32(sums[r][p], bits * p));
+            if (bits > 2) rests[r][0] = _mm512_add_epi32(rests[r][0], _mm512_srai_epi32(rests[r][p], bits * p));
+        }
+        found[r] = (vf)_mm512_cvtepi32_ps(sums[r][0]);
+        if (bits > 2) found[r] += (vf)_mm512_cvtepi32_ps(rests[r][0]) * (1.0f / 254);
+        found[r] = (vf)_mm512_permutexvar_ps(order, (__m512)found[r]);
+    }
+}
+
+INLINE void page_by_bytes(const KeyCodes *k, const Desk *d, const uint8_t *codes, int64_t width, int bits, int rows,
+                          float *const *logits, int64_t first) {
+    uint8_t last[VW * width];  // a page whose length is no multiple of 16 ends with these
+    for (int64_t at = 0; at < k->page; at += VW) {
+        const uint8_t *keys = codes + at * width;
+        if (at + VW > k->page) {
+            memset(last, 0, sizeof last);
+            memcpy(last, keys, (k->page - at) * width);
+            keys = last;
+        }
+        vf found[TOGETHER];
+        keys_by_bytes(d->bytes, k->dim, keys, width, bits, rows, found);
+        UNROLL for (int r = 0; r < rows; r++) store(logits[r] + first + at, found[r] * d->scales[r] + d->offsets[r]);
+    }
+}
+
+// The same with rows, bits and the usual widths known to the compiler.
+static void any_page_by_bytes(const KeyCodes *k, const Desk *d, const uint8_t *codes, int64_t width, int rows, float *const *logits,
+                              int64_t first) {
+#define WITH(width, bits)                                                           \
+    switch (rows) {                                                                 \
+        case 1: page_by_bytes(k, d, codes, width, bits, 1, logits, first); return;  \
+        case 2: page_by_bytes(k, d, codes, width, bits, 2, logits, first); return;  \
+        case 3: page_by_bytes(k, d, codes, width, bits, 3, logits, first); return;  \
+        default: page_by_bytes(k, d, codes, width, bits, 4, logits, first); return; \
+    }
+    if (k->bits == 4) WITH(width, 4)
+    if (k->bits == 8) WITH(width, 8)
+    if (width == 16) WITH(16, 2)
+    if (width == 32) WITH(32, 2)
+    WITH(width, 2)
+#undef WITH
+}
+
+// Numbers `steps` [dim], `most` of them the largest in size, as whole numbers; returns what one of those is worth.
+INLINE float to_bytes(const float *steps, int64_t dim, int bits, vf most, int8_t *bytes) {
+    float largest = _mm512_reduce_max_ps((__m512)most), inverse = largest > 0 ? 127 / largest : 1;
+    for (int64_t c = 0; c < dim; c += VW) {
+        vf step = load(steps + c) * inverse;
+        __m512i whole = _mm512_cvtps_epi32((__m512)step);
+        _mm_storeu_si128((__m128i *)(bytes + c), _mm512_cvtsepi32_epi8(whole));
+        if (bits > 2) {
+            __m512i rest = _mm512_cvtps_epi32((__m512)((step - (vf)_mm512_cvtepi32_ps(whole)) * 254.0f));
+            _mm_storeu_si128((__m128i *)(bytes + dim + c), _mm512_cvtsepi32_epi8(rest));
+        }
+    }
+    return largest > 0 ? largest * (1.0f / 127) : 1;
 }
 #endif
 
@@ -98,41 +168,43 @@ static void page_by_floats(const KeyCodes *k, const float *steps, const uint8_t 
     }
 }
 
-// Logits [columns] of one query, page by page; the last page may write up to a page and a vector beyond.
-static void logits_of(const KeyCodes *k, Desk *d, int64_t head, const float *query, float *logits) {
-    int64_t pages = (k->columns + k->page - 1) / k->page, dim = k->dim, width = dim * k->bits / 8, size = k->half ? 2 : 4;
+// What a page's bounds make of some queries, `rows` side by side.
+static void prepare(const KeyCodes *k, Desk *d, int64_t head, int64_t page, const float *queries, int rows) {
+    int64_t dim = k->dim, size = k->half ? 2 : 4, at = (head * k->bounds_head + page * dim) * size;
     float share = 1.0f / ((1 << k->bits) - 1);
-    for (int64_t p = 0; p < pages; p++) {
-        const char *low = k->low + (head * k->bounds_head + p * dim) * size, *high = k->high + (head * k->bounds_head + p * dim) * size;
-        const uint8_t *codes = k->codes + head * k->codes_head + p * k->page * width;
-        vf sum = {}, most = {};
-        for (int64_t c = 0; c < dim; c += VW) {
-            vf a = k->half ? load_bf16((const bf16 *)low + c) : load((const float *)low + c);
-            vf b = k->half ? load_bf16((const bf16 *)high + c) : load((const float *)high + c);
-            vf of = load(query + c), step = (b - a) * share * of;
-            sum += a * of, most = vmax(most, vmax(step, -step));
-            store(d->steps + c, step);
+    vf sums[TOGETHER] = {}, most[TOGETHER] = {};
+    for (int64_t c = 0; c < dim; c += VW) {
+        vf low = k->half ? load_bf16((const bf16 *)(k->low + at) + c) : load((const float *)(k->low + at) + c);
+        vf high = k->half ? load_bf16((const bf16 *)(k->high + at) + c) : load((const float *)(k->high + at) + c);
+        vf step = (high - low) * share;
+        for (int r = 0; r < rows; r++) {
+            vf query = load(queries + r * dim + c), own = step * query;
+            sums[r] += low * query, most[r] = vmax(most[r], vmax(own, -own));
+            store(d->steps + r * dim + c, own);
         }
-        float offset = sum_of(sum) * k->scaling, *to = logits + p * k->page;
+    }
+    for (int r = 0; r < rows; r++) {
+        d->offsets[r] = sum_of(sums[r]) * k->scaling, d->scales[r] = k->scaling;
 #if defined(__AVX512VNNI__)
-        if (dim % 64 == 0 && (width == 16 || width % 32 == 0)) {
-            float largest = _mm512_reduce_max_ps((__m512)most), scale = largest > 0 ? largest / 127 : 1;
-            for (int64_t c = 0; c < dim; c += VW) {
-                vf step = load(d->steps + c) * (1 / scale);
-                __m512i whole = _mm512_cvtps_epi32((__m512)step);
-                __m512i rest = _mm512_cvtps_epi32((__m512)((step - (vf)_mm512_cvtepi32_ps(whole)) * 254.0f));
-                _mm_storeu_si128((__m128i *)(d->bytes + c), _mm512_cvtsepi32_epi8(whole));
-                _mm_storeu_si128((__m128i *)(d->bytes + dim + c), _mm512_cvtsepi32_epi8(rest));
-            }
-            scale *= k->scaling;
-            if (width == 16 && k->bits == 2) page_by_bytes(k, d->bytes, codes, 16, 2, scale, offset, to);
-            else if (width == 32 && k->bits == 2) page_by_bytes(k, d->bytes, codes, 32, 2, scale, offset, to);
-            else page_by_bytes(k, d->bytes, codes, width, k->bits, scale, offset, to);
+        d->scales[r] *= to_bytes(d->steps + r * dim, dim, (int)k->bits, most[r], d->bytes + 2 * r * dim);
+#endif
+    }
+}
+
+// Logits [columns] of `rows` queries that lie side by side; the last page may write up to a page and a vector beyond.
+static void logits_of(const KeyCodes *k, Desk *d, int64_t head, const float *queries, int rows, float *const *logits) {
+    int64_t pages = (k->columns + k->page - 1) / k->page, width = k->dim * k->bits / 8;
+    for (int64_t page = 0; page < pages; page++) {
+        const uint8_t *codes = k->codes + head * k->codes_head + page * k->page * width;
+        prepare(k, d, head, page, queries, rows);
+#if defined(__AVX512VNNI__)
+        if (width % 16 == 0) {
+            any_page_by_bytes(k, d, codes, width, rows, logits, page * k->page);
             continue;
         }
 #endif
-        (void)most;
-        page_by_floats(k, d->steps, codes, width, offset, to);
+        for (int r = 0; r < rows; r++)
+            page_by_floats(k, d->steps + r * k->dim, codes, width, d->offsets[r], logits[r] + page * k->page);
     }
 }
 
@@ -143,9 +215,12 @@ int LS(code_logits)(const KeyCodes *k) {
     for (int64_t head = 0; head < k->heads; head++) {
         Desk d;
         if (desk_open(&d, k))
-            for (int64_t r = 0; r < k->rows; r++) {
-                logits_of(k, &d, head, k->queries + (head * k->rows + r) * k->dim, d.logits);
-                memcpy(k->logits + (head * k->rows + r) * k->columns, d.logits, k->columns * 4);
+            for (int64_t first = 0; first < k->rows; first += TOGETHER) {
+                int rows = (int)(k->rows - first < TOGETHER ? k->rows - first : TOGETHER);
+                float *logits[TOGETHER];
+                for (int r = 0; r < rows; r++) logits[r] = d.logits + r * d.stride;
+                logits_of(k, &d, head, k->queries + (head * k->rows + first) * k->dim, rows, logits);
+                for (int r = 0; r < rows; r++) memcpy(k->logits + (head * k->rows + first + r) * k->columns, logits[r], k->columns * 4);
             }
         else failed = 1;
         desk_close(&d);
@@ -175,12 +250,16 @@ static void observe(const float *logits, int64_t columns, int64_t tail, float sh
 
 static void jumps_of(const KeyCodes *k, Desk *d, int64_t head) {
     int64_t columns = k->columns;
-    for (int64_t r = 0; r < k->rows; r++) {
-        float *logits = r ? d->logits : d->best;
-        logits_of(k, d, head, k->queries + (head * k->rows + r) * k->dim, logits);
-        if (k->observed) observe(logits, columns, k->tail, 1.0f / k->rows, (float *)d->kept, k->observed + head * k->tail);
-        if (r)
-            for (int64_t c = 0; c < columns; c += VW) store(d->best + c, vmax(load(d->best + c), load(logits + c)));
+    for (int64_t first = 0; first < k->rows; first += TOGETHER) {
+        int rows = (int)(k->rows - first < TOGETHER ? k->rows - first : TOGETHER);
+        float *logits[TOGETHER];
+        for (int r = 0; r < rows; r++) logits[r] = first + r ? d->logits + r * d->stride : d->best;
+        logits_of(k, d, head, k->queries + (head * k->rows + first) * k->dim, rows, logits);
+        for (int r = 0; r < rows; r++) {
+            if (k->observed) observe(logits[r], columns, k->tail, 1.0f / k->rows, (float *)d->kept, k->observed + head * k->tail);
+            if (first + r)
+                for (int64_t c = 0; c < columns; c += VW) store(d->best + c, vmax(load(d->best + c), load(logits[r] + c)));
+        }
     }
     for (int64_t c = 0; c < k->tail; c += VW) *(vu *)(d->codes + c) = codes_of(load(d->best + c));
     const int64_t *base = k->base + head * k->base_count;

@@ -100,9 +100,13 @@ INLINE vf exp2v(vf x) {
 }
 
 INLINE float sum_of(vf x) {
+#if VW == 16
+    return _mm512_reduce_add_ps((__m512)x);
+#else
     float total = 0;
     UNROLL for (int i = 0; i < VW; i++) total += x[i];
     return total;
+#endif
 }
 
 #if defined(__has_builtin)
