@@ -302,11 +302,11 @@ class DecodeCompressor(ABC, Generic[State]):
     def init_state(self) -> State:
         """A fresh state for one session. It must survive ``copy.deepcopy`` (a session can be forked)."""
 
-    def begin_turn(self, state: State) -> None:
-        """A turn begins: let go of what only the last one needed.
+    def end_turn(self, state: State) -> None:
+        """A turn is over: let go of what only it needed. Called once per turn, before the next one begins.
 
-        Called first of all in a turn. The state is copied next, to go back to if the turn is taken back, and as long as the
-        conversation lives there is such a copy for every turn.
+        When that one begins the state is copied, to go back to if it is taken back, and there is such a copy for every turn of
+        the conversation.
         """
 
     def held_bytes(self, state: State) -> int:

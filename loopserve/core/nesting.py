@@ -134,8 +134,8 @@ class ScoredWrapper(ScoredCompressor):
     def refuses(self, layer: LayerSpec) -> str | None:
         return self.inner.refuses(layer)
 
-    def begin_turn(self, state: ScoredState) -> None:
-        self.inner.begin_turn(state)
+    def end_turn(self, state: ScoredState) -> None:
+        self.inner.end_turn(state)
 
     def score(self, inputs: AttentionInputs) -> Tensor:
         return self.inner.score(inputs)

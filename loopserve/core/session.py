@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from loopserve.core.cache import KVCache
+from loopserve.core.cache import ActiveSet, KVCache
 from loopserve.core.errors import CacheError, Fault, InputError, PolicyError
 from loopserve.core.faults import FAULTS, Owners, Policy, blamed
 from loopserve.core.guard import Guard
@@ -65,8 +65,10 @@ class _TurnStart:
 
     tokens: int
     cached: int
+    ended: bool
     states: dict[int, Any]
     aside: frozenset[int]
+    active: list[ActiveSet | None]  # by layer, where the turn before it waits for its answer
     cache: KVCache | None  # a copy, only where the stack evicts: an eviction cannot be undone otherwise
 
 
@@ -82,6 +84,7 @@ class Session:
         self.turns: list[TurnStats] = []
         self.output_index = 0
         self.turn_start = 0
+        self.ended = True  # compressors have been told that the last turn is over
         self.answering = False  # an answer is being written: no other turn may begin, end or be copied
         self.aside: set[int] = set()  # policies (by id) that this turn is served without, after a fault
         self.damaged = False  # the stored pairs were written to by somebody else
@@ -114,15 +117,18 @@ class Session:
     def begin_turn(self, new_tokens: Sequence[int], *, undoable: bool = True) -> None:
         """Take in the tokens a turn adds; they are not computed yet.
 
-        undoable: under an evicting stack, keep a copy of the survivors, so that the turn can be taken back.
+        undoable: keep copies of the states and, under an evicting stack, of the survivors, so that the turn can be taken back.
         """
         self.require_rest()
         stats = TurnStats(len(self.turns), prompt_tokens=len(new_tokens), reused_tokens=len(self.tokens))
-        states, copies, aside = self._begun(stats)  # before anything is changed: it may raise
+        states, copies, aside = self._begun(stats, undoable)  # before anything else is changed: it may raise
+        active = [layer.active if undoable and not self.ended else None for layer in self.cache.layers]
         self.cache.release()
         kept = self.cache.fork() if self.evicts and undoable else None
-        self._starts.append(_TurnStart(len(self.tokens), self.cache.seen, copies, frozenset(self.aside), kept))
-        self.states, self.aside = states, aside
+        self._starts.append(
+            _TurnStart(len(self.tokens), self.cache.seen, self.ended, copies, frozenset(self.aside), active, kept)
+        )
+        self.states, self.aside, self.ended = states, aside, False
         self.turns.append(stats)
         self.tokens.extend(new_tokens)
         self.turn_start = self.cache.seen
@@ -130,8 +136,15 @@ class Session:
 
     def end_turn(self) -> None:
         """The turn is complete. Until now the one before could be taken back as well, if this one broke off."""
+        for key, compressor in self.compressors.items():
+            if self.trusts(compressor):
+                try:
+                    self.guard.ask(compressor, compressor.end_turn, self.states[key])
+                except FAULTS as error:
+                    self.failed(compressor, error, "end_turn")
+        self.ended = True
         for start in self._starts[:-1]:
-            start.cache = None  # one copy at rest: an evicting stack is there to save memory
+            start.cache, start.active = None, [None] * len(start.active)  # one copy at rest, to save memory
 
     def undo(self) -> None:
         """Take back the last turn (complete or broken off): tokens, pairs, states and figures are as before it."""
@@ -145,9 +158,11 @@ class Session:
             self.cache = start.cache
         else:
             self.cache.truncate(start.cached)
+        for layer, active in zip(self.cache.layers, start.active, strict=True):
+            layer.active = active
         self._starts.pop()
         self.turns.pop()
-        self.states, self.aside = start.states, set(start.aside)
+        self.states, self.aside, self.ended = start.states, set(start.aside), start.ended
         if self.damaged:  # the next turn computes the conversation anew
             self.cache.clear()
             self.states, self.damaged = {}, False
@@ -163,9 +178,14 @@ class Session:
         other.cache = self.cache.fork()
         other.tokens = list(self.tokens)
         other.turns = copy.deepcopy(self.turns)
-        other.output_index, other.turn_start = self.output_index, self.turn_start
+        other.output_index, other.turn_start, other.ended = self.output_index, self.turn_start, self.ended
         other._starts = [
-            _TurnStart(s.tokens, s.cached, self._copied(s.states), s.aside, s.cache.fork() if s.cache else None)
+            replace(
+                s,
+                states=self._copied(s.states),
+                active=[each.copy() if each else None for each in s.active],
+                cache=s.cache.fork() if s.cache else None,
+            )
             for s in self._starts
         ]
         return other
@@ -210,10 +230,11 @@ class Session:
         self.aside = set(self._actors)
         self.damaged = False
 
-    def _begun(self, stats: TurnStats) -> tuple[dict[int, Any], dict[int, Any], set[int]]:
+    def _begun(self, stats: TurnStats, undoable: bool) -> tuple[dict[int, Any], dict[int, Any], set[int]]:
         """The states that a turn begins with, copies of them to go back to, and the policies it is served without.
 
-        A policy that has no state yet, or was put aside in the last turn and missed a part of it, gets a fresh one.
+        A policy that has no state yet, or was put aside in the last turn and missed a part of it, gets a fresh one. Of a policy that
+        this turn is served without, what it has stays as it is, to go back to.
         """
         states: dict[int, Any] = {}
         copies: dict[int, Any] = {}
@@ -222,24 +243,30 @@ class Session:
             if self.guard.skips(policy):
                 stats.count("breaker_open")
                 aside.add(key)
-                states[key] = copies[key] = {}
                 continue
             moment = "init_state"
             try:
                 kept = key in self.states and key not in self.aside
                 states[key] = self.states[key] if kept else self._fresh(policy)
-                if isinstance(policy, DecodeCompressor):
-                    moment = "begin_turn"
-                    self.guard.ask(policy, policy.begin_turn, states[key])
                 moment = "a copy of its state"
-                copies[key] = copy.deepcopy(states[key])
+                if undoable:
+                    copies[key] = copy.deepcopy(states[key])
+                if (
+                    kept and not self.ended and isinstance(policy, DecodeCompressor)
+                ):  # the last turn got no answer, or was not told
+                    moment = "end_turn"
+                    self.guard.ask(policy, policy.end_turn, states[key])
             except FAULTS as error:
                 fault = self.guard.note(policy, error, moment=moment)
                 if self.guard.raises:
+                    self.states |= {each: before for each, before in copies.items() if each in self.states}
                     raise fault from error
                 stats.count(f"fault:{fault.fault}")
                 aside.add(key)
-                states[key] = copies[key] = {}
+        for key in aside:
+            states[key] = {}
+            if key in self.states:
+                copies.setdefault(key, self.states[key])
         return states, copies, aside
 
     def _fresh(self, policy: Policy) -> Any:

@@ -49,7 +49,8 @@ class ScriptedConversation:
 
     def prefill(self, tokens: int, chunks: Sequence[int] | None = None) -> None:
         """Begin a turn with its next ``tokens`` tokens, in chunks of the given sizes."""
-        self.compressor.begin_turn(self.state)
+        if self.turn >= 0:
+            self.compressor.end_turn(self.state)
         self.cache.release()
         self.turn += 1
         self.turn_start, self.output_index = self.cache.seen, 0

@@ -68,8 +68,10 @@ class ExpectedAttentionDecode(ScoredCompressor):
 
     config: Config
 
-    def begin_turn(self, state: ScoredState) -> None:
-        state.notes.clear()  # this turn's queries are others
+    def end_turn(self, state: ScoredState) -> None:
+        for layer, note in list(state.notes.items()):
+            if isinstance(note, QueryStatistics):  # the next turn's queries are others; a wrapper's notes are not ours
+                del state.notes[layer]
 
     def observe(self, inputs: AttentionInputs, state: ScoredState) -> None:
         if inputs.phase is not Phase.PREFILL:

@@ -116,7 +116,7 @@ class LoopServeDecode(DecodeCompressor[LoopServeState]):
     def init_state(self) -> LoopServeState:
         return LoopServeState()
 
-    def begin_turn(self, state: LoopServeState) -> None:
+    def end_turn(self, state: LoopServeState) -> None:
         state.__dict__.update(LoopServeState(pages=state.pages).__dict__)
 
     def held_bytes(self, state: LoopServeState) -> int:

@@ -62,7 +62,7 @@ class RecoverAlphaDecode(DecodeCompressor[RecoverState]):
     def init_state(self) -> RecoverState:
         return RecoverState()
 
-    def begin_turn(self, state: RecoverState) -> None:
+    def end_turn(self, state: RecoverState) -> None:
         state.queries.clear()
 
     def after_attention(self, inputs: AttentionInputs, state: RecoverState) -> None:

@@ -77,7 +77,7 @@ class RocketKVMTDecode(DecodeCompressor[RocketState]):
     def init_state(self) -> RocketState:
         return RocketState()
 
-    def begin_turn(self, state: RocketState) -> None:
+    def end_turn(self, state: RocketState) -> None:
         state.layers.clear()  # the filter holds for one turn
 
     def held_bytes(self, state: RocketState) -> int:

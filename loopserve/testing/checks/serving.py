@@ -77,8 +77,8 @@ class _Watched(DecodeCompressor[Any]):
     def init_state(self) -> Any:
         return self.watched.init_state()
 
-    def begin_turn(self, state: Any) -> None:
-        self.watched.begin_turn(state)
+    def end_turn(self, state: Any) -> None:
+        self.watched.end_turn(state)
 
     def before_attention(self, inputs: AttentionInputs, state: Any) -> KVSelection | None:
         with unchanged(inputs):
