@@ -185,7 +185,7 @@ def guard(
         list[str] | None,
         typer.Option(help="A preset's name or a YAML file, repeatable. [default: dense, snapkv, quest, loopserve]"),
     ] = None,
-    history: Annotated[int, typer.Option(min=1, help="Tokens of the message.")] = 2048,
+    history: Annotated[int, typer.Option(min=1, help="Tokens of the message.")] = 6144,
     output_tokens: Annotated[int, typer.Option(min=4, help="Tokens of the answer.")] = 64,
     runs: Annotated[int, typer.Option(min=1, help="Answers on each side.")] = 5,
     format: FormatOption = Format.HUMAN,

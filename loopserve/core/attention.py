@@ -240,7 +240,8 @@ def _decode(
     cache = session.cache.layers[index]
     assert cache.store is not None
     inputs = None
-    if policies.watches_before and session.trusts(policies.compressor):
+    watched = cache.stored > policies.unwatched_pairs and session.trusts(policies.compressor)
+    if policies.watches_before and watched:
         inputs = _inputs(call, policies, queries, scaling, softcap)
         if _before(call, policies, inputs):
             inputs = None
@@ -267,7 +268,7 @@ def _decode(
         tail=tail,
         need_lse=need_lse,
     )
-    if policies.watches_after and session.trusts(policies.compressor):
+    if policies.watches_after and watched:
         _after(call, policies, inputs or _inputs(call, policies, queries, scaling, softcap))
     return output, lse
 

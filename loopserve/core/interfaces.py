@@ -298,6 +298,13 @@ class DecodeCompressor(ABC, Generic[State]):
         """Whether ``budget`` counts this answer's outputs in, which are attended on top of it otherwise. Equal shares depend on it."""
         return False
 
+    @property
+    def unwatched_pairs(self) -> int:
+        """Decode steps over at most so many stored pairs are dense and not shown to this policy, which costs nothing then:
+        ``before_attention`` and ``after_attention`` are not called in them. Asked once, when a model is loaded.
+        """
+        return 0
+
     @abstractmethod
     def init_state(self) -> State:
         """A fresh state for one session. It must survive ``copy.deepcopy`` (a session can be forked)."""

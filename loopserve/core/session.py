@@ -28,6 +28,7 @@ class LayerPolicies:
     watches_after: bool
     retention: Retention = Retention.KEEP  # what the compressor declares, asked once
     most_pairs: int | None = None
+    unwatched_pairs: int = 0
 
 
 def assign(layers: Sequence[LayerSpec], stack: PolicyStack) -> tuple[LayerPolicies, ...]:
@@ -39,7 +40,7 @@ def assign(layers: Sequence[LayerSpec], stack: PolicyStack) -> tuple[LayerPolici
             assigned.append(LayerPolicies(layer, None, None, watches_before=False, watches_after=False))
             continue
         compressor = stack.decode_for(layer.index, total)
-        retention, most = _declared(compressor, owners)
+        retention, most, unwatched = _declared(compressor, owners)
         assigned.append(
             LayerPolicies(
                 layer,
@@ -49,14 +50,15 @@ def assign(layers: Sequence[LayerSpec], stack: PolicyStack) -> tuple[LayerPolici
                 watches_after=type(compressor).after_attention is not DecodeCompressor.after_attention,
                 retention=retention,
                 most_pairs=most,
+                unwatched_pairs=unwatched,
             )
         )
     return tuple(assigned)
 
 
-def _declared(compressor: DecodeCompressor[Any], owners: Owners) -> tuple[Retention, int | None]:
+def _declared(compressor: DecodeCompressor[Any], owners: Owners) -> tuple[Retention, int | None, int]:
     with blamed(compressor, "its declaration", owners):
-        return Retention(compressor.retention), compressor.most_pairs
+        return Retention(compressor.retention), compressor.most_pairs, int(compressor.unwatched_pairs)
 
 
 @dataclass

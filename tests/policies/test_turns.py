@@ -10,13 +10,14 @@ import pytest
 import torch
 
 from loopserve.core.engine import TokenEngine
-from loopserve.core.interfaces import DecodeCompressor, Phase, Step
+from loopserve.core.interfaces import AttentionInputs, DecodeCompressor, Phase, Step
 from loopserve.core.registry import Registration
 from loopserve.core.sampling import Sampler, SamplingConfig
 from loopserve.core.session import Session
 from loopserve.core.stack import PolicyStack
 from loopserve.models.huggingface import HuggingFaceModel
 from loopserve.policies.decode.expected_attention import ExpectedAttentionDecode
+from loopserve.policies.decode.loopserve import LoopServeDecode
 from loopserve.policies.prefill.dense import DensePrefill
 from loopserve.testing.scripted import ScriptedConversation
 from tests.policies.conversations import DENSE, conversation, engine, model, prompts
@@ -143,6 +144,35 @@ def test_a_turn_served_without_a_policy_and_taken_back_leaves_the_policys_state(
     assert state_of(session) == before
     say(served, session, seed=1)
     assert state_of(session) == {"read": 2, "ended": 2} and session.stats.as_dict()["faults"] == 0
+
+
+def test_short_conversations_are_not_shown_to_it_in_decoding() -> None:
+    options = {
+        "policy": "loopserve",
+        "budget": 24,
+        "dense_below": 4,
+        "key_bits": 2,
+        "page_budget": 8,
+        "recent_window": 4,
+    }
+    served = engine("llama", DENSE, options)
+    session = served.session()
+    shown: list[tuple[str, int]] = []
+
+    def watched(name: str) -> Any:
+        method = getattr(LoopServeDecode, name)
+
+        def call(self: LoopServeDecode, inputs: AttentionInputs, state: Any) -> Any:
+            if inputs.phase is Phase.DECODE:
+                shown.append((name, inputs.total_tokens))
+            return method(self, inputs, state)
+
+        return patch.object(LoopServeDecode, name, call)
+
+    with watched("before_attention"), watched("after_attention"):
+        list(served.generate(session, prompts(0, (60,))[0], SamplingConfig(max_new_tokens=40), frozenset()))
+    assert {name for name, _ in shown} == {"before_attention", "after_attention"}
+    assert {total for _, total in shown} == {97, 98, 99}
 
 
 def test_expected_attention_does_not_take_an_uncompressed_turns_queries_for_this_one() -> None:

@@ -81,7 +81,7 @@ def run_guard_bench(
     *,
     model: str = "demo",
     stacks: Sequence[str] = ("dense", "snapkv", "quest", "loopserve"),
-    history: int = 2048,
+    history: int = 6144,
     output_tokens: int = 64,
     runs: int = 5,
     progress: Callable[[str], None] = lambda _: None,

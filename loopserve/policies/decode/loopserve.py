@@ -113,6 +113,10 @@ class LoopServeDecode(DecodeCompressor[LoopServeState]):
     def counts_outputs(self) -> bool:
         return self.config.scope is Scope.ALL
 
+    @property
+    def unwatched_pairs(self) -> int:
+        return self.config.dense_tokens if self.retention is Retention.KEEP else 0
+
     def init_state(self) -> LoopServeState:
         return LoopServeState()
 
