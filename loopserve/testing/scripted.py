@@ -81,12 +81,15 @@ class ScriptedConversation:
             keys = self.keys[spec.index][:, positions]
             self.cache.layers[spec.index].append(keys, keys)
             inputs = self._inputs(spec, phase, positions, final)
+            stored = self.cache.layers[spec.index].stored
+            watched = phase is not Phase.DECODE or stored > self.compressor.unwatched_pairs
             if phase is Phase.DECODE:
-                selection = self.compressor.before_attention(inputs, self.state)
+                selection = self.compressor.before_attention(inputs, self.state) if watched else None
                 if selection is not None:
                     self.take(spec.index, selection)
                 pairs += self._pairs(spec.index)
-            self.compressor.after_attention(self._inputs(spec, phase, positions, final), self.state)
+            if watched:
+                self.compressor.after_attention(self._inputs(spec, phase, positions, final), self.state)
         if phase is Phase.DECODE:
             self.output_index += 1
             self.attended.append(pairs / len(self.layers))

@@ -74,6 +74,10 @@ class _Watched(DecodeCompressor[Any]):
         super().__init__(watched.config)
         self.watched = watched
 
+    @property
+    def unwatched_pairs(self) -> int:
+        return self.watched.unwatched_pairs
+
     def init_state(self) -> Any:
         return self.watched.init_state()
 
