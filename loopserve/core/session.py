@@ -253,10 +253,8 @@ class Session:
                 moment = "a copy of its state"
                 if undoable:
                     copies[key] = copy.deepcopy(states[key])
-                if (
-                    kept and not self.ended and isinstance(policy, DecodeCompressor)
-                ):  # the last turn got no answer, or was not told
-                    moment = "end_turn"
+                if kept and not self.ended and isinstance(policy, DecodeCompressor):
+                    moment = "end_turn"  # the last turn got no answer, or nobody said that it was complete
                     self.guard.ask(policy, policy.end_turn, states[key])
             except FAULTS as error:
                 fault = self.guard.note(policy, error, moment=moment)
