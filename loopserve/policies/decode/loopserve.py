@@ -115,6 +115,7 @@ class LoopServeDecode(DecodeCompressor[LoopServeState]):
 
     @property
     def unwatched_pairs(self) -> int:
+        # An eviction makes the store short, not the conversation: what is left of it still has to be watched.
         return self.config.dense_tokens if self.retention is Retention.KEEP else 0
 
     def init_state(self) -> LoopServeState:
