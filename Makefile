@@ -96,7 +96,7 @@ bench-engine: $(VENV)/ready
 # The paper's claims on the bundled model: docs/evidence.md and the rows it is made of. At most an hour on two cores, five minutes
 # with ARGS=--quick, which writes into build/evidence instead. A run that was broken off goes on where it was.
 evidence: $(VENV)/ready
-	$(BIN)/python -m loopserve.bench.evidence $(ARGS)
+	$(BIN)/python -m research.evidence $(ARGS)
 
 clean:
 	rm -rf $(VENV) $(OLDEST) $(ORACLE) .sanitize build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

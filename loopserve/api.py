@@ -12,17 +12,18 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from loopserve.core.engine import TokenEngine
+from loopserve.core.engine.engine import TokenEngine
+from loopserve.core.engine.sampling import SamplingConfig
+from loopserve.core.engine.session import Session
+from loopserve.core.engine.stats import TurnStats
 from loopserve.core.errors import POLICY_TIMEOUT_S, ConfigError, InputError, OnPolicyFault, PolicyChecks
-from loopserve.core.sampling import SamplingConfig
-from loopserve.core.session import Session
-from loopserve.core.stack import PolicyStack
-from loopserve.core.stack import load_stack as _load_stack
-from loopserve.core.stats import TurnStats
+from loopserve.core.stack.stack import PolicyStack
+from loopserve.core.stack.stack import load_stack as _load_stack
 from loopserve.kernels import backend as kernels
-from loopserve.models.applied import Applied, applied
+from loopserve.models.apply import Applied, applied
+from loopserve.models.bridge import IMPLEMENTATION, TransformersModel
 from loopserve.models.chat import ChatTokenizer, Message, StreamDecoder, writable
-from loopserve.models.huggingface import IMPLEMENTATION, HuggingFaceModel, set_implementation
+from loopserve.models.layers import set_implementation
 from loopserve.models.loading import load
 from loopserve.plugins import load_registry
 
@@ -125,8 +126,8 @@ class Engine:
             raise ConfigError(str(error)) from error
         self.stack = load_stack(stack)
         self.tokenizer = ChatTokenizer(tokenizer)
-        self.tokens = TokenEngine(
-            HuggingFaceModel(model),
+        self.token_engine = TokenEngine(
+            TransformersModel(model),
             self.stack,
             chunk_tokens=chunk_tokens,
             measure_coverage=measure_coverage,
@@ -206,7 +207,7 @@ class ChatSession:
                 raise InputError("the system message is no text; give it as UTF-8")
             self.messages.insert(0, {"role": "system", "content": system})
         self.last_reply: Reply | None = None
-        self._session: Session | None = engine.tokens.session()
+        self._session: Session | None = engine.token_engine.session()
         self._lengths: list[int] = []  # number of messages before each turn
 
     def __enter__(self) -> ChatSession:
@@ -261,7 +262,7 @@ class ChatSession:
         asked, ids = self._asked(text)  # now, as other turns may have been held since the stream was opened
         decoder = StreamDecoder(self.engine.tokenizer)
         answer: list[int] = []
-        for token in self.engine.tokens.generate(session, ids, config, self.engine.stop_ids):
+        for token in self.engine.token_engine.generate(session, ids, config, self.engine.stop_ids):
             answer.append(token)
             piece = decoder.push(token)
             if piece:

@@ -146,7 +146,7 @@ def test_a_retry_that_breaks_off_keeps_the_old_answer(chat: ChatSession, monkeyp
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(chat.engine.tokens.model, "forward", interrupted)
+    monkeypatch.setattr(chat.engine.token_engine.model, "forward", interrupted)
     with pytest.raises(KeyboardInterrupt):
         chat.retry()
     monkeypatch.undo()
@@ -156,7 +156,7 @@ def test_a_retry_that_breaks_off_keeps_the_old_answer(chat: ChatSession, monkeyp
 
 def test_ctrl_c_in_mid_answer_keeps_the_last_complete_turn(chat: ChatSession, monkeypatch: pytest.MonkeyPatch) -> None:
     chat.send(f"{TOLD} what is the code of oslo ?")
-    real, calls = chat.engine.tokens.model.forward, []
+    real, calls = chat.engine.token_engine.model.forward, []
 
     def interrupted(*args: object) -> object:
         calls.append(1)
@@ -164,7 +164,7 @@ def test_ctrl_c_in_mid_answer_keeps_the_last_complete_turn(chat: ChatSession, mo
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(chat.engine.tokens.model, "forward", interrupted)
+    monkeypatch.setattr(chat.engine.token_engine.model, "forward", interrupted)
     with pytest.raises(KeyboardInterrupt):
         chat.send("what is the code of lisbon ?")
     monkeypatch.undo()

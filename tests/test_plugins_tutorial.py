@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from loopserve.cli import main
-from loopserve.core import hookspecs
-from loopserve.core.interfaces import DecodeCompressor
+from loopserve.core.policy import hookspecs
+from loopserve.core.policy.interfaces import DecodeCompressor
 from loopserve.plugins import load_registry
 from tests.installed import install
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from loopserve.api import load_stack
-from loopserve.core.registry import Registry
+from loopserve.core.policy.registry import Registry
 from loopserve.models.tiny import tiny_model
 
 BLOCKS = re.findall(

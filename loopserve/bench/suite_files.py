@@ -6,8 +6,8 @@ import re
 from enum import StrEnum
 from pathlib import Path
 
-from loopserve.core.config import Document, read_yaml
 from loopserve.core.errors import ConfigError, did_you_mean
+from loopserve.core.stack.config import Document, read_yaml
 
 _FOLDER = Path("benchmarks") / "suites"
 _TASKS = re.compile(r"^tasks:", re.MULTILINE)

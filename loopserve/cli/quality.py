@@ -100,7 +100,7 @@ def ls(context: typer.Context, format: FormatOption = Format.HUMAN) -> None:
     from loopserve.bench.quality.suite import load_suite
     from loopserve.bench.suite_files import SuiteKind, suite_files
     from loopserve.bench.tasks import known_tasks
-    from loopserve.core.stack import preset_names
+    from loopserve.core.stack.stack import preset_names
 
     suites = {name: load_suite(str(path)) for name, path in suite_files(SuiteKind.QUALITY).items()}
     tasks = known_tasks()

@@ -19,7 +19,7 @@ SpecArgument = Annotated[str, typer.Argument(metavar="NAME|FILE", help="A preset
 @app.command("ls")
 def list_presets(context: typer.Context, format: FormatOption = Format.HUMAN) -> None:
     """The presets."""
-    from loopserve.core.stack import load_stack, preset_names
+    from loopserve.core.stack.stack import load_stack, preset_names
 
     settings: Settings = context.obj
     registry = settings.plugins().registry
@@ -40,7 +40,7 @@ def validate(
     format: FormatOption = Format.HUMAN,
 ) -> None:
     """Check stack files; every mistake is printed with its file, line and field."""
-    from loopserve.core.stack import load_stack
+    from loopserve.core.stack.stack import load_stack
 
     settings: Settings = context.obj
     registry = settings.plugins().registry
@@ -64,7 +64,7 @@ def validate(
 
 
 def _problems(error: ConfigError) -> list[dict[str, Any]]:
-    from loopserve.core.config import InvalidDocument
+    from loopserve.core.stack.config import InvalidDocument
 
     if not isinstance(error, InvalidDocument):
         return [{"line": None, "field": "", "message": str(error), "text": str(error)}]
@@ -76,7 +76,7 @@ def _problems(error: ConfigError) -> list[dict[str, Any]]:
 @app.command()
 def show(context: typer.Context, spec: SpecArgument, format: FormatOption = Format.HUMAN) -> None:
     """A stack with every option spelt out, as YAML."""
-    from loopserve.core.config import to_yaml
+    from loopserve.core.stack.config import to_yaml
 
     settings: Settings = context.obj
     loaded = settings.stack(spec)
@@ -90,7 +90,7 @@ def show(context: typer.Context, spec: SpecArgument, format: FormatOption = Form
 @app.command()
 def schema(context: typer.Context) -> None:
     """JSON Schema of stack files with the options of all policies, for editors."""
-    from loopserve.core.stack_file import stack_schema
+    from loopserve.core.stack.stack_file import stack_schema
 
     settings: Settings = context.obj
     print_json(stack_schema(settings.plugins().registry))

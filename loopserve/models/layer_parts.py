@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from loopserve.core.layers import LayerParts, Need
+from loopserve.core.policy.layers import LayerParts, Need
 
 _OUTPUT_NAMES = ("o_proj", "out_proj", "dense")
 _PROBED = (0, 1, 7, 300)  # positions at which a rotation is tried forth and back

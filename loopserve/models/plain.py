@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
-from loopserve.core.buffers import PairBuffer
+from loopserve.core.kv.buffers import PairBuffer
 
 
 def converse(model: PreTrainedModel, prompts: Sequence[Sequence[int]], output_tokens: int) -> list[int]:

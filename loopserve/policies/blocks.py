@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from loopserve.core.interfaces import AttentionInputs
+from loopserve.core.policy.interfaces import AttentionInputs
 
 
 def block_ends(inputs: AttentionInputs, block: int) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from loopserve.core.interfaces import AttentionInputs
+from loopserve.core.policy.interfaces import AttentionInputs
 
 
 def sink_lines(inputs: AttentionInputs, count: int) -> Tensor:

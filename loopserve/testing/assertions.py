@@ -8,8 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from loopserve.core.interfaces import AttentionInputs, KVSelection
-from loopserve.core.patterns import AttentionPattern
+from loopserve.core.policy.interfaces import AttentionInputs, KVSelection
+from loopserve.core.policy.patterns import AttentionPattern
 
 
 def assert_selection(selection: KVSelection, inputs: AttentionInputs, budget: int) -> None:

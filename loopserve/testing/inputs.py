@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from loopserve.core.interfaces import AttentionInputs, KVSelection, LayerSpec, LayerType, Phase, Record
+from loopserve.core.policy.interfaces import AttentionInputs, KVSelection, LayerSpec, LayerType, Phase, Record
 from loopserve.testing.parts import PlainParts
 from loopserve.testing.records import FakeRecord
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from loopserve.core.errors import ConfigError, did_you_mean
-from loopserve.core.interfaces import PrefillSparsifier
-from loopserve.core.registry import Kind
+from loopserve.core.policy.interfaces import PrefillSparsifier
+from loopserve.core.policy.registry import Kind
 from loopserve.testing.checks import CHECKS
 from loopserve.testing.extra import require
 from loopserve.testing.subject import Check, NotApplicable, NotConforming, Outcome, Subject

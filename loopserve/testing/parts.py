@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from loopserve.core.layers import LayerParts, Need
+from loopserve.core.policy.layers import LayerParts, Need
 
 _BASE = 10_000.0
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from loopserve.core.errors import PolicyError
-from loopserve.core.interfaces import DecodeCompressor, KVSelection
+from loopserve.core.policy.interfaces import DecodeCompressor, KVSelection
 from loopserve.testing.scripted import ScriptedConversation
 from loopserve.testing.subject import NotApplicable, Subject
 

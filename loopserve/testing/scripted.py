@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loopserve.core.cache import KVCache
-from loopserve.core.interfaces import (
+from loopserve.core.kv.cache import KVCache
+from loopserve.core.policy.interfaces import (
     AttentionInputs,
     DecodeCompressor,
     KVSelection,
@@ -82,7 +82,7 @@ class ScriptedConversation:
             self.cache.layers[spec.index].append(keys, keys)
             inputs = self._inputs(spec, phase, positions, final)
             stored = self.cache.layers[spec.index].stored
-            watched = phase is not Phase.DECODE or stored > self.compressor.unwatched_pairs
+            watched = phase is not Phase.DECODE or stored > self.compressor.dense_below_tokens
             if phase is Phase.DECODE:
                 selection = self.compressor.before_attention(inputs, self.state) if watched else None
                 if selection is not None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from loopserve.core.errors import ConfigError, LoopServeError
-from loopserve.core.interfaces import DecodeCompressor, PrefillSparsifier
+from loopserve.core.policy.interfaces import DecodeCompressor, PrefillSparsifier
 from loopserve.testing.variants import AnyPolicy, AnyPolicyClass, budget_of, small
 
 STEPS = (("prefill", 50), ("decode", 10), ("prefill", 1), ("decode", 4), ("prefill", 40), ("decode", 10))

@@ -14,7 +14,7 @@ from typing import Any
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from loopserve.core.registry import Registration
+from loopserve.core.policy.registry import Registration
 
 BEGIN = "<!-- made from the classes: python -m loopserve.testing.tables docs/policies.md README.md -->"
 BEGIN_SHORT = (
@@ -74,7 +74,7 @@ def renewed(page: str, policies: Iterable[Registration]) -> str:
 
 
 def main(*paths: str) -> None:
-    from loopserve.core.registry import Registry
+    from loopserve.core.policy.registry import Registry
     from loopserve.policies import loopserve_register_policies
 
     registry = Registry()

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from loopserve.core.errors import ConfigError
-from loopserve.core.interfaces import DecodeCompressor, PolicyConfig, PrefillSparsifier, Retention
+from loopserve.core.policy.interfaces import DecodeCompressor, PolicyConfig, PrefillSparsifier, Retention
 from loopserve.policies.decode.snapkv import SnapKVDecode
 from loopserve.testing.inputs import make_inputs
 

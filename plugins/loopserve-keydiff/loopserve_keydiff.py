@@ -9,10 +9,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
-from loopserve.core.hookspecs import hookimpl
-from loopserve.core.interfaces import AttentionInputs, Capabilities, Retention
-from loopserve.core.registry import Registry
-from loopserve.core.scoring import ScoredCompressor, ScoredConfig
+from loopserve import AttentionInputs, Capabilities, Registry, Retention, ScoredCompressor, ScoredConfig, hookimpl
 
 LOOPSERVE_API = (1, 0)
 

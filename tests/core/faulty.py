@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from pydantic import Field
 
-from loopserve.core.interfaces import (
+from loopserve.core.policy.interfaces import (
     AttentionInputs,
     Capabilities,
     DecodeCompressor,
@@ -23,8 +23,8 @@ from loopserve.core.interfaces import (
     Selections,
     Step,
 )
-from loopserve.core.patterns import AttentionPattern, LinePattern
-from loopserve.core.scoring import ScoredCompressor, ScoredState
+from loopserve.core.policy.patterns import AttentionPattern, LinePattern
+from loopserve.core.policy.scoring import ScoredCompressor, ScoredState
 
 MARKED = 41
 BUDGET = 12
@@ -45,7 +45,7 @@ class Windowed(PrefillSparsifier):
         self.act = act
 
     def sparsify(self, inputs: AttentionInputs) -> AttentionPattern:
-        notes = inputs.notebook
+        notes = inputs.state
         notes.setdefault("marked", inputs.new_tokens == MARKED)
         notes["calls"] = notes.get("calls", 0) + 1
         sinks = torch.zeros(inputs.queries.shape[0], inputs.total_tokens, dtype=torch.bool)

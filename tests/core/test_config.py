@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict, Field
 
-from loopserve.core.config import (
+from loopserve.core.errors import ConfigError
+from loopserve.core.stack.config import (
     MAX_BYTES,
     Document,
     InvalidDocument,
@@ -18,7 +19,6 @@ from loopserve.core.config import (
     read_yaml,
     to_yaml,
 )
-from loopserve.core.errors import ConfigError
 
 
 class Colour(StrEnum):

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from loopserve.core.engine.sampling import SamplingConfig
 from loopserve.core.errors import ConfigError, Fault, PolicyFault
-from loopserve.core.guard import BREAKER_FAULTS, COOL_DOWN_S, Guard
-from loopserve.core.interfaces import Phase, Retention
-from loopserve.core.sampling import SamplingConfig
+from loopserve.core.guard.guard import BREAKER_FAULTS, COOL_DOWN_S, Guard
+from loopserve.core.policy.interfaces import Phase, Retention
 from loopserve.policies.decode.full import FullDecode
 from loopserve.policies.prefill.dense import DensePrefill
 from tests.core import fault_matrix as matrix
@@ -158,12 +158,14 @@ def test_a_write_through_a_kept_reference_is_found_by_the_session_it_hit(on_faul
     assert session.stats.counters["computed_anew"] == 1
     # From there on as a dense engine goes on that is given the conversation so far.
     dense = engine(DensePrefill(), FullDecode())
-    whole = dense.session()
-    whole.begin_turn(prompt(MARKED) + [int(each.argmax()) for each in found[:2]])
-    expected = [dense.prefill(whole)]
-    for _ in found[3:]:
-        whole.tokens.append(int(expected[-1].argmax()))
-        expected.append(dense.decode(whole))
+    expected: list[torch.Tensor] = []
+
+    def choose(logits: torch.Tensor) -> int:
+        expected.append(logits)
+        return int(logits.argmax())
+
+    asked = prompt(MARKED) + [int(each.argmax()) for each in found[:2]]
+    list(dense.generate(dense.session(), asked, choose, max_new_tokens=len(found) - 2))
     assert torch.equal(torch.stack(found[2:]), torch.stack(expected))
 
 

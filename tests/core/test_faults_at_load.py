@@ -11,11 +11,11 @@ import pytest
 from pydantic import field_validator
 
 from loopserve.api import load_stack as load_with_plugins
-from loopserve.core.engine import TokenEngine
+from loopserve.core.engine.engine import TokenEngine
 from loopserve.core.errors import ConfigError, PolicyFault
-from loopserve.core.interfaces import AttentionInputs, Capabilities, PolicyConfig, PrefillSparsifier
-from loopserve.core.registry import Owner, Registry
-from loopserve.core.stack import load_stack
+from loopserve.core.policy.interfaces import AttentionInputs, Capabilities, PolicyConfig, PrefillSparsifier
+from loopserve.core.policy.registry import Owner, Registry
+from loopserve.core.stack.stack import load_stack
 from tests.core.fake_policies import Full, Snap, fake_registry
 from tests.core.fault_matrix import model
 
@@ -57,7 +57,7 @@ class BadDeclaration(Full):
     paper: ClassVar[str] = ""
 
     @property
-    def able(self) -> Capabilities:
+    def effective_capabilities(self) -> Capabilities:
         raise ZeroDivisionError("by zero")
 
 

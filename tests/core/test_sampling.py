@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from loopserve.core.engine.sampling import Sampler, SamplingConfig
 from loopserve.core.errors import ModelError
-from loopserve.core.sampling import Sampler, SamplingConfig
 
 LOGITS = torch.tensor([0.0, 3.0, 1.0, 3.0, -2.0])
 

@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loopserve.core.config import InvalidDocument, parse_yaml, to_yaml
 from loopserve.core.errors import ConfigError
-from loopserve.core.interfaces import Retention
-from loopserve.core.registry import Registry
-from loopserve.core.stack import Override, load_stack
-from loopserve.core.stack_file import LayerRange, read_stack, stack_schema
+from loopserve.core.policy.interfaces import Retention
+from loopserve.core.policy.registry import Registry
+from loopserve.core.stack.config import InvalidDocument, parse_yaml, to_yaml
+from loopserve.core.stack.stack import Override, load_stack
+from loopserve.core.stack.stack_file import LayerRange, read_stack, stack_schema
 from tests.core.fake_policies import AShape, Dense, Full, Snap, fake_registry
 
 MINIMAL = {"prefill": {"policy": "dense"}, "decode": {"policy": "full"}}

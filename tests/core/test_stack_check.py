@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 
 from loopserve.core.errors import ConfigError
-from loopserve.core.interfaces import LayerSpec, LayerType, Retention
-from loopserve.core.stack import Override, PolicyStack, load_stack
-from loopserve.core.stack_file import LayerRange
+from loopserve.core.policy.interfaces import LayerSpec, LayerType, Retention
+from loopserve.core.stack.stack import Override, PolicyStack, load_stack
+from loopserve.core.stack.stack_file import LayerRange
 from tests.core.fake_policies import Dense, Evicting, Full, SlidingOnly, Snap, fake_registry
 
 MINIMAL = {"prefill": {"policy": "dense"}, "decode": {"policy": "full"}}

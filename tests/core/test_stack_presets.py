@@ -2,12 +2,12 @@
 
 import pytest
 
-from loopserve.core.config import parse_yaml, to_yaml
-from loopserve.core.interfaces import LayerSpec, LayerType, Retention
-from loopserve.core.nesting import written
-from loopserve.core.registry import Registry
-from loopserve.core.stack import load_stack, preset_file, preset_names
-from loopserve.core.stack_file import read_stack
+from loopserve.core.policy.interfaces import LayerSpec, LayerType, Retention
+from loopserve.core.policy.registry import Registry
+from loopserve.core.policy.wrappers import written
+from loopserve.core.stack.config import parse_yaml, to_yaml
+from loopserve.core.stack.stack import load_stack, preset_file, preset_names
+from loopserve.core.stack.stack_file import read_stack
 from loopserve.plugins import load_registry
 from loopserve.testing.parts import PlainParts
 

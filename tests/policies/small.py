@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from loopserve.core.interfaces import Retention
-from loopserve.core.registry import Kind, Registration, Registry
-from loopserve.core.stack import load_stack
+from loopserve.core.policy.interfaces import Retention
+from loopserve.core.policy.registry import Kind, Registration, Registry
+from loopserve.core.stack.stack import load_stack
 from loopserve.policies import loopserve_register_policies
 
 SNAP = {"policy": "snapkv", "budget": 24, "window": 8}

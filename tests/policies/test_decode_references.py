@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from loopserve.core.interfaces import AttentionInputs, Phase, Retention
+from loopserve.core.policy.interfaces import AttentionInputs, Phase, Retention
 from loopserve.policies.attended import attended, attention_over
 from loopserve.policies.decode.chunkkv import ChunkKVDecode
 from loopserve.policies.decode.expected_attention import ExpectedAttentionDecode

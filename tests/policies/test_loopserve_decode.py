@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from loopserve import Engine
-from loopserve.core.interfaces import AttentionInputs, DecodeCompressor, KVSelection
-from loopserve.policies.decode.loopserve import LoopServeDecode
+from loopserve.core.policy.interfaces import AttentionInputs, DecodeCompressor, KVSelection
+from loopserve.policies.decode.loopserve.policy import LoopServeDecode
 from loopserve.policies.decode.snapkv import SnapKVDecode
 from loopserve.testing.scripted import ScriptedConversation
 from tests.policies.planted import KV_HEADS, LAYERS, Script, kept, lost
@@ -271,7 +271,7 @@ def test_an_observation_that_another_policy_asked_for_is_not_taken_in() -> None:
     script = two_facts()
     talk = converse(loopserve(first_block="last_window"), script)
     before = {unit: held.clone() for unit, held in talk.state.memory.held.items()}
-    from loopserve.core.interfaces import Phase  # the engine shows an observation to every compressor
+    from loopserve.core.policy.interfaces import Phase  # the engine shows an observation to every compressor
 
     inputs = talk._inputs(talk.layers[0], Phase.OBSERVE, torch.arange(205, 210), final=True)
     talk.compressor.after_attention(inputs, talk.state)
@@ -293,4 +293,4 @@ def test_sampled_rows_are_its_own_whatever_prefill_policy_stands_beside_it(monke
     engine = Engine.from_pretrained("demo", {"version": 1, "name": "s", "prefill": prefill, "decode": decode})
     with engine.session() as chat:
         chat.send("we had soup for lunch today . " * 20, max_new_tokens=2)
-    assert looked and looked[-len(engine.tokens.model.layers) :] == [5] * len(engine.tokens.model.layers)
+    assert looked and looked[-len(engine.token_engine.model.layers) :] == [5] * len(engine.token_engine.model.layers)

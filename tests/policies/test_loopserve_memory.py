@@ -8,18 +8,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loopserve.core.interfaces import AttentionInputs
-from loopserve.policies.decode.loopserve import LoopServeDecode
-from loopserve.policies.decode.loopserve_memory import (
+from loopserve.core.policy.interfaces import AttentionInputs
+from loopserve.policies.decode.loopserve.memory import (
     Memory,
     by_position,
     captured_share,
     choose,
-    length_of,
     overlap,
     selected_positions,
 )
-from loopserve.policies.decode.loopserve_step import attended_columns, selection_of
+from loopserve.policies.decode.loopserve.policy import LoopServeDecode
+from loopserve.policies.decode.loopserve.probe import attended_columns, selection_of
 from loopserve.testing.assertions import assert_selection, unchanged
 from loopserve.testing.inputs import make_inputs
 from loopserve.testing.strategies import attention_inputs
@@ -41,7 +40,7 @@ def test_choices_are_exact_over_any_store(
     inputs: AttentionInputs, budget: int, share: str, pooling: int, outputs: int
 ) -> None:
     options = config(budget=budget, share=share, pooling=pooling)
-    boundary = max(0, length_of(inputs) - outputs)
+    boundary = max(0, inputs.length - outputs)
     memory = Memory()
     with unchanged(inputs):
         memory.add(options, 0, by_position(inputs.token_scores(inputs.queries, inputs.columns), inputs))
@@ -61,15 +60,15 @@ def test_choices_are_exact_over_any_store(
 @given(inputs=attention_inputs(max_tokens=50), seed=st.integers(0, 99), tail=st.integers(0, 8))
 def test_a_selection_made_of_columns_attends_to_these_columns(inputs: AttentionInputs, seed: int, tail: int) -> None:
     heads, total = inputs.keys.shape[:2]
-    boundary = max(0, length_of(inputs) - min(tail, inputs.new_tokens))
+    boundary = max(0, inputs.length - min(tail, inputs.new_tokens))
     positions = inputs.positions.expand(heads, -1)
     mask = torch.rand(heads, total, generator=torch.Generator().manual_seed(seed)) < 0.4
     mask = (mask & (positions >= 0)) | (positions >= boundary)
-    like = choose(config(budget=1), torch.ones(1, length_of(inputs)), inputs, boundary)
+    like = choose(config(budget=1), torch.ones(1, inputs.length), inputs, boundary)
     if like is None:
         return
     selection = selection_of(mask, inputs, like)
-    selection.check(heads, length_of(inputs))
+    selection.check(heads, inputs.length)
     assert torch.equal(attended_columns(selection, inputs), mask)
 
 

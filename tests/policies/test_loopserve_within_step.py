@@ -9,7 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loopserve.policies.decode.loopserve_step import best_columns, best_pages
+from loopserve.core.kv.key_summaries import best_pages
+from loopserve.policies.decode.loopserve.probe import best_columns
 from loopserve.testing.scripted import ScriptedConversation
 from tests.policies.planted import LAYERS, Script, kept, lost
 from tests.policies.test_loopserve_decode import ANSWER, FACT, OTHER, converse, indices, loopserve

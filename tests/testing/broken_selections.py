@@ -7,8 +7,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from loopserve.core.interfaces import AttentionInputs, KVSelection, Phase, Retention, Selections, Step
-from loopserve.core.scoring import ScoredState, best_held, from_columns, to_positions
+from loopserve.core.policy.interfaces import AttentionInputs, KVSelection, Phase, Retention, Selections, Step
+from loopserve.core.policy.scoring import ScoredState, best_held, from_columns, to_positions
 from tests.testing.honest import LargestKeys
 
 _EVERYTHING_FROM = 100  # output after which SwellsInALongAnswer selects all

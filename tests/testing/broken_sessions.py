@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loopserve.core.interfaces import AttentionInputs, Phase, Retention, Selections, Step
-from loopserve.core.scoring import ScoredState
+from loopserve.core.policy.interfaces import AttentionInputs, Phase, Retention, Selections, Step
+from loopserve.core.policy.scoring import ScoredState
 from tests.testing.honest import LargestKeys
 
 _CALLS = itertools.count()
@@ -40,7 +40,7 @@ class RemembersForEveryone(LargestKeys):
 
 @dataclass
 class _Forgetful(ScoredState):
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Forgetful:
+    def __deepcopy__(self, scratch: dict[int, Any]) -> _Forgetful:
         return _Forgetful()
 
 

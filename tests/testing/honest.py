@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from loopserve.core.interfaces import (
+from loopserve.core.policy.interfaces import (
     AttentionInputs,
     Capabilities,
     KVSelection,
@@ -19,8 +19,8 @@ from loopserve.core.interfaces import (
     Selections,
     Step,
 )
-from loopserve.core.patterns import AttentionPattern
-from loopserve.core.scoring import ScoredCompressor, ScoredState
+from loopserve.core.policy.patterns import AttentionPattern
+from loopserve.core.policy.scoring import ScoredCompressor, ScoredState
 from loopserve.kernels.masked import masked_attention
 
 

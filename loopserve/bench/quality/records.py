@@ -15,8 +15,8 @@ from typing import Any, Literal
 
 from loopserve.bench.quality.conversation import Answered
 from loopserve.bench.samples import AskedTurn
+from loopserve.core.engine.stats import TurnStats
 from loopserve.core.errors import ConfigError
-from loopserve.core.stats import TurnStats
 
 Record = dict[str, Any]
 Key = tuple[str, str, str, str]  # stack, digest, task, sample

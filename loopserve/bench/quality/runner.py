@@ -34,9 +34,9 @@ from loopserve.bench.quality.suite import Found, QualitySuite, suite_digest, sui
 from loopserve.bench.rows import provenance
 from loopserve.bench.samples import AskedTurn, BrokenSample, Sample, Task
 from loopserve.bench.tasks import fit
-from loopserve.core.engine import TokenEngine
+from loopserve.core.engine.engine import TokenEngine
 from loopserve.core.errors import ConfigError, InputError, LoopServeError
-from loopserve.core.stack import PolicyStack
+from loopserve.core.stack.stack import PolicyStack
 from loopserve.models.digest import model_digest
 from loopserve.models.loading import load
 
@@ -182,13 +182,13 @@ class Examiner:
         return answers
 
     def _tokens(self, stack: PolicyStack) -> TokenEngine:
-        served = self.engine.tokens
+        served = self.engine.token_engine
         return TokenEngine(
             served.model, stack, chunk_tokens=served.chunk_tokens, measure_coverage=self.settings.coverage
         )
 
     def _fit(self, sample: Sample) -> Sample:
-        limit = self.engine.tokens.model.max_positions
+        limit = self.engine.token_engine.model.max_positions
         if limit is None:
             return sample
         tokenizer = self.engine.tokenizer

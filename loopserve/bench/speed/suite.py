@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from loopserve.bench.suite_files import SuiteKind, read_suite
-from loopserve.core.config import mistake
+from loopserve.core.stack.config import mistake
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Data = Literal["structured", "model", "planted"]

@@ -8,9 +8,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from loopserve.core.interfaces import AttentionInputs, Capabilities, KVSelection, Retention
-from loopserve.core.nesting import ScoredWrapper, WrapperConfig
-from loopserve.core.scoring import best_held, from_columns
+from loopserve.core.policy.interfaces import AttentionInputs, Capabilities, KVSelection, Retention
+from loopserve.core.policy.scoring import best_held, from_columns
+from loopserve.core.policy.wrappers import ScoredWrapper, WrapperConfig
 
 
 class AdaKVDecode(ScoredWrapper):

@@ -8,9 +8,9 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from loopserve.core.interfaces import AttentionInputs, Capabilities, Need, Retention
-from loopserve.core.nesting import ScoredWrapper, WrapperConfig
-from loopserve.core.scoring import ScoredState, best_held
+from loopserve.core.policy.interfaces import AttentionInputs, Capabilities, Need, Retention
+from loopserve.core.policy.scoring import ScoredState, best_held
+from loopserve.core.policy.wrappers import ScoredWrapper, WrapperConfig
 
 _TOKENS = 512  # tokens whose projected values are held at once
 

@@ -9,8 +9,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from loopserve.core.interfaces import AttentionInputs, Capabilities, LayerParts, Need, Phase, Retention
-from loopserve.core.scoring import ScoredCompressor, ScoredConfig, ScoredState
+from loopserve.core.policy.interfaces import AttentionInputs, Capabilities, LayerParts, Need, Phase, Retention
+from loopserve.core.policy.scoring import ScoredCompressor, ScoredConfig, ScoredState
 
 _POSITIONS = 128  # future positions whose rotation matrices are held at once
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from loopserve.core.interfaces import Capabilities, DecodeCompressor
+from loopserve.core.policy.interfaces import Capabilities, DecodeCompressor
 
 
 class FullDecode(DecodeCompressor[None]):

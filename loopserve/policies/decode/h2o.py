@@ -10,8 +10,8 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import pad
 
-from loopserve.core.interfaces import AttentionInputs, Capabilities, Phase, Retention
-from loopserve.core.scoring import ScoredState
+from loopserve.core.policy.interfaces import AttentionInputs, Capabilities, Phase, Retention
+from loopserve.core.policy.scoring import ScoredState
 from loopserve.policies.attended import attended, attention_over, received
 from loopserve.policies.decode.rolling import RollingCompressor, RollingConfig
 

@@ -7,8 +7,8 @@ from typing import ClassVar
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
-from loopserve.core.interfaces import AttentionInputs, Capabilities, Retention
-from loopserve.core.scoring import ScoredCompressor
+from loopserve.core.policy.interfaces import AttentionInputs, Capabilities, Retention
+from loopserve.core.policy.scoring import ScoredCompressor
 
 
 class KeyDiffDecode(ScoredCompressor):

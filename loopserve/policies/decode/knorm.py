@@ -6,8 +6,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from loopserve.core.interfaces import AttentionInputs, Capabilities, Retention
-from loopserve.core.scoring import ScoredCompressor
+from loopserve.core.policy.interfaces import AttentionInputs, Capabilities, Retention
+from loopserve.core.policy.scoring import ScoredCompressor
 
 
 class KnormDecode(ScoredCompressor):

@@ -8,8 +8,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from loopserve.core.interfaces import AttentionInputs, Capabilities, Retention
-from loopserve.core.scoring import ScoredCompressor, ScoredConfig
+from loopserve.core.policy.interfaces import AttentionInputs, Capabilities, Retention
+from loopserve.core.policy.scoring import ScoredCompressor, ScoredConfig
 
 
 class LagKVDecode(ScoredCompressor):

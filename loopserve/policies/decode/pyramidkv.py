@@ -7,9 +7,9 @@ from typing import ClassVar
 from pydantic import Field
 from torch import Tensor
 
-from loopserve.core.interfaces import AttentionInputs, Capabilities, KVSelection, Retention
-from loopserve.core.nesting import ScoredWrapper, WrapperConfig
-from loopserve.core.scoring import ScoredState
+from loopserve.core.policy.interfaces import AttentionInputs, Capabilities, KVSelection, Retention
+from loopserve.core.policy.scoring import ScoredState
+from loopserve.core.policy.wrappers import ScoredWrapper, WrapperConfig
 
 
 class PyramidKVDecode(ScoredWrapper):

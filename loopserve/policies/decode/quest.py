@@ -7,17 +7,16 @@ from typing import ClassVar
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor
 
-from loopserve.core.interfaces import AttentionInputs, DecodeCompressor, KVSelection, PolicyConfig
-from loopserve.core.pages import PageSummaries
+from loopserve.core.kv.key_summaries import KeySummaries, best_pages
+from loopserve.core.policy.interfaces import AttentionInputs, DecodeCompressor, KVSelection, PolicyConfig
 
 
 @dataclass
 class QuestState:
     """The page bounds of each layer's keys; a copy starts empty and is filled from the store."""
 
-    pages: dict[int, PageSummaries] = field(default_factory=dict)
+    pages: dict[int, KeySummaries] = field(default_factory=dict)
 
 
 class QuestDecode(DecodeCompressor[QuestState]):
@@ -64,7 +63,7 @@ class QuestDecode(DecodeCompressor[QuestState]):
     def before_attention(self, inputs: AttentionInputs, state: QuestState) -> KVSelection | None:
         if inputs.total_tokens <= self.config.budget:
             return None
-        pages = state.pages.setdefault(inputs.layer.index, PageSummaries(self.config.page))
+        pages = state.pages.setdefault(inputs.layer.index, KeySummaries(self.config.page))
         pages.update(inputs.keys)
         inputs.record.read("summaries", pages.nbytes)
         boundary = (inputs.total_tokens - 1) // self.config.page * self.config.page  # the page of the current token
@@ -72,18 +71,3 @@ class QuestDecode(DecodeCompressor[QuestState]):
         free = torch.ones(len(bounds), boundary, dtype=torch.bool, device=bounds.device)
         taken = best_pages(bounds, free, self.config.page, self.config.budget - (inputs.total_tokens - boundary))
         return KVSelection.uniform(taken.nonzero()[:, 1].view(len(taken), -1), boundary, fleeting=True)
-
-
-def best_pages(bounds: Tensor, free: Tensor, page: int, budget: int) -> Tensor:
-    """``budget`` free columns per head, page by page in the order of the bounds: bool ``[Hkv, Tk]``.
-
-    bounds ``[Hkv, P]``, free bool ``[Hkv, P * page or fewer]``. Equal bounds: the lowest page first. The last page that
-    fits gives its first columns; a head with fewer free columns gives all.
-    """
-    heads, total = free.shape
-    padded = free.new_zeros(heads, bounds.shape[1] * page)
-    padded[:, :total] = free
-    order = bounds.argsort(dim=1, descending=True, stable=True)[..., None].expand(-1, -1, page)
-    ranked = padded.view(heads, -1, page).gather(1, order)
-    taken = ranked & (ranked.flatten(1).cumsum(1).view_as(ranked) <= budget)
-    return torch.zeros_like(ranked).scatter_(1, order, taken).flatten(1)[:, :total]

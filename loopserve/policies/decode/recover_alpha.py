@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from loopserve.core.interfaces import (
+from loopserve.core.policy.interfaces import (
     AttentionInputs,
     DecodeCompressor,
     KVSelection,

@@ -10,10 +10,10 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn.functional import max_pool1d
 
-from loopserve.core.interfaces import AttentionInputs, DecodeCompressor, KVSelection, Phase, PolicyConfig
+from loopserve.core.kv.key_summaries import best_pages
+from loopserve.core.policy.interfaces import AttentionInputs, DecodeCompressor, KVSelection, Phase, PolicyConfig
 from loopserve.kernels.page_bounds import page_bounds
 from loopserve.kernels.top_columns import top_columns
-from loopserve.policies.decode.quest import best_pages
 
 
 @dataclass(frozen=True)

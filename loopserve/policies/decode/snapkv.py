@@ -8,8 +8,8 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn.functional import avg_pool1d, pad
 
-from loopserve.core.interfaces import AttentionInputs, Capabilities, Retention
-from loopserve.core.scoring import ScoredCompressor, ScoredConfig
+from loopserve.core.policy.interfaces import AttentionInputs, Capabilities, Retention
+from loopserve.core.policy.scoring import ScoredCompressor, ScoredConfig
 
 
 class SnapKVDecode(ScoredCompressor):

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from pydantic import Field, model_validator
 
-from loopserve.core.interfaces import (
+from loopserve.core.policy.interfaces import (
     AttentionInputs,
     Capabilities,
     DecodeCompressor,

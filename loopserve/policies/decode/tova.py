@@ -7,8 +7,8 @@ from typing import ClassVar
 from pydantic import Field
 from torch import Tensor
 
-from loopserve.core.interfaces import AttentionInputs, Capabilities, Phase, Retention
-from loopserve.core.scoring import ScoredState
+from loopserve.core.policy.interfaces import AttentionInputs, Capabilities, Phase, Retention
+from loopserve.core.policy.scoring import ScoredState
 from loopserve.policies.attended import attended, attention_over
 from loopserve.policies.decode.rolling import RollingCompressor, RollingConfig
 

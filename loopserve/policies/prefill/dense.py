@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from loopserve.core.interfaces import AttentionInputs, Capabilities, PrefillSparsifier
-from loopserve.core.patterns import AttentionPattern, DensePattern
+from loopserve.core.policy.interfaces import AttentionInputs, Capabilities, PrefillSparsifier
+from loopserve.core.policy.patterns import AttentionPattern, DensePattern
 
 
 class DensePrefill(PrefillSparsifier):

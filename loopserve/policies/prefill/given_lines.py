@@ -7,8 +7,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 
-from loopserve.core.config import read_yaml
 from loopserve.core.errors import ConfigError
+from loopserve.core.stack.config import read_yaml
 
 
 class HeadLines(BaseModel):

@@ -11,10 +11,10 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 from torch import Tensor
 
-from loopserve.core.config import read_yaml
 from loopserve.core.errors import ConfigError
-from loopserve.core.interfaces import AttentionInputs, PolicyConfig, PrefillSparsifier
-from loopserve.core.patterns import DensePattern, LinePattern
+from loopserve.core.policy.interfaces import AttentionInputs, PolicyConfig, PrefillSparsifier
+from loopserve.core.policy.patterns import DensePattern, LinePattern
+from loopserve.core.stack.config import read_yaml
 from loopserve.kernels.line_scores import LineScores
 from loopserve.policies.lines import heaviest, sink_lines
 

@@ -10,8 +10,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from loopserve.core.interfaces import AttentionInputs, PolicyConfig, PrefillSparsifier
-from loopserve.core.patterns import AttentionPattern, DensePattern, LinePattern
+from loopserve.core.policy.interfaces import AttentionInputs, PolicyConfig, PrefillSparsifier
+from loopserve.core.policy.patterns import AttentionPattern, DensePattern, LinePattern
 from loopserve.kernels.line_scores import line_scores
 from loopserve.kernels.select_lines import MOST_TILE, select_lines
 from loopserve.policies.draws import SAMPLED_ROWS, Sampling, generator, sample_rows, uniform_rows
@@ -112,7 +112,7 @@ class LoopServePrefill(PrefillSparsifier):
             inputs.record.mean("coverage_estimated", torch.ones(inputs.queries.shape[0]))
             return DensePattern(inputs.queries.shape[0], inputs.new_tokens, inputs.total_tokens)
         rows = self._rows(inputs)
-        inputs.memo[SAMPLED_ROWS] = rows
+        inputs.scratch[SAMPLED_ROWS] = rows
         pattern, coverage = self._choose(inputs, rows)
         inputs.record.mean("coverage_estimated", coverage)
         if self.config.held_out_rows:

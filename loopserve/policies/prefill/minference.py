@@ -7,8 +7,8 @@ from typing import ClassVar
 import torch
 from pydantic import Field
 
-from loopserve.core.interfaces import AttentionInputs, LayerSpec, PolicyConfig, PrefillSparsifier
-from loopserve.core.patterns import AttentionPattern, LinePattern
+from loopserve.core.policy.interfaces import AttentionInputs, LayerSpec, PolicyConfig, PrefillSparsifier
+from loopserve.core.policy.patterns import AttentionPattern, LinePattern
 from loopserve.policies.lines import heaviest, sink_lines
 from loopserve.policies.prefill.line_sizes import LineSizes, read_sizes
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from loopserve.core.interfaces import AttentionInputs
-from loopserve.core.patterns import AttentionPattern
+from loopserve.core.policy.interfaces import AttentionInputs
+from loopserve.core.policy.patterns import AttentionPattern
 from loopserve.testing.inputs import make_inputs
 
 NEW = 48

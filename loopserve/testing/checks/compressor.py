@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loopserve.core.interfaces import DecodeCompressor, KVSelection, Observation, Phase, Retention, Step
-from loopserve.core.scoring import ScoredCompressor
+from loopserve.core.policy.interfaces import DecodeCompressor, KVSelection, Observation, Phase, Retention, Step
+from loopserve.core.policy.scoring import ScoredCompressor
 from loopserve.testing.inputs import make_inputs
 from loopserve.testing.recorded import RecordedConversation, held
 from loopserve.testing.subject import NotApplicable, Subject
@@ -25,7 +25,7 @@ def _budget(subject: Subject) -> int:
 
 
 def _evicting(subject: Subject) -> DecodeCompressor[Any]:
-    if Retention.EVICT not in subject.policy.able.retentions:
+    if Retention.EVICT not in subject.policy.effective_capabilities.retentions:
         raise NotApplicable("it does not evict")
     found = evicting(subject.compressor)
     if found is None:
@@ -155,11 +155,11 @@ def filler_is_never_selected(subject: Subject) -> None:
 def retention_is_as_declared(subject: Subject) -> None:
     """Every selection says the retention that the policy declares, and its capabilities allow it."""
     variants = [subject.compressor]
-    if Retention.EVICT in subject.policy.able.retentions:
+    if Retention.EVICT in subject.policy.effective_capabilities.retentions:
         variants += [each for each in [evicting(subject.compressor)] if each is not None]
     for compressor in variants:
         declared = compressor.retention
-        assert declared in compressor.able.retentions, f"{declared} is not among its capabilities"
+        assert declared in compressor.effective_capabilities.retentions, f"{declared} is not among its capabilities"
         for told in held(subject, compressor=compressor).told:
             said = told.selection.retention
             assert said is declared, f"declares {declared}, but a selection of turn {told.turn} says {said}"

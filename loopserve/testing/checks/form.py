@@ -11,9 +11,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from loopserve.core.config import parse_strictly, parse_yaml, to_yaml
-from loopserve.core.interfaces import Capabilities, DecodeCompressor
-from loopserve.core.nesting import written
+from loopserve.core.policy.interfaces import Capabilities, DecodeCompressor
+from loopserve.core.policy.wrappers import written
+from loopserve.core.stack.config import parse_strictly, parse_yaml, to_yaml
 from loopserve.testing.subject import NotApplicable, Subject
 from loopserve.testing.variants import AnyPolicy
 
@@ -49,7 +49,7 @@ def docstring_gives_the_link(subject: Subject) -> None:
 
 def capabilities_are_declared(subject: Subject) -> None:
     """Capabilities and `able` are Capabilities, and an object is able to do no more than its class declares."""
-    able, declared = subject.policy.able, subject.policy.capabilities
+    able, declared = subject.policy.effective_capabilities, subject.policy.capabilities
     for each in (able, declared):
         assert isinstance(each, Capabilities), f"expected Capabilities, got {each!r}"
     assert able.layer_types <= declared.layer_types, "the object serves layer types that the class does not declare"

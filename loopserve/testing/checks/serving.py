@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loopserve.core.interfaces import (
+from loopserve.core.policy.interfaces import (
     AttentionInputs,
     DecodeCompressor,
     KVSelection,
@@ -75,8 +75,8 @@ class _Watched(DecodeCompressor[Any]):
         self.watched = watched
 
     @property
-    def unwatched_pairs(self) -> int:
-        return self.watched.unwatched_pairs
+    def dense_below_tokens(self) -> int:
+        return self.watched.dense_below_tokens
 
     def init_state(self) -> Any:
         return self.watched.init_state()

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 
-from loopserve.core.interfaces import Retention
+from loopserve.core.policy.interfaces import Retention
 from loopserve.testing.recorded import RecordedConversation, difference, held
 from loopserve.testing.subject import NotApplicable, Subject
 
 
 def same_conversation_gives_the_same_selections(subject: Subject) -> None:
     """Equal conversations get equal selections, unless the policy declares that it is not deterministic."""
-    if not subject.policy.able.deterministic:
+    if not subject.policy.effective_capabilities.deterministic:
         raise NotApplicable("it declares that it is not deterministic")
     found = difference(held(subject), held(subject))
     assert found is None, found

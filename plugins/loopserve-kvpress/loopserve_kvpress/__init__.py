@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from loopserve.core.hookspecs import hookimpl
-from loopserve.core.registry import Registry
+from loopserve import Registry, hookimpl
 from loopserve_kvpress.policy import KVPressDecode, ScorerDecode
 from loopserve_kvpress.scorers import Scorer
 

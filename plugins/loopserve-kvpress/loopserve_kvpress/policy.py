@@ -11,9 +11,18 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from loopserve.core.errors import ConfigError, PolicyError
-from loopserve.core.interfaces import AttentionInputs, Capabilities, LayerSpec, Need, Retention
-from loopserve.core.scoring import ScoredCompressor, ScoredConfig, ScoredState
+from loopserve import (
+    AttentionInputs,
+    Capabilities,
+    ConfigError,
+    LayerSpec,
+    Need,
+    PolicyError,
+    Retention,
+    ScoredCompressor,
+    ScoredConfig,
+    ScoredState,
+)
 from loopserve_kvpress.scorers import Option, Scorer, make_scorer
 from loopserve_kvpress.stand_in import StandInModule, cos_and_sin, parts_of, rotates_by_halves
 
@@ -49,7 +58,7 @@ class ScorerDecode(ScoredCompressor):
         return False  # nothing says that a scorer's answers are positive
 
     @property
-    def able(self) -> Capabilities:
+    def effective_capabilities(self) -> Capabilities:
         needs = frozenset({Need.ROTARY}) if self.config.reads_queries else frozenset()
         return replace(self.capabilities, needs=self.capabilities.needs | needs)
 

@@ -13,9 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loopserve.core.errors import PolicyError
-from loopserve.core.interfaces import AttentionInputs
-from loopserve.core.layers import LayerParts
+from loopserve import AttentionInputs, LayerParts, PolicyError
 
 _PROBED = (0, 1, 300)
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from loopserve.core.hookspecs import hookimpl
-from loopserve.core.registry import Registry
+from loopserve import Registry, hookimpl
 from loopserve_star.pattern import StarPattern
 from loopserve_star.policy import StarPrefill
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loopserve.core.patterns import TILE, AttentionPattern
+from loopserve.core.policy.patterns import TILE, AttentionPattern
 from loopserve_star.attention import star_attention
 
 

@@ -6,8 +6,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from loopserve.core.interfaces import AttentionInputs, PolicyConfig, PrefillSparsifier
-from loopserve.core.patterns import AttentionPattern
+from loopserve import AttentionInputs, AttentionPattern, PolicyConfig, PrefillSparsifier
 from loopserve_star.pattern import StarPattern
 
 

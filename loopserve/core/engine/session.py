@@ -1,0 +1,274 @@
+"""Keep one conversation as tokens: its cache, the states of its policies, its turns. Knows no text and runs no model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from loopserve.core.engine.slots import Slots
+from loopserve.core.engine.stats import TurnStats
+from loopserve.core.errors import CacheError, Fault, InputError, PolicyError
+from loopserve.core.guard.faults import FAULTS
+from loopserve.core.guard.guard import Guard
+from loopserve.core.guard.strict_checks import holds, storages
+from loopserve.core.kv.cache import ActiveSet, KVCache
+from loopserve.core.policy.interfaces import DecodeCompressor, Phase, PrefillSparsifier
+
+UNDO_DEPTH = 8
+
+
+@dataclass
+class TurnStart:
+    """Hold what a turn began with, so that it can be taken back."""
+
+    tokens: int
+    cached: int
+    ended: bool
+    states: dict[str, Any] | None  # None: dropped, the turn lies deeper than the session's undo depth
+    disabled: frozenset[str]
+    active: list[ActiveSet | None]  # by layer, where the turn before it waits for its answer
+    cache: KVCache | None = None  # a copy, only where the stack evicts: an eviction cannot be undone otherwise
+
+
+@dataclass(eq=False)
+class Session:
+    """Hold the tokens, cache, policy states and turns of one conversation. Two sessions share nothing that changes.
+
+    undo_depth: turns whose policy states are kept to go back to. Taking back more drops the cache: the next turn computes the
+    conversation anew from its tokens.
+    """
+
+    slots: Slots
+    guard: Guard = field(default_factory=Guard)
+    undo_depth: int = UNDO_DEPTH
+    tokens: list[int] = field(default_factory=list)
+    turns: list[TurnStats] = field(default_factory=list)
+    states: dict[str, Any] = field(default_factory=dict)  # by slot, made with the first turn
+    disabled: set[str] = field(default_factory=set)  # slots that this turn is served without, after a fault
+    output_index: int = 0
+    turn_start: int = 0
+    position_offset: int = (
+        0  # what the model's positions are ahead of ours: a caller's left padding, counted by columns
+    )
+    ended: bool = True  # the compressors know that the last turn is over
+    busy: bool = False  # a turn is under way: no other may begin, end or be copied
+    damaged: bool = False  # stored pairs were written to by somebody else
+    closed: bool = False
+
+    def __post_init__(self) -> None:
+        self.cache = KVCache(len(self.slots.by_layer))
+        self._starts: list[TurnStart] = []
+
+    @property
+    def stats(self) -> TurnStats:
+        """Figures of the turn under way, or of the last one."""
+        return self.turns[-1]
+
+    def require_rest(self) -> None:
+        """Raise InputError while a turn is under way, or once the session is closed."""
+        if self.closed:
+            raise InputError("the session is closed: open a new one")
+        if self.busy:
+            raise InputError("an answer is still being written: read it to its end, or close its stream, first")
+
+    def close(self) -> None:
+        """Free the cache and the states at once. The tokens and figures stay readable."""
+        self.closed = True
+        self.release_store()
+        self._starts = []
+
+    def release_store(self) -> None:
+        """Free the cache and the policy states; the next turn computes the conversation anew from its tokens."""
+        self.cache.clear()
+        self.states, self.damaged = {}, False
+        self.turn_start = 0
+        for start in self._starts:
+            start.states, start.cached, start.cache = None, 0, None
+            start.active = [None] * len(start.active)
+
+    def begin_turn(self, new_tokens: Sequence[int], *, undoable: bool = True) -> None:
+        """Take in the tokens that a turn adds; they are not computed yet.
+
+        undoable: keep copies of the states and, under an evicting stack, of the survivors, so that the turn can be taken back.
+        """
+        self.require_rest()
+        stats = TurnStats(len(self.turns), prompt_tokens=len(new_tokens), reused_tokens=len(self.tokens))
+        states, copies, disabled = self._begin_states(stats, undoable)  # first: it may raise
+        active = [layer.active if undoable and not self.ended else None for layer in self.cache.layers]
+        self.cache.release()
+        kept = self.cache.fork() if self.slots.evicts and undoable else None
+        self._starts.append(
+            TurnStart(len(self.tokens), self.cache.seen, self.ended, copies, frozenset(self.disabled), active, kept)
+        )
+        self._limit_undo()
+        self.states, self.disabled, self.ended = states, disabled, False
+        self.turns.append(stats)
+        self.tokens.extend(new_tokens)
+        self.turn_start = self.cache.seen
+        self.output_index = 0
+
+    def end_turn(self) -> None:
+        """Tell the compressors that the turn is complete. Until now the turn before could be taken back as well."""
+        for slot, compressor in self.slots.compressors.items():
+            if self.is_enabled(slot):
+                try:
+                    self.guard.ask(compressor, compressor.end_turn, self.states[slot])
+                except FAULTS as error:
+                    self.failed(slot, error, "end_turn")
+        self.ended = True
+        for start in self._starts[:-1]:
+            start.cache, start.active = None, [None] * len(start.active)  # one copy at rest, to save memory
+
+    def undo(self) -> None:
+        """Take back the last turn, complete or not: tokens, pairs, states and figures are as before it.
+
+        Where the state before it is no longer kept, the cache is dropped and the next turn computes the conversation anew.
+        """
+        self.require_rest()
+        if not self._starts:
+            raise CacheError("nothing to undo: the conversation has no turn yet")
+        start = self._starts.pop()
+        self.turns.pop()
+        del self.tokens[start.tokens :]
+        self.output_index = 0
+        self.turn_start = self._starts[-1].cached if self._starts else 0
+        self.ended, self.disabled = start.ended, set(start.disabled)
+        if start.states is None or self.damaged or (self.slots.evicts and start.cache is None):
+            self.disabled = set()
+            self.release_store()
+            return
+        self.states = start.states
+        if start.cache is not None:
+            self.cache = start.cache
+        else:
+            self.cache.truncate(start.cached)
+        for layer, active in zip(self.cache.layers, start.active, strict=True):
+            layer.active = active
+
+    def fork(self) -> Session:
+        """Return an independent copy, to try two answers. Policies are shared (they never change), nothing else is."""
+        self.require_rest()
+        other = replace(
+            self,
+            tokens=list(self.tokens),
+            turns=copy.deepcopy(self.turns),
+            states=self._copied(self.states),
+            disabled=set(self.disabled),
+        )
+        other.cache = self.cache.fork()
+        other._starts = [
+            replace(
+                start,
+                states=None if start.states is None else self._copied(start.states),
+                active=[each.copy() if each else None for each in start.active],
+                cache=start.cache.fork() if start.cache else None,
+            )
+            for start in self._starts
+        ]
+        return other
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Session:
+        return self.fork()
+
+    # Policies that break their contract.
+
+    def is_enabled(self, slot: str) -> bool:
+        """Return whether the policy of a slot takes part in this turn."""
+        return slot not in self.disabled
+
+    def failed(self, slot: str, error: BaseException, moment: str, layer: int | None = None) -> None:
+        """Deal with a policy's fault: raise PolicyFault, or serve the rest of this turn without the policy, its layers dense.
+
+        A fault that damaged the store is raised in any case: only the engine can repair it.
+        """
+        policy = self.slots.policies[slot]
+        fault = self.guard.note(policy, error, moment=moment, layer=layer, phase=self.stats.phase)
+        self.damaged |= fault.damaged
+        if self.guard.raises:
+            raise fault from error
+        self.stats.count(f"fault:{fault.fault}")
+        self.disabled.add(slot)
+        for each in self.slots.layers_of(slot):
+            self.cache.layers[each.index].release()
+        if fault.damaged:
+            raise fault from error
+
+    def look_for_references(self) -> None:
+        """After a pass, find the policy whose state still holds a part of the store. Done under strict checks only."""
+        if not self.guard.strict:
+            return
+        stores = [layer.store for layer in self.cache.layers if layer.store is not None]
+        places = storages([part for store in stores for part in (store.keys, store.values)])
+        for slot in self.slots.policies:
+            if self.is_enabled(slot) and holds(self.states[slot], places):
+                kept = PolicyError("its state keeps a reference to the session's store after the pass", Fault.KEPT)
+                self.failed(slot, kept, "its state")
+
+    def serve_dense(self) -> None:
+        """Drop every stored pair and serve the rest of this turn without any policy; all begin anew with the next turn."""
+        self.cache.clear()
+        self.disabled = set(self.slots.policies)
+        self.damaged = False
+
+    def enter(self, phase: Phase) -> None:
+        """Say which phase the figures that follow belong to."""
+        self.stats.phase = phase
+
+    def _limit_undo(self) -> None:
+        for start in self._starts[: -self.undo_depth]:
+            start.states = None
+
+    def _begin_states(self, stats: TurnStats, undoable: bool) -> tuple[dict[str, Any], dict[str, Any], set[str]]:
+        """Return the states that a turn begins with, copies to go back to, and the slots that it is served without.
+
+        A policy that has no state yet, or was disabled in the last turn and missed a part of it, gets a fresh one. The state of a
+        policy that this turn is served without is kept as it is, to go back to.
+        """
+        states: dict[str, Any] = {}
+        copies: dict[str, Any] = {}
+        disabled: set[str] = set()
+        for slot, policy in self.slots.policies.items():
+            if self.guard.skips(policy):
+                stats.count("breaker_open")
+                disabled.add(slot)
+                continue
+            moment = "init_state"
+            try:
+                kept = slot in self.states and slot not in self.disabled
+                states[slot] = self.states[slot] if kept else self._fresh(slot)
+                moment = "a copy of its state"
+                if undoable:
+                    copies[slot] = copy.deepcopy(states[slot])
+                if kept and not self.ended and isinstance(policy, DecodeCompressor):
+                    moment = "end_turn"  # the last turn got no answer, or nobody said that it was complete
+                    self.guard.ask(policy, policy.end_turn, states[slot])
+            except FAULTS as error:
+                fault = self.guard.note(policy, error, moment=moment)
+                if self.guard.raises:
+                    self.states |= {each: before for each, before in copies.items() if each in self.states}
+                    raise fault from error
+                stats.count(f"fault:{fault.fault}")
+                disabled.add(slot)
+        for slot in disabled:
+            states[slot] = {}
+            if slot in self.states:
+                copies.setdefault(slot, self.states[slot])
+        return states, copies, disabled
+
+    def _fresh(self, slot: str) -> Any:
+        policy = self.slots.policies[slot]
+        return {} if isinstance(policy, PrefillSparsifier) else self.guard.ask(policy, policy.init_state)
+
+    def _copied(self, states: dict[str, Any]) -> dict[str, Any]:
+        """Return copies that share nothing. A state that cannot be copied is left out, so that its policy begins anew."""
+        copies = {}
+        for slot, state in states.items():
+            try:
+                copies[slot] = copy.deepcopy(state)
+            except FAULTS as error:
+                fault = self.guard.note(self.slots.policies[slot], error, moment="a copy of its state")
+                if self.guard.raises:
+                    raise fault from error
+        return copies

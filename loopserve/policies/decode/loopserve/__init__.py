@@ -1,0 +1,1 @@
+"""LoopServe, phase two: progressive KV compression."""

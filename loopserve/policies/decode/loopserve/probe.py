@@ -1,0 +1,165 @@
+"""What LoopServe can still do within a step, with the current query at hand: jump to other pairs, and notice drift.
+
+Both rest on summaries of the keys (``core.pages``), which cost a fraction of the keys' bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from loopserve.core.kv.key_summaries import KeySummaries, best_pages
+from loopserve.core.policy.interfaces import AttentionInputs, KVSelection
+from loopserve.policies.decode.loopserve.memory import selected_positions
+
+_SURE = 1e-4  # captured shares are kept this far from 0 and 1, where log-odds end
+
+
+def attended_columns(selection: KVSelection, inputs: AttentionInputs) -> Tensor:
+    """The store's columns that a selection and its tail make attended: bool ``[Hkv, Tk]``."""
+    length = inputs.length
+    mask = selected_positions(selection, length)
+    if inputs.positions.dim() == 1 and length == inputs.total_tokens:
+        return mask
+    positions = inputs.positions.expand(mask.shape[0], -1)
+    return mask.gather(1, positions.clamp(min=0)) & (positions >= 0)
+
+
+def columns_of(mask: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The set columns of a mask ``[Hkv, Tk]``, sorted: int64 ``[Hkv, S]``, and which of them count where heads set fewer."""
+    counts = mask.sum(1)
+    width = int(counts.max())
+    if width * mask.shape[0] == int(counts.sum()):
+        return mask.nonzero()[:, 1].view(mask.shape[0], width), None
+    columns = mask.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :width]
+    return columns, mask.gather(1, columns)
+
+
+def selection_of(mask: Tensor, inputs: AttentionInputs, like: KVSelection) -> KVSelection:
+    """The selection that attends to the columns of ``mask`` ``[Hkv, Tk]``, with the boundary of ``like``."""
+    positions = inputs.positions.expand(mask.shape[0], -1)
+    mask = mask & (positions < like.boundary)
+    columns, counting = columns_of(mask)
+    if counting is None:
+        return KVSelection.uniform(positions.gather(1, columns), like.boundary, like.retention)
+    heads = [row[chosen] for row, chosen in zip(positions, mask, strict=True)]
+    return KVSelection.from_heads(heads, like.boundary, like.retention)
+
+
+def same(one: KVSelection | None, other: KVSelection) -> bool:
+    return (
+        one is not None
+        and one.boundary == other.boundary
+        and one.indices.shape == other.indices.shape
+        and torch.equal(one.indices, other.indices)
+    )
+
+
+def best_columns(scores: Tensor, free: Tensor, budget: int) -> Tensor:
+    """The ``budget`` free columns of highest score per head (all, where fewer are free): bool ``[Hkv, Tk]``.
+
+    scores float ``[Hkv, Tk]``, free bool ``[Hkv, Tk]``. Equal scores: the lowest column first.
+    """
+    scores = scores.masked_fill(~free, float("-inf"))
+    last = scores.topk(min(budget, scores.shape[1]), dim=1).values[:, -1:]
+    above = scores > last
+    equal = (scores == last) & free
+    return above | (equal & (equal.cumsum(1) <= budget - above.sum(1, keepdim=True)))
+
+
+@dataclass(frozen=True, eq=False)
+class Drift:
+    """What a selection captured when it was made, so that its decline can be told."""
+
+    captured: Tensor  # [Hkv], share of the attention of the query at hand
+    odds: Tensor | None  # [Hkv], that query's log-odds by page bounds; None where codes give shares directly
+
+    def estimate(self, odds: Tensor) -> Tensor:
+        """Captured share ``[Hkv]`` of a query with these log-odds: the known share, moved by their change."""
+        assert self.odds is not None
+        moved = (odds - self.odds).nan_to_num(nan=0.0)  # both infinite: nothing is left outside
+        return torch.sigmoid(torch.logit(self.captured.clamp(_SURE, 1 - _SURE)) + moved)
+
+    def found(self, estimate: Tensor, threshold: float) -> bool:
+        """Whether the heads' mean share fell below ``threshold`` times what it was."""
+        return bool(estimate.mean() < threshold * self.captured.mean())
+
+
+@dataclass(frozen=True, eq=False)
+class QueryProbe:
+    """What the current query could find beyond its selection, in one layer and step."""
+
+    inputs: AttentionInputs
+    pages: KeySummaries
+
+    @classmethod
+    def at(cls, inputs: AttentionInputs, pages: KeySummaries) -> QueryProbe:
+        """Read the layer's summaries, which are up to date."""
+        inputs.record.read("summaries", pages.nbytes)
+        inputs.record.mean("summary_bytes_held", pages.nbytes)  # per layer, beside the store
+        return cls(inputs, pages)
+
+    @cached_property
+    def bounds(self) -> Tensor:
+        """Upper bounds of the current query's logits in each page ``[Hkv, P]``."""
+        return self._capped(self.pages.scores(self.inputs.queries[:, -1:], self.inputs.scaling))
+
+    @cached_property
+    def logits(self) -> Tensor:
+        """Nearly the current query's logits, by the keys' codes ``[Hkv, group, Tk]``; -inf for filler."""
+        found = self._capped(self.pages.logits(self.inputs.queries[:, -1:], self.inputs.scaling))
+        return found.masked_fill(~self.inputs.holds[:, None], float("-inf"))
+
+    def with_jumps(self, base: KVSelection, budget: int) -> Tensor:
+        """Columns of a selection, its tail and ``budget`` more that the current query points to: bool ``[Hkv, Tk]``."""
+        columns = attended_columns(base, self.inputs)
+        if not budget:
+            return columns
+        free = ~columns & self.inputs.holds
+        if self.pages.bits:
+            return columns | best_columns(self.logits.amax(1), free, budget)
+        return columns | best_pages(self.bounds, free, self.pages.page, budget)
+
+    def calibrated(self, columns: Tensor) -> Drift:
+        """What a selection, just made, captures of the current query; without codes, that takes one reading of all keys."""
+        if self.pages.bits:
+            return Drift(self._share(columns), None)
+        scores = self.inputs.token_scores(self.inputs.queries[:, -1:], self.inputs.columns[-1:])
+        return Drift((scores * columns).sum(-1), self._log_odds(columns))
+
+    def captured(self, columns: Tensor, reference: Drift) -> Tensor:
+        """Estimated share ``[Hkv]`` of the current query's attention that these columns capture."""
+        return self._share(columns) if self.pages.bits else reference.estimate(self._log_odds(columns))
+
+    def _share(self, columns: Tensor) -> Tensor:
+        """Share by the codes, mean over the group ``[Hkv]``."""
+        return (self.logits.softmax(-1) * columns[:, None]).sum(-1).mean(1)
+
+    def _log_odds(self, columns: Tensor) -> Tensor:
+        """Log of (mass on ``columns``) / (bound of the mass on all others), per KV head ``[Hkv]``.
+
+        Exact inside (the attended keys are read once more), by page bounds outside, the strongest query head of the
+        group on either side. Far too pessimistic as it stands, since bounds are loose; only its change is used.
+        """
+        others = columns.new_zeros(columns.shape[0], self.bounds.shape[1] * self.pages.page)
+        others[:, : columns.shape[1]] = ~columns & self.inputs.holds
+        left = others.view(others.shape[0], -1, self.pages.page).sum(-1).float().log()
+        odds: Tensor = self._exact(columns).logsumexp(-1).amax(1) - (self.bounds + left).logsumexp(-1)
+        return odds
+
+    def _exact(self, mask: Tensor) -> Tensor:
+        """The current query's logits on the columns of a mask ``[Hkv, group, S]``; -inf where a head sets fewer."""
+        inputs = self.inputs
+        columns, counting = columns_of(mask)
+        keys = inputs.keys.gather(1, columns[..., None].expand(-1, -1, inputs.keys.shape[2]))
+        inputs.record.read("drift", keys.numel() * keys.element_size())
+        queries = inputs.queries[:, -1].view(keys.shape[0], inputs.group, -1)
+        logits = self._capped(queries.float() @ keys.float().transpose(1, 2) * inputs.scaling)
+        return logits if counting is None else logits.masked_fill(~counting[:, None], float("-inf"))
+
+    def _capped(self, logits: Tensor) -> Tensor:
+        softcap = self.inputs.softcap
+        return softcap * torch.tanh(logits / softcap) if softcap else logits
