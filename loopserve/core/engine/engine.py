@@ -76,7 +76,7 @@ class TokenEngine:
         sampling: settings, or a function from logits ``[vocabulary]`` to a token. max_new_tokens: those of the settings unless
         given. A turn that is not finished (an error, Ctrl-C, a consumer that walks away) is taken back whole.
         """
-        choose, most = _chooser(sampling, max_new_tokens)
+        choose, most = chooser(sampling, max_new_tokens)
         yield from self._finish(self.begin(session, new_tokens, choose, stop_ids=stop_ids, max_new_tokens=most))
 
     def prefill(self, session: Session, new_tokens: Sequence[int], *, max_new_tokens: int = 0) -> Tensor:
@@ -100,7 +100,7 @@ class TokenEngine:
         max_new_tokens: int | None = None,
     ) -> Iterator[int]:
         """Answer the turn that ``prefill`` gave these logits for, token by token; left unfinished, the turn is taken back whole."""
-        choose, most = _chooser(sampling, max_new_tokens)
+        choose, most = chooser(sampling, max_new_tokens)
         self._own(session)
         session.require_rest()
         turn = Turn(
@@ -126,9 +126,8 @@ class TokenEngine:
         max_new_tokens: int = 0,
     ) -> Turn:
         """Begin a turn; nothing is computed before ``run``. Raises InputError for a turn that does not fit the model."""
-        self._own(session)
+        self.check(session, new_tokens, max_new_tokens)
         session.require_rest()
-        self._check_length(session, new_tokens, max_new_tokens)
         return Turn(
             session,
             new_tokens,
@@ -140,16 +139,14 @@ class TokenEngine:
             measure=self.measure_coverage,
         )
 
-    def run(self, turns: Sequence[Turn], max_prefill_tokens: int | None = None) -> None:
+    def run(self, turns: Sequence[Turn], prefill_tokens: Sequence[int | None] | None = None) -> None:
         """Run one forward pass with what each of these turns needs next; ``error`` of a turn says what ended it.
 
-        max_prefill_tokens: tokens of prefill in the pass, given to the turns in their order; a turn that gets none is left out.
+        prefill_tokens: per turn, the most prompt tokens that it may compute in this pass; None = as many as its pieces have.
         """
         with self._lock:
-            pieces = _pieces(turns, max_prefill_tokens)
-            contexts = [turn.step(size) for turn, size in pieces]
-            if not contexts:
-                return
+            limits = prefill_tokens or [None] * len(turns)
+            contexts = [turn.step(limit) for turn, limit in zip(turns, limits, strict=True)]
             started = time.perf_counter()
             try:
                 logits: Sequence[Tensor | None] = list(self.model.forward(ForwardBatch(contexts)))
@@ -158,7 +155,7 @@ class TokenEngine:
                     context.error = context.error or error
                 logits = [None] * len(contexts)
             seconds = time.perf_counter() - started
-            for (turn, _), context, row in zip(pieces, contexts, logits, strict=True):
+            for turn, context, row in zip(turns, contexts, logits, strict=True):
                 turn.take(context, row, seconds)
 
     def complete(self, contexts: Sequence[ForwardContext]) -> None:
@@ -196,7 +193,9 @@ class TokenEngine:
         if session.slots is not self.slots:
             raise InputError("this session belongs to another engine: open one with this engine's session()")
 
-    def _check_length(self, session: Session, new_tokens: Sequence[int], max_new_tokens: int) -> None:
+    def check(self, session: Session, new_tokens: Sequence[int], max_new_tokens: int) -> None:
+        """Raise InputError for a turn that can never be served: no tokens, too many, or a session of another engine."""
+        self._own(session)
         if not new_tokens:
             raise InputError("a turn needs at least one token")
         limit = self.model.max_positions
@@ -212,24 +211,10 @@ class TokenEngine:
             )
 
 
-def _chooser(sampling: SamplingConfig | Choose, max_new_tokens: int | None) -> tuple[Choose, int]:
+def chooser(sampling: SamplingConfig | Choose, max_new_tokens: int | None) -> tuple[Choose, int]:
+    """Return the function that chooses tokens, and how many it may choose."""
     if isinstance(sampling, SamplingConfig):
         return Sampler(sampling), max_new_tokens or sampling.max_new_tokens
     if max_new_tokens is None:
         raise InputError("max_new_tokens is needed beside a function that chooses the tokens")
     return sampling, max_new_tokens
-
-
-def _pieces(turns: Sequence[Turn], max_prefill_tokens: int | None) -> list[tuple[Turn, int | None]]:
-    """Return the turns of a pass, each with the prefill tokens it may take."""
-    if max_prefill_tokens is None:
-        return [(turn, None) for turn in turns]
-    found: list[tuple[Turn, int | None]] = []
-    left = max_prefill_tokens
-    for turn in turns:
-        if turn.waiting == 0:
-            found.append((turn, None))
-        elif left > 0:
-            found.append((turn, left))
-            left -= min(left, turn.waiting)
-    return found

@@ -56,6 +56,7 @@ class Session:
     busy: bool = False  # a turn is under way: no other may begin, end or be copied
     damaged: bool = False  # stored pairs were written to by somebody else
     closed: bool = False
+    state_bytes: int = 0  # what the policies report of their states
 
     def __post_init__(self) -> None:
         self.cache = KVCache(len(self.slots.by_layer))
@@ -65,6 +66,12 @@ class Session:
     def stats(self) -> TurnStats:
         """Figures of the turn under way, or of the last one."""
         return self.turns[-1]
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Bytes taken from the machine: cache, copies kept for undo, and what the policies report of their states."""
+        copies = sum(start.cache.allocated_bytes for start in self._starts if start.cache is not None)
+        return self.cache.allocated_bytes + copies + self.state_bytes
 
     def require_rest(self) -> None:
         """Raise InputError while a turn is under way, or once the session is closed."""
@@ -83,7 +90,7 @@ class Session:
         """Free the cache and the policy states; the next turn computes the conversation anew from its tokens."""
         self.cache.clear()
         self.states, self.damaged = {}, False
-        self.turn_start = 0
+        self.turn_start = self.state_bytes = 0
         for start in self._starts:
             start.states, start.cached, start.cache = None, 0, None
             start.active = [None] * len(start.active)
