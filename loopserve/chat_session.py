@@ -152,8 +152,9 @@ class ChatSession:
     def _reply(self, turn: Turn, answer: AnswerText) -> Reply:
         stats = turn.session.stats
         assert turn.finish_reason is not None
+        text = self.engine.tokenizer.decode(turn.output) if answer.stop_string is None else answer.text
         return Reply(
-            text=answer.text.strip(),
+            text=text.strip(),
             token_ids=tuple(turn.output),
             usage=Usage(stats.prompt_tokens, stats.reused_tokens, stats.output_tokens),
             timings=Timings(stats.ttft_ms, stats.tpot_ms),
