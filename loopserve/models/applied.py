@@ -129,7 +129,7 @@ def _positions(view: CacheView, new: int) -> Tensor:
     """Positions ``[B, T]`` of each row's own tokens; padding gets 0."""
     rows = []
     for row, call in enumerate(view.calls):
-        positions = torch.zeros(new, dtype=torch.long)
+        positions = torch.zeros(new, dtype=torch.long, device="cpu")
         if call is not None:
             places = view.valid[row] if view.valid is not None else slice(None)
             positions = positions.to(call.positions.device)

@@ -169,7 +169,7 @@ def line_masses(
     """
     heads, rows, total = probabilities.shape
     count = lines.shape[1] if lines is not None else total if slashes_only else 2 * total
-    masses = torch.zeros(heads, count, device=probabilities.device)
+    masses = torch.zeros(heads, count, dtype=torch.float32, device=probabilities.device)
     launch(
         line_masses_kernel,
         (-(-count // _LINES), heads),
@@ -222,7 +222,7 @@ def take_lines(
 def covered_masses(probabilities: Tensor, columns: Tensor, ranks: Tensor) -> Tensor:
     """Mass ``[H, r]`` of each row on the lines whose rank is ``TAKEN``."""
     heads, rows, total = probabilities.shape
-    covered = torch.empty(heads, rows, device=probabilities.device)
+    covered = torch.empty(heads, rows, dtype=torch.float32, device=probabilities.device)
     launch(
         covered_kernel,
         (rows, heads),

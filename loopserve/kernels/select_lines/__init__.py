@@ -110,7 +110,7 @@ def prepare(
         raise ValueError(f"{op}: alpha={alpha} and row_floor={row_floor} must lie in [0, 1]")
     if cost not in ("length", "tile") or not 1 <= tile <= MOST_TILE:
         raise ValueError(f"{op}: cost={cost!r} must be 'length' or 'tile', tile={tile} from 1 to {MOST_TILE}")
-    weights = torch.ones(heads, rows, device=device) if row_weights is None else row_weights
+    weights = torch.ones(heads, rows, dtype=torch.float32, device=device) if row_weights is None else row_weights
     fits = weights.shape in ((rows,), (heads, rows))
     # Reading a value waits for an accelerator, so there the sign is the caller's business.
     if not fits or (device.type == "cpu" and bool((weights < 0).any())):
