@@ -73,7 +73,7 @@ def fewest_lines(probabilities: Tensor, alphas: Sequence[float]) -> list[Tensor]
 def jaccard(first: Tensor, second: Tensor) -> Tensor:
     """Shared over all of two choices bool ``[Hq, k]``; 1 where both are empty: float32 ``[Hq]``."""
     either = (first | second).sum(1)
-    return torch.where(either > 0, (first & second).sum(1) / either.clamp(min=1), 1.0)
+    return torch.where(either > 0, (first & second).sum(1).float() / either.clamp(min=1), 1.0)
 
 
 def chance(first: Tensor, second: Tensor) -> Tensor:

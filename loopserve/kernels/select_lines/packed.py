@@ -150,7 +150,7 @@ class _Heads:
     def _candidates(self, ratios: Tensor, missing: Tensor, whole: Tensor) -> tuple[_Batch, Tensor]:
         """The lines worth trying in this round, best first, and the gain per cost ``[H]`` that they must bring."""
         paid = ratios.masked_fill(ratios.isinf(), 0.0).amax((1, 2))
-        close = torch.where(missing > _FAR * whole, _CLOSE_FAR, _CLOSE) * paid
+        close = torch.where(missing > _FAR * whole, _CLOSE_FAR * paid, _CLOSE * paid)
         heads, kinds, lines = ((ratios >= close[:, None, None]) & (ratios > 0)).nonzero(as_tuple=True)
         value = ratios[heads, kinds, lines]
         order = value.argsort(descending=True, stable=True)

@@ -90,7 +90,7 @@ class _Heads:
         best, lines = ratios.topk(min(_LINES, ratios.shape[1]), dim=1)
         paid = ratios.masked_fill_(ratios.isinf(), 0.0).amax(1)
         near = self.missing <= _FAR * self.whole
-        close = (paid * (_CLOSE_FAR + (_CLOSE - _CLOSE_FAR) * near))[:, None]
+        close = torch.where(near, _CLOSE * paid, _CLOSE_FAR * paid)[:, None]
         expected = self.gains.gather(1, lines).masked_fill_(best <= 0, 0.0)
         fits = _before(expected) < _SHARE * self.missing[:, None]
         fits[:, 0].fill_(True)

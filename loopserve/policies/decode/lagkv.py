@@ -54,13 +54,13 @@ class LagKVDecode(ScoredCompressor):
         sinks, lag = self.config.sink_tokens, self.config.lag
         scores = torch.ones(heads, total, dtype=torch.float32, device=keys.device)
         if total < sinks + 2 * lag:
-            scores[:, sinks:] = torch.arange(max(total - sinks, 0), device=keys.device) / max(total - sinks, 1)
+            scores[:, sinks:] = torch.arange(max(total - sinks, 0), device=keys.device).float() / max(total - sinks, 1)
             return scores
         partitions = (total - sinks) // lag
         inside = slice(sinks, sinks + partitions * lag)
         found = (_deviation(keys[:, inside], lag) + _deviation(values[:, inside], lag)) / 2
         if not self.config.cross_scoring:
-            found = found.argsort(dim=-1, stable=True).argsort(dim=-1, stable=True) / lag
+            found = found.argsort(dim=-1, stable=True).argsort(dim=-1, stable=True).float() / lag
         scores[:, sinks : sinks + (partitions - 1) * lag] = found.flatten(1)
         return scores
 

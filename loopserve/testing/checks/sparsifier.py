@@ -91,7 +91,7 @@ def density_counts_the_mask(subject: Subject) -> None:
     """Cell density is the share of causal cells inside the mask, and tile density lies between 0 and 1."""
     inputs = first_turn()
     pattern = subject.sparsifier.sparsify(inputs)
-    counted = (_usable_mask(pattern, inputs).tril()).sum((1, 2)) / pattern.causal_pairs
+    counted = _usable_mask(pattern, inputs).tril().sum((1, 2)).float() / pattern.causal_pairs
     told, tiles = pattern.cell_density(), pattern.tile_density()
     assert torch.allclose(told, counted, atol=1e-5), f"says {told.tolist()}, the mask says {counted.tolist()}"
     assert bool(((tiles > 0) & (tiles <= 1)).all()), f"tile density is {tiles.tolist()}"
