@@ -154,7 +154,7 @@ def candidates(scores: Tensor, config: SamplingConfig) -> tuple[Tensor, Tensor]:
     temperature, min_p, top_k and top_p apply in this order, as in vLLM; of equal scores the lowest ids are kept.
     """
     scores = (scores - scores.max()) / config.temperature
-    ids = torch.arange(len(scores), device="cpu")
+    ids = torch.arange(len(scores), dtype=torch.long, device="cpu")
     if config.min_p > 0.0:
         ids = ids[scores >= math.log(config.min_p)]
     if 0 < config.top_k < len(ids):
@@ -176,7 +176,7 @@ def largest(values: Tensor, count: int) -> Tensor:
     """Return the indices of the ``count`` largest of values ``[N]``, in falling order; of equal values the lowest indices."""
     count = min(count, len(values))
     if count == 0:
-        return torch.empty(0, dtype=torch.long)
+        return torch.empty(0, dtype=torch.long, device="cpu")
     least = values.topk(count).values[-1]
     above = (values > least).nonzero()[:, 0]
     equal = (values == least).nonzero()[: count - len(above), 0]
