@@ -102,8 +102,8 @@ class Sampler:
             highest = max(config.logit_bias)
             if highest >= len(scores):
                 raise ConfigError(f"logit_bias: token {highest} is not in the vocabulary of {len(scores)} tokens")
-            ids = torch.tensor(list(config.logit_bias), dtype=torch.long)
-            scores[ids] += torch.tensor(list(config.logit_bias.values()), dtype=torch.float64)
+            ids = torch.tensor(list(config.logit_bias), dtype=torch.long, device="cpu")
+            scores[ids] += torch.tensor(list(config.logit_bias.values()), dtype=torch.float64, device="cpu")
         if config.penalises:
             seen, counts = self._history(len(scores))
             if config.repetition_penalty != 1.0:
@@ -114,9 +114,11 @@ class Sampler:
 
     def _history(self, vocabulary: int) -> tuple[Tensor, Tensor]:
         if self._seen is None or self._counts is None:
-            self._seen = torch.zeros(vocabulary, dtype=torch.bool)
-            self._seen[torch.tensor([each for each in self._tokens if each < vocabulary], dtype=torch.long)] = True
-            self._counts = torch.zeros(vocabulary, dtype=torch.float64)
+            self._seen = torch.zeros(vocabulary, dtype=torch.bool, device="cpu")
+            self._seen[
+                torch.tensor([each for each in self._tokens if each < vocabulary], dtype=torch.long, device="cpu")
+            ] = True
+            self._counts = torch.zeros(vocabulary, dtype=torch.float64, device="cpu")
         return self._seen, self._counts
 
     def _note(self, token: int) -> None:
@@ -152,7 +154,7 @@ def candidates(scores: Tensor, config: SamplingConfig) -> tuple[Tensor, Tensor]:
     temperature, min_p, top_k and top_p apply in this order, as in vLLM; of equal scores the lowest ids are kept.
     """
     scores = (scores - scores.max()) / config.temperature
-    ids = torch.arange(len(scores))
+    ids = torch.arange(len(scores), dtype=torch.long, device="cpu")
     if config.min_p > 0.0:
         ids = ids[scores >= math.log(config.min_p)]
     if 0 < config.top_k < len(ids):
@@ -174,7 +176,7 @@ def largest(values: Tensor, count: int) -> Tensor:
     """Return the indices of the ``count`` largest of values ``[N]``, in falling order; of equal values the lowest indices."""
     count = min(count, len(values))
     if count == 0:
-        return torch.empty(0, dtype=torch.long)
+        return torch.empty(0, dtype=torch.long, device="cpu")
     least = values.topk(count).values[-1]
     above = (values > least).nonzero()[:, 0]
     equal = (values == least).nonzero()[: count - len(above), 0]
