@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+from weakref import WeakValueDictionary
 
 from pydantic import ValidationError
 
@@ -15,7 +17,8 @@ from loopserve.core.engine.sampling import SamplingConfig
 from loopserve.core.engine.session import Session
 from loopserve.core.engine.stats import TurnStats
 from loopserve.core.errors import ConfigError, InputError
-from loopserve.models.chat import Message, StreamDecoder, writable
+from loopserve.models.chat import Answered, Message, Prompt, StreamDecoder, as_messages, writable
+from loopserve.transcript import Transcript, TranscriptTurn, bring_to
 
 if TYPE_CHECKING:
     from loopserve.api import Engine
@@ -36,28 +39,44 @@ class Timings:
 
 @dataclass(frozen=True)
 class Reply:
-    """One answer and what it took."""
+    """Hold one answer and what it took."""
 
-    text: str
+    text: str  # the answer itself, without what the model wrote before it
     token_ids: tuple[int, ...]
     usage: Usage
     timings: Timings
     stats: TurnStats
+    reasoning: str | None = None  # of a reasoning block or of other channels than the final one; None: none was written
+
+
+_ENGINES: WeakValueDictionary[str, Engine] = WeakValueDictionary()  # those of sessions that were pickled
 
 
 class ChatSession:
-    """A conversation in text. A turn that breaks off (an error, Ctrl-C) is taken back; nothing said before it is lost."""
+    """A conversation in text. A turn that breaks off (an error, Ctrl-C) is taken back; nothing said before it is lost.
 
-    def __init__(self, engine: Engine, system: str | None = None, messages: list[Message] | None = None) -> None:
+    Where the chat template rewrites what was said before (drops the reasoning of earlier answers, for example), the session goes
+    back to the last turn that is left as it was and computes the rest anew. ``copy.deepcopy`` forks a session.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        system: str | None = None,
+        messages: Sequence[Message] | None = None,
+        token_ids: dict[int, list[int]] | None = None,
+    ) -> None:
+        """messages: a conversation to go on with. token_ids: tokens of answers among them, by number of the message."""
         self.engine = engine
-        self.messages: list[Message] = list(messages or [])
+        begun = list(messages or [])
         if system is not None:
             if not isinstance(system, str) or not writable(system):
                 raise InputError("the system message is no text; give it as UTF-8")
-            self.messages.insert(0, {"role": "system", "content": system})
+            begun.insert(0, {"role": "system", "content": system})
         self.last_reply: Reply | None = None
+        self._transcript = Transcript(engine.tokenizer, begun, given_tokens=token_ids or {})
         self._session: Session | None = engine.token_engine.session()
-        self._lengths: list[int] = []  # number of messages before each turn
+        self._rewrites = False  # the template was seen to rewrite earlier turns
 
     def __enter__(self) -> ChatSession:
         return self
@@ -72,8 +91,15 @@ class ChatSession:
         self._session = None
 
     @property
+    def messages(self) -> list[Message]:
+        """Return the messages so far; an answer's reasoning stands beside it as ``reasoning_content``."""
+        return self._transcript.messages
+
+    @property
     def turns(self) -> list[TurnStats]:
-        return self._open.turns
+        """Return the figures of the turns that were answered here."""
+        self._open  # noqa: B018  # raises for a closed session
+        return [turn.stats for turn in self._transcript.turns]
 
     @property
     def _open(self) -> Session:
@@ -83,80 +109,131 @@ class ChatSession:
 
     def send(self, text: str, **sampling: Any) -> Reply:
         """Say something, get the whole answer. Keywords are those of ``core.sampling.SamplingConfig``."""
-        for _ in self.stream(text, **sampling):
+        return self._whole(self.stream(text, **sampling))
+
+    def stream(self, text: str, **sampling: Any) -> Iterator[str]:
+        """Give the answer piece by piece, without its reasoning; ``last_reply`` holds the whole once it is over."""
+        if not isinstance(text, str):
+            raise InputError(f"a message is text, not {type(text).__name__}")
+        return self._begin(lambda: [*self.messages, {"role": "user", "content": text}], sampling)
+
+    def complete(self, messages: Sequence[Message], **sampling: Any) -> Reply:
+        """Answer a whole conversation, given as the chat API has it, and go on from what this session holds of it.
+
+        messages: dictionaries of role and content, the last one a user's. Compared message by message: what both have in common
+        is not computed again, where they differ the session goes back to the last common turn. Raises InputError for what is no
+        message.
+        """
+        return self._whole(self.stream_complete(messages, **sampling))
+
+    def stream_complete(self, messages: Sequence[Message], **sampling: Any) -> Iterator[str]:
+        """Like ``complete``, piece by piece."""
+        given = as_messages(messages)
+
+        def asked() -> list[Message]:
+            common = self._transcript.common(given)
+            return [*self.messages[:common], *given[common:]]
+
+        return self._begin(asked, sampling)
+
+    def _whole(self, pieces: Iterator[str]) -> Reply:
+        for _ in pieces:
             pass
         assert self.last_reply is not None
         return self.last_reply
 
-    def stream(self, text: str, **sampling: Any) -> Iterator[str]:
-        """The answer piece by piece; ``last_reply`` holds the whole once it is over."""
+    def _begin(self, asked: Callable[[], list[Message]], sampling: dict[str, Any]) -> Iterator[str]:
         try:
             config = SamplingConfig(**sampling)
         except ValidationError as error:
             first = error.errors()[0]
             raise ConfigError(f"{'.'.join(map(str, first['loc']))}: {first['msg']} (got {first['input']!r})") from error
-        if not isinstance(text, str):
-            raise InputError(f"a message is text, not {type(text).__name__}")
         self._open.require_rest()
-        self._asked(text)  # a message that cannot be asked is refused at once
-        return self._answer(text, config)
+        return self._answer(asked, self.messages, self._transcript.prompt(asked()), config)  # refused at once if at all
 
-    def _asked(self, text: str) -> tuple[list[Message], list[int]]:
-        """The conversation with this message, and the tokens that it adds."""
-        asked = [*self.messages, {"role": "user", "content": text}]
-        return asked, self._new_ids(self._open, asked)
-
-    def _answer(self, text: str, config: SamplingConfig) -> Iterator[str]:
-        session = self._open
-        asked, ids = self._asked(text)  # now, as other turns may have been held since the stream was opened
-        decoder = StreamDecoder(self.engine.tokenizer)
-        answer: list[int] = []
-        for token in self.engine.token_engine.generate(session, ids, config, self.engine.stop_ids):
-            answer.append(token)
+    def _answer(
+        self, ask: Callable[[], list[Message]], held: list[Message], prompt: Prompt, config: SamplingConfig
+    ) -> Iterator[str]:
+        engine, session = self.engine, self._open
+        session.require_rest()
+        asked = ask()
+        if held is not self.messages:  # other turns have been held since the stream was opened
+            prompt = self._transcript.prompt(asked)
+        most = self._longest_answer(prompt, config)
+        reused, history_ms = self._prepare(session, asked, prompt)
+        depth, new = len(session.turns), prompt.tokens[len(session.tokens) :]
+        decoder = StreamDecoder(engine.tokenizer, prompt.text)
+        tokens: list[int] = []
+        for token in engine.token_engine.generate(session, new, config, engine.stop_ids, most):
+            tokens.append(token)
             piece = decoder.push(token)
             if piece:
                 yield piece
-        reply = self._reply(answer, session.stats)
-        self._lengths.append(len(self.messages))
-        self.messages = [*asked, {"role": "assistant", "content": reply.text}]
-        self.last_reply = reply
+        answer = engine.tokenizer.read_answer(tokens, prompt.text)
+        stats = session.stats
+        answered = Answered(len(asked), prompt, answer, tuple(tokens))
+        self._transcript.add(asked, TranscriptTurn(answered, stats, depth))
+        self.last_reply = Reply(
+            text=answer.text.strip(),
+            token_ids=tuple(tokens),
+            usage=Usage(len(prompt.tokens) - reused, reused, stats.output_tokens),
+            timings=Timings(stats.ttft_ms + history_ms, stats.tpot_ms),
+            stats=stats,
+            reasoning=answer.reasoning,
+        )
         if rest := decoder.rest():
             yield rest
 
-    def _new_ids(self, session: Session, asked: list[Message]) -> list[int]:
-        tokenizer = self.engine.tokenizer
-        if session.tokens:
-            return tokenizer.turn_tokens(asked, self._end_token(session.tokens))
-        ids: list[int] = []  # a loaded conversation: every turn of it is rendered as it was
-        for end, message in enumerate(asked, 1):
-            if message["role"] == "user":
-                ids += tokenizer.turn_tokens(asked[:end], self._end_token(ids))
-            elif message["role"] == "assistant":
-                ids += tokenizer.answer_tokens(message["content"])
-        return ids
+    def _prepare(self, session: Session, asked: list[Message], prompt: Prompt) -> tuple[int, float]:
+        """Bring the session to the beginning of a prompt; return (tokens that it holds of it, ms spent on earlier turns).
 
-    def _end_token(self, tokens: list[int]) -> int | None:
-        """The end-of-turn token the conversation ends with, if the model gave it itself."""
-        return tokens[-1] if tokens and tokens[-1] in self.engine.stop_ids else None
+        Under a template that rewrites earlier turns, they are computed as a turn of their own, so that the next rewriting goes
+        back to there and not to the beginning.
+        """
+        held, depth = len(session.tokens), len(session.turns)
+        bring_to(session, prompt.tokens)
+        if len(session.turns) < depth and self._transcript.common(asked) == len(self.messages):
+            self._rewrites = True
+        reused = min(held, len(session.tokens))
+        if not self._rewrites or prompt.history is None or prompt.history <= reused:
+            return reused, 0.0
+        self.engine.token_engine.prefill(session, prompt.tokens[reused : prompt.history])
+        return reused, session.stats.ttft_ms
 
-    def _reply(self, answer: list[int], stats: TurnStats) -> Reply:
-        return Reply(
-            text=self.engine.tokenizer.decode(answer).strip(),
-            token_ids=tuple(answer),
-            usage=Usage(stats.prompt_tokens, stats.reused_tokens, stats.output_tokens),
-            timings=Timings(stats.ttft_ms, stats.tpot_ms),
-            stats=stats,
-        )
+    def _longest_answer(self, prompt: Prompt, config: SamplingConfig) -> int:
+        """Return the longest answer in tokens: the default is cut to what the model's window leaves, a given length is not.
+
+        Raises InputError before anything is taken back for a prompt that does not fit.
+        """
+        limit, length = self.engine.token_engine.model.max_positions, len(prompt.tokens)
+        most = config.max_new_tokens
+        if limit is None:
+            return most
+        if length + 1 > limit:
+            raise InputError(
+                f"the conversation would be {length + 1} tokens long, the model takes {limit}: shorten the message, "
+                "undo a turn, or start a new session"
+            )
+        if length + most <= limit:
+            return most
+        if "max_new_tokens" in config.model_fields_set:
+            raise InputError(
+                f"max_new_tokens={most} does not fit: {limit - length} tokens are left of the model's {limit}"
+            )
+        return limit - length
 
     def undo(self) -> Message:
-        """Take back the last turn; returns the user's message of it."""
-        if not self._lengths:
-            raise InputError("nothing to undo: no turn was answered in this session")
-        self._open.undo()
-        taken = self.messages[self._lengths[-1]]
-        self.messages = self.messages[: self._lengths.pop()]
+        """Take back the last turn, also one that was given at the beginning; returns the user's message of it."""
+        session = self._open
+        session.require_rest()
+        taken = self._transcript.take_back()
+        if taken is None:
+            raise InputError("nothing to undo: the conversation has no turn")
+        message, depth = taken
+        while depth is not None and len(session.turns) > depth:
+            session.undo()
         self.last_reply = None
-        return taken
+        return message
 
     def retry(self, **sampling: Any) -> Reply:
         """Take back the last answer and give another one to the same message; if that breaks off, the old one stays."""
@@ -174,14 +251,43 @@ class ChatSession:
         other._session = self._open.fork()
         return other
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> ChatSession:
+        return self.fork()
+
+    def __reduce__(self) -> tuple[Callable[..., ChatSession], tuple[str, Transcript, Reply | None]]:
+        """Pickle the conversation without engine and cache, which is computed anew with the next message."""
+        self._open.require_rest()
+        key = next((key for key, engine in _ENGINES.items() if engine is self.engine), None) or uuid4().hex
+        _ENGINES[key] = self.engine
+        transcript = self._transcript.copy()
+        transcript.tokenizer = None  # type: ignore[assignment]  # the engine's
+        return _unpickled, (key, transcript, self.last_reply)
+
     def _become(self, other: ChatSession) -> None:
-        self.messages, self._lengths = list(other.messages), list(other._lengths)
+        self._transcript, self._rewrites = other._transcript.copy(), other._rewrites
         self.last_reply, self._session = other.last_reply, other._session
 
     def save(self, path: str | Path) -> None:
-        """Write the messages as JSON, with the stack for the record; ``Engine.load_session`` reads the messages."""
-        body = {"version": 1, "stack": self.engine.stack.describe(), "messages": self.messages}
+        """Write the messages as JSON, with the stack for the record; ``Engine.load_session`` reads the messages.
+
+        The tokens of the model's own answers are written beside them, so that the conversation goes on from the very same ones.
+        """
+        body = {"version": 1, "stack": self.engine.stack.describe(), "messages": self._transcript.saved()}
         try:
             Path(path).write_text(json.dumps(body, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         except OSError as error:
             raise InputError(f"{path}: cannot save the conversation ({error.strerror})") from error
+
+
+def _unpickled(key: str, transcript: Transcript, last_reply: Reply | None) -> ChatSession:
+    engine = _ENGINES.get(key)
+    if engine is None:
+        raise InputError(
+            "a pickled ChatSession goes on only where its engine is: write it with session.save(path) there, and read it with "
+            "engine.load_session(path) here"
+        )
+    session = ChatSession(engine)
+    transcript.tokenizer = engine.tokenizer
+    transcript.turns, transcript.loaded = [], transcript.answered
+    session._transcript, session.last_reply = transcript, last_reply
+    return session
