@@ -141,6 +141,26 @@ def test_what_a_stack_file_may_not_say(text: str, complaint: str):
     assert any(complaint in line for line in complaints(text)), complaints(text)
 
 
+@pytest.mark.parametrize(
+    ("part", "complaint"),
+    [
+        ("decode: {policy: snap, budget: 100000000000000000000000}", "decode.budget: must be "),
+        ("decode: {policy: snap, budget: 2147483648}", "my.yaml:2: decode.budget: must be at most 2,147,483,647"),
+        ("decode: {policy: full}\nlayers: [{at: 10000}]", "my.yaml:3: layers[0].at: no model has a layer 10000"),
+        ("decode: {policy: full}\nlayers: [{at: '0-99999'}]", "no model has a layer 99999"),
+        ("decode: {policy: full}\nlayers: [{at: -10001}]", "no model has a layer -10001"),
+        (
+            "decode: {policy: full}\nlayers: [{at: 0\u20133}]",
+            "'0\u20133' names no layer (it holds '\u2013' U+2013 EN DASH)",
+        ),
+        ("decode: {policy: full}\nlayers: [{at: '٣-٤'}]", "U+0663 ARABIC-INDIC DIGIT THREE"),
+    ],
+)
+def test_numbers_beyond_any_model_and_digits_that_are_none_are_refused(part: str, complaint: str):
+    text = f"prefill: {{policy: dense}}\n{part}\n"
+    assert any(complaint in line for line in complaints(text)), complaints(text)
+
+
 def test_bad_values_in_a_dict_are_refused_too():
     bad = MINIMAL | {"prefill": {"policy": "a_shape", "alpha": float("nan")}}
     with pytest.raises(ConfigError, match=r"^stack: prefill.alpha: Input should be a finite number \(got nan\)$"):
