@@ -24,11 +24,11 @@ SpecArgument = Annotated[str, typer.Argument(metavar="NAME|FILE", help="A preset
 @app.command("ls")
 def list_presets(context: typer.Context, format: FormatOption = Format.HUMAN) -> None:
     """The presets."""
-    from loopserve.core.stack.stack import load_stack, preset_names
+    from loopserve.core.stack.stack import preset_names, resolve_stack
 
     settings: Settings = context.obj
     registry = settings.plugins().registry
-    stacks = [load_stack(name, registry) for name in preset_names()]
+    stacks = [resolve_stack(name, registry) for name in preset_names()]
     if format is Format.JSON:
         print_json([each.describe() for each in stacks])
         return
@@ -51,7 +51,7 @@ def validate(
     format: FormatOption = Format.HUMAN,
 ) -> None:
     """Check stack files; every mistake is printed with its file, line and field. Of a model, only the configuration is read."""
-    from loopserve.core.stack.stack import load_stack
+    from loopserve.core.stack.stack import resolve_stack
 
     settings: Settings = context.obj
     registry = settings.plugins().registry
@@ -59,7 +59,7 @@ def validate(
     results: list[dict[str, Any]] = []
     for spec in specs:
         try:
-            loaded = load_stack(spec, registry)
+            loaded = resolve_stack(spec, registry)
             if layers is not None:
                 loaded.check(layers)
             unchecked = [] if layers is not None else _unchecked(loaded)

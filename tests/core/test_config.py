@@ -254,7 +254,7 @@ def test_files_that_cannot_be_read(tmp_path: Path):
     binary.write_bytes(b"name: \xff\xfe")
     with pytest.raises(ConfigError, match="larger than 256 KiB"):
         read_yaml(big)
-    with pytest.raises(ConfigError, match="binary.yaml:1: not UTF-8 text"):
+    with pytest.raises(ConfigError, match=r"binary\.yaml:1: not UTF-8 text"):
         read_yaml(binary)
 
 
