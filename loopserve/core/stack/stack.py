@@ -67,7 +67,7 @@ class PolicyStack:
         )
 
     def describe(self) -> dict[str, Any]:
-        """The stack with every option spelt out, as a stack file says it; ``load_stack`` (``loopserve.api``) makes an equal stack of it."""
+        """The stack with every option spelt out, as a stack file says it; ``resolve_stack`` makes an equal one of it."""
         described: dict[str, Any] = {"version": 1, "name": self.name}
         if self.description is not None:
             described["description"] = self.description
