@@ -14,7 +14,7 @@ from loopserve.core.policy.interfaces import LayerSpec
 from loopserve.models.demo import bundled_path, is_bundled
 from loopserve.models.layers import read_layers
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def load(
@@ -74,7 +74,7 @@ def load_layers(model: str, *, revision: str | None = None, trust_remote_code: b
 def _device(name: str) -> torch.device:
     try:
         place = torch.device(_best_device() if name == "auto" else name)
-        torch.empty(0, device=place)
+        torch.empty(0, dtype=torch.float32, device=place)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(
             f"device {name!r} is unknown or not there ({_reason(error)}); use auto or {_best_device()}"
@@ -84,9 +84,9 @@ def _device(name: str) -> torch.device:
 
 def _dtype(name: str, own: torch.dtype | None, device: torch.device) -> torch.dtype:
     if name != "auto":
-        if name not in _DTYPES:
-            raise ConfigError(f"unknown dtype {name!r} (known: auto, {', '.join(_DTYPES)})")
-        return _DTYPES[name]
+        if name not in DTYPES:
+            raise ConfigError(f"unknown dtype {name!r} (known: auto, {', '.join(DTYPES)})")
+        return DTYPES[name]
     if own is None or (own is torch.float16 and device.type == "cpu"):  # CPUs compute float16 slowly or not at all
         return torch.float32
     return own
