@@ -19,8 +19,7 @@ from loopserve.core.errors import (
     PolicyChecks,
     did_you_mean,
 )
-from loopserve.core.stack.stack import PolicyStack
-from loopserve.core.stack.stack import load_stack as _load_stack
+from loopserve.core.stack.stack import PolicyStack, resolve_stack
 from loopserve.kernels import backend as kernels
 from loopserve.models.apply import Applied, applied
 from loopserve.models.bridge import IMPLEMENTATION, TransformersModel
@@ -42,7 +41,7 @@ def load_stack(stack: StackLike) -> PolicyStack:
         return stack
     loaded = load_registry()
     try:
-        return _load_stack(stack, loaded.registry)
+        return resolve_stack(stack, loaded.registry)
     except ConfigError as error:  # a policy that is missing may be one whose plugin could not be loaded
         if not loaded.problems:
             raise
