@@ -34,6 +34,7 @@ class _Prompt:
     """What ``generate`` is doing in this thread: computing its prompt, of so many columns in all, or its answer."""
 
     columns: int | None = None
+    lengths: list[int] | None = None  # tokens of each row once the prompt is computed
 
 
 _prompt: ContextVar[_Prompt | None] = ContextVar("loopserve_prompt", default=None)
@@ -67,7 +68,7 @@ def applied(model: PreTrainedModel, stack: PolicyStack, **options: Any) -> Itera
                 model.register_forward_pre_hook(_enter(state, inspect.signature(model.forward)), with_kwargs=True)
             )
             handles.append(model.register_forward_hook(_leave(state), with_kwargs=True))
-            with _prompts_announced(model):
+            with _prompts_announced(model), engine.model.rotary.watched():
                 yield state
         finally:
             for handle in handles:
@@ -116,10 +117,12 @@ def _prompts_announced(model: PreTrainedModel) -> Iterator[None]:
         if prompt is None:
             return prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
         prompt.columns = _prompt_columns(input_ids, model_kwargs)
+        mask = model_kwargs.get("attention_mask")
+        prompt.lengths = None if mask is None or mask.dim() != 2 else mask.bool().sum(1).tolist()
         try:
             return prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
         finally:
-            prompt.columns = None
+            prompt.columns = prompt.lengths = None
 
     served.generate, served._prefill = announced_generate, announced_prefill
     try:
@@ -157,9 +160,12 @@ def _enter(state: Applied, signature: inspect.Signature) -> Hook:
         keep = named.get("use_cache") is not False
         cache, rows = _cache_of(state, named.get("past_key_values") if keep else None, token_ids.shape[0])
         rows.kept = keep
+        state.engine.model.rotary.begin(None)
         positions = _begin(state, rows, token_ids, named.get("attention_mask"), named.get("position_ids"))
         named |= {"position_ids": positions, "past_key_values": cache, "use_cache": True, "attention_mask": None}
         named |= {"loopserve_pass": rows.under_way}
+        if rows.under_way is not None:
+            state.engine.model.rotary.begin(rows.under_way.rotations(*token_ids.shape))
         state.last_rows = rows
         return (), named
 
@@ -207,6 +213,7 @@ def _begin(state: Applied, rows: CacheRows, token_ids: Tensor, mask: Tensor | No
         tokens = token_ids[row][columns].tolist()
         if tokens:
             _follow(session, positions[row][columns])
+            _keep_rotation(state, session, row, len(tokens))
             spans.append(Span(_context(state, rows, session, tokens, token_ids.device, new), row, columns))
     if not spans:
         raise InputError("attention_mask leaves no token in this pass")
@@ -261,6 +268,20 @@ def _follow(session: Any, positions: Tensor) -> None:
         )
 
 
+def _keep_rotation(state: Applied, session: Any, row: int, new: int) -> None:
+    """Have a row computed again if its keys are rotated for another length than it will have, as transformers drops its cache."""
+    prompt, held = _prompt.get(), session.cache.seen
+    whole = held + new
+    if prompt is not None and prompt.lengths is not None:
+        whole = max(whole, prompt.lengths[row])  # a piece of a prompt is rotated as the whole of it
+    engine = state.engine
+    rotation = engine.model.rotation(whole + session.position_offset)
+    in_answer = new == 1 and held > 0
+    if held and rotation != session.rotation and not (in_answer and engine.model.rotation_grows):
+        engine.compute_anew(session, rotation)
+    session.rotation = rotation
+
+
 def _context(
     state: Applied, rows: CacheRows, session: Any, tokens: list[int], device: torch.device, new: int
 ) -> ForwardContext:
@@ -284,6 +305,7 @@ def _context(
         tokens,
         torch.arange(seen, seen + len(tokens), device=device),
         stored_after=seen + len(tokens),
+        rotation=session.rotation,
         final=columns is None or rows.columns + new >= columns,
         measure=state.engine.measure_coverage,
     )
@@ -296,6 +318,7 @@ def _leave(state: Applied) -> Hook:
         if rows is None or rows.owner is not state.engine or rows.under_way is None:
             return
         contexts = rows.under_way.contexts
+        state.engine.model.rotary.begin(None)
         rows.columns += kwargs["input_ids"].shape[1]
         state.engine.complete(contexts)
         rows.under_way = None

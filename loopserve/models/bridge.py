@@ -20,6 +20,7 @@ from loopserve.core.errors import ModelError
 from loopserve.core.policy.interfaces import LayerSpec
 from loopserve.models.cache import CacheRows, Pass, Span, cache_over
 from loopserve.models.layers import read_layers
+from loopserve.models.rotation import Rotation, longest_conversation
 
 IMPLEMENTATION = "loopserve"
 # Keywords that change nothing here: positions are the session's own, and the others choose outputs or caching.
@@ -96,6 +97,9 @@ class TransformersModel:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self._layers = read_layers(model)
+        config = model.config.get_text_config(decoder=True)
+        self._max_positions = longest_conversation(config)
+        self.rotary = Rotation(model, config)
 
     @property
     def layers(self) -> Sequence[LayerSpec]:
@@ -105,7 +109,16 @@ class TransformersModel:
     @property
     def max_positions(self) -> int | None:
         """Longest conversation in tokens; None if the configuration names no limit."""
-        return getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        return self._max_positions
+
+    @property
+    def rotation_grows(self) -> bool:
+        """Whether each token is rotated for the length that the conversation has with it (dynamic NTK)."""
+        return self.rotary.grows
+
+    def rotation(self, tokens: int) -> int:
+        """Return what stands for the rotation of a conversation of so many tokens."""
+        return self.rotary.of_length(tokens)
 
     @property
     def device(self) -> torch.device:
@@ -127,7 +140,7 @@ class TransformersModel:
         under_way = Pass([Span(context, 0, span) for context, span in zip(contexts, spans, strict=True)])
         rows.under_way = under_way
         last = torch.tensor([span.stop - 1 for span in spans], device=self.device)
-        with torch.no_grad():
+        with torch.no_grad(), self.rotary.as_long_as(under_way.rotations(1, spans[-1].stop)):
             output = self.model(
                 input_ids=batch.token_ids.to(self.device)[None],
                 position_ids=batch.positions[None],

@@ -51,6 +51,14 @@ class Pass:
             joined[span.row, span.columns] = part.transpose(0, 1)
         return joined
 
+    def rotations(self, rows: int, columns: int) -> Tensor:
+        """Return the rotation of each cell's conversation, int64 ``[rows, columns]``; 0 in padding."""
+        found = torch.zeros(rows, columns, dtype=torch.long)
+        for span in self.spans:
+            chosen = span.columns.cpu() if isinstance(span.columns, Tensor) else span.columns
+            found[span.row, chosen] = span.context.rotation
+        return found
+
     def store(self, layer: int, keys: Tensor, values: Tensor) -> None:
         """Hand each session its new pairs of a layer."""
         self.stored[layer] = (keys, values)

@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 
+import torch
 from torch import Tensor
 
 from loopserve.core.engine.forward import ForwardBatch, ForwardContext, Model
@@ -16,6 +17,7 @@ from loopserve.core.engine.slots import Slots
 from loopserve.core.engine.turn import Choose, Turn, complete, observation_context
 from loopserve.core.errors import POLICY_TIMEOUT_S, ConfigError, InputError, OnPolicyFault, PolicyChecks
 from loopserve.core.guard.guard import Guard
+from loopserve.core.policy.interfaces import Phase
 from loopserve.core.stack.stack import PolicyStack
 
 CHUNK_TOKENS = 4096
@@ -107,7 +109,7 @@ class TokenEngine:
             session,
             None,
             choose,
-            device=self.model.device,
+            model=self.model,
             logits=logits,
             stop_ids=stop_ids,
             max_new_tokens=most,
@@ -132,7 +134,7 @@ class TokenEngine:
             session,
             new_tokens,
             choose,
-            device=self.model.device,
+            model=self.model,
             stop_ids=stop_ids,
             max_new_tokens=max_new_tokens,
             chunk_tokens=self.chunk_tokens,
@@ -157,6 +159,28 @@ class TokenEngine:
             seconds = time.perf_counter() - started
             for turn, context, row in zip(turns, contexts, logits, strict=True):
                 turn.take(context, row, seconds)
+
+    def compute_anew(self, session: Session, rotation: int) -> None:
+        """Compute a conversation's stored tokens again, rotated for another length, for a caller who runs the passes himself."""
+        session.stats.count("computed_anew")
+        session.begin_anew()
+        session.rotation = rotation
+        end = len(session.tokens)
+        for start in range(0, end, self.chunk_tokens):
+            piece = session.tokens[start : start + self.chunk_tokens]
+            positions = torch.arange(start, start + len(piece), device=self.model.device)
+            session.enter(Phase.PREFILL)
+            context = ForwardContext(
+                session,
+                Phase.PREFILL,
+                piece,
+                positions,
+                stored_after=start + len(piece),
+                rotation=rotation,
+                final=start + len(piece) == end,
+            )
+            self.model.forward(ForwardBatch([context]))
+            self.complete([context])
 
     def complete(self, contexts: Sequence[ForwardContext]) -> None:
         """Complete a pass that the caller has run himself, and run the observations that compressors ask for."""

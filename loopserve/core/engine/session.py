@@ -52,6 +52,7 @@ class Session:
     position_offset: int = (
         0  # what the model's positions are ahead of ours: a caller's left padding, counted by columns
     )
+    rotation: int = 0  # how the stored pairs are rotated: what ``Model.rotation`` said when they were computed
     ended: bool = True  # the compressors know that the last turn is over
     busy: bool = False  # a turn is under way: no other may begin, end or be copied
     damaged: bool = False  # stored pairs were written to by somebody else
@@ -94,6 +95,18 @@ class Session:
         for start in self._starts:
             start.states, start.cached, start.cache = None, 0, None
             start.active = [None] * len(start.active)
+
+    def begin_anew(self) -> None:
+        """Drop what is stored and the policies' states in the midst of a turn, whose tokens are then computed again."""
+        self.release_store()
+        self.output_index = 0
+        for slot in self.slots.policies:
+            self.states[slot] = {}
+            if self.is_enabled(slot):
+                try:
+                    self.states[slot] = self._fresh(slot)
+                except FAULTS as error:
+                    self.failed(slot, error, "init_state")
 
     def begin_turn(self, new_tokens: Sequence[int], *, undoable: bool = True) -> None:
         """Take in the tokens that a turn adds; they are not computed yet.
