@@ -6,6 +6,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,15 +56,28 @@ class TokenEngine:
         self.chunk_tokens = chunk_tokens
         self.measure_coverage = measure_coverage
         self.undo_depth = undo_depth
-        self.guard = Guard(
-            checks=policy_checks, on_fault=on_policy_fault, timeout_s=policy_timeout_s, owners=stack.owners
-        )
+        self._guarding: dict[str, Any] = {
+            "checks": policy_checks,
+            "on_fault": on_policy_fault,
+            "timeout_s": policy_timeout_s,
+        }
+        self.guard = Guard(**self._guarding, owners=stack.owners)
         self.slots = Slots(model.layers, stack)
+        self._others: dict[PolicyStack, tuple[Slots, Guard]] = {}
         self._lock = threading.Lock()
 
-    def session(self) -> Session:
-        """Open a conversation."""
-        return Session(self.slots, self.guard, self.undo_depth)
+    def session(self, stack: PolicyStack | None = None) -> Session:
+        """Open a conversation, under another stack than the engine's if one is given.
+
+        Sessions under different stacks share forward passes. ConfigError if the model cannot be served under the stack.
+        """
+        if stack is None or stack is self.stack:
+            return Session(self.slots, self.guard, self.undo_depth)
+        if stack not in self._others:
+            stack.check(self.model.layers)
+            guard = Guard(**self._guarding, owners=stack.owners)
+            self._others[stack] = (Slots(self.model.layers, stack), guard)
+        return Session(*self._others[stack], self.undo_depth)
 
     def generate(
         self,
@@ -214,7 +228,7 @@ class TokenEngine:
             turn.error = None  # its traceback would keep the session's store alive
 
     def _own(self, session: Session) -> None:
-        if session.slots is not self.slots:
+        if session.slots is not self.slots and not any(session.slots is each for each, _ in self._others.values()):
             raise InputError("this session belongs to another engine: open one with this engine's session()")
 
     def check(self, session: Session, new_tokens: Sequence[int], max_new_tokens: int) -> None:

@@ -32,7 +32,7 @@ class TurnStart:
     cache: KVCache | None = None  # a copy, only where the stack evicts: an eviction cannot be undone otherwise
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Session:
     """Hold the tokens, cache, policy states and turns of one conversation. Two sessions share nothing that changes.
 
@@ -62,6 +62,9 @@ class Session:
     def __post_init__(self) -> None:
         self.cache = KVCache(len(self.slots.by_layer))
         self._starts: list[TurnStart] = []
+
+    def __repr__(self) -> str:
+        return f"<Session of {len(self.turns)} turns, {len(self.tokens)} tokens>"
 
     @property
     def stats(self) -> TurnStats:
