@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +15,24 @@ from transformers.cache_utils import Cache, DynamicLayer
 from loopserve.core.engine.forward import ForwardContext
 from loopserve.core.engine.session import Session
 from loopserve.core.errors import ModelError
+
+
+_thread = threading.local()
+
+
+def last_stored() -> Pass | None:
+    """Return the pass under way in this thread: the one that a layer has put its keys and values into."""
+    found = getattr(_thread, "last", None)
+    return None if found is None else found()
+
+
+def computed_in(tensor: Tensor) -> Tensor:
+    """Return a tensor in the dtype that autocast computes attention in; as it is outside autocast.
+
+    Rotated keys are float32 there and values are not: torch's own attention casts both.
+    """
+    kind = tensor.device.type
+    return tensor.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +82,8 @@ class Pass:
     def store(self, layer: int, keys: Tensor, values: Tensor) -> None:
         """Hand each session its new pairs of a layer."""
         self.stored[layer] = (keys, values)
+        _thread.last = weakref.ref(self)
+        keys, values = computed_in(keys), computed_in(values)
         for span, own_keys, own_values in zip(self.spans, self.split(keys), self.split(values), strict=True):
             span.context.append(layer, own_keys, own_values)
 

@@ -18,6 +18,7 @@ from loopserve.core.engine.slots import Slots
 from loopserve.core.engine.turn import Choose, Turn, complete, observation_context
 from loopserve.core.errors import POLICY_TIMEOUT_S, ConfigError, InputError, OnPolicyFault, PolicyChecks
 from loopserve.core.guard.guard import Guard
+from loopserve.core.kv.recording import plain_tensors
 from loopserve.core.policy.interfaces import Phase
 from loopserve.core.stack.stack import PolicyStack
 
@@ -155,6 +156,7 @@ class TokenEngine:
             measure=self.measure_coverage,
         )
 
+    @plain_tensors()
     def run(self, turns: Sequence[Turn], prefill_tokens: Sequence[int | None] | None = None) -> None:
         """Run one forward pass with what each of these turns needs next; ``error`` of a turn says what ended it.
 
@@ -174,6 +176,7 @@ class TokenEngine:
             for turn, context, row in zip(turns, contexts, logits, strict=True):
                 turn.take(context, row, seconds)
 
+    @plain_tensors()
     def compute_anew(self, session: Session, rotation: int) -> None:
         """Compute a conversation's stored tokens again, rotated for another length, for a caller who runs the passes himself."""
         session.stats.count("computed_anew")
@@ -196,6 +199,7 @@ class TokenEngine:
             self.model.forward(ForwardBatch([context]))
             self.complete([context])
 
+    @plain_tensors()
     def complete(self, contexts: Sequence[ForwardContext]) -> None:
         """Complete a pass that the caller has run himself, and run the observations that compressors ask for."""
         for context in contexts:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from loopserve.core.engine.session import Session
+from loopserve.core.kv.recording import plain_tensors
 from loopserve.core.policy.interfaces import LayerSpec, Phase
 
 
@@ -35,8 +36,15 @@ class ForwardContext:
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> None:
         """Store the new pairs ``[Hkv, T, D]`` of a layer. An observation reads pairs that are stored already and adds none."""
-        if self.phase is not Phase.OBSERVE and self.error is None:
-            self.session.cache.layers[layer].append(keys, values)
+        if self.phase is Phase.OBSERVE or self.error is not None:
+            return
+        try:
+            with plain_tensors():
+                self.session.cache.layers[layer].append(keys, values)
+        except Exception as error:
+            if not self.isolated:
+                raise
+            self.error = error
 
 
 class ForwardBatch:

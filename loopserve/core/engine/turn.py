@@ -15,6 +15,7 @@ from loopserve.core.engine.session import Session
 from loopserve.core.errors import InputError, PolicyError, PolicyFault
 from loopserve.core.guard.faults import FAULTS
 from loopserve.core.guard.validation import check_observation, check_selection
+from loopserve.core.kv.recording import plain_tensors
 from loopserve.core.policy.interfaces import DecodeCompressor, Observation, Phase, Selections, Step
 
 Choose = Callable[[Tensor], int]  # the next token from logits [vocabulary]
@@ -27,6 +28,7 @@ class Turn:
     is finished is taken back whole.
     """
 
+    @plain_tensors()
     def __init__(
         self,
         session: Session,
