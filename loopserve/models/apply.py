@@ -23,8 +23,9 @@ from loopserve.core.policy.interfaces import Phase
 from loopserve.core.stack.stack import PolicyStack
 from loopserve.models.bridge import IMPLEMENTATION, TransformersModel
 from loopserve.models.cache import CacheRows, Pass, Span, adopt, cache_over, rows_of
-from loopserve.models.layers import set_implementation
+from loopserve.models.layers import cache_keyword, set_implementation, takes_keywords, unwrapped
 
+_MEDIA = ("pixel_values", "image", "video", "audio", "input_features", "mm_encoder_outputs")
 _serving: set[int] = set()  # ids of the models inside an apply, in any thread
 _serving_lock = threading.Lock()
 
@@ -55,7 +56,11 @@ class Applied:
 
 @contextmanager
 def applied(model: PreTrainedModel, stack: PolicyStack, **options: Any) -> Iterator[Applied]:
-    """Serve every forward pass of ``model`` under ``stack`` until the block ends. options: those of the engine."""
+    """Serve every forward pass of ``model`` under ``stack`` until the block ends. options: those of the engine.
+
+    model: a transformers model, or a wrapper around one (PEFT, ``torch.compile``).
+    """
+    model = unwrapped(model)
     with _claimed(model):
         before = {id(config): (config, config._attn_implementation_internal) for config in _configs(model)}
         engine = TokenEngine(TransformersModel(model), stack, **options)
@@ -64,9 +69,7 @@ def applied(model: PreTrainedModel, stack: PolicyStack, **options: Any) -> Itera
         handles: list[Any] = []
         try:
             set_implementation(model, IMPLEMENTATION)
-            handles.append(
-                model.register_forward_pre_hook(_enter(state, inspect.signature(model.forward)), with_kwargs=True)
-            )
+            handles.append(model.register_forward_pre_hook(_enter(state, model), with_kwargs=True))
             handles.append(model.register_forward_hook(_leave(state), with_kwargs=True))
             with _prompts_announced(model), engine.model.rotary.watched():
                 yield state
@@ -133,7 +136,8 @@ def _prompts_announced(model: PreTrainedModel) -> Iterator[None]:
 
 def _prompt_columns(input_ids: Tensor, model_kwargs: dict[str, Any]) -> int:
     """Return the columns that the cache holds once the prompt is computed. The caller may give the whole input, or its end."""
-    mask, cache = model_kwargs.get("attention_mask"), model_kwargs.get("past_key_values")
+    mask = model_kwargs.get("attention_mask")
+    cache = next((model_kwargs[name] for name in _CACHE_KEYWORDS if model_kwargs.get(name) is not None), None)
     given = input_ids.shape[1]
     held = cache.get_seq_length() if cache is not None else 0
     whole = mask.shape[1] if mask is not None else given
@@ -147,29 +151,47 @@ def _configs(model: PreTrainedModel) -> list[Any]:
 Hook = Callable[..., Any]
 
 
-def _enter(state: Applied, signature: inspect.Signature) -> Hook:
+_CACHE_KEYWORDS = ("past_key_values", "cache")  # the second from transformers 5.24 on
+
+
+def _enter(state: Applied, model: PreTrainedModel) -> Hook:
+    signature, keyword, takes = inspect.signature(model.forward), cache_keyword(model), takes_keywords(model)
+
     def hook(
         _: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if "loopserve_pass" in kwargs:  # an observation pass of the engine
             return args, kwargs
         named = {**signature.bind_partial(*args).arguments, **kwargs}
+        cache = next((named.pop(name) for name in _CACHE_KEYWORDS if named.get(name) is not None), None)
+        given = rows_of(cache) if isinstance(cache, Cache) else None
+        if given is not None and given.owner is None and given.under_way is not None:
+            return args, kwargs  # a pass of the engine, in a family that takes no keyword of ours
         token_ids = named.get("input_ids")
         if token_ids is None:
             raise ModelError("loopserve.apply needs input_ids; inputs_embeds cannot be run again for an observation")
         keep = named.get("use_cache") is not False
-        cache, rows = _cache_of(state, named.get("past_key_values") if keep else None, token_ids.shape[0])
+        cache, rows = _cache_of(state, cache if keep else None, token_ids.shape[0])
+        _note_media(rows, named)
         rows.kept = keep
         state.engine.model.rotary.begin(None)
         positions = _begin(state, rows, token_ids, named.get("attention_mask"), named.get("position_ids"))
-        named |= {"position_ids": positions, "past_key_values": cache, "use_cache": True, "attention_mask": None}
-        named |= {"loopserve_pass": rows.under_way}
+        named |= {"position_ids": positions, keyword: cache, "use_cache": True, "attention_mask": None}
+        named |= {"loopserve_pass": rows.under_way} if takes else {}
         if rows.under_way is not None:
             state.engine.model.rotary.begin(rows.under_way.rotations(*token_ids.shape))
         state.last_rows = rows
         return (), named
 
     return hook
+
+
+def _note_media(rows: CacheRows, named: dict[str, Any]) -> None:
+    """Remember that what a pass computes is more than its tokens say, so that it cannot be run again."""
+    media = [name for name, value in named.items() if value is not None and name.startswith(_MEDIA)]
+    if media:
+        for session in rows.sessions:
+            session.repeatable = False
 
 
 def _cache_of(state: Applied, cache: Cache | None, count: int) -> tuple[Cache, CacheRows]:
@@ -204,8 +226,12 @@ def _begin(state: Applied, rows: CacheRows, token_ids: Tensor, mask: Tensor | No
     valid = _valid(rows, token_ids, mask)
     if positions is None:  # as transformers counts: by columns
         positions = torch.arange(rows.columns, rows.columns + new, device=token_ids.device)
+    if positions.dim() == 3 and bool((positions == positions[:1]).all()):
+        positions = positions[0]  # kinds of positions that agree, as for text without images
     if positions.dim() > 2:
-        raise ModelError(f"position_ids {list(positions.shape)} of several kinds are not supported")
+        raise ModelError(
+            f"position_ids {list(positions.shape)} of several kinds that differ (places in an image) are not supported"
+        )
     positions = positions.expand(len(token_ids), new)
     spans = []
     for row, session in enumerate(rows.sessions):
@@ -313,8 +339,8 @@ def _context(
 
 def _leave(state: Applied) -> Hook:
     def hook(_: torch.nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        cache = kwargs.get("past_key_values")
-        rows = rows_of(cache) if cache is not None else None
+        cache = next((kwargs[name] for name in _CACHE_KEYWORDS if kwargs.get(name) is not None), None)
+        rows = rows_of(cache) if isinstance(cache, Cache) else None
         if rows is None or rows.owner is not state.engine or rows.under_way is None:
             return
         contexts = rows.under_way.contexts
@@ -322,7 +348,8 @@ def _leave(state: Applied) -> Hook:
         rows.columns += kwargs["input_ids"].shape[1]
         state.engine.complete(contexts)
         rows.under_way = None
-        if not rows.kept and hasattr(output, "past_key_values"):
-            output.past_key_values = None
+        for name in _CACHE_KEYWORDS:
+            if not rows.kept and getattr(output, name, None) is not None:
+                setattr(output, name, None)
 
     return hook

@@ -16,7 +16,6 @@ from loopserve.core.engine.forward import ForwardContext
 from loopserve.core.engine.session import Session
 from loopserve.core.errors import ModelError
 
-
 _thread = threading.local()
 
 

@@ -77,12 +77,16 @@ class TransformersLayer(LayerParts):
             return f"{name} does not rotate by a rotary_emb and apply_rotary_pos_emb, or not in a way known here"
         if any(kind in str(getattr(self._rotary, "rope_type", "")) for kind in _LENGTH_DEPENDENT):
             return f"the rotation of {name} depends on the length of the conversation, so it cannot be undone later"
-        weight = next(self._module.parameters())
-        if weight.device.type == "meta":
+        held = [*self._module.parameters(), *self._module.buffers()]
+        device = held[0].device if held else torch.device("cpu")
+        if device.type == "meta":
             return f"the weights of {name} are offloaded (its device is 'meta')"
-        width = int(getattr(self._module, "head_dim", 0)) or weight.shape[0] // self._heads
-        probe = torch.randn(2, len(_PROBED), width, generator=torch.Generator().manual_seed(0)).to(weight.device)
-        positions = torch.tensor(_PROBED, device=weight.device)
+        width = int(getattr(self._module, "head_dim", 0) or getattr(self._module, "head_size", 0))
+        if not width:
+            return f"{name} does not say the size of its heads"
+        generator = torch.Generator().manual_seed(0)
+        probe = torch.randn(2, len(_PROBED), width, generator=generator, dtype=torch.float32).to(device)
+        positions = torch.tensor(_PROBED, device=device)
         try:
             again = self.rotate(self.rotate(probe, positions), positions, back=True)
         except Exception as error:  # another family's code, called in a way it may not expect

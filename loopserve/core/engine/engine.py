@@ -16,7 +16,7 @@ from loopserve.core.engine.sampling import Sampler, SamplingConfig
 from loopserve.core.engine.session import UNDO_DEPTH, Session
 from loopserve.core.engine.slots import Slots
 from loopserve.core.engine.turn import Choose, Turn, complete, observation_context
-from loopserve.core.errors import POLICY_TIMEOUT_S, ConfigError, InputError, OnPolicyFault, PolicyChecks
+from loopserve.core.errors import POLICY_TIMEOUT_S, ConfigError, InputError, ModelError, OnPolicyFault, PolicyChecks
 from loopserve.core.guard.guard import Guard
 from loopserve.core.kv.recording import plain_tensors
 from loopserve.core.policy.interfaces import Phase
@@ -179,6 +179,7 @@ class TokenEngine:
     @plain_tensors()
     def compute_anew(self, session: Session, rotation: int) -> None:
         """Compute a conversation's stored tokens again, rotated for another length, for a caller who runs the passes himself."""
+        _require_repeatable(session, "it has to be computed again")
         session.stats.count("computed_anew")
         session.begin_anew()
         session.rotation = rotation
@@ -205,6 +206,7 @@ class TokenEngine:
         for context in contexts:
             waiting = deque(complete(context))
             while waiting:
+                _require_repeatable(context.session, "a policy asks for rows of it once more")
                 observing = observation_context(context.session, *waiting.popleft(), self.model.device)
                 self.model.forward(ForwardBatch([observing]))
                 waiting.extend(complete(observing))
@@ -260,3 +262,11 @@ def chooser(sampling: SamplingConfig | Choose, max_new_tokens: int | None) -> tu
     if max_new_tokens is None:
         raise InputError("max_new_tokens is needed beside a function that chooses the tokens")
     return sampling, max_new_tokens
+
+
+def _require_repeatable(session: Session, why: str) -> None:
+    if not session.repeatable:
+        raise ModelError(
+            f"this conversation holds images or sound, which its tokens do not show, and {why}: choose a stack whose policies "
+            "need no observation (full, snapkv), or give text only"
+        )

@@ -13,8 +13,8 @@ from loopserve.core.errors import CacheError, Fault, InputError, ModelError, Pol
 from loopserve.core.guard.faults import FAULTS
 from loopserve.core.guard.guard import Guard
 from loopserve.core.guard.strict_checks import holds, storages
-from loopserve.core.kv.recording import plain_tensors
 from loopserve.core.kv.cache import ActiveSet, KVCache
+from loopserve.core.kv.recording import plain_tensors
 from loopserve.core.policy.interfaces import DecodeCompressor, Phase, PrefillSparsifier
 
 UNDO_DEPTH = 8
@@ -57,6 +57,7 @@ class Session:
     ended: bool = True  # the compressors know that the last turn is over
     busy: bool = False  # a turn is under way: no other may begin, end or be copied
     damaged: bool = False  # stored pairs were written to by somebody else
+    repeatable: bool = True  # False: its tokens alone do not say what was computed (images)
     closed: bool = False
     state_bytes: int = 0  # what the policies report of their states
 
