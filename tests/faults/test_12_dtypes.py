@@ -54,7 +54,7 @@ def test_a_model_recast_between_turns(stack: Any) -> None:
     session = served.session()
     first = answer(served, session, tokens(40), 4)
     model.to(torch.bfloat16)
-    with pytest.raises(CacheError, match="computes keys in bfloat16.*holds float32 on cpu.*start a new session"):
+    with pytest.raises(CacheError, match=r"computes keys in bfloat16.*holds float32 on cpu.*start a new session"):
         answer(served, session, tokens(5), 4)
     assert len(answer(served, served.session(), tokens(40), 4)) == 4
     model.to(torch.float32)

@@ -29,7 +29,7 @@ def test_a_file_in_place_of_a_directory(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["some/model.gguf", "model.gguf"])
 def test_a_gguf_file(name: str) -> None:
-    with pytest.raises(ModelError, match="GGUF files hold a model for llama.cpp"):
+    with pytest.raises(ModelError, match=r"GGUF files hold a model for llama\.cpp"):
         load(name)
 
 
