@@ -54,12 +54,21 @@ def read_layers(model: PreTrainedModel) -> tuple[LayerSpec, ...]:
 
 def _head_sizes(module: Any, config: Any, query_heads: int) -> tuple[int, int]:
     """Return (KV heads, head size) of a layer; its module knows them where layers differ (gemma 4)."""
-    kv_heads = getattr(config, "num_key_value_heads", None) or query_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // query_heads
+    kv_heads = _common(config, "num_key_value_heads") or query_heads
+    head_dim = _common(config, "head_dim") or config.hidden_size // query_heads
     groups, own = getattr(module, "num_key_value_groups", None), getattr(module, "head_dim", None)
     if isinstance(groups, int) and groups > 0:
         kv_heads = query_heads // groups
     return kv_heads, own if isinstance(own, int) else head_dim
+
+
+def _common(config: Any, name: str) -> int | None:
+    """Return a size that all layers share; None where the configuration has one per layer, which transformers refuses to read."""
+    try:
+        found: int | None = getattr(config, name, None)
+    except Exception:  # transformers.integrations.heterogeneity, in versions that have it
+        return None
+    return found
 
 
 def _type_without_list(config: Any) -> str:

@@ -13,7 +13,6 @@ from loopserve.core.policy.interfaces import Need
 from loopserve.models.bridge import IMPLEMENTATION, TransformersModel
 from tests.faults.models import answer, engine, generated, ids, tiny, tokens
 
-
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # of peft's
 
 
@@ -73,7 +72,7 @@ def test_families_that_hand_no_keywords_down(family: str) -> None:
             assert generated(model, ids(30), 6) == plain
             assert torch.allclose(model(ids(30)).logits, logits, atol=1e-4)
     except ModelError as error:
-        assert family == "gpt_neox_japanese" and "GPTNeoXJapanese" in str(error)  # noqa: PT017
+        assert family in ("gpt_neox_japanese", "persimmon") and "has no attention layers" in str(error)  # noqa: PT017
         return
     served = engine(model)
     assert answer(served, served.session(), tokens(30), 6) == plain
