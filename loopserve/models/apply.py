@@ -188,10 +188,15 @@ def _enter(state: Applied, model: PreTrainedModel) -> Hook:
 
 def _note_media(rows: CacheRows, named: dict[str, Any]) -> None:
     """Remember that what a pass computes is more than its tokens say, so that it cannot be run again."""
-    media = [name for name, value in named.items() if value is not None and name.startswith(_MEDIA)]
+    media = [name for name, value in named.items() if name.startswith(_MEDIA) and not _is_empty(value)]
     if media:
         for session in rows.sessions:
             session.repeatable = False
+
+
+def _is_empty(value: Any) -> bool:
+    """Return whether a keyword holds nothing: ``generate`` hands over a dict also where there is no image."""
+    return all(_is_empty(each) for each in value.values()) if isinstance(value, dict) else value is None
 
 
 def _cache_of(state: Applied, cache: Cache | None, count: int) -> tuple[Cache, CacheRows]:

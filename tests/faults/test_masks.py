@@ -104,7 +104,7 @@ def test_families_that_need_more_are_refused_at_load(family: str, options: dict[
         model = tiny(family, **options)
     except Exception as error:
         pytest.skip(f"{family} cannot be built: {error}")
-    with pytest.raises(LoopServeError, match="not supported|only full and sliding"), loopserve.apply(model, "dense"):
+    with pytest.raises(LoopServeError, match=r"not supported|only full and sliding"), loopserve.apply(model, "dense"):
         pass
 
 
