@@ -24,6 +24,7 @@ from loopserve.core.stack.stack import PolicyStack
 from loopserve.models.bridge import IMPLEMENTATION, TransformersModel
 from loopserve.models.cache import CacheRows, Pass, Span, adopt, cache_over, rows_of
 from loopserve.models.layers import cache_keyword, set_implementation, takes_keywords, unwrapped
+from loopserve.models.rotation import Rotation
 
 _MEDIA = ("pixel_values", "image", "video", "audio", "input_features", "mm_encoder_outputs")
 _serving: set[int] = set()  # ids of the models inside an apply, in any thread
@@ -35,6 +36,7 @@ class _Prompt:
     """What ``generate`` is doing in this thread: computing its prompt, of so many columns in all, or its answer."""
 
     columns: int | None = None
+    rows: CacheRows | None = None  # those of its last pass
     lengths: list[int] | None = None  # tokens of each row once the prompt is computed
 
 
@@ -44,8 +46,9 @@ _prompt: ContextVar[_Prompt | None] = ContextVar("loopserve_prompt", default=Non
 class Applied:
     """Give the figures of the rows served inside a ``with apply(...)`` block."""
 
-    def __init__(self, engine: TokenEngine) -> None:
+    def __init__(self, engine: TokenEngine, rotary: Rotation) -> None:
         self.engine = engine
+        self.rotary = rotary
         self.last_rows: CacheRows | None = None
 
     @property
@@ -63,15 +66,16 @@ def applied(model: PreTrainedModel, stack: PolicyStack, **options: Any) -> Itera
     model = unwrapped(model)
     with _claimed(model):
         before = {id(config): (config, config._attn_implementation_internal) for config in _configs(model)}
-        engine = TokenEngine(TransformersModel(model), stack, **options)
+        served = TransformersModel(model)
+        engine = TokenEngine(served, stack, **options)
         stack.check(engine.model.layers, batch=True)
-        state = Applied(engine)
+        state = Applied(engine, served.rotary)
         handles: list[Any] = []
         try:
             set_implementation(model, IMPLEMENTATION)
             handles.append(model.register_forward_pre_hook(_enter(state, model), with_kwargs=True))
             handles.append(model.register_forward_hook(_leave(state), with_kwargs=True))
-            with _prompts_announced(model), engine.model.rotary.watched():
+            with _prompts_announced(model), state.rotary.watched():
                 yield state
         finally:
             for handle in handles:
@@ -171,19 +175,37 @@ def _enter(state: Applied, model: PreTrainedModel) -> Hook:
         if token_ids is None:
             raise ModelError("loopserve.apply needs input_ids; inputs_embeds cannot be run again for an observation")
         keep = named.get("use_cache") is not False
+        if keep and cache is None:
+            cache = _dropped(state, token_ids, named.get("attention_mask"))
         cache, rows = _cache_of(state, cache if keep else None, token_ids.shape[0])
         _note_media(rows, named)
         rows.kept = keep
-        state.engine.model.rotary.begin(None)
+        state.rotary.begin(None)
         positions = _begin(state, rows, token_ids, named.get("attention_mask"), named.get("position_ids"))
         named |= {"position_ids": positions, keyword: cache, "use_cache": True, "attention_mask": None}
         named |= {"loopserve_pass": rows.under_way} if takes else {}
         if rows.under_way is not None:
-            state.engine.model.rotary.begin(rows.under_way.rotations(*token_ids.shape))
+            state.rotary.begin(rows.under_way.rotations(*token_ids.shape))
         state.last_rows = rows
+        if (prompt := _prompt.get()) is not None:
+            prompt.rows = rows
         return (), named
 
     return hook
+
+
+def _dropped(state: Applied, token_ids: Tensor, mask: Tensor | None) -> Cache | None:
+    """Return the cache that ``generate`` gave up at a window of LongRoPE, while it goes on with single tokens.
+
+    Early versions of transformers do so in families like phi3; the conversation is computed anew from its tokens here.
+    """
+    rows = prompt.rows if (prompt := _prompt.get()) is not None else None
+    goes_on = rows is not None and rows.owner is state.engine and rows.kept and rows.under_way is None
+    if rows is None or not goes_on or mask is None or mask.dim() != 2:
+        return None
+    columns = rows.columns + token_ids.shape[1]
+    fits = rows.columns > 0 and mask.shape[1] == columns and len(rows.sessions) == len(token_ids)
+    return cache_over(rows, len(state.engine.model.layers)) if fits else None
 
 
 def _note_media(rows: CacheRows, named: dict[str, Any]) -> None:
@@ -349,7 +371,7 @@ def _leave(state: Applied) -> Hook:
         if rows is None or rows.owner is not state.engine or rows.under_way is None:
             return
         contexts = rows.under_way.contexts
-        state.engine.model.rotary.begin(None)
+        state.rotary.begin(None)
         rows.columns += kwargs["input_ids"].shape[1]
         state.engine.complete(contexts)
         rows.under_way = None

@@ -54,7 +54,12 @@ def test_a_prompt_read_in_chunks_is_rotated_as_the_whole(kind: str, length: int)
 
 @pytest.mark.parametrize("kind", ["phi3", "dynamic"])
 def test_an_answer_that_crosses_the_window_is_that_of_transformers(kind: str) -> None:
-    wanted = generated(model(kind), ids(60, 1), 12)
+    if kind == "dynamic":
+        wanted = generated(model(kind), ids(60, 1), 12)
+    else:  # some versions of transformers lose the conversation at the window, in their own generate
+        wanted = []
+        for _ in range(12):
+            wanted.append(int(whole(kind, tokens(60, 1) + wanted).argmax()))
     served = engine(model(kind))
     assert answer(served, served.session(), tokens(60, 1), 12) == wanted
     applied = model(kind)
