@@ -53,7 +53,7 @@ def attention(
     Each keyword a family passes is supported or refused by name; ignoring one would give wrong logits in silence.
     """
     layer: int = module.layer_idx  # type: ignore[assignment]
-    under_way = loopserve_pass or last_stored()  # a few families do not hand keywords down to their layers
+    under_way = loopserve_pass or last_stored(layer)  # a few families do not hand keywords down to their layers
     if under_way is None:
         raise ModelError(
             "this model is set to loopserve attention: run it through Engine or inside loopserve.apply(model, stack)"

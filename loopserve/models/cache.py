@@ -19,10 +19,11 @@ from loopserve.core.errors import ModelError
 _thread = threading.local()
 
 
-def last_stored() -> Pass | None:
-    """Return the pass under way in this thread: the one that a layer has put its keys and values into."""
-    found = getattr(_thread, "last", None)
-    return None if found is None else found()
+def last_stored(layer: int) -> Pass | None:
+    """Return the pass under way in this thread: the one that the layer has just put its keys and values into."""
+    reference = getattr(_thread, "last", None)
+    found: Pass | None = None if reference is None else reference()
+    return found if found is not None and layer in found.stored else None
 
 
 def computed_in(tensor: Tensor) -> Tensor:

@@ -13,6 +13,9 @@ from loopserve.core.engine.engine import TokenEngine
 from loopserve.core.engine.session import Session
 from tests.faults.models import answer, engine, ids, tiny, tokens
 
+# From transformers 5.24 on the keyword is ``cache``; both are the caller's.
+pytestmark = pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")
+
 STACKS: list[Any] = [
     "dense",
     {"prefill": {"policy": "dense"}, "decode": {"policy": "snapkv", "budget": 16, "window": 4, "sink_tokens": 1}},

@@ -160,22 +160,26 @@ def test_layers_that_compute_other_sizes_than_configured_are_refused() -> None:
         answer(served, served.session(), tokens(20), 2)
 
 
+_ITS_OWN = ("attention_mask", "past_key_values", "cache")
+
+
 def _wider(layer: Any) -> Any:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-    def forward(hidden_states: Any, position_embeddings: Any, past_key_values: Any = None, **options: Any) -> Any:
+    def forward(hidden_states: Any, position_embeddings: Any, **options: Any) -> Any:
         hidden = hidden_states
+        cache = next(options[name] for name in ("past_key_values", "cache") if options.get(name) is not None)
         query, key = (
             part(hidden).view(1, -1, heads, 16).transpose(1, 2)
             for part, heads in ((layer.q_proj, 4), (layer.k_proj, 2))
         )
         value = layer.v_proj(hidden).view(1, -1, 2, 24).transpose(1, 2)
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
-        key, value = past_key_values.update(key, value, layer.layer_idx)
+        key, value = cache.update(key, value, layer.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS["loopserve"]
         return attend(
-            layer, query, key, value, None, scaling=0.25, **{k: v for k, v in options.items() if k != "attention_mask"}
+            layer, query, key, value, None, scaling=0.25, **{k: v for k, v in options.items() if k not in _ITS_OWN}
         )
 
     return forward

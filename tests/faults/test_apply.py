@@ -16,6 +16,9 @@ import loopserve
 from loopserve.core.errors import InputError, ModelError
 from tests.faults.models import generated, ids, tiny, tokens
 
+# From transformers 5.24 on the keyword is ``cache``; both are the caller's.
+pytestmark = pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")
+
 SNAPKV = {"prefill": {"policy": "dense"}, "decode": {"policy": "snapkv", "budget": 16, "window": 4, "sink_tokens": 1}}
 
 
