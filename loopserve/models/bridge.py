@@ -83,37 +83,12 @@ def _require_shape(module: torch.nn.Module, spec: LayerSpec, query: Tensor, key:
             f"layer {spec.index} ({name}) computes queries in {query.dtype}, keys in {key.dtype} and values in {value.dtype}; "
             "loopserve needs one dtype: load the model in one, or run it under torch.autocast"
         )
-    found = (query.shape[1], key.shape[1], query.shape[3], key.shape[3], value.shape[3])
-    if found != (spec.query_heads, spec.kv_heads, spec.head_dim, spec.head_dim, spec.head_dim):
+    found = (query.shape[1], key.shape[1], value.shape[1], query.shape[3], key.shape[3])
+    if found != (spec.query_heads, spec.kv_heads, spec.kv_heads, spec.head_dim, spec.head_dim):
         raise ModelError(
-            f"layer {spec.index} ({name}) computes {found[0]} query heads of size {found[2]}, {found[1]} key heads of size "
-            f"{found[3]} and values of size {found[4]}; its configuration says {spec.query_heads} and {spec.kv_heads} heads of "
-            f"size {spec.head_dim}, so this model is not supported"
-        )
-
-
-def _refuse(module: torch.nn.Module, unknown: dict[str, Any], mask: Tensor | None, dropout: float) -> None:
-    name = type(module).__name__
-    if unknown.pop("is_causal", None) is False or getattr(module, "is_causal", True) is False:
-        raise ModelError(f"{name} attends in both directions (is_causal=False); loopserve serves causal attention")
-    if dropout:
-        raise ModelError(f"{name}: attention dropout is for training; call model.eval() first")
-    if mask is not None:
-        raise ModelError(
-            f"{name}: a custom attention mask ({list(mask.shape)}) is not supported; pass a 2-D padding mask"
-        )
-    for keyword, value in unknown.items():
-        if keyword in _WITHOUT_EFFECT or value is None:
-            continue
-        if keyword in _MUST_BE_OFF:
-            if value is not False:
-                raise ModelError(
-                    f"{name}: {keyword}={value!r} is not supported, sparse attention has no full weight matrix"
-                )
-            continue
-        raise ModelError(
-            f"{name} passes the attention keyword {keyword!r}, which loopserve does not know; "
-            "ignoring it would give wrong answers, so this model is not supported"
+            f"layer {spec.index} ({name}) computes {found[0]} query heads of size {found[3]}, {found[1]} key heads of size "
+            f"{found[4]} and {found[2]} value heads; its configuration says {spec.query_heads} and {spec.kv_heads} heads of size "
+            f"{spec.head_dim}, so this model is not supported"
         )
 
 
@@ -167,7 +142,7 @@ class TransformersModel:
         under_way = Pass([Span(context, 0, span) for context, span in zip(contexts, spans, strict=True)])
         rows.under_way = under_way
         device = self.device
-        last = torch.tensor([span.stop - 1 for span in spans], device=device)
+        last = torch.tensor([span.stop - 1 for span in spans], dtype=torch.long, device=device)
         with torch.no_grad(), self.rotary.as_long_as(under_way.rotations(1, spans[-1].stop)):
             output = self.model(
                 input_ids=batch.token_ids.to(device)[None],

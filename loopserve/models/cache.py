@@ -73,7 +73,7 @@ class Pass:
 
     def rotations(self, rows: int, columns: int) -> Tensor:
         """Return the rotation of each cell's conversation, int64 ``[rows, columns]``; 0 in padding."""
-        found = torch.zeros(rows, columns, dtype=torch.long)
+        found = torch.zeros(rows, columns, dtype=torch.long, device="cpu")
         for span in self.spans:
             chosen = span.columns.cpu() if isinstance(span.columns, Tensor) else span.columns
             found[span.row, chosen] = span.context.rotation
@@ -130,7 +130,7 @@ class CacheRows:
             taken.add(row)
         self.sessions = chosen
         if self.valid is not None:
-            self.valid = self.valid[torch.tensor(rows, device=self.valid.device)]
+            self.valid = self.valid[torch.tensor(rows, dtype=torch.long, device=self.valid.device)]
 
 
 class SessionCacheLayer(DynamicLayer):

@@ -85,8 +85,8 @@ class TransformersLayer(LayerParts):
         if not width:
             return f"{name} does not say the size of its heads"
         generator = torch.Generator().manual_seed(0)
-        probe = torch.randn(2, len(_PROBED), width, generator=generator, dtype=torch.float32).to(device)
-        positions = torch.tensor(_PROBED, device=device)
+        probe = torch.randn(2, len(_PROBED), width, generator=generator, dtype=torch.float32, device="cpu").to(device)
+        positions = torch.tensor(_PROBED, dtype=torch.long, device=device)
         try:
             again = self.rotate(self.rotate(probe, positions), positions, back=True)
         except Exception as error:  # another family's code, called in a way it may not expect

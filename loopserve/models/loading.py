@@ -79,7 +79,7 @@ def _device(name: str | torch.device) -> torch.device:
             raise ConfigError(
                 f"device 'meta' holds no numbers, so nothing can be computed there; use auto or {_best_device()}"
             )
-        torch.empty(0, device=place)
+        torch.empty(0, dtype=torch.float32, device=place)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(
             f"device {str(name)!r} is unknown or not there ({_reason(error)}); use auto or {_best_device()}"
