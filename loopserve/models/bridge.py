@@ -92,6 +92,31 @@ def _require_shape(module: torch.nn.Module, spec: LayerSpec, query: Tensor, key:
         )
 
 
+def _refuse(module: torch.nn.Module, unknown: dict[str, Any], mask: Tensor | None, dropout: float) -> None:
+    name = type(module).__name__
+    if unknown.pop("is_causal", None) is False or getattr(module, "is_causal", True) is False:
+        raise ModelError(f"{name} attends in both directions (is_causal=False); loopserve serves causal attention")
+    if dropout:
+        raise ModelError(f"{name}: attention dropout is for training; call model.eval() first")
+    if mask is not None:
+        raise ModelError(
+            f"{name}: a custom attention mask ({list(mask.shape)}) is not supported; pass a 2-D padding mask"
+        )
+    for keyword, value in unknown.items():
+        if keyword in _WITHOUT_EFFECT or value is None:
+            continue
+        if keyword in _MUST_BE_OFF:
+            if value is not False:
+                raise ModelError(
+                    f"{name}: {keyword}={value!r} is not supported, sparse attention has no full weight matrix"
+                )
+            continue
+        raise ModelError(
+            f"{name} passes the attention keyword {keyword!r}, which loopserve does not know; "
+            "ignoring it would give wrong answers, so this model is not supported"
+        )
+
+
 class TransformersModel:
     """A causal language model of transformers as the engine sees it (``core.engine.forward.Model``)."""
 
