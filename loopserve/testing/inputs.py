@@ -63,7 +63,7 @@ def make_inputs(
         softcap=None,
         record=record if record is not None else FakeRecord(),
         selection=selection,
-        ruled=(spec,),
+        compressor_layers=(spec,),
     )
 
 

@@ -149,7 +149,7 @@ class HoldsOnToTheStore(LargestKeys):
     def after_attention(self, inputs: AttentionInputs, state: ScoredState) -> None:
         super().after_attention(inputs, state)
         if self.retention is Retention.EVICT:
-            state.notes[inputs.layer.index] = inputs.keys
+            state.statistics[inputs.layer.index] = inputs.keys
 
 
 BROKEN = {

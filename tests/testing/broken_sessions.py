@@ -53,12 +53,12 @@ class ForgetsWhenCopied(LargestKeys):
     def ranking(self, inputs: AttentionInputs, state: ScoredState, budget: int) -> Tensor:
         scores = self.score(inputs)
         if self.retention is Retention.KEEP:
-            state.notes[inputs.layer.index] = self.choose(inputs, -scores, budget)
+            state.statistics[inputs.layer.index] = self.choose(inputs, -scores, budget)
         return scores
 
     def after_forward(self, step: Step, state: ScoredState) -> Selections | None:
         if step.phase is Phase.DECODE and step.output_index == 3:
-            planned, state.notes = state.notes, {}
+            planned, state.statistics = state.statistics, {}
             return planned or None
         return super().after_forward(step, state)
 
@@ -67,12 +67,12 @@ class CountsTurnsElsewhere(LargestKeys):
     """Counts the turns of a session beside its state, where an undone one is not taken back, and ranks by the count."""
 
     def init_state(self) -> ScoredState:
-        return ScoredState(notes={_MINE: next(_SESSIONS)})
+        return ScoredState(statistics={_MINE: next(_SESSIONS)})
 
     def ranking(self, inputs: AttentionInputs, state: ScoredState, budget: int) -> Tensor:
         if inputs.layer.index == 0:
-            _TURNS[state.notes[_MINE]] = _TURNS.get(state.notes[_MINE], 0) + 1
-        return self.score(inputs) * (-1) ** _TURNS[state.notes[_MINE]]
+            _TURNS[state.statistics[_MINE]] = _TURNS.get(state.statistics[_MINE], 0) + 1
+        return self.score(inputs) * (-1) ** _TURNS[state.statistics[_MINE]]
 
 
 class SelectsAtEveryChunk(LargestKeys):

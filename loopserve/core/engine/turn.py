@@ -227,7 +227,7 @@ def complete(context: ForwardContext) -> list[tuple[str, Observation]]:
         count_step(context)
     observations = []
     for slot, compressor in session.slots.compressors.items():
-        if context.observer in (None, slot) and session.is_enabled(slot):
+        if slot in context.shown and session.is_enabled(slot):
             request = _ask(context, slot, compressor)
             if isinstance(request, Observation):
                 observations.append((slot, request))

@@ -99,10 +99,14 @@ class ScoredConfig(PolicyConfig):
 
 @dataclass
 class ScoredState:
-    """Selections made while a forward pass runs, handed over at its end, and what a policy remembers of each layer."""
+    """Hold, by layer, the selections of the pass under way and the statistics that a score needs of earlier calls.
+
+    statistics: for example the attention that each pair has received (H2O), or moments of the queries (Expected Attention). A
+    policy whose statistics are objects names their types in ``state_types``.
+    """
 
     pending: dict[int, KVSelection] = field(default_factory=dict)
-    notes: dict[int, Any] = field(default_factory=dict)
+    statistics: dict[int, Any] = field(default_factory=dict)
 
 
 class ScoredCompressor(DecodeCompressor[ScoredState]):
@@ -135,7 +139,7 @@ class ScoredCompressor(DecodeCompressor[ScoredState]):
         """Importance of each stored pair, ``[Hkv, Tk]``; larger is kept first."""
 
     def observe(self, inputs: AttentionInputs, state: ScoredState) -> None:
-        """Look at any call (each chunk of a prefill, each output) and note in ``state.notes`` what the ranking needs."""
+        """Look at any call (each chunk of a prefill, each output) and note in ``state.statistics`` what the ranking needs."""
 
     def ranking(self, inputs: AttentionInputs, state: ScoredState, budget: int) -> Tensor:
         """What the choice of ``budget`` pairs per head goes by, ``[Hkv, Tk]``: the score, unless a method needs more."""

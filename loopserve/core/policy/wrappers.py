@@ -131,6 +131,10 @@ class ScoredWrapper(ScoredCompressor):
             needs=own.needs | within.needs,
         )
 
+    @property
+    def effective_state_types(self) -> tuple[type, ...]:
+        return (*self.state_types, *self.inner.effective_state_types)
+
     def refuses(self, layer: LayerSpec) -> str | None:
         return self.inner.refuses(layer)
 

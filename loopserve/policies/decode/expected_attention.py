@@ -59,6 +59,7 @@ class ExpectedAttentionDecode(ScoredCompressor):
     name: ClassVar[str] = "expected_attention"
     paper: ClassVar[str] = "https://arxiv.org/abs/2510.00636"
     capabilities: ClassVar[Capabilities] = Capabilities(retentions=frozenset(Retention), needs=frozenset({Need.ROTARY}))
+    state_types: ClassVar[tuple[type, ...]] = (QueryStatistics,)
 
     class Config(ScoredConfig):
         future: int = Field(512, gt=0, description="Next positions whose queries are expected.")
@@ -69,20 +70,20 @@ class ExpectedAttentionDecode(ScoredCompressor):
     config: Config
 
     def end_turn(self, state: ScoredState) -> None:
-        for layer, note in list(state.notes.items()):
-            if isinstance(note, QueryStatistics):  # the next turn's queries are others; a wrapper's notes are not ours
-                del state.notes[layer]
+        for layer, found in list(state.statistics.items()):
+            if isinstance(found, QueryStatistics):  # the next turn has its own queries; a wrapper's statistics stay
+                del state.statistics[layer]
 
     def observe(self, inputs: AttentionInputs, state: ScoredState) -> None:
         if inputs.phase is not Phase.PREFILL:
             return
         found = self._statistics(inputs)
-        held = state.notes.get(inputs.layer.index)
+        held = state.statistics.get(inputs.layer.index)
         if found is not None:
-            state.notes[inputs.layer.index] = found if held is None else held.joined(found)
+            state.statistics[inputs.layer.index] = found if held is None else held.joined(found)
 
     def ranking(self, inputs: AttentionInputs, state: ScoredState, budget: int) -> Tensor:
-        return self._score(inputs, state.notes.get(inputs.layer.index))
+        return self._score(inputs, state.statistics.get(inputs.layer.index))
 
     def score(self, inputs: AttentionInputs) -> Tensor:
         return self._score(inputs, self._statistics(inputs))

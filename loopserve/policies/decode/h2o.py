@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 
 from loopserve.core.policy.interfaces import AttentionInputs, Capabilities, Phase, Retention
 from loopserve.core.policy.scoring import ScoredState
-from loopserve.policies.attended import attended, attention_over, received
+from loopserve.policies.attended import attention_over, received
 from loopserve.policies.decode.rolling import RollingCompressor, RollingConfig
 
 
@@ -63,15 +63,15 @@ class H2ODecode(RollingCompressor):
         if inputs.phase is Phase.OBSERVE:
             return
         decoding = inputs.phase is Phase.DECODE
-        fresh = attention_over(inputs, attended(inputs)) if decoding else received(inputs)
+        fresh = attention_over(inputs, inputs.attended(inputs.selection)) if decoding else received(inputs)
         heads, length = len(fresh), inputs.length
-        held = state.notes.get(inputs.layer.index, fresh.new_zeros(heads, 0))
+        held = state.statistics.get(inputs.layer.index, fresh.new_zeros(heads, 0))
         sums = pad(held, (0, length - held.shape[1]))
         positions = inputs.positions.expand(heads, -1).clamp(min=0)
-        state.notes[inputs.layer.index] = sums.scatter_add(1, positions, fresh * inputs.holds)
+        state.statistics[inputs.layer.index] = sums.scatter_add(1, positions, fresh * inputs.holds)
 
     def ranking(self, inputs: AttentionInputs, state: ScoredState, budget: int) -> Tensor:
-        sums: Tensor = state.notes[inputs.layer.index]
+        sums: Tensor = state.statistics[inputs.layer.index]
         if self.config.normalise:
             sums = sums / torch.arange(sums.shape[1], 0, -1, device=sums.device)
         return sums.gather(1, inputs.positions.expand(len(sums), -1).clamp(min=0))

@@ -49,12 +49,12 @@ class PyramidKVDecode(ScoredWrapper):
 
     def layer_budget(self, inputs: AttentionInputs) -> int:
         mean = self.inner.layer_budget(inputs)
-        ruled = [each.index for each in inputs.ruled]
+        layers = [each.index for each in inputs.compressor_layers]
         # By the length of the conversation, which all layers share: after an eviction they hold different numbers.
-        if inputs.layer.index not in ruled or inputs.length <= mean:
+        if inputs.layer.index not in layers or inputs.length <= mean:
             return mean
         window = self.config.window or max(1, self.limits.always_kept)
-        return pyramid(inputs.length, mean, window, self.config.beta, len(ruled))[ruled.index(inputs.layer.index)]
+        return pyramid(inputs.length, mean, window, self.config.beta, len(layers))[layers.index(inputs.layer.index)]
 
     def ranking(self, inputs: AttentionInputs, state: ScoredState, budget: int) -> Tensor:
         return self.inner.ranking(inputs, state, budget)

@@ -16,7 +16,7 @@ from loopserve.core.policy.interfaces import AttentionInputs, DecodeCompressor, 
 class QuestState:
     """The page bounds of each layer's keys; a copy starts empty and is filled from the store."""
 
-    pages: dict[int, KeySummaries] = field(default_factory=dict)
+    key_summaries: dict[int, KeySummaries] = field(default_factory=dict)
 
 
 class QuestDecode(DecodeCompressor[QuestState]):
@@ -58,16 +58,16 @@ class QuestDecode(DecodeCompressor[QuestState]):
         return QuestState()
 
     def held_bytes(self, state: QuestState) -> int:
-        return sum(each.nbytes for each in state.pages.values() if each.columns)
+        return sum(each.nbytes for each in state.key_summaries.values() if each.columns)
 
     def before_attention(self, inputs: AttentionInputs, state: QuestState) -> KVSelection | None:
         if inputs.total_tokens <= self.config.budget:
             return None
-        pages = state.pages.setdefault(inputs.layer.index, KeySummaries(self.config.page))
-        pages.update(inputs.keys)
-        inputs.record.read("summaries", pages.nbytes)
+        summaries = state.key_summaries.setdefault(inputs.layer.index, KeySummaries(self.config.page))
+        summaries.update(inputs.keys)
+        inputs.record.read("summaries", summaries.nbytes)
         boundary = (inputs.total_tokens - 1) // self.config.page * self.config.page  # the page of the current token
-        bounds = pages.scores(inputs.queries, inputs.scaling)[:, : boundary // self.config.page]
+        bounds = summaries.scores(inputs.queries, inputs.scaling)[:, : boundary // self.config.page]
         free = torch.ones(len(bounds), boundary, dtype=torch.bool, device=bounds.device)
         taken = best_pages(bounds, free, self.config.page, self.config.budget - (inputs.total_tokens - boundary))
         return KVSelection.uniform(taken.nonzero()[:, 1].view(len(taken), -1), boundary, fleeting=True)

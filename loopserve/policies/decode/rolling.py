@@ -8,7 +8,6 @@ from torch import Tensor
 from loopserve.core.policy.interfaces import AttentionInputs, KVSelection, Phase, Retention
 from loopserve.core.policy.scoring import ScoredCompressor, ScoredConfig, ScoredState, from_columns, sound
 from loopserve.kernels.top_columns import top_columns
-from loopserve.policies.attended import attended
 
 
 class RollingConfig(ScoredConfig):
@@ -43,7 +42,7 @@ class RollingCompressor(ScoredCompressor):
         self.observe(inputs, state)
         if not self.config.rolling:
             return
-        here = attended(inputs)
+        here = inputs.attended(inputs.selection)
         budget = self.layer_budget(inputs)
         if int(here.sum(1).max()) <= budget:
             return

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from loopserve.core.policy.interfaces import AttentionInputs, Capabilities, Phase, Retention
 from loopserve.core.policy.scoring import ScoredState
-from loopserve.policies.attended import attended, attention_over
+from loopserve.policies.attended import attention_over
 from loopserve.policies.decode.rolling import RollingCompressor, RollingConfig
 
 
@@ -43,7 +43,7 @@ class TOVADecode(RollingCompressor):
 
     def ranking(self, inputs: AttentionInputs, state: ScoredState, budget: int) -> Tensor:
         if inputs.phase is Phase.DECODE:
-            return _over_heads(inputs, attention_over(inputs, attended(inputs)))
+            return _over_heads(inputs, attention_over(inputs, inputs.attended(inputs.selection)))
         return self.score(inputs)
 
 

@@ -12,12 +12,10 @@ from torch import Tensor
 
 from loopserve.core.policy.interfaces import AttentionInputs, PolicyConfig, PrefillSparsifier
 from loopserve.core.policy.patterns import AttentionPattern, DensePattern, LinePattern
-from loopserve.kernels.line_scores import line_scores
 from loopserve.kernels.select_lines import MOST_TILE, select_lines
 from loopserve.policies.draws import SAMPLED_ROWS, Sampling, generator, sample_rows, uniform_rows
 from loopserve.policies.lines import lines_counted_apart, sink_lines
 
-_MEASURED_ROWS = 128  # rows per step when coverage is measured over all rows
 _HELD_OUT = 1  # second draw of a call, independent of the first
 
 
@@ -205,20 +203,4 @@ class LoopServePrefill(PrefillSparsifier):
         source = generator(self.config.seed, inputs.turn, inputs.layer.index, inputs.total_tokens, _HELD_OUT)
         held_out = uniform_rows(unused.nonzero().flatten(), self.config.held_out_rows, source)
         if len(held_out):
-            inputs.record.mean("coverage_held_out", _coverage(inputs, pattern, held_out.to(rows.device)))
-
-
-def _coverage(inputs: AttentionInputs, pattern: LinePattern, rows: Tensor) -> Tensor:
-    """Share of the rows' attention mass inside the pattern, per head ``[Hq]``; a few rows at a time."""
-    mass = torch.zeros(inputs.queries.shape[0], device=inputs.queries.device)
-    for part in torch.split(rows, _MEASURED_ROWS):
-        found = line_scores(
-            inputs.queries[:, part],
-            inputs.keys,
-            inputs.columns[part],
-            scaling=inputs.scaling,
-            softcap=inputs.softcap,
-            first_valid=inputs.first_valid,
-        )
-        mass += pattern.coverage(found.probabilities, inputs.columns[part]) * len(part)
-    return mass / len(rows)
+            inputs.record.mean("coverage_held_out", inputs.coverage(pattern, held_out.to(rows.device)))

@@ -46,7 +46,7 @@ class StandInModule:
             num_attention_heads=heads,
             num_key_value_heads=kv_heads,
             head_dim=dim,
-            num_hidden_layers=len(inputs.ruled) or inputs.layer.index + 1,
+            num_hidden_layers=len(inputs.compressor_layers) or inputs.layer.index + 1,
         )
         if reads_queries:
             self._inputs = inputs
