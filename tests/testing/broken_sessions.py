@@ -63,6 +63,16 @@ class ForgetsWhenCopied(LargestKeys):
         return super().after_forward(step, state)
 
 
+class PlansWithAFunction(LargestKeys):
+    """Keeps in its state the function that the next turn's ranking goes by, which no file can hold."""
+
+    def ranking(self, inputs: AttentionInputs, state: ScoredState, budget: int) -> Tensor:
+        chosen: Any = state.statistics.get(inputs.layer.index, torch.abs)
+        state.statistics[inputs.layer.index] = torch.square
+        ranks: Tensor = chosen(self.score(inputs))
+        return ranks
+
+
 class CountsTurnsElsewhere(LargestKeys):
     """Counts the turns of a session beside its state, where an undone one is not taken back, and ranks by the count."""
 
@@ -93,6 +103,7 @@ BROKEN = {
     "same_conversation_gives_the_same_selections": NeverTheSame,
     "interleaved_sessions_equal_solo_ones": RemembersForEveryone,
     "state_survives_a_fork": ForgetsWhenCopied,
+    "state_can_be_written_to_disk": PlansWithAFunction,
     "an_undone_turn_leaves_no_trace": CountsTurnsElsewhere,
     "a_prompt_may_come_in_chunks": SelectsAtEveryChunk,
     "held_bytes_are_a_number": OwesBytes,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
+from typing import Any
 
-from loopserve.core.policy.interfaces import Retention
+from loopserve.core.policy.interfaces import Policy, Retention
 from loopserve.testing.recorded import RecordedConversation, difference, held
 from loopserve.testing.subject import NotApplicable, Subject
 
@@ -43,6 +45,23 @@ def state_survives_a_fork(subject: Subject) -> None:
     forked = RecordedConversation(subject.compressor, *subject.script()).run(subject.steps, fork=True)
     found = difference(alone, forked)
     assert found is None, found
+
+
+def state_can_be_written_to_disk(subject: Subject) -> None:
+    """A state is written as JSON and tensors after each step of a conversation, and what is read goes on as the state itself would."""
+    alone = _alone(subject)
+    written = RecordedConversation(subject.compressor, *subject.script())
+    for step in subject.steps:
+        written.run((step,))
+        written.state = written_and_read(subject.policy, written.state)
+    found = difference(alone, written)
+    assert found is None, found
+
+
+def written_and_read(policy: Policy, state: Any) -> Any:
+    """Return what a policy reads of its own state after it went through a file."""
+    tree, tensors = policy.pack_state(state)
+    return policy.unpack_state((json.loads(json.dumps(tree, allow_nan=False)), tensors))
 
 
 def an_undone_turn_leaves_no_trace(subject: Subject) -> None:
@@ -90,6 +109,7 @@ CHECKS = (
     same_conversation_gives_the_same_selections,
     interleaved_sessions_equal_solo_ones,
     state_survives_a_fork,
+    state_can_be_written_to_disk,
     an_undone_turn_leaves_no_trace,
     a_prompt_may_come_in_chunks,
     held_bytes_are_a_number,

@@ -11,6 +11,7 @@ from torch import Tensor
 from loopserve.core.policy.interfaces import AttentionInputs, Need
 from loopserve.core.policy.patterns import AttentionPattern
 from loopserve.testing.checks.calls import attended, first_turn
+from loopserve.testing.checks.sessions import written_and_read
 from loopserve.testing.inputs import make_inputs
 from loopserve.testing.subject import NotApplicable, Subject
 from loopserve.testing.variants import leaves_something_out, widest
@@ -163,17 +164,18 @@ def rows_of_a_batch_are_independent(subject: Subject) -> None:
 
 
 def sparsifier_state_survives_a_fork(subject: Subject) -> None:
-    """What the policy writes into its state can be deep-copied, and the copy serves the next turn alike."""
+    """What the policy writes into its state can be copied and written to disk, and the copies serve the next turn alike."""
     inputs = first_turn()
     subject.sparsifier.sparsify(inputs)
     if not inputs.state:
         raise NotApplicable("it keeps no state")
     masks = []
-    for state in (copy.deepcopy(inputs.state), inputs.state):
+    for state in (copy.deepcopy(inputs.state), written_and_read(subject.policy, inputs.state), inputs.state):
         later = make_inputs(new_tokens=20, total_tokens=68, turn=1)
         later.state.update(state)
         masks.append(subject.sparsifier.sparsify(later).to_mask())
-    assert torch.equal(*masks), "the copy of the state leads to another pattern"
+    assert torch.equal(masks[0], masks[2]), "the copy of the state leads to another pattern"
+    assert torch.equal(masks[1], masks[2]), "the state read from disk leads to another pattern"
 
 
 def widest_setting_is_dense(subject: Subject) -> None:
