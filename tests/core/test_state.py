@@ -246,7 +246,7 @@ def test_what_cannot_be_written_is_named_with_its_place(value: Any, message: str
     ],
 )
 def test_damage_is_an_error_of_one_kind(tree: Any) -> None:
-    with pytest.raises(PolicyError, match="^state"):
+    with pytest.raises(PolicyError, match=r"^state"):
         unpack_state(tree, [torch.zeros(1)], TYPES)
 
 
@@ -263,7 +263,7 @@ class Typed:
 
 
 def test_annotations_that_cannot_be_resolved_and_two_types_of_one_name_are_named() -> None:
-    with pytest.raises(PolicyError, match="'Typed' cannot be resolved .*Fraction.*import at module level"):
+    with pytest.raises(PolicyError, match=r"'Typed' cannot be resolved .*Fraction.*import at module level"):
         types_within(Typed)
     other = type("Slotted", (Slotted,), {"__qualname__": "Slotted"})
     with pytest.raises(PolicyError, match="two types named 'Slotted'"):

@@ -146,7 +146,7 @@ class TokenEngine:
         max_prefill_tokens: tokens of prefill in the pass, given to the turns in their order; a turn that gets none is left out.
         """
         with self._lock:
-            pieces = _pieces(turns, max_prefill_tokens)
+            pieces = _pieces(_open_turns(turns), max_prefill_tokens)
             contexts = [turn.step(size) for turn, size in pieces]
             if not contexts:
                 return
@@ -188,7 +188,7 @@ class TokenEngine:
             done = True
         finally:
             if turn.finished and turn.error is None and not done:
-                turn.session.undo()
+                turn.take_back()
             turn.close()
             turn.error = None  # its traceback would keep the session's store alive
 
@@ -218,6 +218,14 @@ def _chooser(sampling: SamplingConfig | Choose, max_new_tokens: int | None) -> t
     if max_new_tokens is None:
         raise InputError("max_new_tokens is needed beside a function that chooses the tokens")
     return sampling, max_new_tokens
+
+
+def _open_turns(turns: Sequence[Turn]) -> list[Turn]:
+    """Return the turns that can go on; one whose session was closed in the midst of its answer ends with an error."""
+    for turn in turns:
+        if turn.session.closed and not turn.finished:
+            turn.fail(InputError("the session was closed before its answer was complete"))
+    return [turn for turn in turns if not turn.finished]
 
 
 def _pieces(turns: Sequence[Turn], max_prefill_tokens: int | None) -> list[tuple[Turn, int | None]]:

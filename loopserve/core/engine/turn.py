@@ -195,6 +195,11 @@ class Turn:
         """End the turn. One that is not finished is taken back whole."""
         if not self.finished:
             self.session.busy, self.finished = False, True
+            self.take_back()
+
+    def take_back(self) -> None:
+        """Take the turn back. There is nothing to take back in a session that was closed meanwhile."""
+        if not self.session.closed:
             self.session.undo()
 
 
