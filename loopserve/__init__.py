@@ -10,7 +10,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from loopserve.api import ChatSession, Engine, Reply, apply, load_stack
+    from loopserve.api import Engine, apply, load_stack
+    from loopserve.chat_session import ChatSession, Reply
     from loopserve.core.errors import ConfigError, InputError, LoopServeError, ModelError, PolicyError, PolicyFault
     from loopserve.core.kv.selection import KVSelection, Retention
     from loopserve.core.policy.hookspecs import hookimpl
@@ -35,7 +36,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 _NAMES = {
-    "loopserve.api": ("ChatSession", "Engine", "Reply", "apply", "load_stack"),
+    "loopserve.api": ("Engine", "apply", "load_stack"),
+    "loopserve.chat_session": ("ChatSession", "Reply"),
     "loopserve.core.errors": (
         "ConfigError",
         "InputError",

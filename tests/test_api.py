@@ -13,7 +13,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from loopserve import Engine, LoopServeError, load_stack
-from loopserve.api import ChatSession
+from loopserve.chat_session import ChatSession
 from loopserve.core.errors import ConfigError, InputError, ModelError
 from loopserve.models.demo import bundled_path
 

@@ -8,9 +8,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from loopserve.api import ChatSession, Engine
+from loopserve.api import Engine
 from loopserve.bench.heads import Heads
 from loopserve.bench.recall import HELD_OUT_SEED, RecallTask, make_dialogues
+from loopserve.chat_session import ChatSession
 from loopserve.core.errors import ConfigError
 from loopserve.core.policy.interfaces import AttentionInputs, PrefillSparsifier
 from loopserve.core.policy.patterns import AttentionPattern, DensePattern

@@ -113,6 +113,12 @@ class TransformersModel:
         device: torch.device = self.model.device
         return device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What keys and values are stored in."""
+        dtype: torch.dtype = self.model.dtype
+        return dtype
+
     def forward(self, batch: ForwardBatch) -> Tensor:
         """Run one pass over a packed row of tokens; return the logits of each context's last token, ``[contexts, vocabulary]``."""
         contexts, spans = batch.contexts, batch.spans

@@ -6,6 +6,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -53,15 +54,28 @@ class TokenEngine:
         self.chunk_tokens = chunk_tokens
         self.measure_coverage = measure_coverage
         self.undo_depth = undo_depth
-        self.guard = Guard(
-            checks=policy_checks, on_fault=on_policy_fault, timeout_s=policy_timeout_s, owners=stack.owners
-        )
+        self._guarding: dict[str, Any] = {
+            "checks": policy_checks,
+            "on_fault": on_policy_fault,
+            "timeout_s": policy_timeout_s,
+        }
+        self.guard = Guard(**self._guarding, owners=stack.owners)
         self.slots = Slots(model.layers, stack)
+        self._others: dict[PolicyStack, tuple[Slots, Guard]] = {}
         self._lock = threading.Lock()
 
-    def session(self) -> Session:
-        """Open a conversation."""
-        return Session(self.slots, self.guard, self.undo_depth)
+    def session(self, stack: PolicyStack | None = None) -> Session:
+        """Open a conversation, under another stack than the engine's if one is given.
+
+        Sessions under different stacks share forward passes. ConfigError if the model cannot be served under the stack.
+        """
+        if stack is None or stack is self.stack:
+            return Session(self.slots, self.guard, self.undo_depth)
+        if stack not in self._others:
+            stack.check(self.model.layers)
+            guard = Guard(**self._guarding, owners=stack.owners)
+            self._others[stack] = (Slots(self.model.layers, stack), guard)
+        return Session(*self._others[stack], self.undo_depth)
 
     def generate(
         self,
@@ -76,7 +90,7 @@ class TokenEngine:
         sampling: settings, or a function from logits ``[vocabulary]`` to a token. max_new_tokens: those of the settings unless
         given. A turn that is not finished (an error, Ctrl-C, a consumer that walks away) is taken back whole.
         """
-        choose, most = _chooser(sampling, max_new_tokens)
+        choose, most = chooser(sampling, max_new_tokens)
         yield from self._finish(self.begin(session, new_tokens, choose, stop_ids=stop_ids, max_new_tokens=most))
 
     def prefill(self, session: Session, new_tokens: Sequence[int], *, max_new_tokens: int = 0) -> Tensor:
@@ -100,7 +114,7 @@ class TokenEngine:
         max_new_tokens: int | None = None,
     ) -> Iterator[int]:
         """Answer the turn that ``prefill`` gave these logits for, token by token; left unfinished, the turn is taken back whole."""
-        choose, most = _chooser(sampling, max_new_tokens)
+        choose, most = chooser(sampling, max_new_tokens)
         self._own(session)
         session.require_rest()
         turn = Turn(
@@ -126,9 +140,8 @@ class TokenEngine:
         max_new_tokens: int = 0,
     ) -> Turn:
         """Begin a turn; nothing is computed before ``run``. Raises InputError for a turn that does not fit the model."""
-        self._own(session)
+        self.check(session, new_tokens, max_new_tokens)
         session.require_rest()
-        self._check_length(session, new_tokens, max_new_tokens)
         return Turn(
             session,
             new_tokens,
@@ -140,14 +153,15 @@ class TokenEngine:
             measure=self.measure_coverage,
         )
 
-    def run(self, turns: Sequence[Turn], max_prefill_tokens: int | None = None) -> None:
+    def run(self, turns: Sequence[Turn], prefill_tokens: Sequence[int | None] | None = None) -> None:
         """Run one forward pass with what each of these turns needs next; ``error`` of a turn says what ended it.
 
-        max_prefill_tokens: tokens of prefill in the pass, given to the turns in their order; a turn that gets none is left out.
+        prefill_tokens: per turn, the most prompt tokens that it may compute in this pass; None = as many as its pieces have.
         """
         with self._lock:
-            pieces = _pieces(_open_turns(turns), max_prefill_tokens)
-            contexts = [turn.step(size) for turn, size in pieces]
+            limits = prefill_tokens or [None] * len(turns)
+            going_on = {turn: limit for turn, limit in zip(turns, limits, strict=True) if not _ended_by_close(turn)}
+            contexts = [turn.step(limit) for turn, limit in going_on.items()]
             if not contexts:
                 return
             started = time.perf_counter()
@@ -158,7 +172,7 @@ class TokenEngine:
                     context.error = context.error or error
                 logits = [None] * len(contexts)
             seconds = time.perf_counter() - started
-            for (turn, _), context, row in zip(pieces, contexts, logits, strict=True):
+            for turn, context, row in zip(going_on, contexts, logits, strict=True):
                 turn.take(context, row, seconds)
 
     def complete(self, contexts: Sequence[ForwardContext]) -> None:
@@ -193,10 +207,12 @@ class TokenEngine:
             turn.error = None  # its traceback would keep the session's store alive
 
     def _own(self, session: Session) -> None:
-        if session.slots is not self.slots:
+        if session.slots is not self.slots and not any(session.slots is each for each, _ in self._others.values()):
             raise InputError("this session belongs to another engine: open one with this engine's session()")
 
-    def _check_length(self, session: Session, new_tokens: Sequence[int], max_new_tokens: int) -> None:
+    def check(self, session: Session, new_tokens: Sequence[int], max_new_tokens: int) -> None:
+        """Raise InputError for a turn that can never be served: no tokens, too many, or a session of another engine."""
+        self._own(session)
         if not new_tokens:
             raise InputError("a turn needs at least one token")
         limit = self.model.max_positions
@@ -212,7 +228,8 @@ class TokenEngine:
             )
 
 
-def _chooser(sampling: SamplingConfig | Choose, max_new_tokens: int | None) -> tuple[Choose, int]:
+def chooser(sampling: SamplingConfig | Choose, max_new_tokens: int | None) -> tuple[Choose, int]:
+    """Return the function that chooses tokens, and how many it may choose."""
     if isinstance(sampling, SamplingConfig):
         return Sampler(sampling), max_new_tokens or sampling.max_new_tokens
     if max_new_tokens is None:
@@ -220,24 +237,8 @@ def _chooser(sampling: SamplingConfig | Choose, max_new_tokens: int | None) -> t
     return sampling, max_new_tokens
 
 
-def _open_turns(turns: Sequence[Turn]) -> list[Turn]:
-    """Return the turns that can go on; one whose session was closed in the midst of its answer ends with an error."""
-    for turn in turns:
-        if turn.session.closed and not turn.finished:
-            turn.fail(InputError("the session was closed before its answer was complete"))
-    return [turn for turn in turns if not turn.finished]
-
-
-def _pieces(turns: Sequence[Turn], max_prefill_tokens: int | None) -> list[tuple[Turn, int | None]]:
-    """Return the turns of a pass, each with the prefill tokens it may take."""
-    if max_prefill_tokens is None:
-        return [(turn, None) for turn in turns]
-    found: list[tuple[Turn, int | None]] = []
-    left = max_prefill_tokens
-    for turn in turns:
-        if turn.waiting == 0:
-            found.append((turn, None))
-        elif left > 0:
-            found.append((turn, left))
-            left -= min(left, turn.waiting)
-    return found
+def _ended_by_close(turn: Turn) -> bool:
+    """End a turn whose session was closed in the midst of it; return whether it was."""
+    if turn.session.closed and not turn.finished:
+        turn.fail(InputError("the session was closed before its answer was complete"))
+    return turn.session.closed

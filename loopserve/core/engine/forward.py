@@ -82,5 +82,9 @@ class Model(Protocol):
     def device(self) -> torch.device:
         """Where token ids and positions go."""
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What keys and values are stored in."""
+
     def forward(self, batch: ForwardBatch) -> Tensor:
         """Run one pass; return the logits of each context's last token, ``[contexts, vocabulary]``."""

@@ -289,8 +289,8 @@ def _select(session: Session, step: Step, request: Selections) -> None:
 def weigh(session: Session) -> None:
     """Record the bytes that a session's store, active sets and policy states hold."""
     session.stats.store_bytes = session.cache.store_bytes
-    states = sum(_held_bytes(session, slot, each) for slot, each in session.slots.compressors.items())
-    session.stats.active_bytes = session.cache.active_bytes + states
+    session.state_bytes = sum(_held_bytes(session, slot, each) for slot, each in session.slots.compressors.items())
+    session.stats.active_bytes = session.cache.active_bytes + session.state_bytes
 
 
 def _held_bytes(session: Session, slot: str, compressor: DecodeCompressor[Any]) -> int:
