@@ -11,7 +11,7 @@ _ROWS = 256  # rows whose attention over all keys is held at once
 
 
 def attention_over(inputs: AttentionInputs, columns: Tensor) -> Tensor:
-    """The last query's softmax over some columns, bool ``[Hkv, Tk]``, mean over the group: float32 ``[Hkv, Tk]``."""
+    """Return the last query's softmax over some columns, bool ``[Hkv, Tk]``, mean over the group: float32 ``[Hkv, Tk]``."""
     heads = len(columns)
     inputs.record.read("scoring", int(columns.sum()) * inputs.keys.shape[2] * inputs.keys.element_size())
     queries = inputs.queries[:, -1].view(heads, inputs.group, -1).float()
@@ -23,7 +23,7 @@ def attention_over(inputs: AttentionInputs, columns: Tensor) -> Tensor:
 
 
 def received(inputs: AttentionInputs) -> Tensor:
-    """Attention that each stored pair gets from all queries of this call, mean over the group: float32 ``[Hkv, Tk]``."""
+    """Return the attention that each stored pair gets from all queries of this call, mean over the group: float32 ``[Hkv, Tk]``."""
     total = torch.zeros(inputs.keys.shape[:2], device=inputs.keys.device)
     for rows in torch.arange(inputs.new_tokens, device=inputs.keys.device).split(_ROWS):
         total += inputs.token_scores(inputs.queries[:, rows], inputs.columns[rows], over_rows="sum")

@@ -1,4 +1,4 @@
-"""A conversation whose queries and keys are given: runs a compressor as the engine does, without a model."""
+"""Run a compressor as the engine does, without a model: queries and keys are given."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from loopserve.testing.records import FakeRecord
 
 
 class ScriptedConversation:
-    """Feeds tokens by position to one compressor that rules every layer, and carries out what it answers.
+    """Feed tokens by position to one compressor that selects for every layer, and carry out its answers.
 
     queries ``[L, Hq, N, D]`` and keys ``[L, Hkv, N, D]`` for all N positions of the conversation; an observation runs
     the queries of its positions again.
@@ -70,11 +70,11 @@ class ScriptedConversation:
             self._run(Phase.DECODE, 1, final=True)
 
     def take(self, layer: int, selection: KVSelection) -> None:
-        """Carry out what the compressor answered for a layer."""
+        """Carry out the compressor's selection for a layer."""
         self.cache.layers[layer].select(selection)
 
     def active(self, layer: int = 0) -> KVSelection | None:
-        """What the layer attends to now; None = everything."""
+        """Return what the layer attends to now; None = everything."""
         found = self.cache.layers[layer].active
         return found.selection if found is not None else None
 
@@ -129,7 +129,7 @@ class ScriptedConversation:
                 self.take(layer, selection)
 
     def _pairs(self, layer: int) -> float:
-        """Pairs that a query attends to now, on the average over the layer's KV heads."""
+        """Return the pairs that a query attends to now, on average over the layer's KV heads."""
         cache = self.cache.layers[layer]
         heads = self.keys.shape[1]
         if cache.active is not None:

@@ -1,4 +1,4 @@
-"""H2O: the pairs that all queries so far have attended to most, and the last ones."""
+"""Implement H2O: the pairs that all queries so far have attended to most, and the last ones."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from loopserve.policies.decode.rolling import RollingCompressor, RollingConfig
 
 
 class H2ODecode(RollingCompressor):
-    """Keeps the recent window and the heavy hitters: pairs with most attention from all queries so far (H2O).
+    """Keep the recent window and the heavy hitters: pairs with most attention from all queries so far (H2O).
 
     Paper: https://arxiv.org/abs/2306.14048. Variant: attention is summed over every query of the prompt and every output,
     half of the budget goes to the last tokens and half to the heavy hitters, and with each output the least pair goes,
@@ -48,7 +48,7 @@ class H2ODecode(RollingCompressor):
 
     @property
     def limits(self) -> RollingConfig:
-        """The configuration with the recent window that the share gives."""
+        """Return the configuration with the recent window that the share gives."""
         config = self.config
         recent = config.budget - math.ceil(config.budget * config.heavy_share)
         forced = min(max(recent, config.recent_window), config.budget - config.sink_tokens)

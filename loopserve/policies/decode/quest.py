@@ -1,4 +1,4 @@
-"""Quest: pages of keys, ranked by an upper bound for the current query, anew in every step."""
+"""Implement Quest: pages of keys, ranked by an upper bound for the current query, anew in every step."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from loopserve.core.policy.interfaces import AttentionInputs, DecodeCompressor, 
 
 @dataclass
 class QuestState:
-    """The page bounds of each layer's keys; a copy starts empty and is filled from the store."""
+    """Hold the page bounds of each layer's keys; a copy starts empty and is filled from the store."""
 
     key_summaries: dict[int, KeySummaries] = field(default_factory=dict)
 
 
 class QuestDecode(DecodeCompressor[QuestState]):
-    """In each step attends to the pages of keys that could hold the largest logits of the current query (Quest).
+    """Attend in each step to the pages of keys that could hold the largest logits of the current query (Quest).
 
     Paper: https://arxiv.org/abs/2406.10774. Variant: per page and channel the smallest and largest key; a page's bound is
     the sum over channels of the larger of the query times either; the page under way is always attended. Page size 16 as

@@ -1,4 +1,4 @@
-"""What a prefill sparsifier promises. Most checks look at a first turn; histories and evictions have checks of their own."""
+"""Check a prefill sparsifier. Most checks use a first turn; histories and evictions have checks of their own."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _LOUD = 50.0  # what filler is replaced with, to see whether anything listens
 
 
 def _masked_scores(mask: Tensor, inputs: AttentionInputs) -> Tensor:
-    """Scores ``[Hq, Tq, Tk]`` with minus infinity outside the mask; a row without any cell is NaN after a softmax."""
+    """Return scores ``[Hq, Tq, Tk]`` with minus infinity outside the mask; a row without any cell is NaN after a softmax."""
     keys = inputs.keys.repeat_interleave(inputs.group, 0)
     return (inputs.queries @ keys.mT * inputs.scaling).masked_fill(~mask, float("-inf"))
 
@@ -93,8 +93,8 @@ def density_counts_the_mask(subject: Subject) -> None:
     inputs = first_turn()
     pattern = subject.sparsifier.sparsify(inputs)
     counted = (_usable_mask(pattern, inputs).tril()).sum((1, 2)) / pattern.causal_pairs
-    told, tiles = pattern.cell_density(), pattern.tile_density()
-    assert torch.allclose(told, counted, atol=1e-5), f"says {told.tolist()}, the mask says {counted.tolist()}"
+    stated, tiles = pattern.cell_density(), pattern.tile_density()
+    assert torch.allclose(stated, counted, atol=1e-5), f"says {stated.tolist()}, the mask says {counted.tolist()}"
     assert bool(((tiles > 0) & (tiles <= 1)).all()), f"tile density is {tiles.tolist()}"
 
 

@@ -1,4 +1,4 @@
-"""Options of LoopServe's progressive KV compression."""
+"""Define the options of LoopServe's progressive KV compression."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What LoopServe's observations said about each token of the conversation, and the selection that follows from it.
+"""Accumulate the scores of LoopServe's observations for each token, and choose the selection that follows from them.
 
 Scores are laid out by original position, so layers and heads that hold different pairs (after an eviction) can be
 joined.
@@ -18,9 +18,7 @@ from loopserve.policies.decode.loopserve.config import LoopServeDecodeConfig, Po
 
 
 def by_position(scores: Tensor, inputs: AttentionInputs) -> Tensor:
-    """Scores of columns ``[Hkv, Tk]`` laid out by original position ``[Hkv, length]``; positions no longer held get
-    0.
-    """
+    """Return scores of columns ``[Hkv, Tk]`` by original position ``[Hkv, length]``; positions no longer held get 0."""
     length = inputs.length
     if inputs.nothing_evicted:
         return scores
@@ -30,9 +28,7 @@ def by_position(scores: Tensor, inputs: AttentionInputs) -> Tensor:
 
 
 def unit_of(config: LoopServeDecodeConfig, layer: int) -> int:
-    """The sharing unit a layer belongs to; layers of one unit get one selection (``share: none`` and ``heads``: one
-    each).
-    """
+    """Return the sharing unit of a layer. Layers of one unit get one selection (``share: none`` and ``heads``: one each)."""
     if config.share is Share.ALL:
         return 0
     return layer // config.layer_group if config.share is Share.LAYER_GROUPS else layer
@@ -78,9 +74,7 @@ def joined(before: Tensor | None, scores: Tensor, decay: float) -> Tensor:
 
 
 def choose(config: LoopServeDecodeConfig, scores: Tensor, inputs: AttentionInputs, boundary: int) -> KVSelection | None:
-    """The best pairs before ``boundary`` of one layer, from its unit's scores ``[H, length]``; None if all fit the
-    budget.
-    """
+    """Return the best pairs before ``boundary`` of one layer, by its unit's scores ``[H, length]``, or None if all fit the budget."""
     retention = Retention.EVICT if config.pool is Pool.ACTIVE else Retention.KEEP
     scores = pooled(config, scores[:, :boundary])
     heads = inputs.keys.shape[0]
@@ -99,7 +93,9 @@ def choose(config: LoopServeDecodeConfig, scores: Tensor, inputs: AttentionInput
 
 
 def _best(config: LoopServeDecodeConfig, scores: Tensor) -> Tensor:
-    """Sorted columns ``[H, budget]`` of the best scores ``[H, n]``; the part of the budget for jumps stays free."""
+    """Return the sorted columns ``[H, budget]`` of the best scores ``[H, n]``; the part of the budget for the current query stays
+    free.
+    """
     return top_columns(
         scores,
         config.budget - config.page_budget,
@@ -109,7 +105,7 @@ def _best(config: LoopServeDecodeConfig, scores: Tensor) -> Tensor:
 
 
 def pooled(config: LoopServeDecodeConfig, scores: Tensor) -> Tensor:
-    """Scores ``[H, n]`` smoothed over neighbouring tokens, so that the rest of a phrase comes along with its peak."""
+    """Return scores ``[H, n]`` smoothed over neighbouring tokens, so that the rest of a phrase is selected with its peak."""
     if config.pooling == 1 or scores.shape[1] == 0:
         return scores
     reach = config.pooling // 2
@@ -119,7 +115,7 @@ def pooled(config: LoopServeDecodeConfig, scores: Tensor) -> Tensor:
 
 
 def looked_at_most(config: LoopServeDecodeConfig, importance: Tensor, start: int, length: int) -> Tensor | None:
-    """Positions, sorted, of the rows since ``start`` that the last rows look at most (importance ``[length]``).
+    """Return the positions, sorted, of the rows since ``start`` that the last rows attend to most (importance ``[length]``).
 
     The last rows have been observed already. Sinks draw attention from everywhere and carry no question.
     """
@@ -129,13 +125,13 @@ def looked_at_most(config: LoopServeDecodeConfig, importance: Tensor, start: int
 
 
 def captured_share(scores: Tensor, selection: KVSelection) -> Tensor:
-    """Share of the observed mass ``[Hkv, length]`` that a selection and its tail attend to, per KV head ``[Hkv]``."""
+    """Return the share of the observed mass ``[Hkv, length]`` that a selection and its tail attend to, per KV head ``[Hkv]``."""
     inside = (scores * selection.attended_positions(scores.shape[1])).sum(-1)
     return inside / scores.sum(-1).clamp(min=torch.finfo(scores.dtype).tiny)
 
 
 def overlap(selection: KVSelection, previous: KVSelection) -> Tensor:
-    """Share of each head's selected pairs that were attended before as well ``[Hkv]``."""
+    """Return the share of each head's selected pairs that were attended before as well ``[Hkv]``."""
     before = previous.attended_positions(max(selection.boundary, previous.boundary))
     kept = before.gather(1, selection.indices.clamp(min=0)) & (selection.indices >= 0)
     return kept.sum(-1) / selection.lengths.clamp(min=1)

@@ -1,4 +1,4 @@
-"""LoopServe, phase two: progressive KV compression."""
+"""Implement LoopServe, phase two: progressive KV compression."""
 
 from __future__ import annotations
 
@@ -71,12 +71,12 @@ class LoopServeState:
 
 
 def _over_group(scores: Tensor, inputs: AttentionInputs) -> Tensor:
-    """The mean over each group of query heads: ``[Hq, Tk]`` to ``[Hkv, Tk]``."""
+    """Return the mean over each group of query heads: ``[Hq, Tk]`` to ``[Hkv, Tk]``."""
     return scores.view(-1, inputs.group, inputs.total_tokens).mean(1)
 
 
 class LoopServeDecode(DecodeCompressor[LoopServeState]):
-    """Every few outputs, scores the last output queries against the full store and attends to the best pairs.
+    """Score the last output queries against the full store every few outputs, and attend to the best pairs (LoopServe).
 
     Paper: LoopServe, https://arxiv.org/abs/2507.13681, progressive KV compression: every n_d outputs the last n_d
     output queries are scored over all keys, the group's mean ranks the pairs, and each KV head attends to the best B
@@ -104,7 +104,7 @@ class LoopServeDecode(DecodeCompressor[LoopServeState]):
     capabilities: ClassVar[Capabilities] = Capabilities(retentions=frozenset(Retention))
 
     class Config(LoopServeDecodeConfig):
-        """See ``loopserve_config``."""
+        """Take the options of ``config.LoopServeDecodeConfig``."""
 
     config: LoopServeDecodeConfig
 
@@ -132,7 +132,7 @@ class LoopServeDecode(DecodeCompressor[LoopServeState]):
     # Before a layer's attention: what only the current query can tell.
 
     def before_attention(self, inputs: AttentionInputs, state: LoopServeState) -> KVSelection | None:
-        """Bring in what the current query points to; re-select if the selection has lost that query."""
+        """Add the pairs that the current query points to; re-select if the selection has drifted from that query."""
         config, layer = self.config, inputs.layer.index
         base = state.selections.get(layer)
         if base is None or not self._looks_within_the_step():
@@ -152,7 +152,7 @@ class LoopServeDecode(DecodeCompressor[LoopServeState]):
         return None if same(inputs.selection, selection) else selection
 
     def _jump(self, inputs: AttentionInputs, base: KVSelection, state: LoopServeState) -> KVSelection:
-        """The base and what the current query points to by the keys' codes, attended in place.
+        """Return the base and the pairs that the current query points to by the keys' codes, attended in place.
 
         Nothing is evicted under ``page_budget``, so positions are columns and no head holds filler.
         """
@@ -182,7 +182,7 @@ class LoopServeDecode(DecodeCompressor[LoopServeState]):
         return QueryProbe.at(inputs, self._summaries(inputs, state))
 
     def _select_within_step(self, inputs: AttentionInputs, state: LoopServeState) -> KVSelection | None:
-        """A selection for this layer alone, by the current query and those before it; the others follow after the pass."""
+        """Return a selection for this layer alone, by the current query and those before it; the others follow after the pass."""
         layer = inputs.layer.index
         state.drifted = True
         inputs.record.count("drift")
@@ -237,11 +237,11 @@ class LoopServeDecode(DecodeCompressor[LoopServeState]):
         state.first_hop_scores = looked_at if state.first_hop_scores is None else state.first_hop_scores + looked_at
 
     def _take(self, inputs: AttentionInputs, state: LoopServeState, queries: Tensor, columns: Tensor) -> None:
-        """Take what some rows of the turn attend to into the observation under way: the maximum over the rows."""
+        """Add the attention of some rows of the turn to the observation under way: the maximum over the rows."""
         self._add(inputs, state, inputs.token_scores(queries, columns, over_rows="max"))
 
     def _add(self, inputs: AttentionInputs, state: LoopServeState, scores: Tensor) -> None:
-        """Take a layer's scores of columns ``[Hkv, Tk]`` into the observation under way."""
+        """Add a layer's scores of columns ``[Hkv, Tk]`` to the observation under way."""
         state.layer_scores[inputs.layer.index] = by_position(scores, inputs)
         state.scores.add(self.config, inputs.layer.index, state.layer_scores[inputs.layer.index])
 
@@ -269,7 +269,7 @@ class LoopServeDecode(DecodeCompressor[LoopServeState]):
         return self._select(step, state)
 
     def _keeps(self, rows: Tensor, step: Step, state: LoopServeState) -> bool:
-        """Whether the queries of all these positions are at hand; those of earlier chunks are not."""
+        """Return whether the queries of all these positions are at hand; those of earlier chunks are not."""
         if self.config.second_hop is SecondHop.AGAIN:
             return False
         return int(rows[0]) >= step.length - min(call.new_tokens for call in state.layer_inputs.values())
@@ -305,7 +305,7 @@ class LoopServeDecode(DecodeCompressor[LoopServeState]):
         return state.drifted or 0 < config.drift_max_interval <= outputs
 
     def _crowded(self, call: AttentionInputs, state: LoopServeState) -> bool:
-        """Whether a layer holds more pairs before the boundary than are attended anyway."""
+        """Return whether a layer holds more pairs before the boundary than are attended anyway."""
         tail = call.length - self._boundary(call, state)
         return call.total_tokens - tail > self.config.budget
 
@@ -313,7 +313,7 @@ class LoopServeDecode(DecodeCompressor[LoopServeState]):
         return state.input_end if self.config.scope is Scope.INPUTS else inputs.length
 
     def _score(self, inputs: AttentionInputs, queries: Sequence[Tensor]) -> Tensor:
-        """Scores by position ``[Hkv, length]`` of this turn's last output queries, the current one last."""
+        """Return scores by position ``[Hkv, length]`` of this turn's last output queries, the current one last."""
         rows = torch.cat(list(queries), dim=1)[:, -(self.config.window or self.config.interval) :]
         # The pairs of consecutive outputs stand side by side at the end, whatever was evicted before them.
         columns = torch.arange(inputs.total_tokens - rows.shape[1], inputs.total_tokens, device=rows.device)
