@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 SAMPLED_ROWS = (
-    "sampled_rows"  # memo key of an attention call: the rows its sparsifier drew, for a compressor to use again
+    "sampled_rows"  # scratch key of an attention call: the rows its sparsifier drew, for a compressor to use again
 )
 
 

@@ -72,7 +72,7 @@ class Guard:
         self, policy: Policy, method: Callable[Arguments, Answer], *args: Arguments.args, **options: Arguments.kwargs
     ) -> Answer:
         """What a policy's method answers. PolicyError for misconduct during the call: writes into its inputs, switches of the
-        process left turned, too much time; under strict checks whatever ``core.hidden`` finds.
+        process left turned, too much time; under strict checks whatever ``core.guard.strict_checks`` finds.
         """
         inputs = args[0] if args and type(args[0]) is AttentionInputs else None
         started = self._clock()

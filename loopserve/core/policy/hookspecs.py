@@ -5,7 +5,7 @@ group ``loopserve`` that names the module::
 
     from loopserve import hookimpl
 
-    LOOPSERVE_API = (1, 0)  # what this is written for (``core.api_version``); another major version is refused by name
+    LOOPSERVE_API = (1, 0)  # what this is written for (``core.policy.api_version``); another major version is refused by name
 
     @hookimpl
     def loopserve_register_policies(registry):

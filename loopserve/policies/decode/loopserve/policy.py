@@ -91,7 +91,7 @@ class LoopServeDecode(DecodeCompressor[LoopServeState]):
     or single tokens by codes of the keys (``key_bits``), which can serve re-selection as well (``rescore``); short conversations
     decoded dense (``dense_below``). The preset ``loopserve-paper`` turns them off, ``loopserve`` uses what evidence supports.
 
-    Drift is estimated by ``loopserve_step.QueryProbe.captured``: by the keys' codes, or by page bounds calibrated at each
+    Drift is estimated by ``probe.QueryProbe.captured``: by the keys' codes, or by page bounds calibrated at each
     selection. A layer that finds it re-selects by itself within the step, all layers together after it.
 
     Multi-turn: a new turn's prefill sees the whole store (``pool: full``), and its answer's first selection starts from
