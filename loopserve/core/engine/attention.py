@@ -251,7 +251,7 @@ def _report(context: ForwardContext, inputs: AttentionInputs, pattern: Attention
 def _realised(inputs: AttentionInputs, pattern: AttentionPattern) -> Tensor:
     """Share of the attention mass inside the pattern over all rows, per head ``[Hq]``."""
     if isinstance(pattern, DensePattern):
-        return torch.ones(inputs.queries.shape[0], dtype=torch.float32)
+        return torch.ones(inputs.queries.shape[0], dtype=torch.float32, device="cpu")
     return inputs.coverage(pattern, torch.arange(inputs.new_tokens, device=inputs.queries.device))
 
 

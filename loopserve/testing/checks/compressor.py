@@ -110,7 +110,10 @@ def sinks_are_kept(subject: Subject) -> None:
         raise NotApplicable("it has no sink_tokens")
     for given in held(subject).given:
         _assert_kept(
-            torch.arange(sinks), given.heads, given.selection.boundary, f"turn {given.turn}, layer {given.layer}"
+            torch.arange(sinks, device="cpu"),
+            given.heads,
+            given.selection.boundary,
+            f"turn {given.turn}, layer {given.layer}",
         )
 
 
@@ -121,7 +124,7 @@ def recent_window_is_kept(subject: Subject) -> None:
         raise NotApplicable("it has no recent_window")
     for given in held(subject).given:
         if given.output_index == 0:
-            wanted = torch.arange(max(given.input_end - recent, 0), given.input_end)
+            wanted = torch.arange(max(given.input_end - recent, 0), given.input_end, device="cpu")
             _assert_kept(wanted, given.heads, given.selection.boundary, f"turn {given.turn}, layer {given.layer}")
 
 

@@ -134,4 +134,4 @@ def overlap(selection: KVSelection, previous: KVSelection) -> Tensor:
     """Return the share of each head's selected pairs that were attended before as well ``[Hkv]``."""
     before = previous.attended_positions(max(selection.boundary, previous.boundary))
     kept = before.gather(1, selection.indices.clamp(min=0)) & (selection.indices >= 0)
-    return kept.sum(-1) / selection.lengths.clamp(min=1)
+    return kept.sum(-1).float() / selection.lengths.clamp(min=1)

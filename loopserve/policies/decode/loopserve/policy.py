@@ -221,7 +221,9 @@ class LoopServeDecode(DecodeCompressor[LoopServeState]):
         state.layer_inputs[inputs.layer.index] = call
         if config.first_block is FirstBlock.SAMPLED:
             source = generator(config.seed, inputs.turn, inputs.layer.index, inputs.total_tokens)
-            rows = uniform_rows(torch.arange(inputs.new_tokens), config.hop_rows, source).to(inputs.queries.device)
+            rows = uniform_rows(torch.arange(inputs.new_tokens, device="cpu"), config.hop_rows, source).to(
+                inputs.queries.device
+            )
             per_query = inputs.row_attention(rows).probabilities.amax(1)
             self._add(inputs, state, _over_group(per_query, inputs))
             return
