@@ -222,7 +222,10 @@ class TokenEngine:
         """
         with self._lock:
             limits = prefill_tokens or [None] * len(turns)
-            contexts = [turn.step(limit) for turn, limit in zip(turns, limits, strict=True)]
+            going_on = {turn: limit for turn, limit in zip(turns, limits, strict=True) if not _ended_by_close(turn)}
+            contexts = [turn.step(limit) for turn, limit in going_on.items()]
+            if not contexts:
+                return
             started = time.perf_counter()
             try:
                 logits: Sequence[Tensor | None] = list(self.model.forward(ForwardBatch(contexts)))
@@ -231,7 +234,7 @@ class TokenEngine:
                     context.error = context.error or error
                 logits = [None] * len(contexts)
             seconds = time.perf_counter() - started
-            for turn, context, row in zip(turns, contexts, logits, strict=True):
+            for turn, context, row in zip(going_on, contexts, logits, strict=True):
                 turn.take(context, row, seconds)
 
     @plain_tensors()
@@ -287,7 +290,7 @@ class TokenEngine:
             done = True
         finally:
             if turn.finished and turn.error is None and not done:
-                turn.session.undo()
+                turn.take_back()
             turn.close()
             turn.error = None  # its traceback would keep the session's store alive
 
@@ -302,3 +305,10 @@ def _require_repeatable(session: Session, why: str) -> None:
             f"this conversation holds images or sound, which its tokens do not show, and {why}: choose a stack whose policies "
             "need no observation (full, snapkv), or give text only"
         )
+
+
+def _ended_by_close(turn: Turn) -> bool:
+    """End a turn whose session was closed in the midst of it; return whether it was."""
+    if turn.session.closed and not turn.finished:
+        turn.fail(InputError("the session was closed before its answer was complete"))
+    return turn.session.closed

@@ -31,6 +31,7 @@ class ForwardContext:
     compressed: bool = False  # some layer attended to a selection
     reselected: bool = False  # some layer was given another selection
     counted: bool = False  # its decode step is in the figures
+    shown: set[str] = field(default_factory=set)  # slots whose compressors were called for some layer
     error: BaseException | None = None  # set while isolated; the session takes no further part in the pass
     scratch: dict[int, dict[Any, Any]] = field(default_factory=dict)  # by layer: what policies compute once per call
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
+
+import torch
 
 from loopserve.core.engine.slots import Slots
 from loopserve.core.engine.stats import TurnStats
@@ -15,7 +17,8 @@ from loopserve.core.guard.guard import Guard
 from loopserve.core.guard.strict_checks import holds, storages
 from loopserve.core.kv.cache import ActiveSet, KVCache
 from loopserve.core.kv.recording import plain_tensors
-from loopserve.core.policy.interfaces import DecodeCompressor, Phase, PrefillSparsifier
+from loopserve.core.policy.interfaces import DecodeCompressor, Phase
+from loopserve.core.policy.state import PackedState
 
 UNDO_DEPTH = 8
 
@@ -121,7 +124,8 @@ class Session:
         undoable: keep copies of the states and, under an evicting stack, of the survivors, so that the turn can be taken back.
         """
         self.require_rest()
-        stats = TurnStats(len(self.turns), prompt_tokens=len(new_tokens), reused_tokens=len(self.tokens))
+        reused = len(self.tokens) if self.cache.seen else 0  # nothing is, where a deep undo dropped the cache
+        stats = TurnStats(len(self.turns), prompt_tokens=len(new_tokens), reused_tokens=reused)
         states, copies, disabled = self._begin_states(stats, undoable)  # first: it may raise
         active = [layer.active if undoable and not self.ended else None for layer in self.cache.layers]
         self.cache.release()
@@ -201,6 +205,50 @@ class Session:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Session:
         return self.fork()
+
+    # States on disk.
+
+    def pack_states(self) -> tuple[dict[str, PackedState], dict[str, str]]:
+        """Return each policy's state by slot as a JSON-able tree and tensors, and by slot why a state cannot be written.
+
+        A slot in neither begins anew with the next turn, as does one that cannot be written. Raises InputError while a turn is under
+        way.
+        """
+        self.require_rest()
+        packed: dict[str, PackedState] = {}
+        problems: dict[str, str] = {}
+        for slot, policy in self.slots.policies.items():
+            if slot not in self.states or not self.is_enabled(slot):
+                continue
+            try:
+                packed[slot] = self.guard.ask(policy, policy.pack_state, self.states[slot])
+            except FAULTS as error:
+                problems[slot] = self._named(slot, error)
+        return packed, problems
+
+    def restore_states(self, packed: Mapping[str, PackedState], device: torch.device | None = None) -> dict[str, str]:
+        """Take over states that ``pack_states`` wrote, their tensors on ``device``. Return by slot why a state cannot be read.
+
+        The policy of such a slot, and of one that ``packed`` does not name, begins anew with the next turn. The cache must hold the
+        tokens that it held when the states were written. Raises InputError while a turn is under way.
+        """
+        self.require_rest()
+        problems: dict[str, str] = {}
+        self.states, self.disabled = {}, set()
+        for slot, each in packed.items():
+            policy = self.slots.policies.get(slot)
+            try:
+                if policy is None:
+                    raise PolicyError(f"this session has no slot {slot!r}; it has {', '.join(self.slots.policies)}")
+                self.states[slot] = self.guard.ask(policy, policy.unpack_state, each, device)
+            except FAULTS as error:
+                problems[slot] = self._named(slot, error)
+        return problems
+
+    def _named(self, slot: str, error: BaseException) -> str:
+        policy = self.slots.policies.get(slot)
+        said = str(error) if isinstance(error, PolicyError) else f"it raised {type(error).__name__}: {error}"
+        return said if policy is None else f"{slot} ({policy.name}): {said}"
 
     # Policies that break their contract.
 
@@ -302,7 +350,7 @@ class Session:
 
     def _fresh(self, slot: str) -> Any:
         policy = self.slots.policies[slot]
-        return {} if isinstance(policy, PrefillSparsifier) else self.guard.ask(policy, policy.init_state)
+        return self.guard.ask(policy, policy.init_state)
 
     def _copied(self, states: dict[str, Any]) -> dict[str, Any]:
         """Return copies that share nothing. A state that cannot be copied is left out, so that its policy begins anew."""

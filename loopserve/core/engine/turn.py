@@ -226,6 +226,11 @@ class Turn:
         """End the turn. One that is not finished is taken back whole."""
         if not self.finished:
             self.session.busy, self.finished = False, True
+            self.take_back()
+
+    def take_back(self) -> None:
+        """Take the turn back. There is nothing to take back in a session that was closed meanwhile."""
+        if not self.session.closed:
             self.session.undo()
 
 
@@ -259,7 +264,7 @@ def complete(context: ForwardContext) -> list[tuple[str, Observation]]:
         count_step(context)
     observations = []
     for slot, compressor in session.slots.compressors.items():
-        if context.observer in (None, slot) and session.is_enabled(slot):
+        if slot in context.shown and session.is_enabled(slot):
             request = _ask(context, slot, compressor)
             if isinstance(request, Observation):
                 observations.append((slot, request))
