@@ -178,7 +178,9 @@ def attend_batch(
         lse_place += count * heads * lse.element_size()
     library.call("decode_attention_batch", POINTER(_Attention), c_int64)(calls, len(rows))
     outputs = _by_session(output, rows)
-    return [(each, None) for each in outputs] if not need_lse else list(zip(outputs, _by_session(lse, rows), strict=True))
+    return (
+        [(each, None) for each in outputs] if not need_lse else list(zip(outputs, _by_session(lse, rows), strict=True))
+    )
 
 
 def _by_session(whole: Tensor, rows: list[int]) -> Sequence[Tensor]:
