@@ -173,7 +173,10 @@ class Turn:
         self.output.append(token)
         session.tokens.append(token)
         stats.output_tokens = len(self.output)
-        weigh(session)
+        if (
+            len(self.output) == 1
+        ):  # a policy that cannot say what it holds is found before it selects; else the end is enough
+            weigh(session)
         if token in self._stop_ids or len(self.output) >= self._max_new_tokens:
             self._finish(complete=True)
 
@@ -181,6 +184,7 @@ class Turn:
         """complete: the turn has its answer; else its prefill is done and the answer is still to come."""
         stats = self.session.stats
         if complete:
+            weigh(self.session)
             self.session.end_turn()
         self.session.busy, self.finished = False, True
         if not complete:

@@ -38,6 +38,7 @@ from loopserve.kernels.gpu.table import aligned, place, uploaded
 from loopserve.kernels.gpu.tiles import load_rows, store_rows
 
 _LEAST_KEYS = 256  # per part
+_BATCH_ROWS = 32  # of a tile, at most: with 64, what is loaded for a session no longer fits into the registers
 
 
 class _Split(NamedTuple):
@@ -227,8 +228,9 @@ def decode_batch_kernel(
     kind = tl.pointer_type(sample.dtype.element_ty)
     q, k, v = tl.load(entry).to(kind), tl.load(entry + 1).to(kind), tl.load(entry + 2).to(kind)
     first_valid, columns = tl.load(entry + 3), tl.load(entry + 4).to(tl.pointer_type(tl.int64))
-    q_head, q_row = tl.load(entry + 5), tl.load(entry + 6)
-    k_head, k_row, v_head, v_row = tl.load(entry + 7), tl.load(entry + 8), tl.load(entry + 9), tl.load(entry + 10)
+    q_head, k_head, v_head = tl.load(entry + 5), tl.load(entry + 7), tl.load(entry + 9)
+    q_row, k_row = tl.load(entry + 6).to(tl.int32), tl.load(entry + 8).to(tl.int32)
+    v_row = tl.load(entry + 10).to(tl.int32)
     if ALIGNED:  # of what is loaded the compiler knows nothing, and would read number by number
         q, k, v = tl.multiple_of(q, 16), tl.multiple_of(k, 16), tl.multiple_of(v, 16)
         q_head, q_row = tl.multiple_of(q_head, ALIGNED), tl.multiple_of(q_row, ALIGNED)
@@ -313,17 +315,30 @@ def decode_attention_batch(
 ) -> list[tuple[Tensor, Tensor | None]]:
     """See the package. Where t is the same for all, each session is split and computed as if it were alone."""
     if len(requests) == 1:
-        (queries, keys, values, first_valid, columns, tail) = requests[0]
-        options = {"first_valid": first_valid, "columns": columns, "tail": tail, "need_lse": need_lse}
-        return [decode_attention(queries, keys, values, scaling=scaling, softcap=softcap, **options)]
+        queries, keys, values, first_valid, columns, tail = requests[0]
+        found_alone = decode_attention(
+            queries,
+            keys,
+            values,
+            scaling=scaling,
+            softcap=softcap,
+            first_valid=first_valid,
+            columns=columns,
+            tail=tail,
+            need_lse=need_lse,
+        )
+        return [found_alone]
     requests = [_read_by_place(each) for each in requests]
     (heads, _rows, channels), (owners, _total, value_channels) = requests[0].queries.shape, requests[0].values.shape
     group, like = heads // owners, requests[0].queries
     most_rows = max(each.queries.shape[1] for each in requests)
     shape = attention_tile(like, value_channels)
-    shape = shape._replace(rows=min(shape.rows, padded(group * most_rows)))
+    shape = shape._replace(rows=min(shape.rows, _BATCH_ROWS, padded(group * most_rows)))
     tiles = -(-group * most_rows // shape.rows)
-    table, first_parts, counts, parts = [], [], [], 0
+    table: list[list[int]] = []
+    first_parts: list[int] = []  # of each tile of rows
+    counts: list[int] = []
+    parts = 0
     for each in requests:
         slots = each.keys.shape[1] if each.columns is None else each.columns.shape[1] + each.keys.shape[1] - each.tail
         split = _split(slots, owners * tiles, shape, like.device)
