@@ -75,8 +75,6 @@ def variants(dtype: torch.dtype, channels: int) -> Iterator[Call]:
         yield "decode_attention_batch", (queries, sessions(queries, keys, values, None, rows)), batch
     short = [DecodeRequest(queries[:, :1], keys[:, :100], values[:, :100])] * 2  # not split
     yield "decode_attention_batch", (queries, short), batch
-    shifted = [each[..., 1:-1] for each in (queries[:, :1], keys, values)]  # rows that begin anywhere
-    yield "decode_attention_batch", (queries, [DecodeRequest(*shifted)] * 2), batch
     chosen = {"columns": torch.zeros(KV_HEADS, 2048, dtype=torch.long), "tail": TOTAL - 32}
     for rows in (4, 32):  # more rows than a tile holds, too
         yield "decode_attention", (queries[:, :rows], keys, values), options | chosen

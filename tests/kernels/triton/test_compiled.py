@@ -90,6 +90,7 @@ def test_rows_at_loaded_places_are_read_as_wide_as_others(capability: int) -> No
     anywhere = launches_of(
         call("decode_attention_batch", (queries, [DecodeRequest(*shifted)] * 2), options), capability
     )
+    assert compiled(anywhere[0], capability).spilled <= 256  # what no store of ours needs
     assert dict(anywhere[0].constants)["ALIGNED"] == 0 and dict(together.constants)["ALIGNED"] == 8
 
 
