@@ -73,6 +73,27 @@ def test_every_preset_answers_as_alone(preset: str) -> None:
     assert [each.tokens for each in sessions] == [alone(served, each) for each in turns]
 
 
+def test_sessions_under_different_stacks_share_passes() -> None:
+    served = engine()
+    names = ["dense", "loopserve", "snapkv-evict", "quest", "h2o"]
+    sessions = [served.session(with_budget(load_stack(name), 48)) for name in names]
+    scheduler = Scheduler(served, max_batched_tokens=WHOLE)
+    for turn, tokens in enumerate((90, 20)):
+        for session in sessions:
+            scheduler.submit(session, prompt(turn, tokens), GREEDY)
+        scheduler.run()
+    turns = [prompt(0, 90), prompt(1, 20)]
+    assert [each.tokens for each in sessions] == [alone(engine(name), turns) for name in names]
+    assert len({tuple(each.tokens) for each in sessions}) > 1
+
+
+def test_a_stack_that_the_model_cannot_be_served_under_is_refused() -> None:
+    sliding = tiny_model("mistral_window")
+    set_implementation(sliding, IMPLEMENTATION)
+    with pytest.raises(ConfigError, match="no full-attention layer"):
+        TokenEngine(TransformersModel(sliding), load_stack("dense")).session(load_stack("snapkv"))
+
+
 ACTS = st.sampled_from(["send", "send", "send", "step", "step", "cancel", "undo", "fork", "release"])
 
 
