@@ -245,7 +245,7 @@ def decode_batch_kernel(
     places = q + (head * GROUP + row // rows)[:, None] * q_head + (row % rows)[:, None] * q_row + channel[None, :]
     q_tile = tl.load(places, mask=inside[:, None] & (channel < CHANNELS)[None, :], other=0.0)
     first_column = 0
-    if HAS_FILLER:
+    if HAS_FILLER:  # noqa: SIM102 (one is decided by the compiler, one on the device)
         if first_valid != 0:
             first_column = tl.load(first_valid.to(tl.pointer_type(tl.int64)) + head).to(tl.int32)
     found, found_lse = attend_slots(
