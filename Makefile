@@ -70,12 +70,19 @@ $(WHEEL)/ready: pyproject.toml
 check-wheel: $(VENV)/ready $(WHEEL)/ready
 	$(WHEEL)/bin/python -m tests.check_wheel $(BIN)/python
 
-# The C kernels under AddressSanitizer and UndefinedBehaviorSanitizer, over all cases that hypothesis draws for them.
+# The C kernels under AddressSanitizer and UndefinedBehaviorSanitizer, over all cases that hypothesis draws for them and from
+# several threads at once, each operation called under one default dtype of torch after the other; other instruction sets under
+# the first only. Memory that was not written holds large numbers. About ten minutes on two cores.
 sanitize: $(VENV)/ready
-	LOOPSERVE_CACHE=.sanitize LOOPSERVE_KERNELS=cpu OMP_NUM_THREADS=2 \
-	LOOPSERVE_CFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g -O1" \
-	LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
-	$(BIN)/python -m pytest -q -p no:xdist tests/kernels --ignore tests/kernels/triton $(ARGS)
+	@status=0; for dtype in float32 bfloat16 float64; do echo "default dtype $$dtype:"; \
+	    if [ $$dtype = float32 ]; then without=; else without="--ignore tests/kernels/test_native.py"; fi; \
+	    LOOPSERVE_TEST_DTYPE=$$dtype LOOPSERVE_CACHE=.sanitize LOOPSERVE_KERNELS=cpu OMP_NUM_THREADS=2 \
+	    LOOPSERVE_CFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g -O1" \
+	    LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so)" \
+	    ASAN_OPTIONS=detect_leaks=0:max_malloc_fill_size=1048576:malloc_fill_byte=127 \
+	    $(BIN)/python -m pytest -q -p no:xdist tests/kernels --ignore tests/kernels/triton $$without \
+	    --deselect "tests/kernels/test_odd_numbers.py::test_every_selection_ends_and_is_valid[triton]" $(ARGS) || status=1; \
+	done; exit $$status
 
 # At most twenty minutes on two cores. A wrong operation gets no time and fails the target, after all else was measured.
 bench: $(VENV)/ready

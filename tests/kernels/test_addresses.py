@@ -76,14 +76,14 @@ def test_what_c_expects_has_an_address(tensor: Tensor, strided: int, written: bo
     assert place == tensor.data_ptr()
 
 
-def test_addresses_are_taken_in_one_place() -> None:
+def test_addresses_are_taken_in_one_place_for_each_kind_of_kernel() -> None:
     package = Path(loopserve.kernels.__file__).parent
     taken = {
         str(path.relative_to(package))
         for path in package.rglob("*.py")
         if ".data_ptr()" in path.read_text().replace(".untyped_storage().data_ptr()", "")
     }
-    assert taken == {"native/arrays.py"}
+    assert taken == {"native/arrays.py", "gpu/table.py"}
 
 
 def forms(tensor: Tensor) -> dict[str, Tensor]:
@@ -145,6 +145,9 @@ def test_numbers_without_room_in_an_int64_do_not_wrap_round(implementation: str)
         blocks = torch.ones(4, 1, 1, dtype=torch.bool)
         torch.testing.assert_close(block_sparse(queries, keys, keys, blocks, tile=HUGE, scaling=0.2)[0], whole)
         scores = normal(2, TOTAL)
+        low, high = (torch.zeros(2, 1, DIM) for _ in range(2))
+        summarise_pages(keys, HUGE, 0, low, high)
+        assert torch.equal(low[:, 0], keys.amin(1)) and torch.equal(high[:, 0], keys.amax(1))
         forced = top_columns(scores, 7, sink_tokens=HUGE, recent_window=0)
         assert torch.equal(forced, top_columns(scores, 7, sink_tokens=TOTAL, recent_window=0))
         forced = top_columns(scores, 7, sink_tokens=0, recent_window=HUGE)

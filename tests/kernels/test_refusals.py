@@ -14,6 +14,7 @@ from loopserve.kernels.decode_attention import decode_attention
 from loopserve.kernels.dense_attention import dense_attention
 from loopserve.kernels.gather_kv import gather_kv
 from loopserve.kernels.key_codes import code_jumps
+from loopserve.kernels.select_lines import select_lines
 from loopserve.kernels.token_scores import token_scores
 from loopserve.kernels.top_columns import top_columns
 from loopserve.kernels.vertical_slash import vertical_slash
@@ -54,6 +55,8 @@ def jumps(base: torch.Tensor, **options: Any) -> torch.Tensor:
         lambda: dense_attention(QUERIES, KEYS, KEYS, scaling=1.0, first_valid=torch.tensor([1], device="meta")),
         lambda: token_scores(QUERIES, KEYS, torch.tensor([0, 1, FAR]), scaling=1.0),
         lambda: token_scores(QUERIES, KEYS, torch.arange(3, device="meta"), scaling=1.0),
+        lambda: gather_kv(KEYS, KEYS.to("meta"), torch.tensor([[0]])),
+        lambda: select_lines(torch.zeros(1, 3, 9), torch.arange(3), 3, alpha=0.9, row_weights=torch.ones(3).to("meta")),
         lambda: gather_kv(KEYS, KEYS, torch.tensor([[FAR]])),
         lambda: gather_kv(KEYS, KEYS, torch.tensor([[-1]])),
         lambda: gather_kv(KEYS, KEYS, torch.tensor([[0]], device="meta")),

@@ -37,7 +37,7 @@ def engine(family: str, prefill: dict[str, Any], decode: dict[str, Any], **optio
 
 def prompts(seed: int, turns: tuple[int, ...] = TURNS) -> list[list[int]]:
     source = torch.Generator().manual_seed(seed)
-    return [torch.randint(3, VOCABULARY, (count,), generator=source).tolist() for count in turns]
+    return [torch.randint(3, VOCABULARY, (count,), generator=source, device="cpu").tolist() for count in turns]
 
 
 def answers(

@@ -1,4 +1,4 @@
-"""What a process has made torch's default dtype changes no answer: not its crash, not its figures, not its last bit."""
+"""What a process has made torch's default dtype, or its default device, changes no figure of an answer and no last bit."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from loopserve.models.huggingface import HuggingFaceModel
+from loopserve.models.bridge import TransformersModel
 
 from loopserve.api import load_stack
 from loopserve.bench.budget import with_budget
@@ -43,7 +43,7 @@ def stack(preset: str) -> PolicyStack:
 def held(family: str, preset: str) -> tuple[torch.Tensor, list[dict[str, Any]]]:
     """Logits and figures of a conversation."""
     served = TokenEngine(
-        HuggingFaceModel(model(family)),
+        TransformersModel(model(family)),
         stack(preset),
         chunk_tokens=CHUNK,
         measure_coverage=True,
@@ -71,6 +71,17 @@ def test_a_preset_answers_the_same_under_any_default(family: str, kernels: str, 
                 logits, found = held(family, preset)
             assert torch.equal(logits, wanted), dtype
             assert found == figures, dtype
+
+
+@pytest.mark.parametrize("preset", preset_names())
+def test_a_preset_answers_the_same_under_another_default_device(preset: str) -> None:
+    wanted, figures = held("llama", preset)
+    torch.set_default_device("meta")  # nothing can be read from it
+    try:
+        logits, found = held("llama", preset)
+    finally:
+        torch.set_default_device(None)
+    assert torch.equal(logits, wanted) and found == figures
 
 
 @pytest.mark.parametrize("dtype", OTHERS)

@@ -36,6 +36,10 @@ def summarise_pages(
     heads, total, dim = keys.shape
     if page < 1:
         raise ValueError(f"summarise_pages: page={page} must be at least 1")
+    if (
+        codes is None
+    ):  # a page beyond the last column is one page; a number that an int64 has no room for would wrap round in C
+        page = min(page, max(total, 1))
     pages = -(-total // page)
     if low.shape != high.shape or low.shape[0] != heads or low.shape[1] < pages or low.shape[2] != dim:
         raise ValueError(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from loopserve.kernels import backend
 from loopserve.kernels.gpu import limits
-from loopserve.kernels.shapes import check_columns, check_lines
+from loopserve.kernels.shapes import check_columns, check_device, check_lines
 
 Cost = Literal["length", "tile"]
 TILE = 64  # rows per tile of the kernels whose work the cost ``tile`` counts
@@ -111,6 +111,7 @@ def prepare(
     if cost not in ("length", "tile") or not 1 <= tile <= MOST_TILE:
         raise ValueError(f"{op}: cost={cost!r} must be 'length' or 'tile', tile={tile} from 1 to {MOST_TILE}")
     weights = torch.ones(heads, rows, dtype=torch.float32, device=device) if row_weights is None else row_weights
+    check_device(op, "row_weights", weights, device)
     fits = weights.shape in ((rows,), (heads, rows))
     # Reading a value waits for an accelerator, so there the values are the caller's business.
     if not fits or (device.type == "cpu" and not bool(((weights >= 0) & (weights < math.inf)).all())):

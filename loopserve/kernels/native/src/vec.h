@@ -95,7 +95,7 @@ INLINE vf exp2v(vf x) {
     p = p * f + 2.402264791e-1f;
     p = p * f + 6.931472029e-1f;
     p = p * f + 1.0f;
-    return (vf)(((vi)p + ((vi)shifted << 23)) & kept);
+    return (vf)(((vu)p + ((vu)shifted << 23)) & (vu)kept);  // unsigned: lanes that no row uses hold anything, and may wrap round
 #endif
 }
 
