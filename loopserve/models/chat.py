@@ -255,7 +255,7 @@ class ChatTokenizer:
     def _template_stop(self) -> set[int]:
         """Return the token that the template ends an answer with, unless it can stand within one as well."""
         self._end = self._find_end()
-        within = any(text == CHANNEL for text in self._special.values())
+        within = CHANNEL in str(getattr(self.tokenizer, "chat_template", None))
         return set() if self._end is None or within else {self._end}
 
     def _find_end(self) -> int | None:
