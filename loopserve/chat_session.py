@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 from weakref import WeakValueDictionary
 
-from pydantic import ValidationError
-
-from loopserve.core.engine.sampling import SamplingConfig
+from loopserve.core.engine.sampling import FinishReason, LogitsProcessor, SamplingConfig
 from loopserve.core.engine.session import Session
 from loopserve.core.engine.stats import TurnStats
-from loopserve.core.errors import ConfigError, InputError
+from loopserve.core.engine.turn import Turn
+from loopserve.core.errors import InputError
+from loopserve.models.answer_text import AnswerText
 from loopserve.models.chat import Answered, Message, Prompt, StreamDecoder, as_messages, writable
+from loopserve.models.logprobs import TokenLogprob, token_logprobs
 from loopserve.transcript import Transcript, TranscriptTurn, bring_to
 
 if TYPE_CHECKING:
@@ -41,11 +42,14 @@ class Timings:
 class Reply:
     """Hold one answer and what it took."""
 
-    text: str  # the answer itself, without what the model wrote before it
-    token_ids: tuple[int, ...]
+    text: str  # the answer itself, without what the model thought before it, and without a stop string
+    token_ids: tuple[int, ...]  # up to and including a stop token, or the token that completed a stop string
     usage: Usage
     timings: Timings
     stats: TurnStats
+    finish_reason: FinishReason  # stop: a stop token or stop string; length: max_new_tokens or the model's window
+    stop_string: str | None = None  # the one that ended the answer
+    logprobs: tuple[TokenLogprob, ...] | None = None  # one entry per token of token_ids, where asked for
     reasoning: str | None = None  # of a reasoning block or of other channels than the final one; None: none was written
 
 
@@ -107,34 +111,45 @@ class ChatSession:
             raise InputError("the session is closed; open a new one with engine.session()")
         return self._session
 
-    def send(self, text: str, **sampling: Any) -> Reply:
-        """Say something, get the whole answer. Keywords are those of ``core.sampling.SamplingConfig``."""
-        return self._whole(self.stream(text, **sampling))
+    def send(self, text: str, *, logits_processors: Sequence[LogitsProcessor] = (), **options: Any) -> Reply:
+        """Say something, get the whole answer. The arguments are those of ``stream``."""
+        return self._whole(self.stream(text, logits_processors=logits_processors, **options))
 
-    def stream(self, text: str, **sampling: Any) -> Iterator[str]:
-        """Give the answer piece by piece, without its reasoning; ``last_reply`` holds the whole once it is over."""
+    def stream(self, text: str, *, logits_processors: Sequence[LogitsProcessor] = (), **options: Any) -> Iterator[str]:
+        """Give the answer piece by piece, without its reasoning; ``last_reply`` holds the whole once it is over.
+
+        options: those of ``SamplingConfig``, and ``sampling`` to choose other defaults than the engine's (see ``Engine``).
+        logits_processors: functions from ``(input_ids [1, T], scores [1, V])`` to scores, as those of transformers. No piece
+        holds a part of a stop string. Raises ConfigError for a wrong option, InputError for a message that cannot be asked.
+        """
+        config = self.engine.sampling_config(options)
         if not isinstance(text, str):
             raise InputError(f"a message is text, not {type(text).__name__}")
-        return self._begin(lambda: [*self.messages, {"role": "user", "content": text}], sampling)
+        return self._begin(lambda: [*self.messages, {"role": "user", "content": text}], config, logits_processors)
 
-    def complete(self, messages: Sequence[Message], **sampling: Any) -> Reply:
+    def complete(
+        self, messages: Sequence[Message], *, logits_processors: Sequence[LogitsProcessor] = (), **options: Any
+    ) -> Reply:
         """Answer a whole conversation, given as the chat API has it, and go on from what this session holds of it.
 
         messages: dictionaries of role and content, the last one a user's. Compared message by message: what both have in common
         is not computed again, where they differ the session goes back to the last common turn. Raises InputError for what is no
-        message.
+        message. The other arguments are those of ``stream``.
         """
-        return self._whole(self.stream_complete(messages, **sampling))
+        return self._whole(self.stream_complete(messages, logits_processors=logits_processors, **options))
 
-    def stream_complete(self, messages: Sequence[Message], **sampling: Any) -> Iterator[str]:
+    def stream_complete(
+        self, messages: Sequence[Message], *, logits_processors: Sequence[LogitsProcessor] = (), **options: Any
+    ) -> Iterator[str]:
         """Like ``complete``, piece by piece."""
+        config = self.engine.sampling_config(options)
         given = as_messages(messages)
 
         def asked() -> list[Message]:
             common = self._transcript.common(given)
             return [*self.messages[:common], *given[common:]]
 
-        return self._begin(asked, sampling)
+        return self._begin(asked, config, logits_processors)
 
     def _whole(self, pieces: Iterator[str]) -> Reply:
         for _ in pieces:
@@ -142,47 +157,65 @@ class ChatSession:
         assert self.last_reply is not None
         return self.last_reply
 
-    def _begin(self, asked: Callable[[], list[Message]], sampling: dict[str, Any]) -> Iterator[str]:
-        try:
-            config = SamplingConfig(**sampling)
-        except ValidationError as error:
-            first = error.errors()[0]
-            raise ConfigError(f"{'.'.join(map(str, first['loc']))}: {first['msg']} (got {first['input']!r})") from error
+    def _begin(
+        self, asked: Callable[[], list[Message]], config: SamplingConfig, processors: Sequence[LogitsProcessor]
+    ) -> Iterator[str]:
         self._open.require_rest()
-        return self._answer(asked, self.messages, self._transcript.prompt(asked()), config)  # refused at once if at all
+        prompt = self._transcript.prompt(asked())  # a message that cannot be asked is refused at once
+        return self._answer(asked, self.messages, prompt, config, processors)
 
     def _answer(
-        self, ask: Callable[[], list[Message]], held: list[Message], prompt: Prompt, config: SamplingConfig
+        self,
+        ask: Callable[[], list[Message]],
+        held: list[Message],
+        prompt: Prompt,
+        config: SamplingConfig,
+        processors: Sequence[LogitsProcessor],
     ) -> Iterator[str]:
         engine, session = self.engine, self._open
         session.require_rest()
         asked = ask()
         if held is not self.messages:  # other turns have been held since the stream was opened
             prompt = self._transcript.prompt(asked)
-        most = self._longest_answer(prompt, config)
+        longest = self._longest_answer(prompt, config)
         reused, history_ms = self._prepare(session, asked, prompt)
-        depth, new = len(session.turns), prompt.tokens[len(session.tokens) :]
-        decoder = StreamDecoder(engine.tokenizer, prompt.text)
-        tokens: list[int] = []
-        for token in engine.token_engine.generate(session, new, config, engine.stop_ids, most):
-            tokens.append(token)
-            piece = decoder.push(token)
-            if piece:
+        depth = len(session.turns)
+        said = AnswerText(engine.tokenizer, config.stop, StreamDecoder(engine.tokenizer, prompt.text))
+        turn = engine.token_engine.begin(
+            session,
+            prompt.tokens[len(session.tokens) :],
+            config,
+            stop_ids=engine.stop_ids,
+            stop_check=said.push,
+            max_new_tokens=longest,
+            logits_processors=processors,
+        )
+        for _ in engine.token_engine.finish(turn):
+            if turn.finished:
+                said.close()
+            if piece := said.take():
                 yield piece
-        answer = engine.tokenizer.read_answer(tokens, prompt.text)
-        stats = session.stats
-        answered = Answered(len(asked), prompt, answer, tuple(tokens))
-        self._transcript.add(asked, TranscriptTurn(answered, stats, depth))
-        self.last_reply = Reply(
-            text=answer.text.strip(),
-            token_ids=tuple(tokens),
-            usage=Usage(len(prompt.tokens) - reused, reused, stats.output_tokens),
+        answer = engine.tokenizer.read_answer(turn.output, prompt.text)
+        if said.stop_string is not None:
+            answer = replace(answer, text=said.text)
+        answered = Answered(len(asked), prompt, answer, tuple(turn.output))
+        self._transcript.add(asked, TranscriptTurn(answered, session.stats, depth))
+        self.last_reply = self._reply(turn, answered, said.stop_string, reused, history_ms)
+
+    def _reply(self, turn: Turn, answered: Answered, stop_string: str | None, reused: int, history_ms: float) -> Reply:
+        stats = turn.session.stats
+        assert turn.finish_reason is not None
+        return Reply(
+            text=answered.answer.text.strip(),
+            token_ids=answered.tokens,
+            usage=Usage(len(answered.prompt.tokens) - reused, reused, stats.output_tokens),
             timings=Timings(stats.ttft_ms + history_ms, stats.tpot_ms),
             stats=stats,
-            reasoning=answer.reasoning,
+            finish_reason=turn.finish_reason if stop_string is None else FinishReason.STOP,
+            stop_string=stop_string,
+            logprobs=None if turn.logprobs is None else token_logprobs(self.engine.tokenizer, turn.logprobs),
+            reasoning=answered.answer.reasoning,
         )
-        if rest := decoder.rest():
-            yield rest
 
     def _prepare(self, session: Session, asked: list[Message], prompt: Prompt) -> tuple[int, float]:
         """Bring the session to the beginning of a prompt; return (tokens that it holds of it, ms spent on earlier turns).
@@ -235,11 +268,14 @@ class ChatSession:
         self.last_reply = None
         return message
 
-    def retry(self, **sampling: Any) -> Reply:
-        """Take back the last answer and give another one to the same message; if that breaks off, the old one stays."""
+    def retry(self, **options: Any) -> Reply:
+        """Take back the last answer and give another one to the same message; if that breaks off, the old one stays.
+
+        options: those of ``stream``.
+        """
         kept = self.fork()
         try:
-            return self.send(self.undo()["content"], **sampling)
+            return self.send(self.undo()["content"], **options)
         except BaseException:
             self._become(kept)
             raise

@@ -84,8 +84,8 @@ class StreamDecoder:
     def push(self, token: int) -> str:
         """Return the text that one more token adds; may be empty."""
         self._ids.append(token)
-        text = self._text()
-        if text.endswith("\ufffd") or not text.startswith(self._said):
+        text = self._text().rstrip("\ufffd")
+        if not text.startswith(self._said):
             return ""
         piece = text[len(self._said) :]
         self._said = text

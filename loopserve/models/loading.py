@@ -54,7 +54,7 @@ def load(
 def _device(name: str) -> torch.device:
     try:
         place = torch.device(_best_device() if name == "auto" else name)
-        torch.empty(0, device=place)
+        torch.empty(0, dtype=torch.float32, device=place)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(
             f"device {name!r} is unknown or not there ({_reason(error)}); use auto or {_best_device()}"

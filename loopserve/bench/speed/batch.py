@@ -185,4 +185,4 @@ def _held(engine: TokenEngine, model: Any, history: int) -> Session:
 
 def _prompt(model: Any, tokens: int, seed: int) -> list[int]:
     draw = torch.Generator().manual_seed(seed)
-    return torch.randint(8, vocabulary_size(model), (tokens,), generator=draw).tolist()
+    return torch.randint(8, vocabulary_size(model), (tokens,), generator=draw, device="cpu").tolist()

@@ -10,11 +10,12 @@ from typing import Any
 
 from torch import Tensor
 
+from loopserve.core.engine.answer import AnswerPlan, StopCheck, plan_answer
 from loopserve.core.engine.forward import ForwardBatch, ForwardContext, Model
-from loopserve.core.engine.sampling import Sampler, SamplingConfig
+from loopserve.core.engine.sampling import Choose, LogitsProcessor, SamplingConfig
 from loopserve.core.engine.session import UNDO_DEPTH, Session
 from loopserve.core.engine.slots import Slots
-from loopserve.core.engine.turn import Choose, Turn, complete, observation_context
+from loopserve.core.engine.turn import Turn, complete, observation_context
 from loopserve.core.errors import POLICY_TIMEOUT_S, ConfigError, InputError, OnPolicyFault, PolicyChecks
 from loopserve.core.guard.guard import Guard
 from loopserve.core.stack.stack import PolicyStack
@@ -84,14 +85,24 @@ class TokenEngine:
         sampling: SamplingConfig | Choose,
         stop_ids: frozenset[int] = frozenset(),
         max_new_tokens: int | None = None,
+        *,
+        stop_check: StopCheck | None = None,
+        logits_processors: Sequence[LogitsProcessor] = (),
     ) -> Iterator[int]:
-        """Answer one turn, token by token, the stop token included.
+        """Answer one turn, token by token, the stop token included. The arguments are those of ``begin``.
 
-        sampling: settings, or a function from logits ``[vocabulary]`` to a token. max_new_tokens: those of the settings unless
-        given. A turn that is not finished (an error, Ctrl-C, a consumer that walks away) is taken back whole.
+        A turn that is not finished (an error, Ctrl-C, a consumer that walks away) is taken back whole.
         """
-        choose, most = chooser(sampling, max_new_tokens)
-        yield from self._finish(self.begin(session, new_tokens, choose, stop_ids=stop_ids, max_new_tokens=most))
+        turn = self.begin(
+            session,
+            new_tokens,
+            sampling,
+            stop_ids=stop_ids,
+            stop_check=stop_check,
+            max_new_tokens=max_new_tokens,
+            logits_processors=logits_processors,
+        )
+        yield from self.finish(turn)
 
     def prefill(self, session: Session, new_tokens: Sequence[int], *, max_new_tokens: int = 0) -> Tensor:
         """Begin a turn and compute its tokens; return the logits ``[vocabulary]`` of the answer's first token.
@@ -100,7 +111,7 @@ class TokenEngine:
         twice.
         """
         turn = self.begin(session, new_tokens, None, max_new_tokens=max_new_tokens)
-        for _ in self._finish(turn):
+        for _ in self.finish(turn):
             pass
         assert turn.logits is not None
         return turn.logits
@@ -112,43 +123,79 @@ class TokenEngine:
         sampling: SamplingConfig | Choose,
         stop_ids: frozenset[int] = frozenset(),
         max_new_tokens: int | None = None,
+        *,
+        stop_check: StopCheck | None = None,
+        logits_processors: Sequence[LogitsProcessor] = (),
     ) -> Iterator[int]:
-        """Answer the turn that ``prefill`` gave these logits for, token by token; left unfinished, the turn is taken back whole."""
-        choose, most = chooser(sampling, max_new_tokens)
+        """Answer the turn that ``prefill`` gave these logits for, token by token; left unfinished, the turn is taken back whole.
+
+        The arguments are those of ``begin``.
+        """
         self._own(session)
         session.require_rest()
-        turn = Turn(
-            session,
-            None,
-            choose,
-            device=self.model.device,
-            logits=logits,
+        plan = plan_answer(
+            session.tokens,
+            self.model.max_positions,
+            sampling,
             stop_ids=stop_ids,
-            max_new_tokens=most,
-            chunk_tokens=self.chunk_tokens,
-            measure=self.measure_coverage,
+            stop_check=stop_check,
+            max_new_tokens=max_new_tokens,
+            logits_processors=logits_processors,
         )
-        yield from self._finish(turn)
+        yield from self.finish(self._turn(session, None, plan, logits))
+
+    def plan(
+        self, session: Session, new_tokens: Sequence[int], sampling: SamplingConfig | Choose | None, **options: Any
+    ) -> AnswerPlan:
+        """Return how ``begin``, called with the same arguments, would answer a turn. Raises what ``begin`` would raise.
+
+        A session that is busy is no error here.
+        """
+        self._own(session)
+        self._check_length(session, new_tokens)
+        return plan_answer([*session.tokens, *new_tokens], self.model.max_positions, sampling, **options)
 
     def begin(
         self,
         session: Session,
         new_tokens: Sequence[int],
-        choose: Choose | None,
+        sampling: SamplingConfig | Choose | None,
         *,
         stop_ids: frozenset[int] = frozenset(),
-        max_new_tokens: int = 0,
+        stop_check: StopCheck | None = None,
+        max_new_tokens: int | None = None,
+        logits_processors: Sequence[LogitsProcessor] = (),
     ) -> Turn:
-        """Begin a turn; nothing is computed before ``run``. Raises InputError for a turn that does not fit the model."""
-        self.check(session, new_tokens, max_new_tokens)
+        """Begin a turn; nothing is computed before ``run``.
+
+        sampling: settings, a function from logits ``[vocabulary]`` to a token, or None to stop after the prefill. stop_ids:
+        tokens that end the answer, unless the settings ignore them. stop_check: see ``AnswerPlan``; needed where the settings
+        name stop strings, since the engine knows no text. max_new_tokens: those of the settings unless given; if these do not give
+        them either, the answer ends at the model's window. logits_processors: see ``Sampler``; only beside settings.
+
+        Raises InputError for a turn that does not fit the model, ConfigError for options that do not fit each other.
+        """
+        plan = self.plan(
+            session,
+            new_tokens,
+            sampling,
+            stop_ids=stop_ids,
+            stop_check=stop_check,
+            max_new_tokens=max_new_tokens,
+            logits_processors=logits_processors,
+        )
         session.require_rest()
+        return self._turn(session, new_tokens, plan, None)
+
+    def _turn(
+        self, session: Session, new_tokens: Sequence[int] | None, plan: AnswerPlan, logits: Tensor | None
+    ) -> Turn:
         return Turn(
             session,
             new_tokens,
-            choose,
+            plan,
             device=self.model.device,
-            stop_ids=stop_ids,
-            max_new_tokens=max_new_tokens,
+            logits=logits,
             chunk_tokens=self.chunk_tokens,
             measure=self.measure_coverage,
         )
@@ -183,7 +230,7 @@ class TokenEngine:
             context.session.enter(context.phase)
             context.session.look_for_references()
 
-    def _finish(self, turn: Turn) -> Iterator[int]:
+    def finish(self, turn: Turn) -> Iterator[int]:
         """Run a turn to its end and yield its tokens. It is taken back unless its last token was taken by the consumer."""
         given, done = 0, False
         try:
@@ -207,9 +254,7 @@ class TokenEngine:
         if session.slots is not self.slots and not any(session.slots is each for each, _ in self._others.values()):
             raise InputError("this session belongs to another engine: open one with this engine's session()")
 
-    def check(self, session: Session, new_tokens: Sequence[int], max_new_tokens: int) -> None:
-        """Raise InputError for a turn that can never be served: no tokens, too many, or a session of another engine."""
-        self._own(session)
+    def _check_length(self, session: Session, new_tokens: Sequence[int]) -> None:
         if not new_tokens:
             raise InputError("a turn needs at least one token")
         limit = self.model.max_positions
@@ -219,16 +264,3 @@ class TokenEngine:
                 f"the conversation would be {needed} tokens long, the model takes {limit}: shorten the message, "
                 "undo a turn, or start a new session"
             )
-        if limit is not None and needed - 1 + max_new_tokens > limit:
-            raise InputError(
-                f"max_new_tokens={max_new_tokens} does not fit: {limit - needed + 1} tokens are left of the model's {limit}"
-            )
-
-
-def chooser(sampling: SamplingConfig | Choose, max_new_tokens: int | None) -> tuple[Choose, int]:
-    """Return the function that chooses tokens, and how many it may choose."""
-    if isinstance(sampling, SamplingConfig):
-        return Sampler(sampling), max_new_tokens or sampling.max_new_tokens
-    if max_new_tokens is None:
-        raise InputError("max_new_tokens is needed beside a function that chooses the tokens")
-    return sampling, max_new_tokens

@@ -49,7 +49,9 @@ class ForwardBatch:
     @property
     def token_ids(self) -> Tensor:
         """All tokens of the pass, int64 ``[sum T]`` on the CPU."""
-        return torch.tensor([token for each in self.contexts for token in each.token_ids], dtype=torch.long)
+        return torch.tensor(
+            [token for each in self.contexts for token in each.token_ids], dtype=torch.long, device="cpu"
+        )
 
     @property
     def positions(self) -> Tensor:

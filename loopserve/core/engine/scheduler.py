@@ -12,11 +12,11 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from loopserve.core.engine.engine import TokenEngine, chooser
+from loopserve.core.engine.engine import TokenEngine
 from loopserve.core.engine.ledger import Ledger
-from loopserve.core.engine.sampling import SamplingConfig
+from loopserve.core.engine.sampling import Choose, SamplingConfig
 from loopserve.core.engine.session import Session
-from loopserve.core.engine.turn import Choose, Turn
+from loopserve.core.engine.turn import Turn
 from loopserve.core.errors import CancelledTurn, CapacityError, ConfigError, InputError
 
 
@@ -102,11 +102,12 @@ class Scheduler:
         **options: Any,
     ) -> Request:
         """Queue a turn. listener: called, by the thread that calls ``step``, after each pass that brought tokens or the end.
+        options: further ones of ``TokenEngine.begin``.
 
         Raises InputError for a turn that can never be served and CapacityError if the queue is full.
         """
-        choose, most = chooser(sampling, max_new_tokens)
-        self.engine.check(session, new_tokens, most)
+        options |= {"stop_ids": stop_ids, "max_new_tokens": max_new_tokens}
+        most = self.engine.plan(session, new_tokens, sampling, **options).max_new_tokens
         needed = self.ledger.needed(session, len(new_tokens), most)
         if self.ledger.limit is not None and needed > self.ledger.limit:
             raise InputError(
@@ -116,7 +117,7 @@ class Scheduler:
         request = Request(
             session,
             new_tokens,
-            lambda: self.engine.begin(session, new_tokens, choose, stop_ids=stop_ids, max_new_tokens=most, **options),
+            lambda: self.engine.begin(session, new_tokens, sampling, **options | {"max_new_tokens": most}),
             needed,
         )
         request.listener = listener
