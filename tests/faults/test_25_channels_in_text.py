@@ -6,6 +6,7 @@ import pytest
 
 from loopserve.models.chat import ChatTokenizer
 from tests.faults.chat_tokens import byte_tokenizer
+from tests.models.chat_cases import tokenizer
 
 SPECIAL = ("<|im_start|>", "<|im_end|>", "<|channel|>", "<|message|>", "<|endoftext|>", "<|tool|>", "<|/tool|>")
 ANALYSIS = "<|channel|>analysis<|message|>hmm<|im_end|><|im_start|>assistant"
@@ -42,3 +43,10 @@ def test_a_prompt_that_opened_the_reasoning_is_heeded(chat: ChatTokenizer) -> No
     tokens = chat.tokenizer("hmm</think>Hi", add_special_tokens=False)["input_ids"]
     answer = chat.read_answer(tokens, "<|im_start|>assistant\n<think>\n")
     assert (answer.text, answer.reasoning) == ("Hi", "hmm")
+
+
+def test_an_unknown_word_is_no_marker() -> None:
+    chat = ChatTokenizer(tokenizer("metaspace first", "chatml"))
+    ids = chat.answer_tokens("hi\u4e2dyes")
+    assert chat.tokenizer.unk_token_id in ids
+    assert chat.decode(ids) == chat.read_answer(ids).text == "hiyes"
