@@ -11,19 +11,26 @@ from typing import TYPE_CHECKING, Any, Literal
 from loopserve.chat_session import ChatSession
 from loopserve.core.engine.engine import TokenEngine
 from loopserve.core.engine.sampling import SamplingConfig, read_sampling
-from loopserve.core.errors import POLICY_TIMEOUT_S, ConfigError, InputError, OnPolicyFault, PolicyChecks, did_you_mean
-from loopserve.core.stack.stack import PolicyStack
-from loopserve.core.stack.stack import load_stack as _load_stack
+from loopserve.core.errors import (
+    POLICY_TIMEOUT_S,
+    ConfigError,
+    InputError,
+    OnPolicyFault,
+    PolicyChecks,
+    did_you_mean,
+)
+from loopserve.core.stack.stack import PolicyStack, resolve_stack
 from loopserve.kernels import backend as kernels
 from loopserve.models.apply import Applied, applied
 from loopserve.models.bridge import IMPLEMENTATION, TransformersModel
 from loopserve.models.chat import ChatTokenizer, Message, as_messages
 from loopserve.models.generation_config import model_sampling, stop_ids
-from loopserve.models.layers import set_implementation
+from loopserve.models.layers import set_implementation, unwrapped
 from loopserve.models.loading import load
 from loopserve.plugins import load_registry
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
 StackLike = str | Path | Mapping[str, Any] | PolicyStack
@@ -35,7 +42,7 @@ def load_stack(stack: StackLike) -> PolicyStack:
         return stack
     loaded = load_registry()
     try:
-        return _load_stack(stack, loaded.registry)
+        return resolve_stack(stack, loaded.registry)
     except ConfigError as error:  # a policy that is missing may be one whose plugin could not be loaded
         if not loaded.problems:
             raise
@@ -55,7 +62,7 @@ def apply(
     """Serve a plain transformers model under a stack: ``with apply(model, "loopserve"): model.generate(**batch)``.
 
     Undone fully at exit. Batches may be padded: each row gets what it gets alone. A forward pass of several tokens is a new
-    turn, one of a single token a decode step; leave ``prefill_chunk_size`` unset, or each chunk is a turn.
+    turn, one of a single token a decode step; what ``generate`` computes of its prompt is one turn, in chunks or not.
     measure_coverage: realised coverage of the prefill patterns over all rows, as costly as dense attention; ``stats`` of
     what the block yields holds the figures. Faults of policies are dealt with as in ``Engine``; but a write into the stored pairs
     always raises, since the forward pass is the caller's and cannot be run again from here.
@@ -99,6 +106,7 @@ class Engine:
             kernels.chosen()
         except ValueError as error:
             raise ConfigError(str(error)) from error
+        model = unwrapped(model)
         self.stack = load_stack(stack)
         self.tokenizer = ChatTokenizer(tokenizer, stop_ids(model))
         self.token_engine = TokenEngine(
@@ -122,8 +130,8 @@ class Engine:
         model: str,
         stack: StackLike = "loopserve",
         *,
-        dtype: str = "auto",
-        device: str = "auto",
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device = "auto",
         revision: str | None = None,
         trust_remote_code: bool = False,
         chunk_tokens: int = 4096,

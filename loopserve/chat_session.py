@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -42,7 +42,7 @@ class Timings:
 class Reply:
     """Hold one answer and what it took."""
 
-    text: str  # the answer itself, without what the model thought before it, and without a stop string
+    text: str  # the answer itself: without a stop string, and without what the model wrote before it
     token_ids: tuple[int, ...]  # up to and including a stop token, or the token that completed a stop string
     usage: Usage
     timings: Timings
@@ -51,6 +51,57 @@ class Reply:
     stop_string: str | None = None  # the one that ended the answer
     logprobs: tuple[TokenLogprob, ...] | None = None  # one entry per token of token_ids, where asked for
     reasoning: str | None = None  # of a reasoning block or of other channels than the final one; None: none was written
+
+
+class PendingAnswer:
+    """Hold one message under way: the tokens it adds, the text of the answer so far, and the reply once the turn is over."""
+
+    def __init__(self, chat: ChatSession, asked: list[Message], prompt: Prompt, config: SamplingConfig) -> None:
+        """Bring the chat's session to the beginning of the prompt. Raises InputError, before anything is changed, for a prompt
+        that does not fit the model.
+        """
+        engine, self.session = chat.engine, chat.open_session
+        self.config = config
+        self._chat, self._asked, self._prompt = chat, asked, prompt
+        self._text = AnswerText(engine.tokenizer, config.stop, StreamDecoder(engine.tokenizer, prompt.text))
+        engine.token_engine.check_fit(prompt.tokens, config, stop_check=self._text.push)
+        self._reused, self._history_ms = chat.prepare(asked, prompt)
+        self._depth = len(self.session.turns)
+        self.new_tokens = prompt.tokens[len(self.session.tokens) :]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What ends the answer, as keywords of ``TokenEngine.begin`` and ``Scheduler.submit``."""
+        return {"stop_ids": self._chat.engine.stop_ids, "stop_check": self._text.push}
+
+    def piece(self, turn: Turn) -> str:
+        """Return the text that has become certain since the last call."""
+        if turn.finished:
+            self._text.close()
+        return self._text.take()
+
+    def conclude(self, turn: Turn) -> Reply:
+        """Take the finished turn into the conversation."""
+        tokenizer, stats, output = self._chat.engine.tokenizer, self.session.stats, tuple(turn.output)
+        assert turn.finish_reason is not None
+        self._text.close()
+        answer = tokenizer.read_answer(output, self._prompt.text)
+        if self._text.stop_string is not None:
+            answer = replace(answer, text=self._text.text)
+        answered = Answered(len(self._asked), self._prompt, answer, output)
+        reply = Reply(
+            text=answer.text.strip(),
+            token_ids=output,
+            usage=Usage(len(self._prompt.tokens) - self._reused, self._reused, stats.output_tokens),
+            timings=Timings(stats.ttft_ms + self._history_ms, stats.tpot_ms),
+            stats=stats,
+            finish_reason=turn.finish_reason if self._text.stop_string is None else FinishReason.STOP,
+            stop_string=self._text.stop_string,
+            logprobs=None if turn.logprobs is None else token_logprobs(tokenizer, turn.logprobs),
+            reasoning=answer.reasoning,
+        )
+        self._chat.take(self._asked, TranscriptTurn(answered, stats, self._depth), reply)
+        return reply
 
 
 _ENGINES: WeakValueDictionary[str, Engine] = WeakValueDictionary()  # those of sessions that were pickled
@@ -91,7 +142,9 @@ class ChatSession:
         self.close()
 
     def close(self) -> None:
-        """Free the cache. The messages stay readable."""
+        """Free the cache at once. The messages stay readable."""
+        if self._session is not None:
+            self._session.close()
         self._session = None
 
     @property
@@ -102,11 +155,12 @@ class ChatSession:
     @property
     def turns(self) -> list[TurnStats]:
         """Return the figures of the turns that were answered here."""
-        self._open  # noqa: B018  # raises for a closed session
+        self.open_session  # noqa: B018  # raises for a closed session
         return [turn.stats for turn in self._transcript.turns]
 
     @property
-    def _open(self) -> Session:
+    def open_session(self) -> Session:
+        """The session of tokens. InputError once the chat is closed."""
         if self._session is None:
             raise InputError("the session is closed; open a new one with engine.session()")
         return self._session
@@ -122,10 +176,7 @@ class ChatSession:
         logits_processors: functions from ``(input_ids [1, T], scores [1, V])`` to scores, as those of transformers. No piece
         holds a part of a stop string. Raises ConfigError for a wrong option, InputError for a message that cannot be asked.
         """
-        config = self.engine.sampling_config(options)
-        if not isinstance(text, str):
-            raise InputError(f"a message is text, not {type(text).__name__}")
-        return self._begin(lambda: [*self.messages, {"role": "user", "content": text}], config, logits_processors)
+        return self._begin(self._message(text), logits_processors, options)
 
     def complete(
         self, messages: Sequence[Message], *, logits_processors: Sequence[LogitsProcessor] = (), **options: Any
@@ -133,8 +184,8 @@ class ChatSession:
         """Answer a whole conversation, given as the chat API has it, and go on from what this session holds of it.
 
         messages: dictionaries of role and content, the last one a user's. Compared message by message: what both have in common
-        is not computed again, where they differ the session goes back to the last common turn. Raises InputError for what is no
-        message. The other arguments are those of ``stream``.
+        is not computed again, where they differ the session goes back to the last common turn. The other arguments are those of
+        ``stream``. Raises InputError for what is no message.
         """
         return self._whole(self.stream_complete(messages, logits_processors=logits_processors, **options))
 
@@ -142,14 +193,24 @@ class ChatSession:
         self, messages: Sequence[Message], *, logits_processors: Sequence[LogitsProcessor] = (), **options: Any
     ) -> Iterator[str]:
         """Like ``complete``, piece by piece."""
-        config = self.engine.sampling_config(options)
         given = as_messages(messages)
 
         def asked() -> list[Message]:
             common = self._transcript.common(given)
             return [*self.messages[:common], *given[common:]]
 
-        return self._begin(asked, config, logits_processors)
+        return self._begin(asked, logits_processors, options)
+
+    def pending(self, text: str, options: Mapping[str, Any]) -> PendingAnswer:
+        """Prepare a message for a scheduler; nothing is computed yet. The options are those of ``stream``."""
+        config, asked = self.engine.sampling_config(options), self._message(text)()
+        self.open_session.require_rest()
+        return PendingAnswer(self, asked, self._transcript.prompt(asked), config)
+
+    def _message(self, text: str) -> Callable[[], list[Message]]:
+        if not isinstance(text, str):
+            raise InputError(f"a message is text, not {type(text).__name__}")
+        return lambda: [*self.messages, {"role": "user", "content": text}]
 
     def _whole(self, pieces: Iterator[str]) -> Reply:
         for _ in pieces:
@@ -158,10 +219,11 @@ class ChatSession:
         return self.last_reply
 
     def _begin(
-        self, asked: Callable[[], list[Message]], config: SamplingConfig, processors: Sequence[LogitsProcessor]
+        self, asked: Callable[[], list[Message]], processors: Sequence[LogitsProcessor], options: dict[str, Any]
     ) -> Iterator[str]:
-        self._open.require_rest()
-        prompt = self._transcript.prompt(asked())  # a message that cannot be asked is refused at once
+        config = self.engine.sampling_config(options)
+        self.open_session.require_rest()
+        prompt = self._transcript.prompt(asked())  # what cannot be asked is refused at once
         return self._answer(asked, self.messages, prompt, config, processors)
 
     def _answer(
@@ -172,57 +234,30 @@ class ChatSession:
         config: SamplingConfig,
         processors: Sequence[LogitsProcessor],
     ) -> Iterator[str]:
-        engine, session = self.engine, self._open
+        engine, session = self.engine.token_engine, self.open_session
         session.require_rest()
         asked = ask()
         if held is not self.messages:  # other turns have been held since the stream was opened
             prompt = self._transcript.prompt(asked)
-        longest = self._longest_answer(prompt, config)
-        reused, history_ms = self._prepare(session, asked, prompt)
-        depth = len(session.turns)
-        said = AnswerText(engine.tokenizer, config.stop, StreamDecoder(engine.tokenizer, prompt.text))
-        turn = engine.token_engine.begin(
-            session,
-            prompt.tokens[len(session.tokens) :],
-            config,
-            stop_ids=engine.stop_ids,
-            stop_check=said.push,
-            max_new_tokens=longest,
-            logits_processors=processors,
-        )
-        for _ in engine.token_engine.finish(turn):
-            if turn.finished:
-                said.close()
-            if piece := said.take():
+        pending = PendingAnswer(self, asked, prompt, config)
+        turn = engine.begin(session, pending.new_tokens, config, logits_processors=processors, **pending.options)
+        for _ in engine.finish(turn):
+            if piece := pending.piece(turn):
                 yield piece
-        answer = engine.tokenizer.read_answer(turn.output, prompt.text)
-        if said.stop_string is not None:
-            answer = replace(answer, text=said.text)
-        answered = Answered(len(asked), prompt, answer, tuple(turn.output))
-        self._transcript.add(asked, TranscriptTurn(answered, session.stats, depth))
-        self.last_reply = self._reply(turn, answered, said.stop_string, reused, history_ms)
+        pending.conclude(turn)
 
-    def _reply(self, turn: Turn, answered: Answered, stop_string: str | None, reused: int, history_ms: float) -> Reply:
-        stats = turn.session.stats
-        assert turn.finish_reason is not None
-        return Reply(
-            text=answered.answer.text.strip(),
-            token_ids=answered.tokens,
-            usage=Usage(len(answered.prompt.tokens) - reused, reused, stats.output_tokens),
-            timings=Timings(stats.ttft_ms + history_ms, stats.tpot_ms),
-            stats=stats,
-            finish_reason=turn.finish_reason if stop_string is None else FinishReason.STOP,
-            stop_string=stop_string,
-            logprobs=None if turn.logprobs is None else token_logprobs(self.engine.tokenizer, turn.logprobs),
-            reasoning=answered.answer.reasoning,
-        )
+    def take(self, asked: list[Message], turn: TranscriptTurn, reply: Reply) -> None:
+        """Take in a turn that was answered."""
+        self._transcript.add(asked, turn)
+        self.last_reply = reply
 
-    def _prepare(self, session: Session, asked: list[Message], prompt: Prompt) -> tuple[int, float]:
+    def prepare(self, asked: list[Message], prompt: Prompt) -> tuple[int, float]:
         """Bring the session to the beginning of a prompt; return (tokens that it holds of it, ms spent on earlier turns).
 
         Under a template that rewrites earlier turns, they are computed as a turn of their own, so that the next rewriting goes
         back to there and not to the beginning.
         """
+        session = self.open_session
         held, depth = len(session.tokens), len(session.turns)
         bring_to(session, prompt.tokens)
         if len(session.turns) < depth and self._transcript.common(asked) == len(self.messages):
@@ -233,31 +268,9 @@ class ChatSession:
         self.engine.token_engine.prefill(session, prompt.tokens[reused : prompt.history])
         return reused, session.stats.ttft_ms
 
-    def _longest_answer(self, prompt: Prompt, config: SamplingConfig) -> int:
-        """Return the longest answer in tokens: the default is cut to what the model's window leaves, a given length is not.
-
-        Raises InputError before anything is taken back for a prompt that does not fit.
-        """
-        limit, length = self.engine.token_engine.model.max_positions, len(prompt.tokens)
-        most = config.max_new_tokens
-        if limit is None:
-            return most
-        if length + 1 > limit:
-            raise InputError(
-                f"the conversation would be {length + 1} tokens long, the model takes {limit}: shorten the message, "
-                "undo a turn, or start a new session"
-            )
-        if length + most <= limit:
-            return most
-        if "max_new_tokens" in config.model_fields_set:
-            raise InputError(
-                f"max_new_tokens={most} does not fit: {limit - length} tokens are left of the model's {limit}"
-            )
-        return limit - length
-
     def undo(self) -> Message:
         """Take back the last turn, also one that was given at the beginning; returns the user's message of it."""
-        session = self._open
+        session = self.open_session
         session.require_rest()
         taken = self._transcript.take_back()
         if taken is None:
@@ -284,7 +297,7 @@ class ChatSession:
         """An independent copy of the conversation, to try two answers."""
         other = ChatSession(self.engine)
         other._become(self)
-        other._session = self._open.fork()
+        other._session = self.open_session.fork()
         return other
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ChatSession:
@@ -292,7 +305,7 @@ class ChatSession:
 
     def __reduce__(self) -> tuple[Callable[..., ChatSession], tuple[str, Transcript, Reply | None]]:
         """Pickle the conversation without engine and cache, which is computed anew with the next message."""
-        self._open.require_rest()
+        self.open_session.require_rest()
         key = next((key for key, engine in _ENGINES.items() if engine is self.engine), None) or uuid4().hex
         _ENGINES[key] = self.engine
         transcript = self._transcript.copy()

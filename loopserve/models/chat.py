@@ -268,7 +268,7 @@ class ChatTokenizer:
             after = self.turn_tokens(exchange, None)
         except (ModelError, InputError):
             return None
-        before = []
+        before: list[int] = []
         for token in after:
             if token in self._special:
                 return token if not self._encoder.decode(before).strip() else None

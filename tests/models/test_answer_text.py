@@ -11,7 +11,8 @@ from tokenizers import Tokenizer, models
 
 from loopserve.core.engine.sampling import ChosenLogprob
 from loopserve.models.answer_text import AnswerText
-from loopserve.models.chat import Answer, ChatTokenizer
+from loopserve.models.answers import Answer
+from loopserve.models.chat import ChatTokenizer
 from loopserve.models.logprobs import TokenBytes, token_logprobs
 from tests.core.test_stop_strings import first_stop
 from tests.models.test_chat import CHAT, byte_tokenizer

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from loopserve.core.engine.forward import ForwardContext
+from loopserve.core.engine.session import Session
 from loopserve.core.engine.slots import LayerPolicies
 from loopserve.core.engine.stats import LayerRecord
+from loopserve.core.errors import Fault, ModelError
 from loopserve.core.guard.faults import FAULTS
 from loopserve.core.guard.validation import check_output, check_pattern, check_selection
 from loopserve.core.policy.interfaces import AttentionInputs, LayerType, Phase
@@ -171,9 +173,19 @@ def _sparse(
         found = check_output(pattern, session.guard.attend(sparsifier, pattern, inputs, need_lse), inputs, need_lse)
         _report(context, inputs, pattern)
     except FAULTS as error:
-        session.failed(policies.prefill_slot, error, moment, inputs.layer.index)
+        _failed(session, policies.prefill_slot, error, moment, inputs)
         return None
     return found
+
+
+def _failed(session: Session, slot: str, error: BaseException, moment: str, inputs: AttentionInputs) -> None:
+    """Deal with a policy's fault, unless what it was given were no numbers."""
+    if getattr(error, "fault", None) is not Fault.WROTE and not bool(inputs.queries.isfinite().all()):
+        raise ModelError(
+            f"the model's queries of layer {inputs.layer.index} are not finite numbers: its weights are damaged or its dtype "
+            "overflows; load it in another dtype"
+        ) from error
+    session.failed(slot, error, moment, inputs.layer.index)
 
 
 def _plain(context: ForwardContext, inputs: AttentionInputs, need_lse: bool) -> tuple[Tensor, Tensor | None]:
@@ -204,7 +216,7 @@ def _after(context: ForwardContext, policies: LayerPolicies, inputs: AttentionIn
     try:
         session.guard.ask(compressor, compressor.after_attention, inputs, session.states[policies.decode_slot])
     except FAULTS as error:
-        session.failed(policies.decode_slot, error, "after_attention", inputs.layer.index)
+        _failed(session, policies.decode_slot, error, "after_attention", inputs)
 
 
 def _before(context: ForwardContext, policies: LayerPolicies, inputs: AttentionInputs) -> bool:
@@ -224,7 +236,7 @@ def _before(context: ForwardContext, policies: LayerPolicies, inputs: AttentionI
         cache.select(selection)
         context.reselected = True
     except FAULTS as error:
-        session.failed(policies.decode_slot, error, "before_attention", inputs.layer.index)
+        _failed(session, policies.decode_slot, error, "before_attention", inputs)
     return True
 
 

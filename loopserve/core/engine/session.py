@@ -9,11 +9,12 @@ from typing import Any
 
 from loopserve.core.engine.slots import Slots
 from loopserve.core.engine.stats import TurnStats
-from loopserve.core.errors import CacheError, Fault, InputError, PolicyError
+from loopserve.core.errors import CacheError, Fault, InputError, ModelError, PolicyError
 from loopserve.core.guard.faults import FAULTS
 from loopserve.core.guard.guard import Guard
 from loopserve.core.guard.strict_checks import holds, storages
 from loopserve.core.kv.cache import ActiveSet, KVCache
+from loopserve.core.kv.recording import plain_tensors
 from loopserve.core.policy.interfaces import DecodeCompressor, Phase, PrefillSparsifier
 
 UNDO_DEPTH = 8
@@ -52,9 +53,11 @@ class Session:
     position_offset: int = (
         0  # what the model's positions are ahead of ours: a caller's left padding, counted by columns
     )
+    rotation: int = 0  # how the stored pairs are rotated: what ``Model.rotation`` said when they were computed
     ended: bool = True  # the compressors know that the last turn is over
     busy: bool = False  # a turn is under way: no other may begin, end or be copied
     damaged: bool = False  # stored pairs were written to by somebody else
+    repeatable: bool = True  # False: its tokens alone do not say what was computed (images)
     closed: bool = False
     state_bytes: int = 0  # what the policies report of their states
 
@@ -98,6 +101,20 @@ class Session:
             start.states, start.cached, start.cache = None, 0, None
             start.active = [None] * len(start.active)
 
+    @plain_tensors()
+    def begin_anew(self) -> None:
+        """Drop what is stored and the policies' states in the midst of a turn, whose tokens are then computed again."""
+        self.release_store()
+        self.output_index = 0
+        for slot in self.slots.policies:
+            self.states[slot] = {}
+            if self.is_enabled(slot):
+                try:
+                    self.states[slot] = self._fresh(slot)
+                except FAULTS as error:
+                    self.failed(slot, error, "init_state")
+
+    @plain_tensors()
     def begin_turn(self, new_tokens: Sequence[int], *, undoable: bool = True) -> None:
         """Take in the tokens that a turn adds; they are not computed yet.
 
@@ -119,6 +136,7 @@ class Session:
         self.turn_start = self.cache.seen
         self.output_index = 0
 
+    @plain_tensors()
     def end_turn(self) -> None:
         """Tell the compressors that the turn is complete. Until now the turn before could be taken back as well."""
         for slot, compressor in self.slots.compressors.items():
@@ -131,6 +149,7 @@ class Session:
         for start in self._starts[:-1]:
             start.cache, start.active = None, [None] * len(start.active)  # one copy at rest, to save memory
 
+    @plain_tensors()
     def undo(self) -> None:
         """Take back the last turn, complete or not: tokens, pairs, states and figures are as before it.
 
@@ -157,6 +176,7 @@ class Session:
         for layer, active in zip(self.cache.layers, start.active, strict=True):
             layer.active = active
 
+    @plain_tensors()
     def fork(self) -> Session:
         """Return an independent copy, to try two answers. Policies are shared (they never change), nothing else is."""
         self.require_rest()
@@ -193,6 +213,8 @@ class Session:
 
         A fault that damaged the store is raised in any case: only the engine can repair it.
         """
+        if getattr(error, "fault", None) is not Fault.WROTE:
+            self._require_numbers(error)
         policy = self.slots.policies[slot]
         fault = self.guard.note(policy, error, moment=moment, layer=layer, phase=self.stats.phase)
         self.damaged |= fault.damaged
@@ -204,6 +226,17 @@ class Session:
             self.cache.layers[each.index].release()
         if fault.damaged:
             raise fault from error
+
+    def _require_numbers(self, error: BaseException) -> None:
+        """Raise ModelError if the model gave keys or values that are no numbers: what a policy makes of them is not its fault."""
+        for index, layer in enumerate(self.cache.layers):
+            if layer.store is None:
+                continue
+            if not all(bool(part.isfinite().all()) for part in (layer.store.keys, layer.store.values)):
+                raise ModelError(
+                    f"the model's keys or values of layer {index} are not finite numbers: its weights are damaged or its dtype "
+                    "overflows; load it in another dtype"
+                ) from error
 
     def look_for_references(self) -> None:
         """After a pass, find the policy whose state still holds a part of the store. Done under strict checks only."""
