@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loopserve.chat_session import ChatSession
+from loopserve.conversation_file import check_messages, load_messages
 from loopserve.core.engine.engine import TokenEngine
-from loopserve.core.errors import POLICY_TIMEOUT_S, ConfigError, OnPolicyFault, PolicyChecks
+from loopserve.core.errors import POLICY_TIMEOUT_S, ConfigError, InputError, OnPolicyFault, PolicyChecks
 from loopserve.core.stack.stack import PolicyStack
 from loopserve.core.stack.stack import load_stack as _load_stack
 from loopserve.kernels import backend as kernels
@@ -141,22 +141,25 @@ class Engine:
             policy_timeout_s=policy_timeout_s,
         )
 
-    def session(self, system: str | None = None) -> ChatSession:
-        return ChatSession(self, system)
+    def session(self, system: str | None = None, *, messages: Sequence[Mapping[str, str]] | None = None) -> ChatSession:
+        """Open a conversation.
+
+        messages: complete turns held elsewhere, as ``{"role": ..., "content": ...}``, to go on with; they are computed with the
+        next message. Raises InputError for messages that are no turns, or that bring a system message beside ``system``.
+        """
+        if messages is None:
+            return ChatSession(self, system)
+        try:
+            checked = check_messages(list(messages))
+        except ValueError as error:
+            raise InputError(f"messages: {error}") from error
+        if system is not None and checked and checked[0]["role"] == "system":
+            raise InputError("messages: they begin with a system message already; leave system out")
+        return ChatSession(self, system, checked)
 
     def load_session(self, path: str | Path) -> ChatSession:
         """A conversation saved by ``ChatSession.save``, under this engine's stack; its cache is computed anew with the next message."""
-        try:
-            saved = json.loads(Path(path).read_text(encoding="utf-8"))
-            if saved["version"] != 1:
-                raise ValueError(f"version {saved['version']}, known is 1")
-            messages = [{"role": str(m["role"]), "content": str(m["content"])} for m in saved["messages"]]
-            roles = [m["role"] for m in messages if m["role"] != "system"]
-            if roles != ["user", "assistant"] * (len(roles) // 2):
-                raise ValueError("its messages are not turns of user and assistant")
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{path}: not a saved conversation ({error})") from error
-        return ChatSession(self, messages=messages)
+        return self.session(messages=load_messages(path))
 
 
 def _stop_ids(model: PreTrainedModel) -> frozenset[int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
+from loopserve.conversation_file import save_messages
+from loopserve.core.engine.engine import Progress
 from loopserve.core.engine.sampling import SamplingConfig
 from loopserve.core.engine.session import Session
 from loopserve.core.engine.stats import TurnStats
@@ -57,7 +58,8 @@ class ChatSession:
             self.messages.insert(0, {"role": "system", "content": system})
         self.last_reply: Reply | None = None
         self._session: Session | None = engine.token_engine.session()
-        self._lengths: list[int] = []  # number of messages before each turn
+        # Number of messages before each turn. Turns of a loaded conversation count: they can be taken back as well.
+        self._lengths = [n for n, message in enumerate(self.messages) if message["role"] == "user"]
 
     def __enter__(self) -> ChatSession:
         return self
@@ -88,8 +90,11 @@ class ChatSession:
         assert self.last_reply is not None
         return self.last_reply
 
-    def stream(self, text: str, **sampling: Any) -> Iterator[str]:
-        """The answer piece by piece; ``last_reply`` holds the whole once it is over."""
+    def stream(self, text: str, *, progress: Progress | None = None, **sampling: Any) -> Iterator[str]:
+        """The answer piece by piece; ``last_reply`` holds the whole once it is over.
+
+        progress: called before each pass of the prefill with the tokens that are computed and those of the whole prefill.
+        """
         try:
             config = SamplingConfig(**sampling)
         except ValidationError as error:
@@ -99,19 +104,20 @@ class ChatSession:
             raise InputError(f"a message is text, not {type(text).__name__}")
         self._open.require_rest()
         self._asked(text)  # a message that cannot be asked is refused at once
-        return self._answer(text, config)
+        return self._answer(text, config, progress)
 
     def _asked(self, text: str) -> tuple[list[Message], list[int]]:
         """The conversation with this message, and the tokens that it adds."""
         asked = [*self.messages, {"role": "user", "content": text}]
         return asked, self._new_ids(self._open, asked)
 
-    def _answer(self, text: str, config: SamplingConfig) -> Iterator[str]:
+    def _answer(self, text: str, config: SamplingConfig, progress: Progress | None) -> Iterator[str]:
         session = self._open
         asked, ids = self._asked(text)  # now, as other turns may have been held since the stream was opened
         decoder = StreamDecoder(self.engine.tokenizer)
         answer: list[int] = []
-        for token in self.engine.token_engine.generate(session, ids, config, self.engine.stop_ids):
+        tokens = self.engine.token_engine.generate(session, ids, config, self.engine.stop_ids, progress=progress)
+        for token in tokens:
             answer.append(token)
             piece = decoder.push(token)
             if piece:
@@ -149,10 +155,14 @@ class ChatSession:
         )
 
     def undo(self) -> Message:
-        """Take back the last turn; returns the user's message of it."""
+        """Take back the last turn, one of a loaded conversation included; returns the user's message of it."""
+        session = self._open
         if not self._lengths:
-            raise InputError("nothing to undo: no turn was answered in this session")
-        self._open.undo()
+            raise InputError("nothing to undo: the conversation has no turn")
+        if session.turns:
+            session.undo()
+        else:
+            session.require_rest()  # a loaded turn: it is not computed before the next message
         taken = self.messages[self._lengths[-1]]
         self.messages = self.messages[: self._lengths.pop()]
         self.last_reply = None
@@ -160,12 +170,21 @@ class ChatSession:
 
     def retry(self, **sampling: Any) -> Reply:
         """Take back the last answer and give another one to the same message; if that breaks off, the old one stays."""
+        for _ in self.stream_retry(**sampling):
+            pass
+        assert self.last_reply is not None
+        return self.last_reply
+
+    def stream_retry(self, **sampling: Any) -> Iterator[str]:
+        """Like ``retry``, piece by piece."""
         kept = self.fork()
+        done = False
         try:
-            return self.send(self.undo()["content"], **sampling)
-        except BaseException:
-            self._become(kept)
-            raise
+            yield from self.stream(self.undo()["content"], **sampling)
+            done = True
+        finally:
+            if not done:
+                self._become(kept)
 
     def fork(self) -> ChatSession:
         """An independent copy of the conversation, to try two answers."""
@@ -179,9 +198,8 @@ class ChatSession:
         self.last_reply, self._session = other.last_reply, other._session
 
     def save(self, path: str | Path) -> None:
-        """Write the messages as JSON, with the stack for the record; ``Engine.load_session`` reads the messages."""
-        body = {"version": 1, "stack": self.engine.stack.describe(), "messages": self.messages}
-        try:
-            Path(path).write_text(json.dumps(body, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise InputError(f"{path}: cannot save the conversation ({error.strerror})") from error
+        """Write the messages as JSON, with the stack for the record; ``Engine.load_session`` reads the messages.
+
+        The file is replaced as a whole. Raises InputError if that fails; what it held before is unchanged then.
+        """
+        save_messages(path, self.messages, self.engine.stack.describe())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from torch import Tensor
 
@@ -19,6 +19,8 @@ from loopserve.core.guard.guard import Guard
 from loopserve.core.stack.stack import PolicyStack
 
 CHUNK_TOKENS = 4096
+
+Progress = Callable[[int, int], None]  # prompt tokens computed so far, and of the whole turn
 
 
 class TokenEngine:
@@ -70,14 +72,18 @@ class TokenEngine:
         sampling: SamplingConfig | Choose,
         stop_ids: frozenset[int] = frozenset(),
         max_new_tokens: int | None = None,
+        *,
+        progress: Progress | None = None,
     ) -> Iterator[int]:
         """Answer one turn, token by token, the stop token included.
 
         sampling: settings, or a function from logits ``[vocabulary]`` to a token. max_new_tokens: those of the settings unless
-        given. A turn that is not finished (an error, Ctrl-C, a consumer that walks away) is taken back whole.
+        given. progress: called before each pass of the prefill. A turn that is not finished (an error, Ctrl-C, a consumer that
+        walks away) is taken back whole.
         """
         choose, most = _chooser(sampling, max_new_tokens)
-        yield from self._finish(self.begin(session, new_tokens, choose, stop_ids=stop_ids, max_new_tokens=most))
+        turn = self.begin(session, new_tokens, choose, stop_ids=stop_ids, max_new_tokens=most)
+        yield from self._finish(turn, progress)
 
     def prefill(self, session: Session, new_tokens: Sequence[int], *, max_new_tokens: int = 0) -> Tensor:
         """Begin a turn and compute its tokens; return the logits ``[vocabulary]`` of the answer's first token.
@@ -172,9 +178,10 @@ class TokenEngine:
             context.session.enter(context.phase)
             context.session.look_for_references()
 
-    def _finish(self, turn: Turn) -> Iterator[int]:
+    def _finish(self, turn: Turn, progress: Progress | None = None) -> Iterator[int]:
         """Run a turn to its end and yield its tokens. It is taken back unless its last token was taken by the consumer."""
         given, done = 0, False
+        total = turn.waiting
         try:
             while True:
                 if turn.error is not None:
@@ -184,6 +191,8 @@ class TokenEngine:
                     yield turn.output[given - 1]
                 if turn.finished:
                     break
+                if progress is not None and turn.waiting:
+                    progress(total - turn.waiting, total)
                 self.run([turn])
             done = True
         finally:
