@@ -246,6 +246,6 @@ def _print_rows(rows: Iterable[dict[str, Any]]) -> None:
     from loopserve.bench.speed import table as speed
 
     rows = list(rows)
-    print_table(speed.COLUMNS, speed.table(rows), keys=2, prose=("case", "note"))
+    print_table(speed.COLUMNS, speed.table(rows), keys=4, prose=("case", "note"))
     for said in speed.break_even(rows):
         print(f"break-even with SDPA, first turn: {said}")

@@ -38,7 +38,7 @@ def list_policies(context: typer.Context, format: FormatOption = Format.HUMAN) -
         return
     rows = [(each.kind, each.name, str(each.owner), each.summary, each.paper) for each in loaded.registry]
     columns = ("kind", "name", "from", "what it does", "paper")
-    print_table(columns, rows, keys=2, prose=("from", "what it does", "paper"))
+    print_table(columns, rows, keys=2, prose=("from", "what it does"))
 
 
 @app.command("show")

@@ -64,7 +64,7 @@ def _minutes(interval_s: float | None = None) -> Iterator[Report]:
     def report(label: str, done: int, total: int) -> None:
         state[0] = f"{done} of {total}, {label}"
 
-    writer = threading.Thread(target=write, daemon=True)
+    writer = threading.Thread(target=write, name="progress", daemon=True)
     writer.start()
     try:
         yield report
