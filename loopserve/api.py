@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from loopserve.chat_session import ChatSession
 from loopserve.conversation_file import check_messages, load_messages
 from loopserve.core.engine.engine import TokenEngine
-from loopserve.core.errors import POLICY_TIMEOUT_S, ConfigError, InputError, OnPolicyFault, PolicyChecks
+from loopserve.core.engine.sampling import SamplingConfig, read_sampling
+from loopserve.core.errors import POLICY_TIMEOUT_S, ConfigError, InputError, OnPolicyFault, PolicyChecks, did_you_mean
 from loopserve.core.stack.stack import PolicyStack
 from loopserve.core.stack.stack import load_stack as _load_stack
 from loopserve.kernels import backend as kernels
 from loopserve.models.apply import Applied, applied
 from loopserve.models.bridge import IMPLEMENTATION, TransformersModel
 from loopserve.models.chat import ChatTokenizer
+from loopserve.models.generation_config import model_sampling, stop_ids
 from loopserve.models.layers import set_implementation
 from loopserve.models.loading import load
 from loopserve.plugins import load_registry
@@ -83,12 +85,15 @@ class Engine:
         policy_checks: PolicyChecks | str = PolicyChecks.CHEAP,
         on_policy_fault: OnPolicyFault | str = OnPolicyFault.RAISE,
         policy_timeout_s: float | None = POLICY_TIMEOUT_S,
+        sampling: Literal["default", "model"] = "default",
     ) -> None:
-        """Takes the model over: its attention is loopserve's from here on (``apply`` is what undoes itself).
+        """Take the model over: its attention is loopserve's from here on (``apply`` is what undoes itself).
 
         chunk_tokens: longest piece of a prefill. measure_coverage: realised coverage over all rows, for reports.
         policy_checks: ``cheap``, or ``strict`` to try a policy out. on_policy_fault: ``raise`` a PolicyFault, or finish the turn
-        ``dense``. policy_timeout_s: the longest call of a policy that is no fault; None = any.
+        ``dense``. policy_timeout_s: the longest call of a policy that is no fault; None = any. sampling: where options that a
+        call does not name come from: ``default``, those of ``SamplingConfig`` (greedy), or ``model``, the model's own
+        ``generation_config`` where it sets them.
         """
         try:
             kernels.chosen()
@@ -107,7 +112,9 @@ class Engine:
         )
         set_implementation(model, IMPLEMENTATION)
         self.model = model
-        self.stop_ids = self.tokenizer.stop_ids | _stop_ids(model)
+        self.stop_ids = self.tokenizer.stop_ids | stop_ids(model)
+        self._sampling = sampling
+        self.sampling_config({})  # a wrong value is refused at once
 
     @classmethod
     def from_pretrained(
@@ -124,6 +131,7 @@ class Engine:
         policy_checks: PolicyChecks | str = PolicyChecks.CHEAP,
         on_policy_fault: OnPolicyFault | str = OnPolicyFault.RAISE,
         policy_timeout_s: float | None = POLICY_TIMEOUT_S,
+        sampling: Literal["default", "model"] = "default",
     ) -> Engine:
         """Load by hub id, local directory, or ``demo``. The stack is checked before the weights are read."""
         resolved = load_stack(stack)
@@ -139,7 +147,23 @@ class Engine:
             policy_checks=policy_checks,
             on_policy_fault=on_policy_fault,
             policy_timeout_s=policy_timeout_s,
+            sampling=sampling,
         )
+
+    def sampling_config(self, options: Mapping[str, Any]) -> SamplingConfig:
+        """Return the sampling options of a call: those it names, and the defaults that it or the engine chose for all others.
+
+        Raises ConfigError for an option that is unknown or out of bounds.
+        """
+        given = dict(options)
+        source = given.pop("sampling", self._sampling)
+        if source not in ("default", "model"):
+            raise ConfigError(f"sampling: unknown {source!r}{did_you_mean(str(source), ('default', 'model'))}")
+        if source == "default":
+            return read_sampling(given, also=("sampling",))
+        defaults = model_sampling(self.model)
+        read_sampling(defaults, "the model's generation_config")
+        return read_sampling(defaults | given, also=("sampling",))
 
     def session(self, system: str | None = None, *, messages: Sequence[Mapping[str, str]] | None = None) -> ChatSession:
         """Open a conversation.
@@ -160,13 +184,6 @@ class Engine:
     def load_session(self, path: str | Path) -> ChatSession:
         """A conversation saved by ``ChatSession.save``, under this engine's stack; its cache is computed anew with the next message."""
         return self.session(messages=load_messages(path))
-
-
-def _stop_ids(model: PreTrainedModel) -> frozenset[int]:
-    found = model.generation_config.eos_token_id if model.generation_config is not None else None
-    if found is None:
-        return frozenset()
-    return frozenset(found if isinstance(found, list) else [found])
 
 
 __all__ = ["Engine", "apply", "load_stack"]

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from pydantic import ValidationError
-
 from loopserve.conversation_file import save_messages
 from loopserve.core.engine.engine import Progress
-from loopserve.core.engine.sampling import SamplingConfig
+from loopserve.core.engine.sampling import FinishReason, LogitsProcessor, SamplingConfig
 from loopserve.core.engine.session import Session
 from loopserve.core.engine.stats import TurnStats
-from loopserve.core.errors import ConfigError, InputError
-from loopserve.models.chat import Message, StreamDecoder, writable
+from loopserve.core.engine.turn import Turn
+from loopserve.core.errors import InputError
+from loopserve.models.answer_text import AnswerText
+from loopserve.models.chat import Message, writable
+from loopserve.models.logprobs import TokenLogprob, token_logprobs
 
 if TYPE_CHECKING:
     from loopserve.api import Engine
@@ -39,11 +40,14 @@ class Timings:
 class Reply:
     """One answer and what it took."""
 
-    text: str
-    token_ids: tuple[int, ...]
+    text: str  # without a stop string
+    token_ids: tuple[int, ...]  # up to and including a stop token, or the token that completed a stop string
     usage: Usage
     timings: Timings
     stats: TurnStats
+    finish_reason: FinishReason  # stop: a stop token or stop string; length: max_new_tokens or the model's window
+    stop_string: str | None = None  # the one that ended the answer
+    logprobs: tuple[TokenLogprob, ...] | None = None  # one entry per token of token_ids, where asked for
 
 
 class ChatSession:
@@ -83,51 +87,67 @@ class ChatSession:
             raise InputError("the session is closed; open a new one with engine.session()")
         return self._session
 
-    def send(self, text: str, **sampling: Any) -> Reply:
-        """Say something, get the whole answer. Keywords are those of ``core.sampling.SamplingConfig``."""
-        for _ in self.stream(text, **sampling):
+    def send(self, text: str, *, logits_processors: Sequence[LogitsProcessor] = (), **options: Any) -> Reply:
+        """Say something, get the whole answer. The arguments are those of ``stream``."""
+        for _ in self.stream(text, logits_processors=logits_processors, **options):
             pass
         assert self.last_reply is not None
         return self.last_reply
 
-    def stream(self, text: str, *, progress: Progress | None = None, **sampling: Any) -> Iterator[str]:
-        """The answer piece by piece; ``last_reply`` holds the whole once it is over.
+    def stream(
+        self,
+        text: str,
+        *,
+        logits_processors: Sequence[LogitsProcessor] = (),
+        progress: Progress | None = None,
+        **options: Any,
+    ) -> Iterator[str]:
+        """Give the answer piece by piece; ``last_reply`` holds the whole once it is over.
 
-        progress: called before each pass of the prefill with the tokens that are computed and those of the whole prefill.
+        options: those of ``SamplingConfig``, and ``sampling`` to choose other defaults than the engine's (see ``Engine``).
+        logits_processors: functions from ``(input_ids [1, T], scores [1, V])`` to scores, as those of transformers. No piece
+        holds a part of a stop string. progress: called before each pass of the prefill with the tokens that are computed and
+        those of the whole prefill. Raises ConfigError for a wrong option, InputError for a message that cannot be asked.
         """
-        try:
-            config = SamplingConfig(**sampling)
-        except ValidationError as error:
-            first = error.errors()[0]
-            raise ConfigError(f"{'.'.join(map(str, first['loc']))}: {first['msg']} (got {first['input']!r})") from error
+        config = self.engine.sampling_config(options)
         if not isinstance(text, str):
             raise InputError(f"a message is text, not {type(text).__name__}")
         self._open.require_rest()
         self._asked(text)  # a message that cannot be asked is refused at once
-        return self._answer(text, config, progress)
+        return self._answer(text, config, logits_processors, progress)
 
     def _asked(self, text: str) -> tuple[list[Message], list[int]]:
         """The conversation with this message, and the tokens that it adds."""
         asked = [*self.messages, {"role": "user", "content": text}]
         return asked, self._new_ids(self._open, asked)
 
-    def _answer(self, text: str, config: SamplingConfig, progress: Progress | None) -> Iterator[str]:
-        session = self._open
+    def _answer(
+        self,
+        text: str,
+        config: SamplingConfig,
+        processors: Sequence[LogitsProcessor],
+        progress: Progress | None,
+    ) -> Iterator[str]:
+        engine, session = self.engine, self._open
         asked, ids = self._asked(text)  # now, as other turns may have been held since the stream was opened
-        decoder = StreamDecoder(self.engine.tokenizer)
-        answer: list[int] = []
-        tokens = self.engine.token_engine.generate(session, ids, config, self.engine.stop_ids, progress=progress)
-        for token in tokens:
-            answer.append(token)
-            piece = decoder.push(token)
-            if piece:
+        answer = AnswerText(engine.tokenizer, config.stop)
+        turn = engine.token_engine.begin(
+            session,
+            ids,
+            config,
+            stop_ids=engine.stop_ids,
+            stop_check=answer.push,
+            logits_processors=processors,
+        )
+        for _ in engine.token_engine.finish(turn, progress):
+            if turn.finished:
+                answer.close()
+            if piece := answer.take():
                 yield piece
-        reply = self._reply(answer, session.stats)
+        reply = self._reply(turn, answer)
         self._lengths.append(len(self.messages))
         self.messages = [*asked, {"role": "assistant", "content": reply.text}]
         self.last_reply = reply
-        if rest := decoder.rest():
-            yield rest
 
     def _new_ids(self, session: Session, asked: list[Message]) -> list[int]:
         tokenizer = self.engine.tokenizer
@@ -145,13 +165,18 @@ class ChatSession:
         """The end-of-turn token the conversation ends with, if the model gave it itself."""
         return tokens[-1] if tokens and tokens[-1] in self.engine.stop_ids else None
 
-    def _reply(self, answer: list[int], stats: TurnStats) -> Reply:
+    def _reply(self, turn: Turn, answer: AnswerText) -> Reply:
+        stats = turn.session.stats
+        assert turn.finish_reason is not None
         return Reply(
-            text=self.engine.tokenizer.decode(answer).strip(),
-            token_ids=tuple(answer),
+            text=answer.text.strip(),
+            token_ids=tuple(turn.output),
             usage=Usage(stats.prompt_tokens, stats.reused_tokens, stats.output_tokens),
             timings=Timings(stats.ttft_ms, stats.tpot_ms),
             stats=stats,
+            finish_reason=turn.finish_reason if answer.stop_string is None else FinishReason.STOP,
+            stop_string=answer.stop_string,
+            logprobs=None if turn.logprobs is None else token_logprobs(self.engine.tokenizer, turn.logprobs),
         )
 
     def undo(self) -> Message:
@@ -168,19 +193,22 @@ class ChatSession:
         self.last_reply = None
         return taken
 
-    def retry(self, **sampling: Any) -> Reply:
-        """Take back the last answer and give another one to the same message; if that breaks off, the old one stays."""
-        for _ in self.stream_retry(**sampling):
+    def retry(self, **options: Any) -> Reply:
+        """Take back the last answer and give another one to the same message; if that breaks off, the old one stays.
+
+        options: those of ``stream``.
+        """
+        for _ in self.stream_retry(**options):
             pass
         assert self.last_reply is not None
         return self.last_reply
 
-    def stream_retry(self, **sampling: Any) -> Iterator[str]:
+    def stream_retry(self, **options: Any) -> Iterator[str]:
         """Like ``retry``, piece by piece."""
         kept = self.fork()
         done = False
         try:
-            yield from self.stream(self.undo()["content"], **sampling)
+            yield from self.stream(self.undo()["content"], **options)
             done = True
         finally:
             if not done:

@@ -95,8 +95,8 @@ def structured_heads(
     draw = torch.Generator(device=device).manual_seed(seed)
     pairs = min((head_dim - _TOPICS - 1) * 3 // 8, _MOST_PAIRS)
     columns = torch.arange(total, dtype=torch.float64, device=device)
-    keys = torch.empty(kv_heads, total, head_dim, device=device)
-    queries = torch.empty(query_heads, new_tokens, head_dim, device=device)
+    keys = torch.empty(kv_heads, total, head_dim, dtype=torch.float32, device=device)
+    queries = torch.empty(query_heads, new_tokens, head_dim, dtype=torch.float32, device=device)
     group = query_heads // kv_heads
     for kv in range(kv_heads):
         spread = torch.rand(pairs, generator=draw, device=device, dtype=torch.float64)
@@ -106,7 +106,7 @@ def structured_heads(
             queries[head] = _query_rows(
                 columns[total - new_tokens :], total, cycles, head_dim, KINDS[head % len(KINDS)], draw
             )
-    values = torch.randn(kv_heads, total, head_dim, generator=draw, device=device)
+    values = torch.randn(kv_heads, total, head_dim, generator=draw, dtype=torch.float32, device=device)
     values[:, :SINKS] *= 0.05  # what sinks take is mass to be rid of
     return Heads(queries * head_dim**0.5, keys, values, f"structured, seed {seed}")
 
@@ -115,15 +115,17 @@ def _key_rows(columns: Tensor, cycles: Tensor, head_dim: int, draw: torch.Genera
     """Keys ``[n, D]`` of one KV head: rotary pairs, topics, sinks, noise."""
     total, device = len(columns), columns.device
     angles = columns[:, None] * cycles
-    topics = torch.zeros(total, _TOPICS, device=device)
+    topics = torch.zeros(total, _TOPICS, dtype=torch.float32, device=device)
     count = max(total // 32, 1)
     for topic in range(_TOPICS):
         places = torch.randperm(total, generator=draw, device=device)[:count]
-        strength = 1.0 + 0.25 * torch.empty(count, device=device).exponential_(generator=draw)
+        strength = 1.0 + 0.25 * torch.empty(count, dtype=torch.float32, device=device).exponential_(generator=draw)
         topics[places, topic] = strength.clamp(max=1.8)
-    sinks = torch.zeros(total, 1, device=device)
+    sinks = torch.zeros(total, 1, dtype=torch.float32, device=device)
     sinks[:SINKS] = 1.0
-    noise = torch.randn(total, head_dim - 2 * len(cycles) - _TOPICS - 1, generator=draw, device=device)
+    noise = torch.randn(
+        total, head_dim - 2 * len(cycles) - _TOPICS - 1, generator=draw, dtype=torch.float32, device=device
+    )
     return torch.cat([angles.cos().float(), angles.sin().float(), topics, sinks, noise], dim=1)
 
 
@@ -135,18 +137,20 @@ def _query_rows(
     heights, distances = [kind.local], [0.0]
     for _ in range(kind.offsets):
         # Far distances are rarer: log-uniform between a local window and the whole length.
-        spread = float(torch.rand(1, generator=draw, device=device))
+        spread = float(torch.rand(1, generator=draw, dtype=torch.float32, device=device))
         distances.append(float(round(math.exp(math.log(64) + spread * math.log(max(total / 2, 65) / 64)))))
-        heights.append(kind.slash * (0.9 + 0.2 * float(torch.rand(1, generator=draw, device=device))))
+        heights.append(
+            kind.slash * (0.9 + 0.2 * float(torch.rand(1, generator=draw, dtype=torch.float32, device=device)))
+        )
     angles = (columns[:, None, None] - torch.tensor(distances, dtype=torch.float64, device=device)[:, None]) * cycles
     weights = torch.tensor(heights, dtype=torch.float64, device=device)[:, None] / pairs
     segments = (columns // _TOPIC_ROWS).long()
     plan = torch.randint(0, _TOPICS, (total // _TOPIC_ROWS + 1,), generator=draw, device=device)
-    topics = torch.full((rows, _TOPICS), 0.3 * kind.vertical, device=device)
+    topics = torch.full((rows, _TOPICS), 0.3 * kind.vertical, dtype=torch.float32, device=device)
     topics[torch.arange(rows, device=device), plan[segments]] = kind.vertical
-    sinks = torch.full((rows, 1), kind.sink, device=device)
+    sinks = torch.full((rows, 1), kind.sink, dtype=torch.float32, device=device)
     free = head_dim - 2 * pairs - _TOPICS - 1
-    noise = torch.randn(rows, free, generator=draw, device=device) * (_NOISE / free**0.5)
+    noise = torch.randn(rows, free, generator=draw, dtype=torch.float32, device=device) * (_NOISE / free**0.5)
     rotary = [(weights * angles.cos()).sum(1).float(), (weights * angles.sin()).sum(1).float()]
     return torch.cat([*rotary, topics, sinks, noise], dim=1)
 
@@ -156,9 +160,9 @@ def random_heads(
 ) -> Heads:
     """Normal numbers, as random weights give them: no structure at all."""
     draw = torch.Generator(device=device).manual_seed(seed)
-    queries = torch.randn(query_heads, new_tokens, head_dim, generator=draw, device=device)
-    keys = torch.randn(kv_heads, total, head_dim, generator=draw, device=device)
-    values = torch.randn(kv_heads, total, head_dim, generator=draw, device=device)
+    queries = torch.randn(query_heads, new_tokens, head_dim, generator=draw, dtype=torch.float32, device=device)
+    keys = torch.randn(kv_heads, total, head_dim, generator=draw, dtype=torch.float32, device=device)
+    values = torch.randn(kv_heads, total, head_dim, generator=draw, dtype=torch.float32, device=device)
     return Heads(queries, keys, values, f"random, seed {seed}")
 
 

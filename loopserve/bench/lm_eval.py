@@ -15,7 +15,7 @@ from typing import Any
 from loopserve.api import Engine, StackLike
 from loopserve.core.engine.sampling import SamplingConfig
 from loopserve.core.errors import ConfigError, LoopServeError, did_you_mean
-from loopserve.models.chat import StreamDecoder
+from loopserve.models.answer_text import AnswerText
 
 try:
     from lm_eval.api.model import LM
@@ -79,15 +79,11 @@ class StackLM(LM):
         ):  # as the harness does it: the beginning of a context too long is cut off
             ids = ids[-max(1, tokens.model.max_positions - sampling.max_new_tokens) :]
         session = tokens.session()
-        decoder, said = StreamDecoder(self.engine.tokenizer), ""
-        for token in tokens.generate(session, ids, sampling, self.engine.stop_ids):
-            said += decoder.push(token)
-            if any(stop in said for stop in until):
-                break
-        said += decoder.rest()
-        for stop in until:
-            said = said.partition(stop)[0]
-        return said
+        text = AnswerText(self.engine.tokenizer, until)
+        for _ in tokens.generate(session, ids, sampling, self.engine.stop_ids, stop_check=text.push):
+            pass
+        text.close()
+        return text.text
 
     def _read(self, options: Mapping[str, Any]) -> tuple[SamplingConfig, list[str]]:
         """A task's generation options. ConfigError for one that would be ignored otherwise."""

@@ -95,8 +95,8 @@ def ratio(name: str, baseline: Sequence[float], ours: Sequence[float]) -> Row:
 
 def quantiles(values: Sequence[float]) -> tuple[float, float, float]:
     """The 20 %, 50 % and 80 % quantiles, interpolated."""
-    found: Tensor = torch.tensor(list(values), dtype=torch.float64).quantile(
-        torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
+    found: Tensor = torch.tensor(list(values), dtype=torch.float64, device="cpu").quantile(
+        torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64, device="cpu")
     )
     low, middle, high = found.tolist()
     return low, middle, high

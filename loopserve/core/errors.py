@@ -41,6 +41,14 @@ class InputError(LoopServeError):
     exit_code = 2
 
 
+class CapacityError(LoopServeError):
+    """So many turns wait already that another one is not taken; trying again later may help."""
+
+
+class CancelledTurn(LoopServeError):
+    """A turn was cancelled by its owner and taken back."""
+
+
 class ModelError(LoopServeError):
     """A model cannot be loaded, or asks attention for something loopserve does not do."""
 

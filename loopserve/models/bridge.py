@@ -113,6 +113,12 @@ class TransformersModel:
         device: torch.device = self.model.device
         return device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What keys and values are stored in."""
+        dtype: torch.dtype = self.model.dtype
+        return dtype
+
     def forward(self, batch: ForwardBatch) -> Tensor:
         """Run one pass over a packed row of tokens; return the logits of each context's last token, ``[contexts, vocabulary]``."""
         contexts, spans = batch.contexts, batch.spans
@@ -120,7 +126,7 @@ class TransformersModel:
         rows.columns = contexts[0].session.cache.seen if len(contexts) == 1 else 0
         under_way = Pass([Span(context, 0, span) for context, span in zip(contexts, spans, strict=True)])
         rows.under_way = under_way
-        last = torch.tensor([span.stop - 1 for span in spans], device=self.device)
+        last = torch.tensor([span.stop - 1 for span in spans], dtype=torch.long, device=self.device)
         with torch.no_grad():
             output = self.model(
                 input_ids=batch.token_ids.to(self.device)[None],

@@ -100,7 +100,7 @@ class CacheRows:
             taken.add(row)
         self.sessions = chosen
         if self.valid is not None:
-            self.valid = self.valid[torch.tensor(rows, device=self.valid.device)]
+            self.valid = self.valid[torch.tensor(rows, dtype=torch.long, device=self.valid.device)]
 
 
 class SessionCacheLayer(DynamicLayer):

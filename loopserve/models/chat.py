@@ -124,8 +124,8 @@ class StreamDecoder:
     def push(self, token: int) -> str:
         """The text that one more token adds; may be empty."""
         self._ids.append(token)
-        text = self._tokenizer.decode(self._ids)
-        if text.endswith("\ufffd") or not text.startswith(self._said):
+        text = self._tokenizer.decode(self._ids).rstrip("\ufffd")
+        if not text.startswith(self._said):
             return ""
         piece = text[len(self._said) :]
         self._said = text

@@ -72,8 +72,10 @@ class TransformersLayer(LayerParts):
             return f"the rotation of {name} depends on the length of the conversation, so it cannot be undone later"
         weight = next(self._module.parameters())
         width = int(getattr(self._module, "head_dim", 0)) or weight.shape[0] // self._heads
-        probe = torch.randn(2, len(_PROBED), width, generator=torch.Generator().manual_seed(0)).to(weight.device)
-        positions = torch.tensor(_PROBED, device=weight.device)
+        probe = torch.randn(
+            2, len(_PROBED), width, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu"
+        ).to(weight.device)
+        positions = torch.tensor(_PROBED, dtype=torch.long, device=weight.device)
         try:
             again = self.rotate(self.rotate(probe, positions), positions, back=True)
         except Exception as error:  # another family's code, called in a way it may not expect

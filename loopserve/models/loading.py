@@ -12,7 +12,7 @@ from transformers.utils.logging import disable_progress_bar
 from loopserve.core.errors import ConfigError, ModelError
 from loopserve.models.demo import bundled_path, is_bundled
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def load(
@@ -54,7 +54,7 @@ def load(
 def _device(name: str) -> torch.device:
     try:
         place = torch.device(_best_device() if name == "auto" else name)
-        torch.empty(0, device=place)
+        torch.empty(0, dtype=torch.float32, device=place)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(
             f"device {name!r} is unknown or not there ({_reason(error)}); use auto or {_best_device()}"
@@ -64,9 +64,9 @@ def _device(name: str) -> torch.device:
 
 def _dtype(name: str, own: torch.dtype | None, device: torch.device) -> torch.dtype:
     if name != "auto":
-        if name not in _DTYPES:
-            raise ConfigError(f"unknown dtype {name!r} (known: auto, {', '.join(_DTYPES)})")
-        return _DTYPES[name]
+        if name not in DTYPES:
+            raise ConfigError(f"unknown dtype {name!r} (known: auto, {', '.join(DTYPES)})")
+        return DTYPES[name]
     if own is None or (own is torch.float16 and device.type == "cpu"):  # CPUs compute float16 slowly or not at all
         return torch.float32
     return own

@@ -20,7 +20,7 @@ def converse(model: PreTrainedModel, prompts: Sequence[Sequence[int]], output_to
     answers: list[int] = []
     for prompt in prompts:
         ids += prompt
-        batch = torch.tensor([ids], device=model.device)
+        batch = torch.tensor([ids], dtype=torch.long, device=model.device)
         with torch.no_grad():
             output = cast("Any", model).generate(
                 batch,

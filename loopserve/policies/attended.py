@@ -41,7 +41,7 @@ def attention_over(inputs: AttentionInputs, columns: Tensor) -> Tensor:
 
 def received(inputs: AttentionInputs) -> Tensor:
     """Attention that each stored pair gets from all queries of this call, mean over the group: float32 ``[Hkv, Tk]``."""
-    total = torch.zeros(inputs.keys.shape[:2], device=inputs.keys.device)
+    total = torch.zeros(inputs.keys.shape[:2], dtype=torch.float32, device=inputs.keys.device)
     for rows in torch.arange(inputs.new_tokens, device=inputs.keys.device).split(_ROWS):
         total += inputs.token_scores(inputs.queries[:, rows], inputs.columns[rows], over_rows="sum")
     return total

@@ -33,21 +33,21 @@ def generator(*key: int) -> torch.Generator:
 
 def uniform_rows(candidates: Tensor, count: int, source: torch.Generator) -> Tensor:
     """``min(count, len(candidates))`` of the candidates, without replacement, sorted: int64."""
-    chosen = torch.randperm(len(candidates), generator=source)[:count]
+    chosen = torch.randperm(len(candidates), generator=source, device="cpu")[:count]
     return candidates[chosen.to(candidates.device)].sort().values
 
 
 def sample_rows(total: int, count: int, sampling: Sampling, source: torch.Generator) -> Tensor:
     """Sorted, distinct rows of ``0 .. total - 1``: int64 ``[min(count, total)]`` on the CPU."""
-    rows = torch.arange(total)
+    rows = torch.arange(total, device="cpu")
     if count >= total:
         return rows
     if sampling is Sampling.LAST:
         return rows[-count:]
     if sampling is Sampling.STRATIFIED:
-        edges = torch.linspace(0, total, count + 1, dtype=torch.float64).round().long()
+        edges = torch.linspace(0, total, count + 1, dtype=torch.float64, device="cpu").round().long()
         widths = edges[1:] - edges[:-1]
-        inside = (torch.rand(count, generator=source, dtype=torch.float64) * widths).long()
+        inside = (torch.rand(count, generator=source, dtype=torch.float64, device="cpu") * widths).long()
         return edges[:-1] + inside.clamp(max=widths - 1)
     if sampling is Sampling.MIXED:
         last = count // 2

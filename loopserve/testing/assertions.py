@@ -32,9 +32,9 @@ def assert_pattern(pattern: AttentionPattern, inputs: AttentionInputs) -> None:
     mask = pattern.to_mask()
     heads, rows, total = inputs.queries.shape[0], inputs.new_tokens, inputs.total_tokens
     assert mask.shape == (heads, rows, total), f"the mask is {list(mask.shape)}"
-    columns = torch.arange(total)
+    columns = torch.arange(total, device="cpu")
     assert not (mask & (columns > inputs.columns[:, None])).any(), "a query attends to a later key"
-    assert mask[:, torch.arange(rows), inputs.columns].all(), "a query does not attend to itself"
+    assert mask[:, torch.arange(rows, device="cpu"), inputs.columns].all(), "a query does not attend to itself"
 
 
 @contextmanager

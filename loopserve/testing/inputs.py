@@ -37,9 +37,9 @@ def make_inputs(
     """
     source = torch.Generator().manual_seed(seed)
     heads = kv_heads * group
-    queries = torch.randn(heads, new_tokens, head_dim, generator=source)
-    keys = torch.randn(kv_heads, total_tokens, head_dim, generator=source)
-    values = torch.randn(kv_heads, total_tokens, head_dim, generator=source)
+    queries = torch.randn(heads, new_tokens, head_dim, generator=source, dtype=torch.float32, device="cpu")
+    keys = torch.randn(kv_heads, total_tokens, head_dim, generator=source, dtype=torch.float32, device="cpu")
+    values = torch.randn(kv_heads, total_tokens, head_dim, generator=source, dtype=torch.float32, device="cpu")
     if structured:
         queries = queries + _structure(keys, new_tokens, group, source)
     history = total_tokens - new_tokens
@@ -50,9 +50,9 @@ def make_inputs(
         queries=queries,
         keys=keys,
         values=values,
-        columns=torch.arange(history, total_tokens),
+        columns=torch.arange(history, total_tokens, device="cpu"),
         positions=_positions(history, new_tokens, kv_heads, evicted, ragged, source),
-        first_valid=torch.tensor([0] * (kv_heads - 1) + [ragged]) if ragged else None,
+        first_valid=torch.tensor([0] * (kv_heads - 1) + [ragged], dtype=torch.long, device="cpu") if ragged else None,
         layer=spec,
         phase=phase,
         turn=turn,
@@ -73,7 +73,7 @@ def _structure(keys: Tensor, new_tokens: int, group: int, source: torch.Generato
     """
     per_query = keys.repeat_interleave(group, dim=0)
     own = per_query[:, -new_tokens:]
-    strong = torch.randint(keys.shape[1], (per_query.shape[0], 2), generator=source)
+    strong = torch.randint(keys.shape[1], (per_query.shape[0], 2), generator=source, device="cpu")
     looked_at = per_query.gather(1, strong[..., None].expand(-1, -1, keys.shape[2])).sum(1, keepdim=True)
     return own + looked_at + per_query[:, :1]
 
@@ -82,11 +82,11 @@ def _positions(
     history: int, new_tokens: int, kv_heads: int, evicted: int, ragged: int, source: torch.Generator
 ) -> Tensor:
     if not evicted:
-        return torch.arange(history + new_tokens)
+        return torch.arange(history + new_tokens, device="cpu")
     rows = []
-    tail = torch.arange(history + evicted, history + evicted + new_tokens)
+    tail = torch.arange(history + evicted, history + evicted + new_tokens, device="cpu")
     for head in range(kv_heads):
         filler = ragged if head == kv_heads - 1 else 0
-        kept = torch.randperm(history + evicted, generator=source)[: history - filler].sort().values
-        rows.append(torch.cat([torch.full((filler,), -1), kept, tail]))
+        kept = torch.randperm(history + evicted, generator=source, device="cpu")[: history - filler].sort().values
+        rows.append(torch.cat([torch.full((filler,), -1, dtype=torch.long, device="cpu"), kept, tail]))
     return torch.stack(rows)

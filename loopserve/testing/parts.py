@@ -16,7 +16,9 @@ class PlainParts(LayerParts):
     def __init__(self, query_heads: int, head_dim: int, width: int | None = None, seed: int = 0) -> None:
         """width: of the model; that of all heads together by default."""
         source = torch.Generator().manual_seed(seed)
-        self._weight = torch.randn(query_heads, head_dim, width or query_heads * head_dim, generator=source)
+        self._weight = torch.randn(
+            query_heads, head_dim, width or query_heads * head_dim, generator=source, dtype=torch.float32, device="cpu"
+        )
 
     def lacks(self, need: Need) -> str | None:
         return None

@@ -20,7 +20,11 @@ class FakeRecord:
         self.counters[name] += amount
 
     def mean(self, name: str, value: float | Tensor) -> None:
-        self.values[name].append(torch.as_tensor(value).detach().clone())
+        self.values[name].append(_tensor(value).detach().clone())
 
     def read(self, kind: str, amount: float) -> None:
         self.bytes[kind] += amount
+
+
+def _tensor(value: float | Tensor) -> Tensor:
+    return value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float32, device="cpu")

@@ -75,7 +75,7 @@ class ScriptedConversation:
         return found.selection if found is not None else None
 
     def _run(self, phase: Phase, tokens: int, *, final: bool) -> None:
-        positions = torch.arange(self.cache.seen, self.cache.seen + tokens)
+        positions = torch.arange(self.cache.seen, self.cache.seen + tokens, device="cpu")
         pairs = 0.0
         for spec in self.layers:
             keys = self.keys[spec.index][:, positions]
@@ -139,7 +139,7 @@ class ScriptedConversation:
             row = layer.positions()
             columns = torch.searchsorted(row if row.dim() == 1 else row[0].contiguous(), positions)
         else:
-            columns = torch.arange(total - len(positions), total)
+            columns = torch.arange(total - len(positions), total, device="cpu")
         return AttentionInputs(
             queries=self.queries[spec.index][:, positions],
             keys=layer.store.keys,

@@ -101,9 +101,9 @@ def selections(
     counts = [kept] * kv_heads
     if ragged and draw(st.booleans(), label="heads differ"):
         counts = [draw(st.integers(0, boundary), label=f"kept by head {head}") for head in range(kv_heads)]
-    heads = [torch.randperm(boundary, generator=source)[:count].sort().values for count in counts]
+    heads = [torch.randperm(boundary, generator=source, device="cpu")[:count].sort().values for count in counts]
     return KVSelection.from_heads(heads, boundary, retention)
 
 
 def _some(source: torch.Generator, share: float, *shape: int) -> Tensor:
-    return torch.rand(*shape, generator=source) < share
+    return torch.rand(*shape, generator=source, dtype=torch.float32, device="cpu") < share

@@ -75,8 +75,8 @@ class Subject:
         """Queries ``[L, Hq, N, D]`` and keys ``[L, Hkv, N, D]`` of that conversation."""
         source = torch.Generator().manual_seed(seed)
         tokens = tokens or sum(count for _, count in self.steps) + 40
-        queries = torch.randn(layers, 4, tokens, 16, generator=source)
-        return queries, torch.randn(layers, 2, tokens, 16, generator=source)
+        queries = torch.randn(layers, 4, tokens, 16, generator=source, dtype=torch.float32, device="cpu")
+        return queries, torch.randn(layers, 2, tokens, 16, generator=source, dtype=torch.float32, device="cpu")
 
 
 @dataclass(frozen=True)

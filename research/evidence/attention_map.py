@@ -73,7 +73,7 @@ def section(rows: Sequence[Row], pictures: Pictures) -> str:
     if not rows:
         return ""
     found = rows[0]["found"]
-    levels = torch.tensor([[int(digit) for digit in line] for line in found["map"]])
+    levels = torch.tensor([[int(digit) for digit in line] for line in found["map"]], dtype=torch.long, device="cpu")
     figure = pictures.figure(11, 5.4)
     above, below = figure.subplots(2, 1, sharex=True)
     first = found["columns"] - found["rows"]

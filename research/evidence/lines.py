@@ -20,10 +20,10 @@ def softmax_rows(heads: Heads, head: int | None = None) -> tuple[Tensor, Tensor]
     if head is not None:
         owner = head // (queries.shape[0] // keys.shape[0])
         queries, keys = queries[head : head + 1], keys[owner : owner + 1]
-    columns = torch.arange(heads.history, keys.shape[1])
+    columns = torch.arange(heads.history, keys.shape[1], device="cpu")
     parts = [
         line_scores(queries[:, rows], keys, columns[rows], scaling=heads.scaling).probabilities
-        for rows in torch.arange(queries.shape[1]).split(_ROWS)
+        for rows in torch.arange(queries.shape[1], device="cpu").split(_ROWS)
     ]
     return torch.cat(parts, dim=1), columns
 
@@ -39,11 +39,11 @@ def fewest_lines(probabilities: Tensor, alphas: Sequence[float]) -> list[Tensor]
     new, total = left.shape
     history = total - new
     vertical = left.double().sum(0)
-    slash = torch.zeros(total, dtype=torch.float64)
+    slash = torch.zeros(total, dtype=torch.float64, device="cpu")
     for row in range(new):
         slash[: history + row + 1] += left[row, : history + row + 1].flip(0)
     whole = float(vertical.sum())
-    chosen = torch.zeros(2, total, dtype=torch.bool)
+    chosen = torch.zeros(2, total, dtype=torch.bool, device="cpu")
     found: list[Tensor] = []
     covered = 0.0
     for alpha in sorted(alphas):
@@ -73,7 +73,7 @@ def fewest_lines(probabilities: Tensor, alphas: Sequence[float]) -> list[Tensor]
 def jaccard(first: Tensor, second: Tensor) -> Tensor:
     """Shared over all of two choices bool ``[Hq, k]``; 1 where both are empty: float32 ``[Hq]``."""
     either = (first | second).sum(1)
-    return torch.where(either > 0, (first & second).sum(1) / either.clamp(min=1), 1.0)
+    return torch.where(either > 0, (first & second).sum(1).float() / either.clamp(min=1), 1.0)
 
 
 def chance(first: Tensor, second: Tensor) -> Tensor:

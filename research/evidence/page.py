@@ -35,8 +35,8 @@ held out and have three turns unless said otherwise, and the history holds the m
 blows, not what an 8 B model will do. An answer is right if every word is. Standard errors (±) are those of a share with one right
 and one wrong answer added. *Bytes* are KV bytes read per output token as a share of what dense attention reads, scoring and key
 summaries included; *all bytes* includes what is read before the first output, spread over the answer. Attended pairs, cells and
-tiles are as [design.md](design.md) defines them. Of the paper's results only what its public reviews say is known here, so claims
-are tested by their direction."""
+tiles are as [architecture.md](architecture.md) defines them. Of the paper's results only what its public reviews say is known here,
+so claims are tested by their direction."""
 
 EXPERIMENTS = (
     concentration.NAME, overlap.NAME, position.NAME, moving.NAME, turns.NAME, coverage.NAME, prefill.NAME, attention_map.NAME,

@@ -30,7 +30,7 @@ class Distributions:
     def of(cls, logits: Sequence[Tensor]) -> Distributions:
         """From the logits ``[vocabulary]`` that each token of an answer is drawn from."""
         if not logits:
-            return cls(torch.empty(0, 0, dtype=torch.float64), None)
+            return cls(torch.empty(0, 0, dtype=torch.float64, device="cpu"), None)
         if len(logits[0]) <= _WHOLE:
             return cls(torch.stack([_logs(each).cpu() for each in logits]), None)
         best = [_logs(each).topk(_KEPT) for each in logits]

@@ -48,8 +48,8 @@ def redrawn(dialogues: Dialogues) -> Tensor | None:
     draw = torch.Generator().manual_seed(0)
     means = []
     for each in dialogues.values():
-        values = torch.tensor(list(each.values()), dtype=torch.float64)
-        drawn = values[torch.randint(len(values), (_ROUNDS, len(values)), generator=draw)].sum(1)
+        values = torch.tensor(list(each.values()), dtype=torch.float64, device="cpu")
+        drawn = values[torch.randint(len(values), (_ROUNDS, len(values)), generator=draw, device="cpu")].sum(1)
         means.append(drawn[:, 0] / drawn[:, 1])
     return torch.stack(means).mean(0)
 
@@ -67,12 +67,12 @@ def chance(dialogues: Dialogues) -> float:
     values = [
         [total / sum(count for _, count in own.values()) for total, _ in own.values()] for own in dialogues.values()
     ]
-    terms = torch.tensor([value / len(values) for own in values for value in own], dtype=torch.float64)
+    terms = torch.tensor([value / len(values) for own in values for value in own], dtype=torch.float64, device="cpu")
     if len(terms) <= _ALL_SIGNS:
-        signs = torch.tensor(list(product((1.0, -1.0), repeat=len(terms))), dtype=torch.float64)
+        signs = torch.tensor(list(product((1.0, -1.0), repeat=len(terms))), dtype=torch.float64, device="cpu")
     else:
         draw = torch.Generator().manual_seed(0)
-        signs = torch.randint(2, (1 << _ALL_SIGNS, len(terms)), generator=draw).double() * 2 - 1
+        signs = torch.randint(2, (1 << _ALL_SIGNS, len(terms)), generator=draw, device="cpu").double() * 2 - 1
         signs[0] = 1.0
     means = (signs @ terms).abs()
     return float((means >= means[0] - 1e-12).double().mean())
@@ -84,5 +84,5 @@ def interval(dialogues: Dialogues, level: float = 0.95) -> tuple[float, float] |
     if drawn is None:
         return None
     tail = (1 - level) / 2
-    low, high = drawn.quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+    low, high = drawn.quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64, device="cpu")).tolist()
     return low, high

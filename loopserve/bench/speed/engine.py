@@ -90,7 +90,7 @@ def machine() -> dict[str, Any]:
 def _prompts(vocabulary: int, history: int, new_tokens: int) -> list[list[int]]:
     generator = torch.Generator().manual_seed(0)
     lengths = [history] + [new_tokens] * (_TURNS - 1)
-    return [torch.randint(8, vocabulary, (length,), generator=generator).tolist() for length in lengths]
+    return [torch.randint(8, vocabulary, (length,), generator=generator, device="cpu").tolist() for length in lengths]
 
 
 def _by_engine(engine: TokenEngine, prompts: list[list[int]], output_tokens: int) -> list[int]:

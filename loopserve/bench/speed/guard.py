@@ -97,7 +97,7 @@ def run_guard_bench(
     loaded, _ = load(model)
     set_implementation(loaded, IMPLEMENTATION)
     draw = torch.Generator().manual_seed(0)
-    prompt = torch.randint(8, vocabulary_size(loaded), (history,), generator=draw).tolist()
+    prompt = torch.randint(8, vocabulary_size(loaded), (history,), generator=draw, device="cpu").tolist()
     rows = []
     for stack in stacks:
         progress(f"guard: {stack}")

@@ -133,7 +133,7 @@ def _conversation(part: Conversation, dtype: Dtype, device: str, suite: str) -> 
     draw = torch.Generator().manual_seed(1)
     set_implementation(shared.model, IMPLEMENTATION)
     for turn in range(part.turns):
-        ids = torch.randint(0, part.vocabulary, (new_tokens,), generator=draw).tolist()
+        ids = torch.randint(0, part.vocabulary, (new_tokens,), generator=draw, device="cpu").tolist()
         first: dict[str, list[float]] = {}
         later: dict[str, list[float]] = {}
         for name, side in sides.items():

@@ -225,7 +225,7 @@ def pooled_blocks(heads: Heads) -> BlockPattern:
     scores = pooled(heads.queries) @ pooled(heads.keys).repeat_interleave(group, 0).transpose(1, 2)
     last = (torch.arange(0, new, TILE, device=scores.device) + min(TILE, new) - 1).clamp(max=new - 1) + total - new
     seen = torch.arange(scores.shape[2], device=scores.device) * TILE <= last[:, None]
-    kept = (seen.sum(1) * _BLOCK_SHARE).ceil().long().clamp(min=1)
+    kept = (seen.sum(1).float() * _BLOCK_SHARE).ceil().long().clamp(min=1)
     order = scores.masked_fill(~seen, float("-inf")).argsort(dim=-1, descending=True)
     rank = torch.empty_like(order).scatter_(
         2, order, torch.arange(order.shape[2], device=order.device).expand_as(order)

@@ -52,7 +52,7 @@ class SharedModel:
             device=device,
         )
         draw = torch.Generator().manual_seed(0)
-        self.new_ids = torch.randint(0, shape.vocabulary, (new_tokens,), generator=draw)
+        self.new_ids = torch.randint(0, shape.vocabulary, (new_tokens,), generator=draw, device="cpu")
         self.tokens = tokens
         self.pairs = self._random_pairs() if tokens else []
 
@@ -61,7 +61,11 @@ class SharedModel:
         assert isinstance(self.shape.kv_heads, int)
         draw = torch.Generator(device=self.device).manual_seed(0)
         size = (2, self.shape.kv_heads, self.tokens, self.shape.hidden // self.shape.heads)
-        drawn = torch.randn(size, generator=draw, device=self.device).mul_(_SPREAD).to(DTYPES[self.dtype])
+        drawn = (
+            torch.randn(size, generator=draw, dtype=torch.float32, device=self.device)
+            .mul_(_SPREAD)
+            .to(DTYPES[self.dtype])
+        )
         room = len(self.new_ids) + _ROOM
         layers = range(self.shape.layers)
         return [PairBuffer(drawn[0].roll(each, dims=1), drawn[1].roll(each, dims=1), slack=room) for each in layers]

@@ -242,9 +242,9 @@ def _report(context: ForwardContext, inputs: AttentionInputs, pattern: Attention
 def _realised(inputs: AttentionInputs, pattern: AttentionPattern) -> Tensor:
     """Share of the attention mass inside the pattern over all rows, per head ``[Hq]``."""
     if isinstance(pattern, DensePattern):
-        return torch.ones(inputs.queries.shape[0])
+        return torch.ones(inputs.queries.shape[0], dtype=torch.float32, device="cpu")
     rows = torch.arange(inputs.new_tokens, device=inputs.queries.device)
-    mass = torch.zeros(inputs.queries.shape[0], device=inputs.queries.device)
+    mass = torch.zeros(inputs.queries.shape[0], dtype=torch.float32, device=inputs.queries.device)
     for part in rows.split(_MEASURED_ROWS):
         scores = line_scores(
             inputs.queries[:, part],

@@ -6,14 +6,16 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from torch import Tensor
 
+from loopserve.core.engine.answer import AnswerPlan, StopCheck, plan_answer
 from loopserve.core.engine.forward import ForwardBatch, ForwardContext, Model
-from loopserve.core.engine.sampling import Sampler, SamplingConfig
+from loopserve.core.engine.sampling import Choose, LogitsProcessor, SamplingConfig
 from loopserve.core.engine.session import UNDO_DEPTH, Session
 from loopserve.core.engine.slots import Slots
-from loopserve.core.engine.turn import Choose, Turn, complete, observation_context
+from loopserve.core.engine.turn import Turn, complete, observation_context
 from loopserve.core.errors import POLICY_TIMEOUT_S, ConfigError, InputError, OnPolicyFault, PolicyChecks
 from loopserve.core.guard.guard import Guard
 from loopserve.core.stack.stack import PolicyStack
@@ -55,15 +57,28 @@ class TokenEngine:
         self.chunk_tokens = chunk_tokens
         self.measure_coverage = measure_coverage
         self.undo_depth = undo_depth
-        self.guard = Guard(
-            checks=policy_checks, on_fault=on_policy_fault, timeout_s=policy_timeout_s, owners=stack.owners
-        )
+        self._guarding: dict[str, Any] = {
+            "checks": policy_checks,
+            "on_fault": on_policy_fault,
+            "timeout_s": policy_timeout_s,
+        }
+        self.guard = Guard(**self._guarding, owners=stack.owners)
         self.slots = Slots(model.layers, stack)
+        self._others: dict[PolicyStack, tuple[Slots, Guard]] = {}
         self._lock = threading.Lock()
 
-    def session(self) -> Session:
-        """Open a conversation."""
-        return Session(self.slots, self.guard, self.undo_depth)
+    def session(self, stack: PolicyStack | None = None) -> Session:
+        """Open a conversation, under another stack than the engine's if one is given.
+
+        Sessions under different stacks share forward passes. ConfigError if the model cannot be served under the stack.
+        """
+        if stack is None or stack is self.stack:
+            return Session(self.slots, self.guard, self.undo_depth)
+        if stack not in self._others:
+            stack.check(self.model.layers)
+            guard = Guard(**self._guarding, owners=stack.owners)
+            self._others[stack] = (Slots(self.model.layers, stack), guard)
+        return Session(*self._others[stack], self.undo_depth)
 
     def generate(
         self,
@@ -73,17 +88,23 @@ class TokenEngine:
         stop_ids: frozenset[int] = frozenset(),
         max_new_tokens: int | None = None,
         *,
-        progress: Progress | None = None,
+        stop_check: StopCheck | None = None,
+        logits_processors: Sequence[LogitsProcessor] = (),
     ) -> Iterator[int]:
-        """Answer one turn, token by token, the stop token included.
+        """Answer one turn, token by token, the stop token included. The arguments are those of ``begin``.
 
-        sampling: settings, or a function from logits ``[vocabulary]`` to a token. max_new_tokens: those of the settings unless
-        given. progress: called before each pass of the prefill. A turn that is not finished (an error, Ctrl-C, a consumer that
-        walks away) is taken back whole.
+        A turn that is not finished (an error, Ctrl-C, a consumer that walks away) is taken back whole.
         """
-        choose, most = _chooser(sampling, max_new_tokens)
-        turn = self.begin(session, new_tokens, choose, stop_ids=stop_ids, max_new_tokens=most)
-        yield from self._finish(turn, progress)
+        turn = self.begin(
+            session,
+            new_tokens,
+            sampling,
+            stop_ids=stop_ids,
+            stop_check=stop_check,
+            max_new_tokens=max_new_tokens,
+            logits_processors=logits_processors,
+        )
+        yield from self.finish(turn)
 
     def prefill(self, session: Session, new_tokens: Sequence[int], *, max_new_tokens: int = 0) -> Tensor:
         """Begin a turn and compute its tokens; return the logits ``[vocabulary]`` of the answer's first token.
@@ -92,7 +113,7 @@ class TokenEngine:
         twice.
         """
         turn = self.begin(session, new_tokens, None, max_new_tokens=max_new_tokens)
-        for _ in self._finish(turn):
+        for _ in self.finish(turn):
             pass
         assert turn.logits is not None
         return turn.logits
@@ -104,58 +125,91 @@ class TokenEngine:
         sampling: SamplingConfig | Choose,
         stop_ids: frozenset[int] = frozenset(),
         max_new_tokens: int | None = None,
+        *,
+        stop_check: StopCheck | None = None,
+        logits_processors: Sequence[LogitsProcessor] = (),
     ) -> Iterator[int]:
-        """Answer the turn that ``prefill`` gave these logits for, token by token; left unfinished, the turn is taken back whole."""
-        choose, most = _chooser(sampling, max_new_tokens)
+        """Answer the turn that ``prefill`` gave these logits for, token by token; left unfinished, the turn is taken back whole.
+
+        The arguments are those of ``begin``.
+        """
         self._own(session)
         session.require_rest()
-        turn = Turn(
-            session,
-            None,
-            choose,
-            device=self.model.device,
-            logits=logits,
+        plan = plan_answer(
+            session.tokens,
+            self.model.max_positions,
+            sampling,
             stop_ids=stop_ids,
-            max_new_tokens=most,
-            chunk_tokens=self.chunk_tokens,
-            measure=self.measure_coverage,
+            stop_check=stop_check,
+            max_new_tokens=max_new_tokens,
+            logits_processors=logits_processors,
         )
-        yield from self._finish(turn)
+        yield from self.finish(self._turn(session, None, plan, logits))
+
+    def plan(
+        self, session: Session, new_tokens: Sequence[int], sampling: SamplingConfig | Choose | None, **options: Any
+    ) -> AnswerPlan:
+        """Return how ``begin``, called with the same arguments, would answer a turn. Raises what ``begin`` would raise.
+
+        A session that is busy is no error here.
+        """
+        self._own(session)
+        self._check_length(session, new_tokens)
+        return plan_answer([*session.tokens, *new_tokens], self.model.max_positions, sampling, **options)
 
     def begin(
         self,
         session: Session,
         new_tokens: Sequence[int],
-        choose: Choose | None,
+        sampling: SamplingConfig | Choose | None,
         *,
         stop_ids: frozenset[int] = frozenset(),
-        max_new_tokens: int = 0,
+        stop_check: StopCheck | None = None,
+        max_new_tokens: int | None = None,
+        logits_processors: Sequence[LogitsProcessor] = (),
     ) -> Turn:
-        """Begin a turn; nothing is computed before ``run``. Raises InputError for a turn that does not fit the model."""
-        self._own(session)
+        """Begin a turn; nothing is computed before ``run``.
+
+        sampling: settings, a function from logits ``[vocabulary]`` to a token, or None to stop after the prefill. stop_ids:
+        tokens that end the answer, unless the settings ignore them. stop_check: see ``AnswerPlan``; needed where the settings
+        name stop strings, since the engine knows no text. max_new_tokens: those of the settings unless given; if these do not give
+        them either, the answer ends at the model's window. logits_processors: see ``Sampler``; only beside settings.
+
+        Raises InputError for a turn that does not fit the model, ConfigError for options that do not fit each other.
+        """
+        plan = self.plan(
+            session,
+            new_tokens,
+            sampling,
+            stop_ids=stop_ids,
+            stop_check=stop_check,
+            max_new_tokens=max_new_tokens,
+            logits_processors=logits_processors,
+        )
         session.require_rest()
-        self._check_length(session, new_tokens, max_new_tokens)
+        return self._turn(session, new_tokens, plan, None)
+
+    def _turn(
+        self, session: Session, new_tokens: Sequence[int] | None, plan: AnswerPlan, logits: Tensor | None
+    ) -> Turn:
         return Turn(
             session,
             new_tokens,
-            choose,
+            plan,
             device=self.model.device,
-            stop_ids=stop_ids,
-            max_new_tokens=max_new_tokens,
+            logits=logits,
             chunk_tokens=self.chunk_tokens,
             measure=self.measure_coverage,
         )
 
-    def run(self, turns: Sequence[Turn], max_prefill_tokens: int | None = None) -> None:
+    def run(self, turns: Sequence[Turn], prefill_tokens: Sequence[int | None] | None = None) -> None:
         """Run one forward pass with what each of these turns needs next; ``error`` of a turn says what ended it.
 
-        max_prefill_tokens: tokens of prefill in the pass, given to the turns in their order; a turn that gets none is left out.
+        prefill_tokens: per turn, the most prompt tokens that it may compute in this pass; None = as many as its pieces have.
         """
         with self._lock:
-            pieces = _pieces(turns, max_prefill_tokens)
-            contexts = [turn.step(size) for turn, size in pieces]
-            if not contexts:
-                return
+            limits = prefill_tokens or [None] * len(turns)
+            contexts = [turn.step(limit) for turn, limit in zip(turns, limits, strict=True)]
             started = time.perf_counter()
             try:
                 logits: Sequence[Tensor | None] = list(self.model.forward(ForwardBatch(contexts)))
@@ -164,7 +218,7 @@ class TokenEngine:
                     context.error = context.error or error
                 logits = [None] * len(contexts)
             seconds = time.perf_counter() - started
-            for (turn, _), context, row in zip(pieces, contexts, logits, strict=True):
+            for turn, context, row in zip(turns, contexts, logits, strict=True):
                 turn.take(context, row, seconds)
 
     def complete(self, contexts: Sequence[ForwardContext]) -> None:
@@ -178,8 +232,11 @@ class TokenEngine:
             context.session.enter(context.phase)
             context.session.look_for_references()
 
-    def _finish(self, turn: Turn, progress: Progress | None = None) -> Iterator[int]:
-        """Run a turn to its end and yield its tokens. It is taken back unless its last token was taken by the consumer."""
+    def finish(self, turn: Turn, progress: Progress | None = None) -> Iterator[int]:
+        """Run a turn to its end and yield its tokens. It is taken back unless its last token was taken by the consumer.
+
+        progress: called before each pass of the prefill.
+        """
         given, done = 0, False
         total = turn.waiting
         try:
@@ -202,10 +259,10 @@ class TokenEngine:
             turn.error = None  # its traceback would keep the session's store alive
 
     def _own(self, session: Session) -> None:
-        if session.slots is not self.slots:
+        if session.slots is not self.slots and not any(session.slots is each for each, _ in self._others.values()):
             raise InputError("this session belongs to another engine: open one with this engine's session()")
 
-    def _check_length(self, session: Session, new_tokens: Sequence[int], max_new_tokens: int) -> None:
+    def _check_length(self, session: Session, new_tokens: Sequence[int]) -> None:
         if not new_tokens:
             raise InputError("a turn needs at least one token")
         limit = self.model.max_positions
@@ -215,30 +272,3 @@ class TokenEngine:
                 f"the conversation would be {needed} tokens long, the model takes {limit}: shorten the message, "
                 "undo a turn, or start a new session"
             )
-        if limit is not None and needed - 1 + max_new_tokens > limit:
-            raise InputError(
-                f"max_new_tokens={max_new_tokens} does not fit: {limit - needed + 1} tokens are left of the model's {limit}"
-            )
-
-
-def _chooser(sampling: SamplingConfig | Choose, max_new_tokens: int | None) -> tuple[Choose, int]:
-    if isinstance(sampling, SamplingConfig):
-        return Sampler(sampling), max_new_tokens or sampling.max_new_tokens
-    if max_new_tokens is None:
-        raise InputError("max_new_tokens is needed beside a function that chooses the tokens")
-    return sampling, max_new_tokens
-
-
-def _pieces(turns: Sequence[Turn], max_prefill_tokens: int | None) -> list[tuple[Turn, int | None]]:
-    """Return the turns of a pass, each with the prefill tokens it may take."""
-    if max_prefill_tokens is None:
-        return [(turn, None) for turn in turns]
-    found: list[tuple[Turn, int | None]] = []
-    left = max_prefill_tokens
-    for turn in turns:
-        if turn.waiting == 0:
-            found.append((turn, None))
-        elif left > 0:
-            found.append((turn, left))
-            left -= min(left, turn.waiting)
-    return found

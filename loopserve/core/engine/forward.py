@@ -49,7 +49,9 @@ class ForwardBatch:
     @property
     def token_ids(self) -> Tensor:
         """All tokens of the pass, int64 ``[sum T]`` on the CPU."""
-        return torch.tensor([token for each in self.contexts for token in each.token_ids], dtype=torch.long)
+        return torch.tensor(
+            [token for each in self.contexts for token in each.token_ids], dtype=torch.long, device="cpu"
+        )
 
     @property
     def positions(self) -> Tensor:
@@ -80,6 +82,10 @@ class Model(Protocol):
     @property
     def device(self) -> torch.device:
         """Where token ids and positions go."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What keys and values are stored in."""
 
     def forward(self, batch: ForwardBatch) -> Tensor:
         """Run one pass; return the logits of each context's last token, ``[contexts, vocabulary]``."""

@@ -32,7 +32,7 @@ class TurnStart:
     cache: KVCache | None = None  # a copy, only where the stack evicts: an eviction cannot be undone otherwise
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Session:
     """Hold the tokens, cache, policy states and turns of one conversation. Two sessions share nothing that changes.
 
@@ -56,15 +56,25 @@ class Session:
     busy: bool = False  # a turn is under way: no other may begin, end or be copied
     damaged: bool = False  # stored pairs were written to by somebody else
     closed: bool = False
+    state_bytes: int = 0  # what the policies report of their states
 
     def __post_init__(self) -> None:
         self.cache = KVCache(len(self.slots.by_layer))
         self._starts: list[TurnStart] = []
 
+    def __repr__(self) -> str:
+        return f"<Session of {len(self.turns)} turns, {len(self.tokens)} tokens>"
+
     @property
     def stats(self) -> TurnStats:
         """Figures of the turn under way, or of the last one."""
         return self.turns[-1]
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Bytes taken from the machine: cache, copies kept for undo, and what the policies report of their states."""
+        copies = sum(start.cache.allocated_bytes for start in self._starts if start.cache is not None)
+        return self.cache.allocated_bytes + copies + self.state_bytes
 
     def require_rest(self) -> None:
         """Raise InputError while a turn is under way, or once the session is closed."""
@@ -83,7 +93,7 @@ class Session:
         """Free the cache and the policy states; the next turn computes the conversation anew from its tokens."""
         self.cache.clear()
         self.states, self.damaged = {}, False
-        self.turn_start = 0
+        self.turn_start = self.state_bytes = 0
         for start in self._starts:
             start.states, start.cached, start.cache = None, 0, None
             start.active = [None] * len(start.active)

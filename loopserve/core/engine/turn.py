@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loopserve.core.engine.answer import AnswerPlan
 from loopserve.core.engine.forward import ForwardContext
+from loopserve.core.engine.sampling import ChosenLogprob, FinishReason, Sampler
 from loopserve.core.engine.session import Session
 from loopserve.core.errors import InputError, PolicyError, PolicyFault
 from loopserve.core.guard.faults import FAULTS
 from loopserve.core.guard.validation import check_observation, check_selection
 from loopserve.core.policy.interfaces import DecodeCompressor, Observation, Phase, Selections, Step
-
-Choose = Callable[[Tensor], int]  # the next token from logits [vocabulary]
 
 
 class Turn:
@@ -31,27 +31,27 @@ class Turn:
         self,
         session: Session,
         new_tokens: Sequence[int] | None,
-        choose: Choose | None,
+        plan: AnswerPlan,
         *,
         device: torch.device,
         logits: Tensor | None = None,
-        stop_ids: frozenset[int] = frozenset(),
-        max_new_tokens: int = 0,
         chunk_tokens: int = 4096,
         measure: bool = False,
     ) -> None:
         """Begin a turn with ``new_tokens``, or go on with one whose prefill is done and gave ``logits`` (``new_tokens`` None).
 
-        choose: picks each output token from logits ``[vocabulary]``; None stops after the prefill, with ``logits`` set.
-        chunk_tokens: longest piece of a prefill.
+        plan: how it is answered; one without ``choose`` stops after the prefill, with ``logits`` set. chunk_tokens: longest piece
+        of a prefill.
         """
         self.session = session
+        self.plan = plan
         self.logits = logits
         self.output: list[int] = []
         self.finished = False
+        self.finish_reason: FinishReason | None = None  # set once the answer is complete
+        self.stop_string: str | None = None  # the one that ended the answer
         self.error: BaseException | None = None
-        self._choose, self._device, self._measure = choose, device, measure
-        self._stop_ids, self._max_new_tokens, self._chunk_tokens = stop_ids, max_new_tokens, chunk_tokens
+        self._device, self._measure, self._chunk_tokens = device, measure, chunk_tokens
         self._observations: deque[tuple[str, Observation]] = deque()
         self._started = time.perf_counter()  # copies to go back to are a part of what a turn costs
         self._prefilled = new_tokens is None
@@ -71,7 +71,7 @@ class Turn:
         session, self._prefill_end = self.session, end
         waiting = end - session.cache.seen
         self._piece = -(-waiting // max(1, -(-waiting // self._chunk_tokens)))
-        session.cache.reserve(waiting - self._piece + self._max_new_tokens)
+        session.cache.reserve(waiting - self._piece + self.plan.max_new_tokens)
 
     # Before a pass.
 
@@ -90,6 +90,12 @@ class Turn:
     def waiting(self) -> int:
         """Prompt tokens that are not computed yet."""
         return max(0, self._prefill_end - self.session.cache.seen)
+
+    @property
+    def logprobs(self) -> list[ChosenLogprob] | None:
+        """Log-probabilities of the output tokens; None where the sampling settings do not ask for them."""
+        sampler = self.plan.choose
+        return sampler.logprobs if isinstance(sampler, Sampler) and sampler.config.logprobs else None
 
     def _compute(self, phase: Phase, start: int, end: int) -> ForwardContext:
         session = self.session
@@ -158,11 +164,11 @@ class Turn:
 
     def _next_token(self, logits: Tensor) -> None:
         session, stats = self.session, self.session.stats
-        if self._choose is None:
+        if self.plan.choose is None:
             self._finish(complete=False)
             return
         started = time.perf_counter()
-        token = self._choose(logits)
+        token = self.plan.choose(logits)
         now = time.perf_counter()
         if self.output:
             stats.decode_ms += (now - started) * 1e3
@@ -174,7 +180,13 @@ class Turn:
         session.tokens.append(token)
         stats.output_tokens = len(self.output)
         weigh(session)
-        if token in self._stop_ids or len(self.output) >= self._max_new_tokens:
+        if self.plan.stop_check is not None:
+            self.stop_string = self.plan.stop_check(token)
+        if token in self.plan.stop_ids or self.stop_string is not None:
+            self.finish_reason = FinishReason.STOP
+        elif len(self.output) >= self.plan.max_new_tokens:
+            self.finish_reason = FinishReason.LENGTH
+        if self.finish_reason is not None:
             self._finish(complete=True)
 
     def _finish(self, *, complete: bool) -> None:
@@ -284,8 +296,8 @@ def _select(session: Session, step: Step, request: Selections) -> None:
 def weigh(session: Session) -> None:
     """Record the bytes that a session's store, active sets and policy states hold."""
     session.stats.store_bytes = session.cache.store_bytes
-    states = sum(_held_bytes(session, slot, each) for slot, each in session.slots.compressors.items())
-    session.stats.active_bytes = session.cache.active_bytes + states
+    session.state_bytes = sum(_held_bytes(session, slot, each) for slot, each in session.slots.compressors.items())
+    session.stats.active_bytes = session.cache.active_bytes + session.state_bytes
 
 
 def _held_bytes(session: Session, slot: str, compressor: DecodeCompressor[Any]) -> int:

@@ -89,7 +89,9 @@ def check_pattern(pattern: AttentionPattern, inputs: AttentionInputs) -> None:
 
 def _check_cells(pattern: AttentionPattern, inputs: AttentionInputs) -> None:
     """A few rows of the pattern, cell by cell."""
-    chosen = torch.linspace(0, inputs.new_tokens - 1, min(inputs.new_tokens, _ROWS_LOOKED_AT)).long()
+    chosen = torch.linspace(
+        0, inputs.new_tokens - 1, min(inputs.new_tokens, _ROWS_LOOKED_AT), dtype=torch.float32, device="cpu"
+    ).long()
     columns = inputs.columns[chosen.to(inputs.columns.device)]
     cells = pattern.rows(columns)
     wanted = (inputs.queries.shape[0], len(columns), inputs.total_tokens)

@@ -16,7 +16,7 @@ from loopserve.core.kv.ragged import RaggedBuffer
 from loopserve.core.kv.selection import KVSelection, Retention
 from loopserve.kernels.gather_kv import gather_kv
 
-_FIRST_CAPACITY = 256
+FIRST_CAPACITY = 256
 
 
 class Counted:
@@ -88,6 +88,13 @@ class LayerCache:
         """Columns of the store; fewer than ``seen`` after an eviction."""
         return self.store.length if self.store is not None else 0
 
+    @property
+    def allocated_bytes(self) -> int:
+        """Bytes taken from the machine by the store and the active set, unused capacity included."""
+        store = self.store.allocated_nbytes if self.store is not None else 0
+        active = self.active.pairs if self.active is not None else None
+        return store + (active.allocated_nbytes if active is not None else 0)
+
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Add the pairs ``[Hkv, T, D]`` of the next T positions to the store and, if there is one, the active set."""
         if keys.dim() != 3 or keys.shape[:2] != values.shape[:2]:
@@ -95,7 +102,7 @@ class LayerCache:
                 f"append: keys {list(keys.shape)} and values {list(values.shape)} must both be [Hkv, T, D]"
             )
         if self.store is None:
-            self.store = PairBuffer(keys, values, slack=max(_FIRST_CAPACITY, self._reserved))
+            self.store = PairBuffer(keys, values, slack=max(FIRST_CAPACITY, self._reserved))
         else:
             if not self.store.intact:
                 raise PolicyFault(
@@ -244,6 +251,11 @@ class KVCache:
     @property
     def nbytes(self) -> int:
         return self.store_bytes + self.active_bytes
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Bytes taken from the machine by all layers, unused capacity included."""
+        return sum(layer.allocated_bytes for layer in self.layers)
 
     def release(self) -> None:
         for layer in self.layers:

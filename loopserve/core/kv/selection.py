@@ -36,8 +36,8 @@ class KVSelection:
     @classmethod
     def from_heads(cls, heads: Sequence[Tensor], boundary: int, retention: Retention = Retention.KEEP) -> KVSelection:
         """Build from one sorted index tensor per KV head; lengths may differ."""
-        lengths = torch.tensor([len(head) for head in heads], dtype=torch.long)
-        indices = torch.full((len(heads), int(lengths.max())), -1, dtype=torch.long)
+        lengths = torch.tensor([len(head) for head in heads], dtype=torch.long, device="cpu")
+        indices = torch.full((len(heads), int(lengths.max())), -1, dtype=torch.long, device="cpu")
         for row, head in zip(indices, heads, strict=True):
             if len(head):
                 row[-len(head) :] = head

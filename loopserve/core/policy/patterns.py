@@ -40,7 +40,7 @@ class AttentionPattern(ABC):
     def to_mask(self) -> Tensor:
         """The cells of the whole block, bool ``[Hq, Tq, Tk]``; for tests and pictures, it grows with Tq times Tk."""
         _, new, total = self.size
-        return self.rows(torch.arange(total - new, total))
+        return self.rows(torch.arange(total - new, total, device="cpu"))
 
     @abstractmethod
     def rows(self, columns: Tensor) -> Tensor:
@@ -109,13 +109,13 @@ class DensePattern(AttentionPattern):
         return dense_attention(queries, keys, values, need_lse=need_lse, **options)
 
     def cell_density(self) -> Tensor:
-        return torch.ones(self.heads)
+        return torch.ones(self.heads, dtype=torch.float32, device="cpu")
 
     def tile_density(self) -> Tensor:
-        return torch.ones(self.heads)
+        return torch.ones(self.heads, dtype=torch.float32, device="cpu")
 
     def coverage(self, probabilities: Tensor, columns: Tensor) -> Tensor:
-        return torch.ones(self.heads, device=probabilities.device)
+        return torch.ones(self.heads, dtype=torch.float32, device=probabilities.device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -207,7 +207,7 @@ class LinePattern(AttentionPattern):
         """
         if not ends:
             return torch.zeros(len(self.verticals), dtype=torch.long, device=self.verticals.device)
-        at = torch.tensor(ends, device=self.verticals.device)
+        at = torch.tensor(ends, dtype=torch.long, device=self.verticals.device)
         # Counted back from a tile's last column, slash d reaches the keys d to d + height - 1: the same in every tile.
         below = pad(self.slashes.cumsum(1), (height, 0))
         reached = below[:, height:] > below[:, :-height]
@@ -226,7 +226,7 @@ class LinePattern(AttentionPattern):
             before = pad(self.verticals.cumsum(1), (1, 0))  # verticals before column x
             # A run from a to b (exclusive) holds the columns end - b to end - a - 1.
             counts = before[head[:, None], (ends - at[:, None]).clamp(min=0)] * edges[head, at][:, None]
-            return torch.zeros(len(offsets), len(ends), dtype=torch.long).index_add_(0, head, counts)
+            return torch.zeros(len(offsets), len(ends), dtype=torch.long, device="cpu").index_add_(0, head, counts)
         # A convolution, which waits for nothing on the device. Counts are far below 2 ** 52.
         spectrum = torch.fft.rfft(self.verticals.double(), 2 * total) * torch.fft.rfft(offsets.double(), 2 * total)
         counted: Tensor = torch.fft.irfft(spectrum, 2 * total)[:, ends - 1].round().long()

@@ -10,6 +10,8 @@ from loopserve.kernels.block_sparse import cpu
 from loopserve.kernels.gpu import limits
 from loopserve.kernels.shapes import check, check_device
 
+# A tile beyond the last column is one tile, however large. A number that an int64 has no room for would wrap round in C.
+_LARGEST = 128
 _OPERATION = backend.operation(
     "block_sparse", "packed", "cpu", "triton", limits={"cpu": cpu.limit, "triton": limits.blocks}
 )
@@ -39,6 +41,7 @@ def block_sparse(
     if blocks.shape != wanted or blocks.dtype != torch.bool:
         raise ValueError(f"block_sparse: blocks must be bool {list(wanted)}, got {blocks.dtype} {list(blocks.shape)}")
     check_device("block_sparse", "blocks", blocks, queries.device)
+    tile = min(tile, max(keys.shape[1], _LARGEST))
     found: tuple[Tensor, Tensor] = _OPERATION(
         queries, keys, values, blocks, tile=tile, scaling=scaling, softcap=softcap, first_valid=first_valid
     )

@@ -25,7 +25,7 @@ def block_sparse(
     history, group = keys.shape[1] - rows, heads // keys.shape[0]
     starts = [0] * keys.shape[0] if first_valid is None else first_valid.tolist()
     output = queries.new_zeros(heads, rows, values.shape[2])
-    lse = torch.full((heads, rows), float("-inf"), device=queries.device)
+    lse = torch.full((heads, rows), float("-inf"), dtype=torch.float32, device=queries.device)
     inside = torch.arange(tile, device=queries.device)
     for head, tiles in enumerate(blocks):
         owner = head // group
@@ -45,7 +45,9 @@ def block_sparse(
             if serves(values, queries.shape[2], softcap):
                 mask = None
                 if int(columns[-1]) > history + start:
-                    mask = torch.zeros(later.shape, device=later.device).masked_fill_(later, MASKED)
+                    mask = torch.zeros(later.shape, dtype=torch.float32, device=later.device).masked_fill_(
+                        later, MASKED
+                    )
                 found, found_lse = fused(*(each[None, None] for each in part), scaling=scaling, mask=mask)
                 found, found_lse = settle(found[0], found_lse[0])
             else:

@@ -142,9 +142,9 @@ def block_sparse(
     steps = steps[:, :, None].expand(-1, -1, tile // tile_rows).reshape(heads, -1)[:, :tiles].reshape(-1)
     work = work_list(steps)
     output = queries.new_empty(heads, rows, value_channels)
-    lse = torch.empty(heads, rows, device=queries.device)
-    part_output = torch.empty(work.parts, tile_rows, value_channels, device=queries.device)
-    part_lse = torch.empty(work.parts, tile_rows, device=queries.device)
+    lse = torch.empty(heads, rows, dtype=torch.float32, device=queries.device)
+    part_output = torch.empty(work.parts, tile_rows, value_channels, dtype=torch.float32, device=queries.device)
+    part_lse = torch.empty(work.parts, tile_rows, dtype=torch.float32, device=queries.device)
     launch(
         block_sparse_kernel,
         (work.programs,),

@@ -10,9 +10,9 @@ from loopserve.kernels.native import scores
 from loopserve.kernels.native.lines import select
 
 
-def limit(queries: Tensor, *_: object, softcap: float | None, **__: object) -> str | None:
+def limit(queries: Tensor, keys: Tensor, *_: object, softcap: float | None, **__: object) -> str | None:
     """What it cannot serve."""
-    return scores.serves(queries, softcap)
+    return scores.serves(queries, keys, softcap)
 
 
 def choose_lines(

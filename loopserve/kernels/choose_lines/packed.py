@@ -23,5 +23,4 @@ def choose_lines(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(chosen bool ``[Hq, 2, n]``, covered and whole mass per row ``[Hq, r]``, cost ``[Hq]``). See the package."""
     rows = row_probabilities(queries, keys, columns, scaling=scaling, softcap=softcap, first_valid=first_valid)
-    chosen, covered, spent = select_lines(rows, columns, new_tokens, **options)
-    return chosen, covered, rows.to(covered.dtype).sum(-1), spent
+    return select_lines(rows, columns, new_tokens, **options)

@@ -145,11 +145,13 @@ def decode_attention(
     part_slots = -(-slots // (parts * shape.keys)) * shape.keys
     parts = -(-slots // part_slots)
     output = queries.new_empty(owners, group * rows, value_channels)
-    lse = torch.empty(owners, group * rows, device=queries.device)
+    lse = torch.empty(owners, group * rows, dtype=torch.float32, device=queries.device)
     found, found_lse = output, lse
     if parts > 1:
-        found = torch.empty(owners * tiles * parts, shape.rows, value_channels, device=queries.device)
-        found_lse = torch.empty(owners * tiles * parts, shape.rows, device=queries.device)
+        found = torch.empty(
+            owners * tiles * parts, shape.rows, value_channels, dtype=torch.float32, device=queries.device
+        )
+        found_lse = torch.empty(owners * tiles * parts, shape.rows, dtype=torch.float32, device=queries.device)
     launch(
         decode_kernel,
         (parts, owners, tiles),

@@ -41,7 +41,8 @@ def dense_attention(
         values,
         scaling=scaling,
         softcap=softcap,
-        window=window,
+        # A number that an int64 has no room for would wrap round in C.
+        window=None if window is None else min(window, keys.shape[1]),
         columns=columns,
         first_valid=first_valid,
         need_lse=need_lse,

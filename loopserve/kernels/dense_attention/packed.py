@@ -83,7 +83,7 @@ def _few_rows(
     mask = None
     if rows > 1 or first_valid is not None:
         seen = visible(torch.arange(total - rows, total, device=keys.device), total, first_valid=first_valid)
-        mask = torch.zeros(seen.shape, device=keys.device).masked_fill_(~seen, float("-inf"))
+        mask = torch.zeros(seen.shape, dtype=torch.float32, device=keys.device).masked_fill_(~seen, float("-inf"))
         mask = mask[:, None].expand(-1, group, -1, -1).reshape(1, -1, group * rows, total)
     grouped = queries.reshape(1, owners, group * rows, dim)
     output, lse = fused(grouped, keys[None], values[None], scaling=scaling, mask=mask)
@@ -111,7 +111,9 @@ def _in_chunks(
         part = rows, keys[:, start:end], values[:, start:end]
         seen = visible(where - start, end - start, window=window)
         if serves(values, queries.shape[2], softcap):
-            bias = torch.zeros(seen.shape[1:], device=queries.device).masked_fill_(~seen[0], MASKED)
+            bias = torch.zeros(seen.shape[1:], dtype=torch.float32, device=queries.device).masked_fill_(
+                ~seen[0], MASKED
+            )
             output, lse = fused(*(each[None] for each in part), scaling=scaling, mask=bias)
             output, lse = output[0], lse[0]
         else:
@@ -134,7 +136,7 @@ def _ragged(
     """One KV head at a time without its filler columns, so that nothing in them is ever read."""
     group, rows = queries.shape[0] // keys.shape[0], queries.shape[1]
     output = queries.new_zeros(queries.shape[0], rows, values.shape[2])
-    lse = torch.full((queries.shape[0], rows), float("-inf"), device=queries.device)
+    lse = torch.full((queries.shape[0], rows), float("-inf"), dtype=torch.float32, device=queries.device)
     standing = query_columns(queries, keys, columns)
     for head, start in enumerate(first_valid.tolist()):
         sees = (standing >= start).nonzero().flatten()

@@ -147,7 +147,7 @@ def _tiled(
     total, value_channels = keys.shape[1], values.shape[2]
     shape = attention_tile(queries, value_channels)
     output = queries.new_empty(heads, rows, value_channels)
-    lse = torch.empty(heads, rows, device=queries.device)
+    lse = torch.empty(heads, rows, dtype=torch.float32, device=queries.device)
     launch(
         dense_kernel,
         (-(-rows // shape.rows), heads),

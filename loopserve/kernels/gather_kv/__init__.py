@@ -16,11 +16,14 @@ def gather_kv(keys: Tensor, values: Tensor, indices: Tensor) -> tuple[Tensor, Te
 
     ValueError for shapes that do not fit or a column that is not there.
     """
-    if keys.dim() != 3 or values.shape[:2] != keys.shape[:2]:
+    if keys.dim() != 3 or values.dim() != 3 or values.shape[:2] != keys.shape[:2]:
         raise ValueError(f"gather_kv: keys {list(keys.shape)} and values {list(values.shape)} must be [Hkv, n, D]")
     if indices.dim() != 2 or indices.shape[0] != keys.shape[0] or indices.dtype != torch.long:
         raise ValueError(f"gather_kv: indices {indices.dtype} {list(indices.shape)} must be int64 [{keys.shape[0]}, S]")
-    check_device("gather_kv", "indices", indices, keys.device)
+    if values.dtype != keys.dtype:  # the compiled kernel copies both by the size of a key's numbers
+        raise ValueError(f"gather_kv: got keys in {keys.dtype} and values in {values.dtype}")
+    for name, each in (("values", values), ("indices", indices)):
+        check_device("gather_kv", name, each, keys.device)
     if indices.device.type == "cpu":
         check_range("gather_kv: indices", indices, keys.shape[1])
     copies: tuple[Tensor, Tensor] = _OPERATION(keys, values, indices)

@@ -21,6 +21,12 @@ _ROWS = 16
 
 
 @triton.jit
+def finite(mass: tl.tensor) -> tl.tensor:
+    """Mass, where what is not finite counts as none."""
+    return tl.where(tl.abs(mass) < float("inf"), mass, 0.0)
+
+
+@triton.jit
 def owned_cells(
     probabilities: tl.tensor,
     columns: tl.tensor,
@@ -46,7 +52,7 @@ def owned_cells(
     if RANKED:
         held = held & (tl.load(ranks + head * 2 * total + met, mask=held, other=-1) > rank[None, :])
     start = (head * rows + row.to(tl.int64)) * total
-    return tl.load(probabilities + start[:, None] + cell, mask=held, other=0.0), met
+    return finite(tl.load(probabilities + start[:, None] + cell, mask=held, other=0.0)), met
 
 
 @triton.jit(do_not_specialize=["rows", "total", "count", "first"])
@@ -146,7 +152,7 @@ def covered_kernel(
         vertical = tl.load(mine + key, mask=inside, other=0)
         slash = tl.load(mine + total + column - key, mask=inside, other=0)
         mass = tl.load(probabilities + (head * rows + row) * total + key, mask=inside, other=0.0)
-        sums += tl.where((vertical < 0) | (slash < 0), mass, 0.0)
+        sums += tl.where((vertical < 0) | (slash < 0), finite(mass), 0.0)
     tl.store(covered + head * rows + row, tl.sum(sums, 0))
 
 
@@ -169,7 +175,7 @@ def line_masses(
     """
     heads, rows, total = probabilities.shape
     count = lines.shape[1] if lines is not None else total if slashes_only else 2 * total
-    masses = torch.zeros(heads, count, device=probabilities.device)
+    masses = torch.zeros(heads, count, dtype=torch.float32, device=probabilities.device)
     launch(
         line_masses_kernel,
         (-(-count // _LINES), heads),
@@ -222,7 +228,7 @@ def take_lines(
 def covered_masses(probabilities: Tensor, columns: Tensor, ranks: Tensor) -> Tensor:
     """Mass ``[H, r]`` of each row on the lines whose rank is ``TAKEN``."""
     heads, rows, total = probabilities.shape
-    covered = torch.empty(heads, rows, device=probabilities.device)
+    covered = torch.empty(heads, rows, dtype=torch.float32, device=probabilities.device)
     launch(
         covered_kernel,
         (rows, heads),

@@ -169,7 +169,7 @@ def row_masses(
     parts = min(max(1, 2 * processors(queries.device) // (tiles * owners)), -(-total // _LEAST_KEYS))
     part_keys = -(-total // (parts * shape.keys)) * shape.keys
     parts = -(-total // part_keys)
-    lse = torch.empty(parts, heads * rows, device=queries.device)
+    lse = torch.empty(parts, heads * rows, dtype=torch.float32, device=queries.device)
     shared = {
         "KEYS": shape.keys,
         "GROUP": group,
@@ -201,8 +201,8 @@ def row_masses(
         **shared,
     )
     joined = lse[0] if parts == 1 else _joined(lse)
-    probabilities = torch.empty(heads, rows, total, device=queries.device) if writes else lse
-    masses = torch.empty(heads if writes else owners, total, device=queries.device)
+    probabilities = torch.empty(heads, rows, total, dtype=torch.float32, device=queries.device) if writes else lse
+    masses = torch.empty(heads if writes else owners, total, dtype=torch.float32, device=queries.device)
     launch(
         row_masses_kernel,
         (-(-total // shape.keys), owners),

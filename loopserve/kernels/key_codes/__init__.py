@@ -34,6 +34,8 @@ def summarise_pages(
     ``KeyCodes`` with room for all pages. ValueError if they do not fit.
     """
     heads, total, dim = keys.shape
+    if page < 1:
+        raise ValueError(f"summarise_pages: page={page} must be at least 1")
     pages = -(-total // page)
     if low.shape != high.shape or low.shape[0] != heads or low.shape[1] < pages or low.shape[2] != dim:
         raise ValueError(
@@ -105,6 +107,8 @@ def _check(op: str, queries: Tensor, of: KeyCodes) -> None:
     heads, pages, dim = of.low.shape
     if queries.dim() != 3 or queries.shape[2] != dim or queries.shape[0] % heads:
         raise ValueError(f"{op}: queries {list(queries.shape)} do not fit codes of {heads} heads and {dim} channels")
+    if of.bits not in BITS or of.codes.dim() != 4 or of.codes.shape[3] != dim * of.bits // 8:
+        raise ValueError(f"{op}: codes {list(of.codes.shape)} do not hold {of.bits} bits of {dim} channels")
     if of.codes.shape[:2] != (heads, pages) or of.columns > pages * of.codes.shape[2]:
         raise ValueError(f"{op}: codes {list(of.codes.shape)} do not fit {pages} pages and {of.columns} columns")
     if of.high.shape != of.low.shape or of.high.dtype != of.low.dtype or of.codes.dtype != torch.uint8:

@@ -9,10 +9,13 @@ import torch
 from torch import Tensor
 
 from loopserve.kernels.native import library
-from loopserve.kernels.native.arrays import rows_of
+from loopserve.kernels.native.arrays import address, number_type, optional, rows_of
 
 if TYPE_CHECKING:
     from loopserve.kernels.key_codes.layout import KeyCodes
+
+
+_MOST_CHANNELS = 4096  # the kernels keep a key on the stack of a thread
 
 
 class _KeyCodes(Structure):
@@ -33,16 +36,30 @@ def limit(queries: Tensor, of: KeyCodes, *_: object, **__: object) -> str | None
     """What it cannot serve."""
     if of.low.dtype not in (torch.float32, torch.bfloat16):
         return f"bounds in {of.low.dtype}"
-    return None if queries.shape[-1] % 16 == 0 else f"{queries.shape[-1]} channels are not a multiple of 16"
+    return _channels(queries.shape[-1]) or _pages(of.low, of.high, of.codes)
 
 
 def limit_pages(
-    keys: Tensor, _page: int, _first: int, _low: Tensor, _high: Tensor, codes: Tensor | None, *_: object
+    keys: Tensor, _page: int, _first: int, low: Tensor, high: Tensor, codes: Tensor | None, *_: object
 ) -> str | None:
     """The same for summaries."""
     if codes is not None and codes.shape[-1] % 16:
         return f"codes of {codes.shape[-1]} bytes are not a multiple of 16"
-    return None if keys.shape[-1] % 16 == 0 else f"{keys.shape[-1]} channels are not a multiple of 16"
+    return _channels(keys.shape[-1]) or _pages(low, high, codes)
+
+
+def _channels(dim: int) -> str | None:
+    if dim > _MOST_CHANNELS:
+        return f"more than {_MOST_CHANNELS} channels"
+    return None if dim % 16 == 0 else f"{dim} channels are not a multiple of 16"
+
+
+def _pages(low: Tensor, high: Tensor, codes: Tensor | None) -> str | None:
+    """The kernels are told one stride for both bounds, and read what belongs to a head on end."""
+    dense = low.stride() == high.stride() and low.stride()[1:] == (low.shape[2], 1)
+    if codes is not None:
+        dense = dense and codes.stride()[1:] == (codes.shape[2] * codes.shape[3], codes.shape[3], 1)
+    return None if dense else "pages that do not lie side by side"
 
 
 def summarise_pages(
@@ -50,22 +67,26 @@ def summarise_pages(
 ) -> None:
     """See the package. The buffers' pages must lie side by side."""
     keys = rows_of(keys)
+    kind, (heads, total, dim) = number_type(keys), keys.shape
+    bounds, coded = (heads, low.shape[1], dim), (heads, low.shape[1], page, dim * bits // 8)
+    if codes is not None:
+        coded = heads, codes.shape[1], *coded[2:]
     library.function("summarise_pages", *[c_void_p] * 4, *[c_int64] * 12)(
-        keys.data_ptr(),
-        low.data_ptr(),
-        high.data_ptr(),
-        None if codes is None else codes.data_ptr(),
+        address("keys", keys, kind, (heads, total, dim), strided=2),
+        address("low", low, kind, bounds, strided=1, written=True),
+        address("high", high, kind, bounds, strided=1, written=True),
+        optional("codes", codes, torch.uint8, coded, strided=1, written=True),
         keys.stride(0),
         keys.stride(1),
         low.stride(0),
         0 if codes is None else codes.stride(0),
-        keys.shape[0],
-        keys.shape[2],
+        heads,
+        dim,
         page,
         0 if codes is None else bits,
         first,
-        keys.shape[1],
-        keys.dtype is not torch.float32,
+        total,
+        kind is torch.bfloat16,
         library.threads(),
     )
 
@@ -73,8 +94,8 @@ def summarise_pages(
 def code_logits(queries: Tensor, of: KeyCodes, *, scaling: float) -> Tensor:
     """See the package."""
     call, kept = _call(queries, of, scaling)
-    logits = torch.empty(call.heads, call.rows, of.columns)
-    call.logits = logits.data_ptr()
+    logits = torch.empty(call.heads, call.rows, of.columns, dtype=torch.float32, device="cpu")
+    call.logits = address("logits", logits, torch.float32, (call.heads, call.rows, of.columns))
     library.call("code_logits", POINTER(_KeyCodes))(byref(call))
     del kept
     return logits
@@ -86,10 +107,11 @@ def code_jumps(
     """See the package."""
     call, kept = _call(queries, of, scaling)
     base = base.contiguous()
-    chosen = torch.empty(call.heads, base.shape[1] + budget, dtype=torch.long)
-    call.base, call.base_count, call.chosen = base.data_ptr(), base.shape[1], chosen.data_ptr()
+    chosen = torch.empty(call.heads, base.shape[1] + budget, dtype=torch.long, device="cpu")
+    call.base, call.base_count = address("base", base, torch.long, (call.heads, base.shape[1])), base.shape[1]
+    call.chosen = address("chosen", chosen, torch.long, (call.heads, base.shape[1] + budget))
     call.tail, call.budget = tail, budget
-    call.observed = None if observed is None else observed.data_ptr()
+    call.observed = optional("observed", observed, torch.float32, (call.heads, tail))
     library.call("code_jumps", POINTER(_KeyCodes))(byref(call))
     del kept
     return chosen
@@ -97,22 +119,23 @@ def code_jumps(
 
 def _call(queries: Tensor, of: KeyCodes, scaling: float) -> tuple[_KeyCodes, Tensor]:
     """The call, and the queries it points to, which must live as long."""
-    heads, _, dim = of.low.shape
+    heads, pages, dim = of.low.shape
+    kind, page = number_type(of.low), of.codes.shape[2]
     held = queries.float().contiguous()
     call = _KeyCodes(
-        queries=held.data_ptr(),
-        low=of.low.data_ptr(),
-        high=of.high.data_ptr(),
-        codes=of.codes.data_ptr(),
+        queries=address("queries", held, torch.float32, (*queries.shape[:2], dim)),
+        low=address("low", of.low, kind, (heads, pages, dim), strided=1),
+        high=address("high", of.high, kind, (heads, pages, dim), strided=1),
+        codes=address("codes", of.codes, torch.uint8, (heads, pages, page, dim * of.bits // 8), strided=1),
         bounds_head=of.low.stride(0),
         codes_head=of.codes.stride(0),
         heads=heads,
         rows=queries.shape[0] // heads * queries.shape[1],
         dim=dim,
-        page=of.codes.shape[2],
+        page=page,
         bits=of.bits,
         columns=of.columns,
-        half=of.low.dtype is not torch.float32,
+        half=kind is torch.bfloat16,
         threads=library.threads(),
         scaling=scaling,
     )

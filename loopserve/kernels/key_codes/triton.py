@@ -158,9 +158,11 @@ def _pass(queries: Tensor, of: KeyCodes, scaling: float, *, tail: int, writes: b
     page_rows = min(_KEYS, triton.next_power_of_2(page))
     tile_pages = _KEYS // page_rows
     blocks = -(-(-(-of.columns // page) * -(-page // page_rows)) // tile_pages)
-    logits = torch.empty(heads, rows, of.columns if writes else 0, device=queries.device)
+    logits = torch.empty(heads, rows, of.columns if writes else 0, dtype=torch.float32, device=queries.device)
     numbers = torch.empty(heads, tail if ranks else 0, dtype=torch.int32, device=queries.device)
-    found = _Found(logits, numbers, torch.empty(heads, rows, blocks if sums else 0, device=queries.device))
+    found = _Found(
+        logits, numbers, torch.empty(heads, rows, blocks if sums else 0, dtype=torch.float32, device=queries.device)
+    )
     launch(
         code_logits_kernel,
         (blocks, heads, -(-rows // tile_rows)),

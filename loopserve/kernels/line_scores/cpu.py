@@ -7,9 +7,9 @@ from torch import Tensor
 from loopserve.kernels.native import scores
 
 
-def limit(queries: Tensor, *_: Tensor, softcap: float | None, **__: object) -> str | None:
+def limit(queries: Tensor, keys: Tensor, *_: Tensor, softcap: float | None, **__: object) -> str | None:
     """What it cannot serve."""
-    return scores.serves(queries, softcap)
+    return scores.serves(queries, keys, softcap)
 
 
 def line_scores(

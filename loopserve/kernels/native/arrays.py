@@ -1,10 +1,72 @@
-"""Tensors as C sees them."""
+"""Tensors as C sees them: the one place where the address of a tensor is taken.
+
+C is told no dtype, no layout and no size by an address. So each is checked here against what the C source expects.
+"""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+
+MOST_COLUMNS = 2**31 - 2**16  # the C sources count columns in int32, and some a tile beyond the last
 
 
 def rows_of(tensor: Tensor) -> Tensor:
     """The tensor itself if the numbers of its last dimension lie side by side, else a copy in which they do."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def number_type(tensor: Tensor) -> torch.dtype:
+    """Give the dtype of a tensor if the C sources have code for it. Raise ValueError for any other."""
+    if tensor.dtype is torch.float32 or tensor.dtype is torch.bfloat16:
+        return tensor.dtype
+    raise ValueError(f"the compiled kernels read float32 and bfloat16, not {tensor.dtype}")
+
+
+def address(
+    name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...], *, strided: int = 0, written: bool = False
+) -> int:
+    """Give the address of a tensor's first number. Raise ValueError unless C would read exactly this tensor there.
+
+    strided: the number of leading dimensions whose strides C is told. The other dimensions must lie side by side.
+    written: C writes into the tensor, so no two of its numbers may share a place.
+    """
+    fits = tensor.dtype is dtype and tensor.shape == shape and tensor.is_cpu and not tensor.is_neg()
+    if not fits or not (_dense_behind(tensor, strided, written) if strided else tensor.is_contiguous()):
+        held = f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}, strides {list(tensor.stride())}"
+        layout = f"dense behind {strided} dimensions" if strided else "contiguous"
+        raise ValueError(f"{name} must be {dtype} {list(shape)} on cpu, {layout}; got {held}")
+    place = tensor.data_ptr()
+    if not place and tensor.numel():
+        raise ValueError(f"{name} {list(shape)} has no memory: its storage was freed")
+    return place
+
+
+def optional(
+    name: str,
+    tensor: Tensor | None,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    *,
+    strided: int = 0,
+    written: bool = False,
+) -> int | None:
+    """Give the address as ``address`` does, or None for None."""
+    return None if tensor is None else address(name, tensor, dtype, shape, strided=strided, written=written)
+
+
+def _dense_behind(tensor: Tensor, strided: int, written: bool) -> bool:
+    """Whether the dimensions behind the first ``strided`` lie side by side."""
+    expected = 1
+    sizes, strides = tensor.shape, tensor.stride()
+    for dim in range(tensor.dim() - 1, strided - 1, -1):
+        if sizes[dim] != 1 and strides[dim] != expected:
+            return False
+        expected *= sizes[dim]
+    # Where C writes, the leading dimensions must not overlap: a tensor that was expanded has strides of 0.
+    if written:
+        for dim in range(strided - 1, -1, -1):
+            if sizes[dim] != 1 and strides[dim] < expected:
+                return False
+            expected = max(expected, sizes[dim] * strides[dim])
+    return True

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from loopserve.kernels.memory import large_pages
 from loopserve.kernels.native import library
-from loopserve.kernels.native.arrays import rows_of
+from loopserve.kernels.native.arrays import MOST_COLUMNS, address, number_type, optional, rows_of
 
 ROWS = 64  # rows per tile, as in tile.h
 
@@ -48,6 +48,8 @@ def serves(queries: Tensor, values: Tensor, softcap: float | None) -> str | None
         return "softcap"
     if values.shape[-1] != dim:
         return f"values of {values.shape[-1]} channels beside keys of {dim}"
+    if values.shape[1] > MOST_COLUMNS:
+        return f"more than {MOST_COLUMNS} columns"
     step = 16 if queries.dtype is torch.float32 else 32
     return None if dim % step == 0 else f"{dim} channels are not a multiple of {step}"
 
@@ -72,25 +74,28 @@ def attend(
     ``blocks`` bool ``[Hq, row tiles, key tiles]``, ``window`` rows and keys each.
     """
     queries, keys, values = rows_of(queries), rows_of(keys), rows_of(values)
+    kind = number_type(queries)
     heads, rows, dim = queries.shape
-    total = keys.shape[1]
+    owners, total = keys.shape[:2]
+    window = total if window is None else window
     output = large_pages(queries.new_empty(heads, rows, dim))
-    lse = torch.empty(heads, rows)
-    held = [each.contiguous() for each in lines] if lines is not None else []
+    lse = torch.empty(heads, rows, dtype=torch.float32, device="cpu")
+    verticals, slashes = (None, None) if lines is None else (each.contiguous() for each in lines)
     starts = None if first_valid is None else first_valid.contiguous()
     columns = None if columns is None else columns.contiguous()
     blocks = None if blocks is None else blocks.contiguous()
+    chosen = -1 if columns is None else columns.shape[1]
     call = _Attention(
-        queries.data_ptr(),
-        keys.data_ptr(),
-        values.data_ptr(),
-        output.data_ptr(),
-        lse.data_ptr(),
-        held[0].data_ptr() if held else None,
-        held[1].data_ptr() if held else None,
-        None if blocks is None else blocks.data_ptr(),
-        None if starts is None else starts.data_ptr(),
-        None if columns is None else columns.data_ptr(),
+        address("queries", queries, kind, (heads, rows, dim), strided=2),
+        address("keys", keys, kind, (owners, total, dim), strided=2),
+        address("values", values, kind, (owners, total, dim), strided=2),
+        address("output", output, kind, (heads, rows, dim)),
+        address("lse", lse, torch.float32, (heads, rows)),
+        optional("verticals", verticals, torch.bool, (heads, total)),
+        optional("slashes", slashes, torch.bool, (heads, total)),
+        optional("blocks", blocks, torch.bool, (heads, -(-rows // window), -(-total // window))),
+        optional("first_valid", starts, torch.long, (owners,)),
+        optional("columns", columns, torch.long, (owners, chosen)),
         queries.stride(0),
         queries.stride(1),
         keys.stride(0),
@@ -98,14 +103,14 @@ def attend(
         values.stride(0),
         values.stride(1),
         heads,
-        heads // keys.shape[0],
+        heads // owners,
         rows,
         total,
         dim,
-        total if window is None else window,
-        queries.dtype is not torch.float32,
+        window,
+        kind is torch.bfloat16,
         library.threads(),
-        -1 if columns is None else columns.shape[1],
+        chosen,
         tail,
         scaling,
     )

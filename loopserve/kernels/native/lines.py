@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from loopserve.kernels.native import library
-from loopserve.kernels.native.arrays import rows_of
+from loopserve.kernels.native.arrays import address, number_type, optional, rows_of
 from loopserve.kernels.native.scores import Scores
 
 
@@ -48,11 +48,18 @@ def select(
     """
     heads, rows = row_weights.shape
     total = forced.shape[2]
-    chosen = torch.empty(heads, 2, total, dtype=torch.bool)
-    covered, mass = torch.empty(2, heads, rows, dtype=torch.float64)
-    spent = torch.empty(heads, dtype=torch.float64)
+    chosen = torch.empty(heads, 2, total, dtype=torch.bool, device="cpu")
+    covered, mass = torch.empty(2, heads, rows, dtype=torch.float64, device="cpu")
+    spent = torch.empty(heads, dtype=torch.float64, device="cpu")
     columns, row_weights, forced = columns.contiguous(), row_weights.float().contiguous(), forced.contiguous()
-    source = Scores(columns=columns.data_ptr(), heads=heads, group=1, rows=rows, total=total, threads=library.threads())
+    source = Scores(
+        columns=address("columns", columns, torch.long, (rows,)),
+        heads=heads,
+        group=1,
+        rows=rows,
+        total=total,
+        threads=library.threads(),
+    )
     given = None
     if probabilities is not None:
         given = probabilities.float().contiguous()
@@ -60,20 +67,22 @@ def select(
         assert queries is not None and keys is not None
         queries, keys = queries.contiguous(), rows_of(keys)
         first_valid = None if first_valid is None else first_valid.contiguous()
-        source.queries, source.keys, source.scaling = queries.data_ptr(), keys.data_ptr(), scaling
-        source.first_valid = None if first_valid is None else first_valid.data_ptr()
+        kind, owners, dim = number_type(queries), keys.shape[0], queries.shape[2]
+        source.queries = address("queries", queries, kind, (heads, rows, dim))
+        source.keys = address("keys", keys, kind, (owners, total, dim), strided=2)
+        source.first_valid = optional("first_valid", first_valid, torch.long, (owners,))
         source.key_head, source.key_row = keys.stride(0), keys.stride(1)
-        source.group, source.dim = heads // keys.shape[0], queries.shape[2]
-        source.half = queries.dtype is not torch.float32
+        source.group, source.dim = heads // owners, dim
+        source.half, source.scaling = kind is torch.bfloat16, scaling
     call = _Selection(
         source,
-        None if given is None else given.data_ptr(),
-        row_weights.data_ptr(),
-        forced.data_ptr(),
-        chosen.data_ptr(),
-        covered.data_ptr(),
-        mass.data_ptr(),
-        spent.data_ptr(),
+        optional("probabilities", given, torch.float32, (heads, rows, total)),
+        address("row_weights", row_weights, torch.float32, (heads, rows)),
+        address("forced", forced, torch.bool, (heads, 2, total)),
+        address("chosen", chosen, torch.bool, (heads, 2, total)),
+        address("covered", covered, torch.float64, (heads, rows)),
+        address("mass", mass, torch.float64, (heads, rows)),
+        address("spent", spent, torch.float64, (heads,)),
         new_tokens,
         tile or 0,
         alpha,

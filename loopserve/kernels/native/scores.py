@@ -9,10 +9,11 @@ from torch import Tensor
 
 from loopserve.kernels.memory import large_pages
 from loopserve.kernels.native import library
-from loopserve.kernels.native.arrays import rows_of
+from loopserve.kernels.native.arrays import address, number_type, optional, rows_of
 
 JOINS = ("mean", "sum", "max")
 _ROWS = 64  # rows per tile, as in tile.h
+_MOST_COLUMNS = 1 << 24  # rows.h compares columns as float32, which is exact up to here
 
 
 class Scores(Structure):
@@ -27,19 +28,21 @@ class Scores(Structure):
     ]
 
 
-def serves(queries: Tensor, softcap: float | None) -> str | None:
+def serves(queries: Tensor, keys: Tensor, softcap: float | None) -> str | None:
     """Why the compiled scores cannot be computed, or None."""
     if softcap:
         return "softcap"
+    if keys.shape[1] > _MOST_COLUMNS:
+        return f"more than {_MOST_COLUMNS} columns"
     dim, step = queries.shape[-1], 16 if queries.dtype is torch.float32 else 32
     return None if dim % step == 0 else f"{dim} channels are not a multiple of {step}"
 
 
-def serves_join(queries: Tensor, softcap: float | None, over_rows: str) -> str | None:
+def serves_join(queries: Tensor, keys: Tensor, softcap: float | None, over_rows: str) -> str | None:
     """The same for token scores."""
     if over_rows == "max" and queries.shape[1] > _ROWS:
         return f"the maximum over {queries.shape[1]} rows"
-    return serves(queries, softcap)
+    return serves(queries, keys, softcap)
 
 
 def line_scores(
@@ -47,18 +50,24 @@ def line_scores(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(softmax rows ``[Hq, r, n]``, masses of verticals and slashes ``[Hq, n]`` each), float32."""
     heads, rows, total = *queries.shape[:2], keys.shape[1]
-    probabilities, lines = large_pages(torch.empty(heads, rows, total)), torch.empty(2, heads, total)
-    pointers = (probabilities.data_ptr(), lines[0].data_ptr(), lines[1].data_ptr(), None)
+    probabilities = large_pages(torch.empty(heads, rows, total, dtype=torch.float32, device="cpu"))
+    vertical, slash = torch.empty(2, heads, total, dtype=torch.float32, device="cpu")
+    pointers = (
+        address("probabilities", probabilities, torch.float32, (heads, rows, total)),
+        address("vertical", vertical, torch.float32, (heads, total)),
+        address("slash", slash, torch.float32, (heads, total)),
+        None,
+    )
     _run("line_scores", queries, keys, columns, scaling, first_valid, pointers, 0)
-    return probabilities, lines[0], lines[1]
+    return probabilities, vertical, slash
 
 
 def token_scores(
     queries: Tensor, keys: Tensor, columns: Tensor, *, scaling: float, first_valid: Tensor | None, over_rows: str
 ) -> Tensor:
     """Scores ``[Hkv, n]``, float32."""
-    tokens = torch.empty(keys.shape[:2])
-    pointers = (None, None, None, tokens.data_ptr())
+    tokens = torch.empty(keys.shape[:2], dtype=torch.float32, device="cpu")
+    pointers = (None, None, None, address("tokens", tokens, torch.float32, (keys.shape[0], keys.shape[1])))
     _run("token_scores", queries, keys, columns, scaling, first_valid, pointers, JOINS.index(over_rows))
     return tokens
 
@@ -75,20 +84,22 @@ def _run(
 ) -> None:
     queries, keys, columns = queries.contiguous(), rows_of(keys), columns.contiguous()
     starts = None if first_valid is None else first_valid.contiguous()
+    kind = number_type(queries)
+    (heads, rows, dim), (owners, total) = queries.shape, keys.shape[:2]
     call = Scores(
-        queries.data_ptr(),
-        keys.data_ptr(),
-        columns.data_ptr(),
-        None if starts is None else starts.data_ptr(),
+        address("queries", queries, kind, (heads, rows, dim)),
+        address("keys", keys, kind, (owners, total, dim), strided=2),
+        address("columns", columns, torch.long, (rows,)),
+        optional("first_valid", starts, torch.long, (owners,)),
         *results,
         keys.stride(0),
         keys.stride(1),
-        queries.shape[0],
-        queries.shape[0] // keys.shape[0],
-        queries.shape[1],
-        keys.shape[1],
-        queries.shape[2],
-        queries.dtype is not torch.float32,
+        heads,
+        heads // owners,
+        rows,
+        total,
+        dim,
+        kind is torch.bfloat16,
         join,
         library.threads(),
         scaling,

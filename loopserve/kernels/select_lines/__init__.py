@@ -60,7 +60,7 @@ def select_lines(
     mass counts. row_floor: in addition every sampled row must reach this share. forced lines ``[n]`` or ``[Hq, n]`` are
     taken first. most_cost: a head whose target would cost more is given up, its coverage staying below the target, as soon
     as the rate of its best line tells, so that a head without structure costs next to nothing (on a GPU, where all heads
-    take the same rounds, it is not). ValueError for what makes no sense.
+    take the same rounds, it is not). A probability that is not finite counts as no mass. ValueError for what makes no sense.
     """
     if probabilities.dim() != 3 or 0 in probabilities.shape:
         raise ValueError(f"select_lines: probabilities {list(probabilities.shape)} must be non-empty [Hq, r, n]")
@@ -80,8 +80,8 @@ def select_lines(
         tile=tile,
         most_cost=most_cost,
     )
-    chosen, covered, spent = _OPERATION(probabilities, columns, new_tokens, **options)
-    return finish(chosen, covered, probabilities.to(covered.dtype).sum(-1), spent, options["row_weights"])
+    chosen, covered, mass, spent = _OPERATION(probabilities, columns, new_tokens, **options)
+    return finish(chosen, covered, mass, spent, options["row_weights"])
 
 
 def prepare(
@@ -110,12 +110,12 @@ def prepare(
         raise ValueError(f"{op}: alpha={alpha} and row_floor={row_floor} must lie in [0, 1]")
     if cost not in ("length", "tile") or not 1 <= tile <= MOST_TILE:
         raise ValueError(f"{op}: cost={cost!r} must be 'length' or 'tile', tile={tile} from 1 to {MOST_TILE}")
-    weights = torch.ones(heads, rows, device=device) if row_weights is None else row_weights
+    weights = torch.ones(heads, rows, dtype=torch.float32, device=device) if row_weights is None else row_weights
     fits = weights.shape in ((rows,), (heads, rows))
-    # Reading a value waits for an accelerator, so there the sign is the caller's business.
-    if not fits or (device.type == "cpu" and bool((weights < 0).any())):
+    # Reading a value waits for an accelerator, so there the values are the caller's business.
+    if not fits or (device.type == "cpu" and not bool(((weights >= 0) & (weights < math.inf)).all())):
         raise ValueError(
-            f"{op}: row_weights {list(weights.shape)} must be [{rows}] or [{heads}, {rows}], none negative"
+            f"{op}: row_weights {list(weights.shape)} must be [{rows}] or [{heads}, {rows}], finite and none negative"
         )
     lines = torch.zeros(heads, 2, total, dtype=torch.bool, device=device)
     for kind, each in enumerate(forced):

@@ -18,9 +18,9 @@ def select_lines(
     row_floor: float,
     most_cost: float,
     forced: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See the package."""
-    chosen, covered, _, spent = select(
+    return select(
         columns,
         new_tokens,
         alpha=alpha,
@@ -31,4 +31,3 @@ def select_lines(
         forced=forced,
         probabilities=probabilities,
     )
-    return chosen, covered, spent

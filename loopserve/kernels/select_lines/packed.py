@@ -36,9 +36,9 @@ def select_lines(
     row_floor: float,
     most_cost: float,
     forced: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(chosen bool ``[Hq, 2, n]``, covered mass per row ``[Hq, r]``, cost ``[Hq]``); kind 0 is vertical, 1 slash. See
-    the package.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(chosen bool ``[Hq, 2, n]``, covered and whole mass per row ``[Hq, r]``, cost ``[Hq]``); kind 0 is vertical, 1
+    slash. See the package.
     """
     state = _Heads(probabilities, columns, new_tokens, tile, most_cost)
     state.weigh(row_weights.float())
@@ -56,7 +56,7 @@ def select_lines(
         gap = torch.where(below > 0, wanted - state.covered, torch.inf).amin(1)
         if not state.round(gap.masked_fill(gap.isinf(), 0.0) * below.sum(1), (state.mass * below).sum(1)):
             break
-    return state.chosen, state.covered, total_cost(state.chosen, new_tokens, tile)
+    return state.chosen, state.covered, state.mass, total_cost(state.chosen, new_tokens, tile)
 
 
 @dataclass(frozen=True)
@@ -85,13 +85,14 @@ class _Heads:
         self, probabilities: Tensor, columns: Tensor, new_tokens: int, tile: int | None, most_cost: float
     ) -> None:
         heads, _, total = probabilities.shape
-        self.residual = probabilities.float().clone()
+        self.residual = probabilities.float().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
         self.mass = self.residual.sum(-1)
         self.columns, self.new_tokens, self.tile = columns, new_tokens, tile
         self.most_cost = most_cost
         self.chosen = torch.zeros(heads, 2, total, dtype=torch.bool, device=probabilities.device)
         self.covered = torch.zeros_like(self.mass)
         self._ranks = torch.full(self.chosen.shape, _UNRANKED, dtype=torch.int32, device=probabilities.device)
+        self._summed_anew = False  # because nothing was left to take, and no line has been taken since
         self._price()
 
     def weigh(self, weights: Tensor) -> None:
@@ -116,6 +117,10 @@ class _Heads:
     def round(self, missing: Tensor, whole: Tensor) -> bool:
         """Take the best lines of each head for its missing mass ``[H]`` (of ``whole``); False if there is nothing to
         take.
+
+        In each round the best line of some head is taken, or found to bring nothing and ruled out. A line is ruled in
+        again only by sums made anew, and without a line taken in between they are made once. So rounds end, whatever
+        the numbers are.
         """
         open_heads = missing > 0
         if not bool(open_heads.any()):
@@ -129,29 +134,30 @@ class _Heads:
         ):  # heads whose target costs too much are given up: no later line brings more for its cost
             needed = total_cost(self.chosen, self.new_tokens, self.tile) + missing.clamp(min=0) / ratios.amax((1, 2))
             ratios = ratios.masked_fill((needed > self.most_cost)[:, None, None], 0.0)
-            possible &= ratios > 0
+        possible &= ratios > 0  # not for a gain so small that its share of the cost is 0
         if not bool(possible.any()):
-            if self._fresh or self.most_cost < math.inf:
+            if self._fresh or self._summed_anew or self.most_cost < math.inf:
                 return False
             self.weigh(self.weights)
+            self._summed_anew = True
             return True
-        self._take(self._cut(*self._candidates(ratios, missing, whole), missing))
+        batch = self._cut(*self._candidates(ratios, missing, whole), missing)
+        self._summed_anew = self._summed_anew and len(batch.lines) == 0
+        self._take(batch)
         self._price()
         return True
 
     def _candidates(self, ratios: Tensor, missing: Tensor, whole: Tensor) -> tuple[_Batch, Tensor]:
         """The lines worth trying in this round, best first, and the gain per cost ``[H]`` that they must bring."""
         paid = ratios.masked_fill(ratios.isinf(), 0.0).amax((1, 2))
-        close = torch.where(missing > _FAR * whole, _CLOSE_FAR, _CLOSE) * paid
+        close = torch.where(missing > _FAR * whole, _CLOSE_FAR * paid, _CLOSE * paid)
         heads, kinds, lines = ((ratios >= close[:, None, None]) & (ratios > 0)).nonzero(as_tuple=True)
         value = ratios[heads, kinds, lines]
         order = value.argsort(descending=True, stable=True)
         order = order[heads[order].argsort(stable=True)]
         heads, kinds, lines = heads[order], kinds[order], lines[order]
         before = _running(self.gains[heads, kinds, lines].double(), heads) - self.gains[heads, kinds, lines]
-        first = torch.ones_like(heads, dtype=torch.bool)
-        first[1:] = heads[1:] != heads[:-1]
-        fits = first | (before < _SHARE * missing[heads])
+        fits = _first_of_head(heads) | (before < _SHARE * missing[heads])
         return self._batch(heads[fits], kinds[fits], lines[fits]), close
 
     def _batch(self, heads: Tensor, kinds: Tensor, lines: Tensor) -> _Batch:
@@ -182,16 +188,15 @@ class _Heads:
         reached.
         """
         ratios = self._gained(batch) / self.costs[batch.heads, batch.kinds, batch.lines]
-        enough = ratios >= close[batch.heads]
-        enough[0] = True
-        enough[1:] |= batch.heads[1:] != batch.heads[:-1]
+        enough = _first_of_head(batch.heads) | (ratios >= close[batch.heads])
         if not bool(enough.all()):
             batch = self._share_out(batch[enough])
         gained = self._gained(batch)
-        empty = gained <= 0
+        empty = ~(gained > 0)  # NaN as well: it would be tried in every round
         self.gains[batch.heads[empty], batch.kinds[empty], batch.lines[empty]] = 0.0
         before = _running(gained.double(), batch.heads) - gained
-        return batch[(before < missing[batch.heads]) & ~empty]
+        # Sums of all heads run together, so beside a much heavier head the first of one may seem to have some before it.
+        return batch[(_first_of_head(batch.heads) | (before < missing[batch.heads])) & ~empty]
 
     def _take(self, batch: _Batch) -> None:
         self.chosen[batch.heads, batch.kinds, batch.lines] = True
@@ -205,6 +210,13 @@ class _Heads:
 def _at(values: Tensor, places: Tensor) -> Tensor:
     """Values at flat places of any shape: ``index_select`` is four times faster than indexing."""
     return values.view(-1).index_select(0, places.view(-1)).view_as(places)
+
+
+def _first_of_head(heads: Tensor) -> Tensor:
+    """Where another head begins; ``heads`` ascend."""
+    first = torch.ones_like(heads, dtype=torch.bool)
+    first[1:] = heads[1:] != heads[:-1]
+    return first
 
 
 def _running(values: Tensor, heads: Tensor) -> Tensor:

@@ -25,20 +25,21 @@ def select_lines(
     row_floor: float,
     most_cost: float,
     forced: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(chosen bool ``[Hq, 2, n]``, covered mass per row ``[Hq, r]``, cost ``[Hq]``); kind 0 is vertical, 1 slash. See
-    the package.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(chosen bool ``[Hq, 2, n]``, covered and whole mass per row ``[Hq, r]``, cost ``[Hq]``); kind 0 is vertical, 1
+    slash. See the package.
     """
     heads = []
-    for mass, weights, lines in zip(probabilities.double(), row_weights.double(), forced, strict=True):
+    finite = probabilities.double().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+    for mass, weights, lines in zip(finite, row_weights.double(), forced, strict=True):
         head = _Head(mass, columns, new_tokens, tile, most_cost)
         for kind, line in lines.nonzero().tolist():
             head.take(kind, line)
         head.cover(weights, alpha)
         head.lift_rows(row_floor)
         heads.append(head)
-    chosen = torch.stack([head.chosen for head in heads])
-    return chosen, torch.stack([head.covered for head in heads]), total_cost(chosen, new_tokens, tile)
+    chosen, covered = torch.stack([head.chosen for head in heads]), torch.stack([head.covered for head in heads])
+    return chosen, covered, torch.stack([head.mass for head in heads]), total_cost(chosen, new_tokens, tile)
 
 
 class _Head:

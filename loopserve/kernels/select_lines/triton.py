@@ -35,9 +35,9 @@ def select_lines(
     row_floor: float,
     most_cost: float,
     forced: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(chosen bool ``[Hq, 2, n]``, covered mass per row ``[Hq, r]``, cost ``[Hq]``); kind 0 is vertical, 1 slash. See
-    the package.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(chosen bool ``[Hq, 2, n]``, covered and whole mass per row ``[Hq, r]``, cost ``[Hq]``); kind 0 is vertical, 1
+    slash. See the package.
     """
     heads = _Heads(probabilities, columns, new_tokens, alpha, tile, row_weights, forced)
     for _ in range(ROUNDS):
@@ -45,7 +45,7 @@ def select_lines(
     heads.complete()
     chosen = heads.chosen.view(forced.shape)
     covered = covered_masses(heads.mass, heads.columns, heads.ranks)
-    return chosen, covered, total_cost(chosen, new_tokens, tile)
+    return chosen, covered, heads.row_mass, total_cost(chosen, new_tokens, tile)
 
 
 class _Heads:
@@ -68,7 +68,9 @@ class _Heads:
         free = torch.full(self.chosen.shape, FREE, dtype=torch.int32, device=forced.device)
         self.ranks = free.masked_fill_(self.chosen, TAKEN)
         self.gains = line_masses(self.mass, self.columns, weights=self.weights, ranks=self.ranks)
-        self.whole = (self.mass.sum(-1) * self.weights).sum(1)
+        # By the kernel, for which what is not finite counts as no mass.
+        self.row_mass = covered_masses(self.mass, self.columns, torch.full_like(free, TAKEN))
+        self.whole = (self.row_mass * self.weights).sum(1)
         # Every uncovered cell is on one vertical.
         uncovered = self.gains[:, : forced.shape[2]].sum(1)
         self.missing = uncovered - (1.0 - alpha + NEGLIGIBLE) * self.whole
@@ -88,7 +90,7 @@ class _Heads:
         best, lines = ratios.topk(min(_LINES, ratios.shape[1]), dim=1)
         paid = ratios.masked_fill_(ratios.isinf(), 0.0).amax(1)
         near = self.missing <= _FAR * self.whole
-        close = (paid * (_CLOSE_FAR + (_CLOSE - _CLOSE_FAR) * near))[:, None]
+        close = torch.where(near, _CLOSE * paid, _CLOSE_FAR * paid)[:, None]
         expected = self.gains.gather(1, lines).masked_fill_(best <= 0, 0.0)
         fits = _before(expected) < _SHARE * self.missing[:, None]
         fits[:, 0].fill_(True)

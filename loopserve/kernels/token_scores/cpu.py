@@ -7,9 +7,9 @@ from torch import Tensor
 from loopserve.kernels.native import scores
 
 
-def limit(queries: Tensor, *_: Tensor, softcap: float | None, over_rows: str, **__: object) -> str | None:
+def limit(queries: Tensor, keys: Tensor, *_: Tensor, softcap: float | None, over_rows: str, **__: object) -> str | None:
     """What it cannot serve."""
-    return scores.serves_join(queries, softcap, over_rows)
+    return scores.serves_join(queries, keys, softcap, over_rows)
 
 
 def token_scores(

@@ -24,9 +24,9 @@ def token_scores(
     heads, total = keys.shape[:2]
     group = queries.shape[0] // heads
     size = max(1, _NUMBERS // (group * total))
-    scores = torch.zeros(heads, total, device=keys.device)
+    scores = torch.zeros(heads, total, dtype=torch.float32, device=keys.device)
     for head in range(heads):
-        joined = torch.zeros(group, total, device=keys.device)
+        joined = torch.zeros(group, total, dtype=torch.float32, device=keys.device)
         mine = queries[head * group : (head + 1) * group]
         for rows, where in zip(torch.split(mine, size, dim=1), torch.split(columns, size), strict=True):
             found = row_probabilities(

@@ -28,11 +28,12 @@ def top_columns(
         )
     if first_valid is not None:
         check_first_valid("top_columns", first_valid, scores)
+    total = scores.shape[1]
     found: Tensor = _OPERATION(
         scores,
-        min(budget, scores.shape[1]),
-        sink_tokens=sink_tokens,
-        recent_window=recent_window,
+        min(budget, total),
+        sink_tokens=min(sink_tokens, total),  # a number that an int64 has no room for would wrap round in C
+        recent_window=min(recent_window, total),
         first_valid=first_valid,
     )
     return found

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from loopserve.kernels.native import library
-from loopserve.kernels.native.arrays import rows_of
+from loopserve.kernels.native.arrays import MOST_COLUMNS, address, optional, rows_of
 
 
 def limit(scores: Tensor, *_: object, **__: object) -> str | None:
     """What it cannot serve."""
+    if scores.shape[1] > MOST_COLUMNS:
+        return f"more than {MOST_COLUMNS} columns"
     return None if scores.shape[1] else "no columns"
 
 
@@ -23,11 +25,11 @@ def top_columns(
     scores = rows_of(scores.float())
     starts = None if first_valid is None else first_valid.contiguous()
     heads, total = scores.shape
-    columns = torch.empty(heads, budget, dtype=torch.long)
+    columns = torch.empty(heads, budget, dtype=torch.long, device="cpu")
     library.call("top_columns", *[c_void_p] * 3, *[c_int64] * 7)(
-        scores.data_ptr(),
-        None if starts is None else starts.data_ptr(),
-        columns.data_ptr(),
+        address("scores", scores, torch.float32, (heads, total), strided=1),
+        optional("first_valid", starts, torch.long, (heads,)),
+        address("columns", columns, torch.long, (heads, budget)),
         heads,
         total,
         scores.stride(0),

@@ -40,7 +40,7 @@ def vertical_slash(
     group = heads // keys.shape[0]
     starts = [0] * keys.shape[0] if first_valid is None else first_valid.tolist()
     output = queries.new_zeros(heads, rows, values.shape[2])
-    lse = torch.full((heads, rows), float("-inf"), device=queries.device)
+    lse = torch.full((heads, rows), float("-inf"), dtype=torch.float32, device=queries.device)
     for owner, start in enumerate(starts):
         # Filler columns are cut off; offsets do not change, and rows that stand in the filler see nothing.
         own_keys, own_values = keys[owner, start:].float(), values[owner, start:].float()
@@ -109,7 +109,7 @@ class _Reach:
 
     def mask(self, slashes: Tensor) -> Tensor:
         """Additive float32 ``[tile, W]``: 0 where row minus step is a chosen offset."""
-        bias = torch.full((len(slashes) + 2 * self.tile,), MASKED, device=slashes.device)
+        bias = torch.full((len(slashes) + 2 * self.tile,), MASKED, dtype=torch.float32, device=slashes.device)
         bias[self.tile : -self.tile].masked_fill_(slashes, 0.0)
         row = torch.arange(self.tile, device=slashes.device)
         return bias[row[:, None] - self.steps + self.tile]
@@ -122,7 +122,7 @@ def _on_slashes(
     rows, total = len(queries), len(keys)
     reach = _Reach.best(slashes, rows)
     tile, pattern = reach.tile, reach.mask(slashes)
-    per_key = torch.zeros(total, device=keys.device).masked_fill_(verticals, MASKED)
+    per_key = torch.zeros(total, dtype=torch.float32, device=keys.device).masked_fill_(verticals, MASKED)
     output = torch.empty_like(queries)
     lse = queries.new_empty(rows)
     start = 0
@@ -170,7 +170,7 @@ def _on_verticals(
         mask = None
         if int(chosen[seen - 1]) > history + start:  # some column is younger than the first row
             rows = torch.arange(history + start, history + end, device=keys.device)
-            mask = torch.zeros(end - start, seen, device=keys.device).masked_fill_(
+            mask = torch.zeros(end - start, seen, dtype=torch.float32, device=keys.device).masked_fill_(
                 chosen[:seen] > rows[:, None], MASKED
             )
         part = queries[start:end], packed_keys[:seen], packed_values[:seen]

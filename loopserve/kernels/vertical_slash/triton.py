@@ -218,9 +218,9 @@ def vertical_slash(
         keys, values, made.columns, made.counts[2].view(heads, -1)[:, -1], capacity, block=shape.keys
     )
     output = queries.new_empty(heads, rows, value_channels)
-    lse = torch.empty(heads, rows, device=queries.device)
-    part_output = torch.empty(made.work.parts, shape.rows, value_channels, device=queries.device)
-    part_lse = torch.empty(made.work.parts, shape.rows, device=queries.device)
+    lse = torch.empty(heads, rows, dtype=torch.float32, device=queries.device)
+    part_output = torch.empty(made.work.parts, shape.rows, value_channels, dtype=torch.float32, device=queries.device)
+    part_lse = torch.empty(made.work.parts, shape.rows, dtype=torch.float32, device=queries.device)
     launch(
         vertical_slash_kernel,
         (made.work.programs,),

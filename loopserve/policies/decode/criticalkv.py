@@ -63,7 +63,7 @@ def projected_norms(inputs: AttentionInputs) -> Tensor:
     assert inputs.layer.parts is not None, "a stack without an output weight is refused when the model is loaded"
     weight = inputs.layer.parts.output_weight().float()  # [Hq, D, E]
     heads, total, _ = inputs.values.shape
-    norms = torch.zeros(heads, total, device=inputs.values.device)
+    norms = torch.zeros(heads, total, dtype=torch.float32, device=inputs.values.device)
     for query_head, projection in enumerate(weight):
         head = query_head // inputs.group
         for tokens in torch.arange(total, device=norms.device).split(_TOKENS):

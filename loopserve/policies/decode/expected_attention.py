@@ -102,7 +102,9 @@ class ExpectedAttentionDecode(ScoredCompressor):
         start = (start if inputs.first_valid is None else inputs.first_valid) + self.config.sink_tokens
         ranked = columns >= start[:, None]
         if found is None or not bool(ranked.any()):
-            return torch.zeros(heads, total, device=columns.device).masked_fill(~ranked, float("inf"))
+            return torch.zeros(heads, total, dtype=torch.float32, device=columns.device).masked_fill(
+                ~ranked, float("inf")
+            )
         turned = self._mean_rotation(inputs)
         mean = found.mean @ turned.T
         keys = inputs.keys.float().repeat_interleave(inputs.group, dim=0)
@@ -119,8 +121,8 @@ class ExpectedAttentionDecode(ScoredCompressor):
     def _mean_rotation(self, inputs: AttentionInputs) -> Tensor:
         """Mean rotation ``[D, D]`` of the positions to come, acting on column vectors."""
         device, dim = inputs.keys.device, inputs.keys.shape[2]
-        basis = torch.eye(dim, device=device)[:, None]
-        total = torch.zeros(dim, dim, device=device)
+        basis = torch.eye(dim, dtype=torch.float32, device=device)[:, None]
+        total = torch.zeros(dim, dim, dtype=torch.float32, device=device)
         for ahead in (torch.arange(self.config.future, device=device) + inputs.length).split(_POSITIONS):
             total += _parts(inputs).rotate(basis.expand(-1, len(ahead), -1), ahead).sum(1)
         return (total / self.config.future).T

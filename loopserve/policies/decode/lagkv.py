@@ -42,7 +42,7 @@ class LagKVDecode(ScoredCompressor):
     def score(self, inputs: AttentionInputs) -> Tensor:
         if inputs.first_valid is None:
             return self._score(inputs.keys.float(), inputs.values.float())
-        scores = torch.zeros(inputs.keys.shape[:2], device=inputs.keys.device)
+        scores = torch.zeros(inputs.keys.shape[:2], dtype=torch.float32, device=inputs.keys.device)
         for head, start in enumerate(inputs.first_valid.tolist()):
             keys, values = inputs.keys[head : head + 1, start:], inputs.values[head : head + 1, start:]
             scores[head, start:] = self._score(keys.float(), values.float())[0]
@@ -52,15 +52,15 @@ class LagKVDecode(ScoredCompressor):
         """Scores ``[H, T]`` of keys and values ``[H, T, D]`` without filler."""
         heads, total, _ = keys.shape
         sinks, lag = self.config.sink_tokens, self.config.lag
-        scores = torch.ones(heads, total, device=keys.device)
+        scores = torch.ones(heads, total, dtype=torch.float32, device=keys.device)
         if total < sinks + 2 * lag:
-            scores[:, sinks:] = torch.arange(max(total - sinks, 0), device=keys.device) / max(total - sinks, 1)
+            scores[:, sinks:] = torch.arange(max(total - sinks, 0), device=keys.device).float() / max(total - sinks, 1)
             return scores
         partitions = (total - sinks) // lag
         inside = slice(sinks, sinks + partitions * lag)
         found = (_deviation(keys[:, inside], lag) + _deviation(values[:, inside], lag)) / 2
         if not self.config.cross_scoring:
-            found = found.argsort(dim=-1, stable=True).argsort(dim=-1, stable=True) / lag
+            found = found.argsort(dim=-1, stable=True).argsort(dim=-1, stable=True).float() / lag
         scores[:, sinks : sinks + (partitions - 1) * lag] = found.flatten(1)
         return scores
 

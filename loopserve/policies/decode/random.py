@@ -34,4 +34,6 @@ class RandomDecode(ScoredCompressor):
 
     def score(self, inputs: AttentionInputs) -> Tensor:
         source = generator(self.config.seed, inputs.turn, inputs.layer.index, inputs.total_tokens)
-        return torch.rand(inputs.keys.shape[:2], generator=source).to(inputs.keys.device)
+        return torch.rand(inputs.keys.shape[:2], generator=source, dtype=torch.float32, device="cpu").to(
+            inputs.keys.device
+        )

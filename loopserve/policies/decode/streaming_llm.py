@@ -81,7 +81,7 @@ class StreamingLLMDecode(DecodeCompressor[StreamingState]):
         start = step.length + 1 - (self.config.budget - sinks)  # the next step brings one pair more
         if start <= sinks:
             return None
-        kept = torch.cat([torch.arange(sinks), torch.arange(start, step.length)])
+        kept = torch.cat([torch.arange(sinks, device="cpu"), torch.arange(start, step.length, device="cpu")])
         return {
             index: KVSelection.uniform(kept.to(device).expand(heads, -1), step.length, retention)
             for index, (heads, device) in state.layers.items()

@@ -98,10 +98,10 @@ class SizeSearch(PrefillSparsifier):
         pattern = LinePattern(
             heaviest(
                 mass.vertical,
-                torch.full((heads,), vertical, device=device),
+                torch.full((heads,), vertical, dtype=torch.long, device=device),
                 sink_lines(inputs, self.config.sink_tokens),
             ),
-            heaviest(mass.slash, torch.full((heads,), slash, device=device), near),
+            heaviest(mass.slash, torch.full((heads,), slash, dtype=torch.long, device=device), near),
             inputs.new_tokens,
         )
         step = max(1, inputs.new_tokens // self.config.judged_rows)

@@ -109,7 +109,9 @@ class LoopServePrefill(PrefillSparsifier):
         reason = self._dense_reason(inputs)
         if reason is not None:
             inputs.record.count(f"fallback:{reason}")
-            inputs.record.mean("coverage_estimated", torch.ones(inputs.queries.shape[0]))
+            inputs.record.mean(
+                "coverage_estimated", torch.ones(inputs.queries.shape[0], dtype=torch.float32, device="cpu")
+            )
             return DensePattern(inputs.queries.shape[0], inputs.new_tokens, inputs.total_tokens)
         rows = self._rows(inputs)
         inputs.scratch[SAMPLED_ROWS] = rows
@@ -189,7 +191,7 @@ class LoopServePrefill(PrefillSparsifier):
         config = self.config
         if config.row_weights is RowWeights.EQUAL and config.last_rows_weight == 1.0:
             return None
-        weights = torch.ones(len(rows), device=rows.device)
+        weights = torch.ones(len(rows), dtype=torch.float32, device=rows.device)
         if probabilities is not None:
             offsets = inputs.columns[rows][:, None] - torch.arange(inputs.total_tokens, device=rows.device)
             beyond = (offsets >= config.local_window) & ~sink_lines(inputs, config.sink_tokens)[:, None]
@@ -200,7 +202,7 @@ class LoopServePrefill(PrefillSparsifier):
 
     def _measure_held_out(self, inputs: AttentionInputs, pattern: LinePattern, rows: Tensor) -> None:
         """Coverage on rows that had no say; on the very rows that chose the lines it looks better than it is."""
-        unused = torch.ones(inputs.new_tokens, dtype=torch.bool)
+        unused = torch.ones(inputs.new_tokens, dtype=torch.bool, device="cpu")
         unused[rows.cpu()] = False
         source = generator(self.config.seed, inputs.turn, inputs.layer.index, inputs.total_tokens, _HELD_OUT)
         held_out = uniform_rows(unused.nonzero().flatten(), self.config.held_out_rows, source)
@@ -210,7 +212,7 @@ class LoopServePrefill(PrefillSparsifier):
 
 def _coverage(inputs: AttentionInputs, pattern: LinePattern, rows: Tensor) -> Tensor:
     """Share of the rows' attention mass inside the pattern, per head ``[Hq]``; a few rows at a time."""
-    mass = torch.zeros(inputs.queries.shape[0], device=inputs.queries.device)
+    mass = torch.zeros(inputs.queries.shape[0], dtype=torch.float32, device=inputs.queries.device)
     for part in torch.split(rows, _MEASURED_ROWS):
         found = line_scores(
             inputs.queries[:, part],

@@ -62,7 +62,7 @@ class MInferencePrefill(PrefillSparsifier):
         rows = torch.arange(max(inputs.new_tokens - config.last_rows, 0), inputs.new_tokens, device=inputs.keys.device)
         mass = inputs.row_attention(rows, kind="lines")
         sizes = self.sizes.get(inputs.layer.index) or [(config.vertical_size, config.slash_size)] * heads
-        wanted = torch.tensor(sizes, device=inputs.keys.device)
+        wanted = torch.tensor(sizes, dtype=torch.long, device=inputs.keys.device)
         offsets = torch.arange(inputs.total_tokens, device=inputs.keys.device)
         near = (offsets < config.local_window).expand(heads, -1)
         verticals = heaviest(mass.vertical, wanted[:, 0], sink_lines(inputs, config.sink_tokens))

@@ -109,7 +109,12 @@ def sinks_are_kept(subject: Subject) -> None:
     if not sinks:
         raise NotApplicable("it has no sink_tokens")
     for told in held(subject).told:
-        _assert_kept(torch.arange(sinks), told.heads, told.selection.boundary, f"turn {told.turn}, layer {told.layer}")
+        _assert_kept(
+            torch.arange(sinks, device="cpu"),
+            told.heads,
+            told.selection.boundary,
+            f"turn {told.turn}, layer {told.layer}",
+        )
 
 
 def recent_window_is_kept(subject: Subject) -> None:
@@ -119,7 +124,7 @@ def recent_window_is_kept(subject: Subject) -> None:
         raise NotApplicable("it has no recent_window")
     for told in held(subject).told:
         if told.output_index == 0:
-            wanted = torch.arange(max(told.input_end - recent, 0), told.input_end)
+            wanted = torch.arange(max(told.input_end - recent, 0), told.input_end, device="cpu")
             _assert_kept(wanted, told.heads, told.selection.boundary, f"turn {told.turn}, layer {told.layer}")
 
 

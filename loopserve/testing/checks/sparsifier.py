@@ -45,7 +45,7 @@ def pattern_is_causal(subject: Subject) -> None:
     """No query attends to a key that comes after it."""
     inputs = first_turn()
     mask = _usable_mask(subject.sparsifier.sparsify(inputs), inputs)
-    later = mask & (torch.arange(inputs.total_tokens) > inputs.columns[:, None])
+    later = mask & (torch.arange(inputs.total_tokens, device="cpu") > inputs.columns[:, None])
     assert not later.any(), f"{int(later.sum())} cells lie in the future, the first at {later.nonzero()[0].tolist()}"
 
 
@@ -53,7 +53,7 @@ def every_query_sees_itself(subject: Subject) -> None:
     """Every query attends at least to its own key, so that no softmax is empty."""
     inputs = first_turn()
     mask = _usable_mask(subject.sparsifier.sparsify(inputs), inputs)
-    own = mask[:, torch.arange(inputs.new_tokens), inputs.columns]
+    own = mask[:, torch.arange(inputs.new_tokens, device="cpu"), inputs.columns]
     assert own.all(), f"{int((~own).sum())} queries do not see themselves, the first at {(~own).nonzero()[0].tolist()}"
 
 
@@ -83,7 +83,7 @@ def rows_are_those_of_the_mask(subject: Subject) -> None:
     """Rows asked for by their columns are the same rows of the whole mask."""
     inputs = first_turn()
     pattern = subject.sparsifier.sparsify(inputs)
-    wanted = torch.tensor([1, 17, 46])
+    wanted = torch.tensor([1, 17, 46], dtype=torch.long, device="cpu")
     assert torch.equal(pattern.rows(wanted), pattern.to_mask()[:, wanted]), "rows() and to_mask() disagree"
 
 
@@ -91,7 +91,7 @@ def density_counts_the_mask(subject: Subject) -> None:
     """Cell density is the share of causal cells inside the mask, and tile density lies between 0 and 1."""
     inputs = first_turn()
     pattern = subject.sparsifier.sparsify(inputs)
-    counted = (_usable_mask(pattern, inputs).tril()).sum((1, 2)) / pattern.causal_pairs
+    counted = _usable_mask(pattern, inputs).tril().sum((1, 2)).float() / pattern.causal_pairs
     told, tiles = pattern.cell_density(), pattern.tile_density()
     assert torch.allclose(told, counted, atol=1e-5), f"says {told.tolist()}, the mask says {counted.tolist()}"
     assert bool(((tiles > 0) & (tiles <= 1)).all()), f"tile density is {tiles.tolist()}"
@@ -127,8 +127,12 @@ def _assert_serves(subject: Subject, inputs: AttentionInputs) -> None:
     pattern = subject.sparsifier.sparsify(inputs)
     mask, wanted = pattern.to_mask(), (4, inputs.new_tokens, inputs.total_tokens)
     assert tuple(mask.shape) == wanted, f"the mask is {list(mask.shape)}, the call is {list(wanted)}"
-    assert not (mask & (torch.arange(inputs.total_tokens) > inputs.columns[:, None])).any(), "attends to a later key"
-    assert mask[:, torch.arange(inputs.new_tokens), inputs.columns].all(), "a query does not attend to itself"
+    assert not (mask & (torch.arange(inputs.total_tokens, device="cpu") > inputs.columns[:, None])).any(), (
+        "attends to a later key"
+    )
+    assert mask[:, torch.arange(inputs.new_tokens, device="cpu"), inputs.columns].all(), (
+        "a query does not attend to itself"
+    )
     assert torch.isfinite(attended(pattern, inputs)[0]).all(), "the output is not finite"
 
 
@@ -182,7 +186,10 @@ def widest_setting_is_dense(subject: Subject) -> None:
     if wide is None:
         raise NotApplicable("it has no option for a share or a width")
     inputs = first_turn()
-    left_out = ~_usable_mask(Subject(wide).sparsifier.sparsify(inputs), inputs) & torch.ones(48, 48).tril().bool()
+    left_out = (
+        ~_usable_mask(Subject(wide).sparsifier.sparsify(inputs), inputs)
+        & torch.ones(48, 48, dtype=torch.float32, device="cpu").tril().bool()
+    )
     assert not left_out.any(), f"{int(left_out.sum())} causal cells are left out by {wide.config!r}"
 
 

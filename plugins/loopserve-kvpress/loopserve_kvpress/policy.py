@@ -88,7 +88,7 @@ class ScorerDecode(ScoredCompressor):
         if inputs.first_valid is None:
             return self._scores(inputs, slice(0, heads), 0, budget)
         # Heads that hold different numbers of pairs are asked for one by one, or filler would be ranked with the rest.
-        rows = torch.full((heads, total), float("-inf"), device=inputs.keys.device)
+        rows = torch.full((heads, total), float("-inf"), dtype=torch.float32, device=inputs.keys.device)
         for head, start in enumerate(inputs.first_valid.tolist()):
             rows[head, start:] = self._scores(inputs, slice(head, head + 1), start, budget)[0]
         return rows

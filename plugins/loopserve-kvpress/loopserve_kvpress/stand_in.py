@@ -85,8 +85,10 @@ def cos_and_sin(parts: LayerParts, positions: Tensor, like: Tensor) -> tuple[Ten
 
 def rotates_by_halves(parts: LayerParts, dim: int) -> bool:
     """Whether a layer rotates as kvpress's scorers take for granted: x * cos + rotate_half(x) * sin, over all channels."""
-    vectors = torch.randn(1, len(_PROBED), dim, generator=torch.Generator().manual_seed(0))
-    positions = torch.tensor(_PROBED)
+    vectors = torch.randn(
+        1, len(_PROBED), dim, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu"
+    )
+    positions = torch.tensor(_PROBED, dtype=torch.long, device="cpu")
     cos, sin = cos_and_sin(parts, positions, vectors)
     halves = torch.cat([-vectors[..., dim // 2 :], vectors[..., : dim // 2]], dim=-1)
     return torch.allclose(vectors * cos + halves * sin, parts.rotate(vectors, positions), atol=1e-3)

@@ -48,16 +48,16 @@ class StarPattern(AttentionPattern):
         return output, lse if need_lse else None
 
     def cell_density(self) -> Tensor:
-        return torch.full((self.heads,), self._cells / self.causal_pairs)
+        return torch.full((self.heads,), self._cells / self.causal_pairs, dtype=torch.float32, device="cpu")
 
     def tile_density(self) -> Tensor:
-        return torch.full((self.heads,), self._tile_density)
+        return torch.full((self.heads,), self._tile_density, dtype=torch.float32, device="cpu")
 
     @cached_property
     def _cells(self) -> int:
         """A row sees all columns up to its own, but for those between anchor and block."""
         first = self.total_tokens - self.new_tokens
-        columns = torch.arange(first, max(self.total_tokens - self.whole, first))
+        columns = torch.arange(first, max(self.total_tokens - self.whole, first), device="cpu")
         between = (columns // self.block * self.block - self.anchor).clamp(min=0)
         return self.causal_pairs - int(between.sum())
 

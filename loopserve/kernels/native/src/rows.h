@@ -67,8 +67,8 @@ static __attribute__((unused)) void row_scores(Tile *t, const Scores *s, const c
     }
 }
 
-// What turns a row's scores into weights: 2 to the (score - base) times 1.
-static __attribute__((unused)) float base_of(const Tile *t, int r) { return t->sum[r] > 0 ? t->most[r] + log2f(t->sum[r]) : 0; }
+// What turns a row's scores into weights: 2 to the (score - base) times 1. NaN where a score was: no weight of the row means anything.
+static __attribute__((unused)) float base_of(const Tile *t, int r) { return t->sum[r] == 0 ? 0 : t->most[r] + log2f(t->sum[r]); }
 
 // The softmax rows [rows][total] of one query head, `stride` numbers apart, and their masses by key column and by offset counted backwards: entry
 // total - 1 - d holds offset d, so that a row adds up as it lies.

@@ -4,6 +4,7 @@
 // stays true until it is looked at; where a cost falls, bounds are raised. Only the block with the highest bound is looked into.
 // A cell is covered if the vertical or the slash through it was taken, so no copy of the rows is kept.
 #include "common.h"
+#include "masses.h"
 #include "rows.h"
 
 typedef struct {
@@ -357,33 +358,29 @@ static void lift_rows(Greedy *g, double floor, const double *mass, double most_c
     }
 }
 
-static double sum_of_row(const float *row, int64_t count) {
-    double sum = 0;
-    int64_t k = 0;
-    while (k + 64 * VW <= count) {  // short sums in float, their sums in double
-        vf parts[4] = {{}};
-        for (int64_t to = k + 64 * VW; k < to; k += 4 * VW)
-            UNROLL for (int v = 0; v < 4; v++) parts[v] += load(row + k + v * VW);
-        sum += sum_of((parts[0] + parts[1]) + (parts[2] + parts[3]));
-    }
-    for (; k < count; k++) sum += row[k];
-    return sum;
-}
-
-static void select_head(Greedy *g, const Selection *s, int64_t head, const float *p, int64_t stride, const float *vertical,
-                        const float *backwards) {
+// clean: room for rows of which some number is not finite, made when first needed. Returns 0 if memory ran out.
+static int select_head(Greedy *g, const Selection *s, int64_t head, const float *p, int64_t stride, const float *vertical,
+                       const float *backwards, float **clean) {
     int64_t total = g->total, rows = g->rows;
     const uint8_t *forced = s->forced + head * 2 * total;
     double *mass = s->mass + head * rows, whole = 0;
-    g->p = p, g->stride = stride, g->covered = s->covered + head * rows, g->spent = 0, g->total_covered = 0;
+    g->stride = stride, g->covered = s->covered + head * rows, g->spent = 0, g->total_covered = 0;
     for (int kind = 0; kind < 2; kind++) g->chosen[kind] = s->chosen + (head * 2 + kind) * total;
     memset(g->chosen[0], 0, 2 * total);
+    for (int64_t i = 0; i < rows; i++) {
+        mass[i] = sum_of_row(p + i * stride, g->columns[i] + 1);
+        if (isfinite(mass[i]) || p == *clean) continue;
+        if (!*clean) *clean = room(rows * stride * 4);
+        if (!*clean) return 0;
+        finite_rows(p, *clean, rows, total, stride);
+        p = *clean, vertical = NULL, i = -1;  // sum them anew
+    }
+    g->p = p;
     int equal = 1;
     for (int64_t i = 0; i < rows; i++) {
-        double sum = sum_of_row(p + i * stride, g->columns[i] + 1);
         g->weights[i] = s->weights[head * rows + i];
         equal &= g->weights[i] == 1;
-        mass[i] = sum, g->covered[i] = 0, whole += sum * g->weights[i];
+        g->covered[i] = 0, whole += mass[i] * g->weights[i];
     }
     price(g);
     if (vertical && equal) {
@@ -400,6 +397,7 @@ static void select_head(Greedy *g, const Selection *s, int64_t head, const float
     take_until(g, target, s->most_cost);
     if (s->floor > 0) lift_rows(g, s->floor, mass, s->most_cost);
     s->spent[head] = g->spent;
+    return 1;
 }
 
 // Returns 0, or 1 if memory ran out.
@@ -410,7 +408,7 @@ int LS(select_lines)(const Selection *s) {
     {
         Greedy g;
         Tile t = {0};
-        float *p = NULL, *vertical = NULL, *backwards = NULL;
+        float *p = NULL, *vertical = NULL, *backwards = NULL, *clean = NULL;
         // A line is read across the rows: at a distance that is a power of two they would all fall into one set of the cache.
         int64_t stride = s->given ? of->total : (of->total + 15) / 16 * 16 + 16;
         int ready = greedy_open(&g, s);
@@ -424,10 +422,11 @@ int LS(select_lines)(const Selection *s) {
         for (int64_t head = 0; head < of->heads; head++) {
             if (failed) continue;
             if (!s->given) softmax_rows(&t, of, head, p, stride, vertical, backwards);
-            select_head(&g, s, head, s->given ? s->given + head * of->rows * stride : p, stride, vertical, backwards);
+            const float *rows = s->given ? s->given + head * of->rows * stride : p;
+            if (!select_head(&g, s, head, rows, stride, vertical, backwards, &clean)) failed = 1;
         }
         greedy_close(&g), tile_close(&t);
-        free(p), free(vertical), free(backwards);
+        free(p), free(vertical), free(backwards), free(clean);
     }
     return failed;
 }

@@ -147,4 +147,4 @@ def overlap(selection: KVSelection, previous: KVSelection) -> Tensor:
     """Share of each head's selected pairs that were attended before as well ``[Hkv]``."""
     before = selected_positions(previous, max(selection.boundary, previous.boundary))
     kept = before.gather(1, selection.indices.clamp(min=0)) & (selection.indices >= 0)
-    return kept.sum(-1) / selection.lengths.clamp(min=1)
+    return kept.sum(-1).float() / selection.lengths.clamp(min=1)

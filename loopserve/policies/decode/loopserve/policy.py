@@ -158,7 +158,7 @@ class LoopServeDecode(DecodeCompressor[LoopServeState]):
         if self.config.rescore is Rescore.CODES:
             told = state.code_scores.get(inputs.layer.index)
             if told is None or told.shape[1] != base.boundary:
-                told = torch.zeros(base.indices.shape[0], base.boundary, device=inputs.keys.device)
+                told = torch.zeros(base.indices.shape[0], base.boundary, dtype=torch.float32, device=inputs.keys.device)
                 state.code_scores[inputs.layer.index] = told
             observed = told
         budget = min(self.config.page_budget, base.boundary - base.indices.shape[1])
@@ -219,7 +219,9 @@ class LoopServeDecode(DecodeCompressor[LoopServeState]):
         state.calls[inputs.layer.index] = call
         if config.first_block is FirstBlock.SAMPLED:
             source = generator(config.seed, inputs.turn, inputs.layer.index, inputs.total_tokens)
-            rows = uniform_rows(torch.arange(inputs.new_tokens), config.hop_rows, source).to(inputs.queries.device)
+            rows = uniform_rows(torch.arange(inputs.new_tokens, device="cpu"), config.hop_rows, source).to(
+                inputs.queries.device
+            )
             per_query = inputs.row_attention(rows).probabilities.amax(1)
             self._add(inputs, state, _over_group(per_query, inputs))
             return
