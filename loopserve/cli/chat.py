@@ -65,7 +65,7 @@ def chat(
         _take_over(conversation, load_messages(load))
     with (
         options.engine(conversation.model, stack, revision=conversation.revision) as engine,
-        engine.session(conversation.system, messages=conversation.messages)
+        engine.session(messages=conversation.messages)
         if conversation.turns
         else engine.session(conversation.system) as session,
     ):
