@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from loopserve.api import Engine
 from loopserve.cli.chat_log import ChatLog, LoggedConversation, LoggedTurn, TurnState, default_path
 from loopserve.cli.recorder import Recorder
 from loopserve.cli.repl import Repl
@@ -233,9 +234,23 @@ def test_a_conversation_goes_on_where_it_was(cli: Cli) -> None:  # noqa: F811
     code, out, _ = cli("chat", "--id", "1", "--stack", "snapkv", stdin=f"{TOLD}\n/stack\n")
     assert code == 0 and ANSWER in out and "name: snapkv\n" in out
     assert [turn.message for turn in ChatLog().conversation(1).turns if turn.state is TurnState.ANSWERED] == [TOLD]
-    cli(*CHAT, "--system", "hello", stdin="what is the code of oslo ?\n")
+
+
+def test_a_conversation_keeps_its_system_message(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    notes = recorder(ChatLog(), system="be kind")
+    notes.asked("one")
+    notes.answered("ONE", {})
+    asked: list[Any] = []
+    real = Engine.session
+
+    def session(self: Engine, system: str | None = None, *, messages: Any = None) -> Any:
+        asked.append((system, messages))
+        return real(self)
+
+    monkeypatch.setattr(Engine, "session", session)
     assert cli("chat", "-c", stdin="hello\n")[0] == 0
-    assert [message["role"] for message in ChatLog().last().messages[:3]] == ["system", "user", "assistant"]
+    assert asked == [(None, ChatLog().conversation(1).messages[:3])]
+    assert [message["role"] for message in asked[0][1]] == ["system", "user", "assistant"]
 
 
 def test_a_saved_conversation_that_goes_on_is_logged_whole(cli: Cli, tmp_path: Path) -> None:  # noqa: F811
