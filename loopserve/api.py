@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from loopserve.chat_session import ChatSession
-from loopserve.conversation_file import check_messages, load_messages
 from loopserve.core.engine.engine import TokenEngine
 from loopserve.core.engine.sampling import SamplingConfig, read_sampling
-from loopserve.core.errors import POLICY_TIMEOUT_S, ConfigError, InputError, OnPolicyFault, PolicyChecks, did_you_mean
-from loopserve.core.stack.stack import PolicyStack
-from loopserve.core.stack.stack import load_stack as _load_stack
+from loopserve.core.errors import (
+    POLICY_TIMEOUT_S,
+    ConfigError,
+    InputError,
+    OnPolicyFault,
+    PolicyChecks,
+    did_you_mean,
+)
+from loopserve.core.stack.stack import PolicyStack, resolve_stack
 from loopserve.kernels import backend as kernels
 from loopserve.models.apply import Applied, applied
 from loopserve.models.bridge import IMPLEMENTATION, TransformersModel
-from loopserve.models.chat import ChatTokenizer
+from loopserve.models.chat import ChatTokenizer, Message, as_messages
 from loopserve.models.generation_config import model_sampling, stop_ids
 from loopserve.models.layers import set_implementation
 from loopserve.models.loading import load
@@ -35,7 +41,7 @@ def load_stack(stack: StackLike) -> PolicyStack:
         return stack
     loaded = load_registry()
     try:
-        return _load_stack(stack, loaded.registry)
+        return resolve_stack(stack, loaded.registry)
     except ConfigError as error:  # a policy that is missing may be one whose plugin could not be loaded
         if not loaded.problems:
             raise
@@ -100,7 +106,7 @@ class Engine:
         except ValueError as error:
             raise ConfigError(str(error)) from error
         self.stack = load_stack(stack)
-        self.tokenizer = ChatTokenizer(tokenizer)
+        self.tokenizer = ChatTokenizer(tokenizer, stop_ids(model))
         self.token_engine = TokenEngine(
             TransformersModel(model),
             self.stack,
@@ -112,7 +118,7 @@ class Engine:
         )
         set_implementation(model, IMPLEMENTATION)
         self.model = model
-        self.stop_ids = self.tokenizer.stop_ids | stop_ids(model)
+        self.stop_ids = self.tokenizer.stop_ids
         self._sampling = sampling
         self.sampling_config({})  # a wrong value is refused at once
 
@@ -165,25 +171,55 @@ class Engine:
         read_sampling(defaults, "the model's generation_config")
         return read_sampling(defaults | given, also=("sampling",))
 
-    def session(self, system: str | None = None, *, messages: Sequence[Mapping[str, str]] | None = None) -> ChatSession:
+    def session(self, system: str | None = None, *, messages: Sequence[Mapping[str, Any]] | None = None) -> ChatSession:
         """Open a conversation.
 
-        messages: complete turns held elsewhere, as ``{"role": ..., "content": ...}``, to go on with; they are computed with the
-        next message. Raises InputError for messages that are no turns, or that bring a system message beside ``system``.
+        messages: complete turns held elsewhere, dictionaries of role and content, to go on with; they are computed with the next
+        message. ``token_ids`` beside an answer are taken for its tokens if they say what its content says. Raises InputError for
+        messages that are no turns, or that bring a system message beside ``system``.
         """
         if messages is None:
             return ChatSession(self, system)
-        try:
-            checked = check_messages(list(messages))
-        except ValueError as error:
-            raise InputError(f"messages: {error}") from error
-        if system is not None and checked and checked[0]["role"] == "system":
+        begun = as_messages(messages)
+        if problem := _no_turns(begun):
+            raise InputError(f"messages: {problem}")
+        if system is not None and begun and begun[0]["role"] in ("system", "developer"):
             raise InputError("messages: they begin with a system message already; leave system out")
-        return ChatSession(self, system, checked)
+        return ChatSession(self, system, begun, _token_ids(messages, first=0 if system is None else 1))
 
     def load_session(self, path: str | Path) -> ChatSession:
         """A conversation saved by ``ChatSession.save``, under this engine's stack; its cache is computed anew with the next message."""
-        return self.session(messages=load_messages(path))
+        try:
+            saved = json.loads(Path(path).read_text(encoding="utf-8"))
+            if saved["version"] != 1:
+                raise ValueError(f"version {saved['version']}, known is 1")
+            messages = as_messages(saved["messages"])
+            if problem := _no_turns(messages):
+                raise ValueError(f"its {problem}")
+            tokens = _token_ids(saved["messages"])
+        except (OSError, ValueError, KeyError, TypeError, RecursionError, InputError) as error:
+            raise ConfigError(f"{path}: not a saved conversation ({error})") from error
+        return ChatSession(self, messages=messages, token_ids=tokens)
+
+
+def _no_turns(messages: Sequence[Message]) -> str | None:
+    """Return what is wrong with a conversation that is to go on; None for complete turns."""
+    roles = [each["role"] for each in messages if each["role"] not in ("system", "developer")]
+    if roles != ["user", "assistant"] * (len(roles) // 2):
+        return "messages are not turns of user and assistant"
+    return None
+
+
+def _token_ids(messages: Sequence[Mapping[str, Any]], first: int = 0) -> dict[int, list[int]]:
+    """Return the tokens that stand beside answers, by number of the message; the first message has the number ``first``."""
+    tokens = {number: each["token_ids"] for number, each in enumerate(messages, first) if each.get("token_ids")}
+    if not all(isinstance(each, list) and all(map(_is_token, each)) for each in tokens.values()):
+        raise InputError("token_ids of messages are lists of token numbers")
+    return tokens
+
+
+def _is_token(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 31
 
 
 __all__ = ["Engine", "apply", "load_stack"]

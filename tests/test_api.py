@@ -221,12 +221,12 @@ def test_what_is_no_conversation_is_refused(engine: Engine, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("messages", "says"),
     [
-        ([{"role": "user", "content": None}, {"role": "assistant", "content": "a"}], "message 1 has the content None"),
-        ([{"role": "user", "content": ["a"]}], "message 1 has the content"),
-        ([{"role": "tool", "content": "a"}], "message 1 has the role 'tool'"),
-        (["hello"], "message 1 has the role None"),
-        ({}, "not a list"),
-        (None, "not a list"),
+        ([{"role": "user", "content": None}, {"role": "assistant", "content": "a"}], r"messages\[0\] has no content"),
+        ([{"role": "user", "content": 5}], r"messages\[0\]: "),
+        ([{"role": "human", "content": "a"}], r"messages\[0\]: role 'human' is not known"),
+        (["hello"], r"messages\[0\] is a dictionary"),
+        ({}, "messages are a list"),
+        (None, "messages are a list"),
     ],
 )
 def test_messages_that_are_no_text_are_named(engine: Engine, tmp_path: Path, messages: Any, says: str) -> None:

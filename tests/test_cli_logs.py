@@ -60,10 +60,11 @@ def test_a_message_is_there_before_its_answer(log: ChatLog) -> None:
     notes = recorder(log, system="be kind")
     notes.asked("one")
     assert states(log) == [("one", "open", "")] and log.last().unanswered == "one"
-    notes.answered("two", {"ttft_ms": 1.5})
+    notes.answered("two", stats={"ttft_ms": 1.5}, token_ids=[3, 4], reasoning="hm")
     found = log.last()
     assert found.turns[0].stats == {"ttft_ms": 1.5} and found.turns[0].at and found.unanswered is None
     assert [message["content"] for message in found.messages] == ["be kind", "one", "two"]
+    assert found.messages[-1] == {"role": "assistant", "content": "two", "token_ids": [3, 4], "reasoning_content": "hm"}
 
 
 def test_nothing_is_created_for_a_chat_without_a_message(log: ChatLog) -> None:
@@ -132,7 +133,7 @@ def test_a_log_that_cannot_be_written_is_a_warning_and_is_caught_up_with(
     monkeypatch.setattr(ChatLog, "write", full)
     for text in ("one", "two"):
         notes.asked(text)
-        notes.answered(text.upper(), {})
+        notes.answered(text.upper())
     assert len(warnings) == 1 and "cannot be logged (database or disk is full); /save FILE keeps it" in warnings[0]
     assert notes.farewell() is None
     monkeypatch.setattr(ChatLog, "write", write)
@@ -170,12 +171,12 @@ def test_a_file_that_is_no_log_is_named(folder: Path, cli: Cli) -> None:  # noqa
 def test_two_processes_that_go_on_with_one_conversation_do_not_mix(log: ChatLog) -> None:
     first = recorder(log)
     first.asked("one")
-    first.answered("ONE", {})
+    first.answered("ONE")
     second = Recorder(log, log.last(), print)
     second.asked("two of the second")
     first.asked("two of the first")
-    second.answered("2", {})
-    first.answered("1", {})
+    second.answered("2")
+    first.answered("1")
     assert states(log, 1) == [("one", "answered", "ONE"), ("two of the second", "answered", "2")]
     assert states(log, 2) == [("one", "answered", "ONE"), ("two of the first", "answered", "1")]
     assert "conversation 2" in str(first.farewell())
@@ -189,7 +190,7 @@ log = ChatLog()
 notes = Recorder(log, LoggedConversation("demo", "dense"), lambda text: sys.exit(text))
 for n in range(int(sys.argv[1])):
     notes.asked(f"{sys.argv[2]} {n}")
-    notes.answered(f"{n} answered", {})
+    notes.answered(f"{n} answered")
     print(n, flush=True)
 """
 
@@ -239,7 +240,7 @@ def test_a_conversation_goes_on_where_it_was(cli: Cli) -> None:  # noqa: F811
 def test_a_conversation_keeps_its_system_message(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     notes = recorder(ChatLog(), system="be kind")
     notes.asked("one")
-    notes.answered("ONE", {})
+    notes.answered("ONE")
     asked: list[Any] = []
     real = Engine.session
 
@@ -290,7 +291,7 @@ def test_conversations_are_listed_shown_searched_and_removed(cli: Cli) -> None: 
     for text in ("Ärger mit [bold] Klammern", "100%_sure", "a\nb"):
         notes = recorder(ChatLog())
         notes.asked(text)
-        notes.answered(f"answer to {text}", {})
+        notes.answered(f"answer to {text}")
     listed = cli("logs", "list")[1]
     assert listed == cli("logs")[1] and "Ärger mit [bold] Klammern" in listed and "a b" in listed
     assert [each["id"] for each in json.loads(cli("logs", "--json", "-n", "2")[1])] == [3, 2]

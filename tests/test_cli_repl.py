@@ -28,6 +28,8 @@ FIGURES = {
 class Conversation:
     """Echoes; 'interrupt' stops it after its first piece, 'fail' is refused. A turn that breaks off leaves nothing."""
 
+    last_reply = None
+
     def __init__(self) -> None:
         self.said: list[str] = []
         self.closed_early = 0

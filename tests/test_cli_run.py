@@ -61,7 +61,7 @@ class Chat:
         stats = SimpleNamespace(as_dict=lambda: FIGURES)
         self.turns.append(stats)
         self.last_reply = SimpleNamespace(
-            text=text.upper(), token_ids=(1, 2), usage=Usage(), timings=Usage(), stats=stats
+            text=text.upper(), reasoning=None, token_ids=(1, 2), usage=Usage(), timings=Usage(), stats=stats
         )
         yield from text.upper().split(" ")
 

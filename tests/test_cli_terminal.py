@@ -18,7 +18,7 @@ import sys, time
 from types import SimpleNamespace
 
 class Chat:
-    turns = []
+    turns, last_reply = [], None
     def __enter__(self): return self
     def __exit__(self, *raised): pass
     def stream(self, text, **sampling):

@@ -5,14 +5,18 @@ from __future__ import annotations
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from loopserve.cli.chat_log import ChatLog, LoggedConversation, LoggedTurn, TurnState, now
+from loopserve.cli.chat_log import ChatLog, LoggedConversation, TurnState
 from loopserve.cli.options import ModelOptions, Settings, with_model_options
 from loopserve.cli.reader import ReadingProgress, at_terminal, reader
 from loopserve.cli.recorder import Recorder
+
+if TYPE_CHECKING:
+    from loopserve.api import Engine
+    from loopserve.chat_session import ChatSession
 
 _HINT = (
     "the bundled model knows only what you give it; try: the code of lisbon is amber falcon river . "
@@ -59,15 +63,9 @@ def chat(
         raise typer.BadParameter("no model: give a hub id, a local directory, or 'demo'")
     conversation = _conversation(context, options, model, held)
     stack = settings.stack(conversation.stack)
-    if load is not None:
-        from loopserve.conversation_file import load_messages
-
-        _take_over(conversation, load_messages(load))
     with (
         options.engine(conversation.model, stack, revision=conversation.revision) as engine,
-        engine.session(messages=conversation.messages)
-        if conversation.turns
-        else engine.session(conversation.system) as session,
+        _session(engine, conversation, load) as session,
     ):
         person = at_terminal()
         if person:
@@ -110,22 +108,21 @@ def _conversation(
     return held
 
 
+def _session(engine: Engine, conversation: LoggedConversation, load: Path | None) -> ChatSession:
+    """Open the session that begins or goes on with a conversation."""
+    if load is not None:
+        session = engine.load_session(load)
+        conversation.take_over(session.messages)
+        return session
+    return engine.session(messages=conversation.messages) if conversation.turns else engine.session(conversation.system)
+
+
 def _absolute(spec: str) -> str:
     """A directory or file as it is found from anywhere; names stay names."""
     with suppress(OSError):
         if spec and ("/" in spec or spec.endswith((".yaml", ".yml"))) and Path(spec).expanduser().exists():
             return str(Path(spec).expanduser().absolute())
     return spec
-
-
-def _take_over(conversation: LoggedConversation, messages: list[dict[str, str]]) -> None:
-    """Make a loaded conversation the beginning of the one that is logged."""
-    roles = [message["role"] for message in messages]
-    if roles and roles[0] == "system":
-        conversation.system = messages[0]["content"]
-    said = [message["content"] for message in messages if message["role"] != "system"]
-    for message, answer in zip(said[::2], said[1::2], strict=True):
-        conversation.turns.append(LoggedTurn(message, TurnState.ANSWERED, answer, now()))
 
 
 def _greet(conversation: LoggedConversation, stack: str, *, going_on: bool) -> None:

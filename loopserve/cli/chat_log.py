@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -35,6 +35,8 @@ CREATE TABLE turns (
     state TEXT NOT NULL,
     message TEXT NOT NULL,
     answer TEXT NOT NULL,
+    reasoning TEXT NOT NULL,
+    token_ids TEXT NOT NULL,
     stats TEXT NOT NULL,
     PRIMARY KEY (conversation, number)
 );
@@ -61,6 +63,8 @@ class LoggedTurn:
     state: TurnState = TurnState.OPEN
     answer: str = ""
     at: str = ""
+    reasoning: str = ""
+    token_ids: list[int] = field(default_factory=list)
     stats: dict[str, Any] = field(default_factory=dict)
 
 
@@ -79,14 +83,30 @@ class LoggedConversation:
     writes: int = 0  # counted up by each writer: a second process that goes on with the conversation is seen by it
 
     @property
-    def messages(self) -> list[dict[str, str]]:
-        """The complete turns as messages, without what was taken back or got no answer."""
-        found = [] if self.system is None else [{"role": "system", "content": self.system}]
+    def messages(self) -> list[dict[str, Any]]:
+        """The complete turns as messages, without what was taken back or got no answer, with the answers' tokens."""
+        found: list[dict[str, Any]] = [] if self.system is None else [{"role": "system", "content": self.system}]
         for turn in self.turns:
             if turn.state is TurnState.ANSWERED:
                 found.append({"role": "user", "content": turn.message})
-                found.append({"role": "assistant", "content": turn.answer})
+                answer: dict[str, Any] = {"role": "assistant", "content": turn.answer}
+                if turn.reasoning:
+                    answer["reasoning_content"] = turn.reasoning
+                if turn.token_ids:
+                    answer["token_ids"] = turn.token_ids
+                found.append(answer)
         return found
+
+    def take_over(self, messages: Sequence[Mapping[str, str]]) -> None:
+        """Begin with the turns of messages that are held elsewhere."""
+        for message in messages:
+            if message["role"] == "user":
+                self.turns.append(LoggedTurn(message["content"], at=now()))
+            elif message["role"] == "assistant":
+                self.turns[-1].state, self.turns[-1].answer = TurnState.ANSWERED, message["content"]
+                self.turns[-1].reasoning = message.get("reasoning_content", "")
+            elif not self.turns:
+                self.system = message["content"]
 
     @property
     def unanswered(self) -> str | None:
@@ -162,7 +182,7 @@ class ChatLog:
                 number, writes, turns = self._insert(database, conversation, started), 1, range(len(conversation.turns))
             database.execute("UPDATE conversations SET updated = ?, writes = ? WHERE id = ?", (moment, writes, number))
             database.executemany(
-                "INSERT OR REPLACE INTO turns VALUES (?, ?, ?, ?, ?, ?, ?)",
+                "INSERT OR REPLACE INTO turns VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 [(number, each, *_row(conversation.turns[each])) for each in turns],
             )
         conversation.id, conversation.writes = number, writes
@@ -237,17 +257,19 @@ def _loaded(database: sqlite3.Connection, number: int) -> LoggedConversation:
         "SELECT model, stack, system, revision, started, updated, writes FROM conversations WHERE id = ?", (number,)
     ).fetchone()
     turns = [
-        LoggedTurn(message, TurnState(state), answer, at, json.loads(stats))
-        for at, state, message, answer, stats in database.execute(
-            "SELECT at, state, message, answer, stats FROM turns WHERE conversation = ? ORDER BY number", (number,)
+        LoggedTurn(message, TurnState(state), answer, at, reasoning, json.loads(tokens), json.loads(stats))
+        for at, state, message, answer, reasoning, tokens, stats in database.execute(
+            "SELECT at, state, message, answer, reasoning, token_ids, stats FROM turns "
+            "WHERE conversation = ? ORDER BY number",
+            (number,),
         )
     ]
     return LoggedConversation(model, stack, system, revision, turns, number, started, updated, writes)
 
 
 def _row(turn: LoggedTurn) -> tuple[str, ...]:
-    stats = json.dumps(turn.stats, default=str)
-    return (turn.at, str(turn.state), _text(turn.message), _text(turn.answer), stats)
+    tokens, stats = json.dumps(turn.token_ids), json.dumps(turn.stats, default=str)
+    return (turn.at, str(turn.state), _text(turn.message), _text(turn.answer), _text(turn.reasoning), tokens, stats)
 
 
 def _text(text: str) -> str:

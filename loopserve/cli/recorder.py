@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from loopserve.cli.chat_log import ChatLog, LoggedConversation, LoggedTurn, TurnState, now
@@ -34,15 +35,15 @@ class Recorder:
         self.conversation.turns.append(LoggedTurn(message, at=now()))
         self._write(len(self.conversation.turns) - 1)
 
-    def answered(self, answer: str, stats: Mapping[str, Any]) -> None:
-        """Note the answer to the last message."""
-        self._change(len(self.conversation.turns) - 1, TurnState.ANSWERED, answer, stats)
+    def answered(self, answer: str, **details: Any) -> None:
+        """Note the answer to the last message. details: other fields of LoggedTurn."""
+        self._change(len(self.conversation.turns) - 1, TurnState.ANSWERED, answer, **details)
 
-    def answered_again(self, answer: str, stats: Mapping[str, Any]) -> None:
+    def answered_again(self, answer: str, **details: Any) -> None:
         """Note an answer that stands in place of the last one."""
         replaced = self._last_answered()
         if replaced is not None:
-            self._again(replaced, TurnState.ANSWERED, answer, stats)
+            self._again(replaced, TurnState.ANSWERED, answer, **details)
             self._change(replaced, TurnState.REPLACED)
 
     def stopped_again(self, answer: str) -> None:
@@ -76,20 +77,15 @@ class Recorder:
         turns = self.conversation.turns
         return next((n for n in reversed(range(len(turns))) if turns[n].state is TurnState.ANSWERED), None)
 
-    def _again(self, number: int, state: TurnState, answer: str, stats: Mapping[str, Any] | None = None) -> None:
+    def _again(self, number: int, state: TurnState, answer: str, **details: Any) -> None:
         message = self.conversation.turns[number].message
-        self.conversation.turns.append(LoggedTurn(message, state, answer, now(), dict(stats or {})))
+        self.conversation.turns.append(LoggedTurn(message, state, answer, now(), **details))
         self._write(len(self.conversation.turns) - 1)
 
-    def _change(
-        self, number: int, state: TurnState, answer: str | None = None, stats: Mapping[str, Any] | None = None
-    ) -> None:
+    def _change(self, number: int, state: TurnState, answer: str | None = None, **details: Any) -> None:
         turn = self.conversation.turns[number]
-        turn.state = state
-        if answer is not None:
-            turn.answer = answer
-        if stats is not None:
-            turn.stats = dict(stats)
+        changed = {"state": state} | ({} if answer is None else {"answer": answer}) | details
+        self.conversation.turns[number] = replace(turn, **changed)
         self._write(number)
 
     def _write(self, number: int) -> None:

@@ -39,8 +39,19 @@ class Turn(Protocol):
     def as_dict(self) -> dict[str, Any]: ...
 
 
+class Reply(Protocol):
+    @property
+    def token_ids(self) -> Sequence[int]: ...
+
+    @property
+    def reasoning(self) -> str | None: ...
+
+
 class Conversation(Protocol):
     """What the loop needs of ``loopserve.ChatSession``."""
+
+    @property
+    def last_reply(self) -> Reply | None: ...
 
     @property
     def turns(self) -> Sequence[Turn]: ...
@@ -148,7 +159,7 @@ class Repl:
             raise
         self._unanswered = None
         if self.recorder:
-            self.recorder.answered("".join(said).strip(), self._stats())
+            self.recorder.answered("".join(said).strip(), **self._details())
         self._answered()
 
     def _ask_again(self) -> None:
@@ -163,7 +174,7 @@ class Repl:
                 self.recorder.stopped_again("".join(said))
             raise
         if self.recorder:
-            self.recorder.answered_again("".join(said).strip(), self._stats())
+            self.recorder.answered_again("".join(said).strip(), **self._details())
         self._answered()
 
     def _print(self, pieces: Iterator[str], said: list[str], note: str = "") -> None:
@@ -227,8 +238,12 @@ class Repl:
     def _options(self, sampling: Mapping[str, Any]) -> dict[str, Any]:
         return {**sampling, **({} if self.progress is None else {"progress": self.progress})}
 
-    def _stats(self) -> dict[str, Any]:
-        return self.conversation.turns[-1].as_dict() if self.conversation.turns else {}
+    def _details(self) -> dict[str, Any]:
+        """What the log keeps of an answer beside its text."""
+        found: dict[str, Any] = {"stats": self.conversation.turns[-1].as_dict()} if self.conversation.turns else {}
+        if reply := self.conversation.last_reply:
+            found |= {"token_ids": list(reply.token_ids), "reasoning": reply.reasoning or ""}
+        return found
 
     def _answered(self) -> None:
         self._unsaved = True

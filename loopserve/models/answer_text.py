@@ -15,22 +15,21 @@ class AnswerText:
     special token ends the answer at that token.
     """
 
-    def __init__(self, tokenizer: ChatTokenizer, stop: Sequence[str] = ()) -> None:
-        """stop: strings that end the answer; none of them is a part of its text."""
+    def __init__(
+        self, tokenizer: ChatTokenizer, stop: Sequence[str] = (), decoder: StreamDecoder | None = None
+    ) -> None:
+        """stop: strings that end the answer; none of them is a part of its text. decoder: a fresh one, if not a plain one."""
         self.stop_string: str | None = None
-        self._tokenizer = tokenizer
-        self._decoder = StreamDecoder(tokenizer)
+        self._decoder = decoder or StreamDecoder(tokenizer)
         self._stops = StopStrings(stop)
         self._special = {
             token: str(added) for token, added in tokenizer.tokenizer.added_tokens_decoder.items() if str(added) in stop
         }
-        self._ids: list[int] = []
         self._given: list[str] = []  # pieces that were taken
         self._ready = ""
 
     def push(self, token: int) -> str | None:
         """Add a token; return the stop string that ends the answer with it."""
-        self._ids.append(token)
         self._add(self._decoder.push(token))
         if self.stop_string is None and token in self._special:
             self.stop_string = self._special[token]
@@ -50,9 +49,7 @@ class AnswerText:
 
     @property
     def text(self) -> str:
-        """The whole answer; complete once it is closed."""
-        if self._stops.matched is None:
-            return self._tokenizer.decode(self._ids)
+        """The whole answer as it was streamed; complete once it is closed."""
         return "".join(self._given) + self._ready
 
     def _add(self, piece: str) -> None:

@@ -10,7 +10,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils.logging import disable_progress_bar
 
 from loopserve.core.errors import ConfigError, ModelError
+from loopserve.core.policy.interfaces import LayerSpec
 from loopserve.models.demo import bundled_path, is_bundled
+from loopserve.models.layers import read_layers
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -49,6 +51,24 @@ def load(
         )
     loaded.to(place).eval()
     return loaded, tokenizer
+
+
+def load_layers(model: str, *, revision: str | None = None, trust_remote_code: bool = False) -> tuple[LayerSpec, ...]:
+    """The attention layers of a model by hub id, directory or bundled name, from its configuration; its weights are not read.
+
+    Raises ModelError if the configuration cannot be had, or describes layers that loopserve cannot serve.
+    """
+    source = str(bundled_path(model)) if is_bundled(model) else model
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(source, **options)
+        with torch.device("meta"):
+            shape = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except Exception as error:  # whatever a damaged file makes a parser raise
+        raise ModelError(
+            f"cannot read the configuration of model {model!r}: {_reason(error)}; {_remedy(model)}"
+        ) from error
+    return read_layers(shape)
 
 
 def _device(name: str) -> torch.device:

@@ -154,8 +154,19 @@ class TokenEngine:
         A session that is busy is no error here.
         """
         self._own(session)
-        self._check_length(session, new_tokens)
-        return plan_answer([*session.tokens, *new_tokens], self.model.max_positions, sampling, **options)
+        if not new_tokens:
+            raise InputError("a turn needs at least one token")
+        return self.check_fit([*session.tokens, *new_tokens], sampling, **options)
+
+    def check_fit(self, tokens: Sequence[int], sampling: SamplingConfig | Choose | None, **options: Any) -> AnswerPlan:
+        """Return how an answer after all ``tokens`` of a conversation would be given. InputError if they do not fit the model."""
+        limit = self.model.max_positions
+        if limit is not None and len(tokens) + 1 > limit:
+            raise InputError(
+                f"the conversation would be {len(tokens) + 1} tokens long, the model takes {limit}: shorten the message, "
+                "undo a turn, or start a new session"
+            )
+        return plan_answer(tokens, limit, sampling, **options)
 
     def begin(
         self,
@@ -261,14 +272,3 @@ class TokenEngine:
     def _own(self, session: Session) -> None:
         if session.slots is not self.slots and not any(session.slots is each for each, _ in self._others.values()):
             raise InputError("this session belongs to another engine: open one with this engine's session()")
-
-    def _check_length(self, session: Session, new_tokens: Sequence[int]) -> None:
-        if not new_tokens:
-            raise InputError("a turn needs at least one token")
-        limit = self.model.max_positions
-        needed = len(session.tokens) + len(new_tokens) + 1
-        if limit is not None and needed > limit:
-            raise InputError(
-                f"the conversation would be {needed} tokens long, the model takes {limit}: shorten the message, "
-                "undo a turn, or start a new session"
-            )

@@ -67,7 +67,7 @@ class PolicyStack:
         )
 
     def describe(self) -> dict[str, Any]:
-        """The stack with every option spelt out, as a stack file says it; ``load_stack`` makes an equal stack of it."""
+        """The stack with every option spelt out, as a stack file says it; ``resolve_stack`` makes an equal one of it."""
         described: dict[str, Any] = {"version": 1, "name": self.name}
         if self.description is not None:
             described["description"] = self.description
@@ -189,8 +189,11 @@ def _spoken(indices: Sequence[int]) -> str:
     return f"layer{'s' if len(indices) > 1 else ''} {text}"
 
 
-def load_stack(spec: str | Path | Mapping[str, Any] | PolicyStack, registry: Registry) -> PolicyStack:
-    """A stack by preset name, from a YAML file, or from a dict of the same form. ConfigError names every mistake."""
+def resolve_stack(spec: str | Path | Mapping[str, Any] | PolicyStack, registry: Registry) -> PolicyStack:
+    """Make a stack of a preset's name, a YAML file or a dict of the same form, with the policies of a registry.
+
+    ``loopserve.load_stack`` is this with the plugins that are installed. ConfigError names every mistake.
+    """
     if isinstance(spec, PolicyStack):
         return spec
     if isinstance(spec, Mapping):
