@@ -42,7 +42,7 @@ $(OLDEST)/ready: pyproject.toml constraints-oldest.txt
 	touch $@
 
 test-oldest: $(OLDEST)/ready
-	$(OLDEST)/bin/python -m pytest -n 2 tests/models $(ARGS)
+	$(OLDEST)/bin/python -m pytest -n 2 tests/models tests/faults $(ARGS)
 
 # kvpress answers, in an environment of its own (it does not run on our transformers); its answers are frozen as
 # fixtures. There loopserve-kvpress is held against kvpress itself as well; loopserve's core needs no transformers.

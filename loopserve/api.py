@@ -25,11 +25,12 @@ from loopserve.models.apply import Applied, applied
 from loopserve.models.bridge import IMPLEMENTATION, TransformersModel
 from loopserve.models.chat import ChatTokenizer, Message, as_messages
 from loopserve.models.generation_config import model_sampling, stop_ids
-from loopserve.models.layers import set_implementation
+from loopserve.models.layers import set_implementation, unwrapped
 from loopserve.models.loading import load
 from loopserve.plugins import load_registry
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
 StackLike = str | Path | Mapping[str, Any] | PolicyStack
@@ -61,7 +62,7 @@ def apply(
     """Serve a plain transformers model under a stack: ``with apply(model, "loopserve"): model.generate(**batch)``.
 
     Undone fully at exit. Batches may be padded: each row gets what it gets alone. A forward pass of several tokens is a new
-    turn, one of a single token a decode step; leave ``prefill_chunk_size`` unset, or each chunk is a turn.
+    turn, one of a single token a decode step; what ``generate`` computes of its prompt is one turn, in chunks or not.
     measure_coverage: realised coverage of the prefill patterns over all rows, as costly as dense attention; ``stats`` of
     what the block yields holds the figures. Faults of policies are dealt with as in ``Engine``; but a write into the stored pairs
     always raises, since the forward pass is the caller's and cannot be run again from here.
@@ -105,6 +106,7 @@ class Engine:
             kernels.chosen()
         except ValueError as error:
             raise ConfigError(str(error)) from error
+        model = unwrapped(model)
         self.stack = load_stack(stack)
         self.tokenizer = ChatTokenizer(tokenizer, stop_ids(model))
         self.token_engine = TokenEngine(
@@ -128,8 +130,8 @@ class Engine:
         model: str,
         stack: StackLike = "loopserve",
         *,
-        dtype: str = "auto",
-        device: str = "auto",
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device = "auto",
         revision: str | None = None,
         trust_remote_code: bool = False,
         chunk_tokens: int = 4096,

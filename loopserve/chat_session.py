@@ -144,7 +144,7 @@ class ChatSession:
         self.close()
 
     def close(self) -> None:
-        """Free the cache at once. The messages stay readable."""
+        """Free the cache and the policies' states at once. The messages stay readable."""
         if self._session is not None:
             self._session.close()
         self._session = None

@@ -69,6 +69,10 @@ class PairBuffer:
         return self._keys.device
 
     @property
+    def dtype(self) -> torch.dtype:
+        return self._keys.dtype
+
+    @property
     def heads(self) -> int:
         return self._keys.shape[0]
 

@@ -30,6 +30,11 @@ class Override:
     prefill: PrefillSparsifier | None = None
     decode: DecodeCompressor[Any] | None = None
 
+    @property
+    def passive(self) -> bool:
+        """Whether it only leaves layers as the model has them."""
+        return all(each is None or each.capabilities.passive for each in (self.prefill, self.decode))
+
     def covers(self, index: int, total: int) -> bool:
         return any(index in each.resolve(total) for each in self.at)
 
@@ -125,7 +130,7 @@ class PolicyStack:
             if beyond or not named:
                 given = ", ".join(str(each.as_written()) for each in override.at)
                 yield f"layers[{number}].at: {given} does not fit the model, which has layers 0 to {total - 1}"
-            for layer in layers:
+            for layer in () if override.passive else layers:  # sliding layers stay as the model has them in any case
                 if layer.type is not LayerType.FULL and self._override(layer.index, total) is override:
                     yield (
                         f"layers[{number}].at: layer {layer.index} is a {layer.type} layer, which stays as the model "
