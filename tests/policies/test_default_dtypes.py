@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from loopserve.models.bridge import TransformersModel
 
 from loopserve.api import load_stack
 from loopserve.bench.budget import with_budget
-from loopserve.core.engine import TokenEngine
-from loopserve.core.stack import PolicyStack, preset_names
+from loopserve.core.engine.engine import TokenEngine
+from loopserve.core.stack.stack import PolicyStack, preset_names
 from loopserve.kernels import backend
+from loopserve.models.bridge import TransformersModel
 from loopserve.models.loading import load
 from tests.kernels.cases import IMPLEMENTATIONS
 from tests.policies.conversations import answers, model
