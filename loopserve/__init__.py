@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from loopserve.chat_session import ChatSession, Reply
     from loopserve.core.errors import ConfigError, InputError, LoopServeError, ModelError, PolicyError, PolicyFault
     from loopserve.core.kv.selection import KVSelection, Retention
+    from loopserve.core.policy.api_version import API_VERSION
     from loopserve.core.policy.hookspecs import hookimpl
     from loopserve.core.policy.interfaces import (
         AttentionInputs,
@@ -47,6 +48,7 @@ _NAMES = {
         "PolicyFault",
     ),
     "loopserve.core.kv.selection": ("KVSelection", "Retention"),
+    "loopserve.core.policy.api_version": ("API_VERSION",),
     "loopserve.core.policy.hookspecs": ("hookimpl",),
     "loopserve.core.policy.interfaces": (
         "AttentionInputs",
@@ -69,6 +71,7 @@ _NAMES = {
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names}
 __all__ = [
+    "API_VERSION",
     "AttentionInputs",
     "AttentionPattern",
     "BlockPattern",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -11,19 +11,26 @@ from typing import TYPE_CHECKING, Any, Literal
 from loopserve.chat_session import ChatSession
 from loopserve.core.engine.engine import TokenEngine
 from loopserve.core.engine.sampling import SamplingConfig, read_sampling
-from loopserve.core.errors import POLICY_TIMEOUT_S, ConfigError, OnPolicyFault, PolicyChecks, did_you_mean
-from loopserve.core.stack.stack import PolicyStack
-from loopserve.core.stack.stack import load_stack as _load_stack
+from loopserve.core.errors import (
+    POLICY_TIMEOUT_S,
+    ConfigError,
+    InputError,
+    OnPolicyFault,
+    PolicyChecks,
+    did_you_mean,
+)
+from loopserve.core.stack.stack import PolicyStack, resolve_stack
 from loopserve.kernels import backend as kernels
 from loopserve.models.apply import Applied, applied
 from loopserve.models.bridge import IMPLEMENTATION, TransformersModel
-from loopserve.models.chat import ChatTokenizer
+from loopserve.models.chat import ChatTokenizer, Message, as_messages
 from loopserve.models.generation_config import model_sampling, stop_ids
-from loopserve.models.layers import set_implementation
+from loopserve.models.layers import set_implementation, unwrapped
 from loopserve.models.loading import load
 from loopserve.plugins import load_registry
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
 StackLike = str | Path | Mapping[str, Any] | PolicyStack
@@ -35,7 +42,7 @@ def load_stack(stack: StackLike) -> PolicyStack:
         return stack
     loaded = load_registry()
     try:
-        return _load_stack(stack, loaded.registry)
+        return resolve_stack(stack, loaded.registry)
     except ConfigError as error:  # a policy that is missing may be one whose plugin could not be loaded
         if not loaded.problems:
             raise
@@ -55,7 +62,7 @@ def apply(
     """Serve a plain transformers model under a stack: ``with apply(model, "loopserve"): model.generate(**batch)``.
 
     Undone fully at exit. Batches may be padded: each row gets what it gets alone. A forward pass of several tokens is a new
-    turn, one of a single token a decode step; leave ``prefill_chunk_size`` unset, or each chunk is a turn.
+    turn, one of a single token a decode step; what ``generate`` computes of its prompt is one turn, in chunks or not.
     measure_coverage: realised coverage of the prefill patterns over all rows, as costly as dense attention; ``stats`` of
     what the block yields holds the figures. Faults of policies are dealt with as in ``Engine``; but a write into the stored pairs
     always raises, since the forward pass is the caller's and cannot be run again from here.
@@ -99,8 +106,9 @@ class Engine:
             kernels.chosen()
         except ValueError as error:
             raise ConfigError(str(error)) from error
+        model = unwrapped(model)
         self.stack = load_stack(stack)
-        self.tokenizer = ChatTokenizer(tokenizer)
+        self.tokenizer = ChatTokenizer(tokenizer, stop_ids(model))
         self.token_engine = TokenEngine(
             TransformersModel(model),
             self.stack,
@@ -112,7 +120,7 @@ class Engine:
         )
         set_implementation(model, IMPLEMENTATION)
         self.model = model
-        self.stop_ids = self.tokenizer.stop_ids | stop_ids(model)
+        self.stop_ids = self.tokenizer.stop_ids
         self._sampling = sampling
         self.sampling_config({})  # a wrong value is refused at once
 
@@ -122,8 +130,8 @@ class Engine:
         model: str,
         stack: StackLike = "loopserve",
         *,
-        dtype: str = "auto",
-        device: str = "auto",
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device = "auto",
         revision: str | None = None,
         trust_remote_code: bool = False,
         chunk_tokens: int = 4096,
@@ -165,8 +173,20 @@ class Engine:
         read_sampling(defaults, "the model's generation_config")
         return read_sampling(defaults | given, also=("sampling",))
 
-    def session(self, system: str | None = None) -> ChatSession:
-        return ChatSession(self, system)
+    def session(self, system: str | None = None, *, messages: Sequence[Message] | None = None) -> ChatSession:
+        """Open a conversation.
+
+        messages: complete turns held elsewhere, dictionaries of role and content, to go on with; they are computed with the next
+        message. Raises InputError for messages that are no turns, or that bring a system message beside ``system``.
+        """
+        if messages is None:
+            return ChatSession(self, system)
+        begun = as_messages(messages)
+        if problem := _no_turns(begun):
+            raise InputError(f"messages: {problem}")
+        if system is not None and begun and begun[0]["role"] in ("system", "developer"):
+            raise InputError("messages: they begin with a system message already; leave system out")
+        return ChatSession(self, system, begun)
 
     def load_session(self, path: str | Path) -> ChatSession:
         """A conversation saved by ``ChatSession.save``, under this engine's stack; its cache is computed anew with the next message."""
@@ -174,13 +194,29 @@ class Engine:
             saved = json.loads(Path(path).read_text(encoding="utf-8"))
             if saved["version"] != 1:
                 raise ValueError(f"version {saved['version']}, known is 1")
-            messages = [{"role": str(m["role"]), "content": str(m["content"])} for m in saved["messages"]]
-            roles = [m["role"] for m in messages if m["role"] != "system"]
-            if roles != ["user", "assistant"] * (len(roles) // 2):
-                raise ValueError("its messages are not turns of user and assistant")
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            messages = as_messages(saved["messages"])
+            if problem := _no_turns(messages):
+                raise ValueError(f"its {problem}")
+            tokens = {
+                number: each["token_ids"] for number, each in enumerate(saved["messages"]) if each.get("token_ids")
+            }
+            if not all(isinstance(each, list) and all(map(_is_token, each)) for each in tokens.values()):
+                raise ValueError("its token_ids are no lists of token numbers")
+        except (OSError, ValueError, KeyError, TypeError, InputError) as error:
             raise ConfigError(f"{path}: not a saved conversation ({error})") from error
-        return ChatSession(self, messages=messages)
+        return ChatSession(self, messages=messages, token_ids=tokens)
+
+
+def _no_turns(messages: Sequence[Message]) -> str | None:
+    """Return what is wrong with a conversation that is to go on; None for complete turns."""
+    roles = [each["role"] for each in messages if each["role"] not in ("system", "developer")]
+    if roles != ["user", "assistant"] * (len(roles) // 2):
+        return "messages are not turns of user and assistant"
+    return None
+
+
+def _is_token(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 31
 
 
 __all__ = ["Engine", "apply", "load_stack"]

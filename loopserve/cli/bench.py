@@ -22,7 +22,7 @@ app.command()(quality.run)
 app.command()(quality.ls)
 app.command()(quality.compare)
 
-SuiteOption = Annotated[str, typer.Option(help="A suite of benchmarks/suites by name, or a YAML file.")]
+SuiteOption = Annotated[str, typer.Option(help="A suite by name (loopserve bench ls), or a YAML file.")]
 OutputOption = Annotated[Path | None, typer.Option(help="File of JSON lines that the rows are appended to.")]
 RunsOption = Annotated[int | None, typer.Option(min=1, help="Rounds of paired runs; the suite's by default.")]
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]

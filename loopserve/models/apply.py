@@ -23,8 +23,10 @@ from loopserve.core.policy.interfaces import Phase
 from loopserve.core.stack.stack import PolicyStack
 from loopserve.models.bridge import IMPLEMENTATION, TransformersModel
 from loopserve.models.cache import CacheRows, Pass, Span, adopt, cache_over, rows_of
-from loopserve.models.layers import set_implementation
+from loopserve.models.layers import cache_keyword, set_implementation, takes_keywords, unwrapped
+from loopserve.models.rotation import Rotation
 
+_MEDIA = ("pixel_values", "image", "video", "audio", "input_features", "mm_encoder_outputs")
 _serving: set[int] = set()  # ids of the models inside an apply, in any thread
 _serving_lock = threading.Lock()
 
@@ -34,6 +36,8 @@ class _Prompt:
     """What ``generate`` is doing in this thread: computing its prompt, of so many columns in all, or its answer."""
 
     columns: int | None = None
+    rows: CacheRows | None = None  # those of its last pass
+    lengths: list[int] | None = None  # tokens of each row once the prompt is computed
 
 
 _prompt: ContextVar[_Prompt | None] = ContextVar("loopserve_prompt", default=None)
@@ -42,8 +46,9 @@ _prompt: ContextVar[_Prompt | None] = ContextVar("loopserve_prompt", default=Non
 class Applied:
     """Give the figures of the rows served inside a ``with apply(...)`` block."""
 
-    def __init__(self, engine: TokenEngine) -> None:
+    def __init__(self, engine: TokenEngine, rotary: Rotation) -> None:
         self.engine = engine
+        self.rotary = rotary
         self.last_rows: CacheRows | None = None
 
     @property
@@ -54,20 +59,23 @@ class Applied:
 
 @contextmanager
 def applied(model: PreTrainedModel, stack: PolicyStack, **options: Any) -> Iterator[Applied]:
-    """Serve every forward pass of ``model`` under ``stack`` until the block ends. options: those of the engine."""
+    """Serve every forward pass of ``model`` under ``stack`` until the block ends. options: those of the engine.
+
+    model: a transformers model, or a wrapper around one (PEFT, ``torch.compile``).
+    """
+    model = unwrapped(model)
     with _claimed(model):
         before = {id(config): (config, config._attn_implementation_internal) for config in _configs(model)}
-        engine = TokenEngine(TransformersModel(model), stack, **options)
+        served = TransformersModel(model)
+        engine = TokenEngine(served, stack, **options)
         stack.check(engine.model.layers, batch=True)
-        state = Applied(engine)
+        state = Applied(engine, served.rotary)
         handles: list[Any] = []
         try:
             set_implementation(model, IMPLEMENTATION)
-            handles.append(
-                model.register_forward_pre_hook(_enter(state, inspect.signature(model.forward)), with_kwargs=True)
-            )
+            handles.append(model.register_forward_pre_hook(_enter(state, model), with_kwargs=True))
             handles.append(model.register_forward_hook(_leave(state), with_kwargs=True))
-            with _prompts_announced(model):
+            with _prompts_announced(model), state.rotary.watched():
                 yield state
         finally:
             for handle in handles:
@@ -116,10 +124,12 @@ def _prompts_announced(model: PreTrainedModel) -> Iterator[None]:
         if prompt is None:
             return prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
         prompt.columns = _prompt_columns(input_ids, model_kwargs)
+        mask = model_kwargs.get("attention_mask")
+        prompt.lengths = None if mask is None or mask.dim() != 2 else mask.bool().sum(1).tolist()
         try:
             return prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
         finally:
-            prompt.columns = None
+            prompt.columns = prompt.lengths = None
 
     served.generate, served._prefill = announced_generate, announced_prefill
     try:
@@ -130,7 +140,8 @@ def _prompts_announced(model: PreTrainedModel) -> Iterator[None]:
 
 def _prompt_columns(input_ids: Tensor, model_kwargs: dict[str, Any]) -> int:
     """Return the columns that the cache holds once the prompt is computed. The caller may give the whole input, or its end."""
-    mask, cache = model_kwargs.get("attention_mask"), model_kwargs.get("past_key_values")
+    mask = model_kwargs.get("attention_mask")
+    cache = next((model_kwargs[name] for name in _CACHE_KEYWORDS if model_kwargs.get(name) is not None), None)
     given = input_ids.shape[1]
     held = cache.get_seq_length() if cache is not None else 0
     whole = mask.shape[1] if mask is not None else given
@@ -144,26 +155,70 @@ def _configs(model: PreTrainedModel) -> list[Any]:
 Hook = Callable[..., Any]
 
 
-def _enter(state: Applied, signature: inspect.Signature) -> Hook:
+_CACHE_KEYWORDS = ("past_key_values", "cache")  # the second from transformers 5.24 on
+
+
+def _enter(state: Applied, model: PreTrainedModel) -> Hook:
+    signature, keyword, takes = inspect.signature(model.forward), cache_keyword(model), takes_keywords(model)
+
     def hook(
         _: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if "loopserve_pass" in kwargs:  # an observation pass of the engine
             return args, kwargs
         named = {**signature.bind_partial(*args).arguments, **kwargs}
+        cache = next((named.pop(name) for name in _CACHE_KEYWORDS if named.get(name) is not None), None)
+        given = rows_of(cache) if isinstance(cache, Cache) else None
+        if given is not None and given.owner is None and given.under_way is not None:
+            return args, kwargs  # a pass of the engine, in a family that takes no keyword of ours
         token_ids = named.get("input_ids")
         if token_ids is None:
             raise ModelError("loopserve.apply needs input_ids; inputs_embeds cannot be run again for an observation")
         keep = named.get("use_cache") is not False
-        cache, rows = _cache_of(state, named.get("past_key_values") if keep else None, token_ids.shape[0])
+        if keep and cache is None:
+            cache = _dropped(state, token_ids, named.get("attention_mask"))
+        cache, rows = _cache_of(state, cache if keep else None, token_ids.shape[0])
+        _note_media(rows, named)
         rows.kept = keep
+        state.rotary.begin(None)
         positions = _begin(state, rows, token_ids, named.get("attention_mask"), named.get("position_ids"))
-        named |= {"position_ids": positions, "past_key_values": cache, "use_cache": True, "attention_mask": None}
-        named |= {"loopserve_pass": rows.under_way}
+        named |= {"position_ids": positions, keyword: cache, "use_cache": True, "attention_mask": None}
+        named |= {"loopserve_pass": rows.under_way} if takes else {}
+        if rows.under_way is not None:
+            state.rotary.begin(rows.under_way.rotations(*token_ids.shape))
         state.last_rows = rows
+        if (prompt := _prompt.get()) is not None:
+            prompt.rows = rows
         return (), named
 
     return hook
+
+
+def _dropped(state: Applied, token_ids: Tensor, mask: Tensor | None) -> Cache | None:
+    """Return the cache that ``generate`` gave up at a window of LongRoPE, while it goes on with single tokens.
+
+    Early versions of transformers do so in families like phi3; the conversation is computed anew from its tokens here.
+    """
+    rows = prompt.rows if (prompt := _prompt.get()) is not None else None
+    goes_on = rows is not None and rows.owner is state.engine and rows.kept and rows.under_way is None
+    if rows is None or not goes_on or mask is None or mask.dim() != 2:
+        return None
+    columns = rows.columns + token_ids.shape[1]
+    fits = rows.columns > 0 and mask.shape[1] == columns and len(rows.sessions) == len(token_ids)
+    return cache_over(rows, len(state.engine.model.layers)) if fits else None
+
+
+def _note_media(rows: CacheRows, named: dict[str, Any]) -> None:
+    """Remember that what a pass computes is more than its tokens say, so that it cannot be run again."""
+    media = [name for name, value in named.items() if name.startswith(_MEDIA) and not _is_empty(value)]
+    if media:
+        for session in rows.sessions:
+            session.repeatable = False
+
+
+def _is_empty(value: Any) -> bool:
+    """Return whether a keyword holds nothing: ``generate`` hands over a dict also where there is no image."""
+    return all(_is_empty(each) for each in value.values()) if isinstance(value, dict) else value is None
 
 
 def _cache_of(state: Applied, cache: Cache | None, count: int) -> tuple[Cache, CacheRows]:
@@ -198,8 +253,12 @@ def _begin(state: Applied, rows: CacheRows, token_ids: Tensor, mask: Tensor | No
     valid = _valid(rows, token_ids, mask)
     if positions is None:  # as transformers counts: by columns
         positions = torch.arange(rows.columns, rows.columns + new, device=token_ids.device)
+    if positions.dim() == 3 and bool((positions == positions[:1]).all()):
+        positions = positions[0]  # kinds of positions that agree, as for text without images
     if positions.dim() > 2:
-        raise ModelError(f"position_ids {list(positions.shape)} of several kinds are not supported")
+        raise ModelError(
+            f"position_ids {list(positions.shape)} of several kinds that differ (places in an image) are not supported"
+        )
     positions = positions.expand(len(token_ids), new)
     spans = []
     for row, session in enumerate(rows.sessions):
@@ -207,6 +266,7 @@ def _begin(state: Applied, rows: CacheRows, token_ids: Tensor, mask: Tensor | No
         tokens = token_ids[row][columns].tolist()
         if tokens:
             _follow(session, positions[row][columns])
+            _keep_rotation(state, session, row, len(tokens))
             spans.append(Span(_context(state, rows, session, tokens, token_ids.device, new), row, columns))
     if not spans:
         raise InputError("attention_mask leaves no token in this pass")
@@ -261,6 +321,20 @@ def _follow(session: Any, positions: Tensor) -> None:
         )
 
 
+def _keep_rotation(state: Applied, session: Any, row: int, new: int) -> None:
+    """Have a row computed again if its keys are rotated for another length than it will have, as transformers drops its cache."""
+    prompt, held = _prompt.get(), session.cache.seen
+    whole = held + new
+    if prompt is not None and prompt.lengths is not None:
+        whole = max(whole, prompt.lengths[row])  # a piece of a prompt is rotated as the whole of it
+    engine = state.engine
+    rotation = engine.model.rotation(whole + session.position_offset)
+    in_answer = new == 1 and held > 0
+    if held and rotation != session.rotation and not (in_answer and engine.model.rotation_grows):
+        engine.compute_anew(session, rotation)
+    session.rotation = rotation
+
+
 def _context(
     state: Applied, rows: CacheRows, session: Any, tokens: list[int], device: torch.device, new: int
 ) -> ForwardContext:
@@ -284,6 +358,7 @@ def _context(
         tokens,
         torch.arange(seen, seen + len(tokens), device=device),
         stored_after=seen + len(tokens),
+        rotation=session.rotation,
         final=columns is None or rows.columns + new >= columns,
         measure=state.engine.measure_coverage,
     )
@@ -291,15 +366,17 @@ def _context(
 
 def _leave(state: Applied) -> Hook:
     def hook(_: torch.nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        cache = kwargs.get("past_key_values")
-        rows = rows_of(cache) if cache is not None else None
+        cache = next((kwargs[name] for name in _CACHE_KEYWORDS if kwargs.get(name) is not None), None)
+        rows = rows_of(cache) if isinstance(cache, Cache) else None
         if rows is None or rows.owner is not state.engine or rows.under_way is None:
             return
         contexts = rows.under_way.contexts
+        state.rotary.begin(None)
         rows.columns += kwargs["input_ids"].shape[1]
         state.engine.complete(contexts)
         rows.under_way = None
-        if not rows.kept and hasattr(output, "past_key_values"):
-            output.past_key_values = None
+        for name in _CACHE_KEYWORDS:
+            if not rows.kept and getattr(output, name, None) is not None:
+                setattr(output, name, None)
 
     return hook

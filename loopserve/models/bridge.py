@@ -12,21 +12,25 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 from loopserve.core.engine.attention import LayerCall, attend
 from loopserve.core.engine.forward import ForwardBatch
 from loopserve.core.errors import ModelError
+from loopserve.core.kv.recording import plain_tensors
 from loopserve.core.policy.interfaces import LayerSpec
-from loopserve.models.cache import CacheRows, Pass, Span, cache_over
-from loopserve.models.layers import read_layers
+from loopserve.models.cache import CacheRows, Pass, Span, cache_over, computed_in, last_stored
+from loopserve.models.layers import cache_keyword, input_device, read_layers, takes_keywords
+from loopserve.models.masks import no_mask
+from loopserve.models.rotation import Rotation, longest_conversation
 
 IMPLEMENTATION = "loopserve"
 # Keywords that change nothing here: positions are the session's own, and the others choose outputs or caching.
 _WITHOUT_EFFECT = frozenset(
-    {"position_ids", "cache_position", "use_cache", "is_causal", "output_router_logits", "logits_to_keep"}
+    {"position_ids", "cache_position", "use_cache", "output_hidden_states", "output_router_logits", "logits_to_keep"}
 )
-_MUST_BE_OFF = frozenset({"output_attentions", "output_hidden_states", "head_mask"})
+_MUST_BE_OFF = frozenset({"output_attentions", "head_mask"})
 
 
 def attention(
@@ -49,13 +53,16 @@ def attention(
     Each keyword a family passes is supported or refused by name; ignoring one would give wrong logits in silence.
     """
     layer: int = module.layer_idx  # type: ignore[assignment]
-    if loopserve_pass is None:
+    under_way = loopserve_pass or last_stored(layer)  # a few families do not hand keywords down to their layers
+    if under_way is None:
         raise ModelError(
             "this model is set to loopserve attention: run it through Engine or inside loopserve.apply(model, stack)"
         )
     _refuse(module, unknown, attention_mask, dropout)
-    loopserve_pass.require_stored(layer, type(module).__name__, key, value)
-    spec = loopserve_pass.contexts[0].session.slots.by_layer[layer].spec
+    under_way.require_stored(layer, type(module).__name__, key, value)
+    spec = under_way.contexts[0].session.slots.by_layer[layer].spec
+    query = computed_in(query)
+    _require_shape(module, spec, query, key, value)
     call = LayerCall(
         layer,
         scaling=scaling if scaling is not None else query.shape[-1] ** -0.5,
@@ -63,12 +70,32 @@ def attention(
         window=sliding_window if sliding_window is not None else spec.window,
         sinks=s_aux,
     )
-    outputs = attend(loopserve_pass.contexts, call, loopserve_pass.split(query))
-    return loopserve_pass.join(outputs, query).contiguous(), None
+    with plain_tensors():
+        outputs = attend(under_way.contexts, call, under_way.split(query))
+        return under_way.join(outputs, query).contiguous(), None
+
+
+def _require_shape(module: torch.nn.Module, spec: LayerSpec, query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Raise ModelError unless a layer computes what its configuration says, in one dtype."""
+    name, key, value = type(module).__name__, computed_in(key), computed_in(value)
+    if not query.dtype == key.dtype == value.dtype:
+        raise ModelError(
+            f"layer {spec.index} ({name}) computes queries in {query.dtype}, keys in {key.dtype} and values in {value.dtype}; "
+            "loopserve needs one dtype: load the model in one, or run it under torch.autocast"
+        )
+    found = (query.shape[1], key.shape[1], value.shape[1], query.shape[3], key.shape[3])
+    if found != (spec.query_heads, spec.kv_heads, spec.kv_heads, spec.head_dim, spec.head_dim):
+        raise ModelError(
+            f"layer {spec.index} ({name}) computes {found[0]} query heads of size {found[3]}, {found[1]} key heads of size "
+            f"{found[4]} and {found[2]} value heads; its configuration says {spec.query_heads} and {spec.kv_heads} heads of size "
+            f"{spec.head_dim}, so this model is not supported"
+        )
 
 
 def _refuse(module: torch.nn.Module, unknown: dict[str, Any], mask: Tensor | None, dropout: float) -> None:
     name = type(module).__name__
+    if unknown.pop("is_causal", None) is False or getattr(module, "is_causal", True) is False:
+        raise ModelError(f"{name} attends in both directions (is_causal=False); loopserve serves causal attention")
     if dropout:
         raise ModelError(f"{name}: attention dropout is for training; call model.eval() first")
     if mask is not None:
@@ -96,6 +123,11 @@ class TransformersModel:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self._layers = read_layers(model)
+        self._cache_keyword = cache_keyword(model)
+        self._takes_pass = takes_keywords(model)
+        config = model.config.get_text_config(decoder=True)
+        self._max_positions = longest_conversation(config)
+        self.rotary = Rotation(model, config)
 
     @property
     def layers(self) -> Sequence[LayerSpec]:
@@ -105,13 +137,21 @@ class TransformersModel:
     @property
     def max_positions(self) -> int | None:
         """Longest conversation in tokens; None if the configuration names no limit."""
-        return getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        return self._max_positions
+
+    @property
+    def rotation_grows(self) -> bool:
+        """Whether each token is rotated for the length that the conversation has with it (dynamic NTK)."""
+        return self.rotary.grows
+
+    def rotation(self, tokens: int) -> int:
+        """Return what stands for the rotation of a conversation of so many tokens."""
+        return self.rotary.of_length(tokens)
 
     @property
     def device(self) -> torch.device:
         """Where token ids and positions go."""
-        device: torch.device = self.model.device
-        return device
+        return input_device(self.model)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -126,18 +166,20 @@ class TransformersModel:
         rows.columns = contexts[0].session.cache.seen if len(contexts) == 1 else 0
         under_way = Pass([Span(context, 0, span) for context, span in zip(contexts, spans, strict=True)])
         rows.under_way = under_way
-        last = torch.tensor([span.stop - 1 for span in spans], dtype=torch.long, device=self.device)
-        with torch.no_grad():
+        device = self.device
+        last = torch.tensor([span.stop - 1 for span in spans], dtype=torch.long, device=device)
+        with torch.no_grad(), self.rotary.as_long_as(under_way.rotations(1, spans[-1].stop)):
             output = self.model(
-                input_ids=batch.token_ids.to(self.device)[None],
+                input_ids=batch.token_ids.to(device)[None],
                 position_ids=batch.positions[None],
-                past_key_values=cache_over(rows, len(self._layers)),
                 use_cache=True,
                 logits_to_keep=1 if len(contexts) == 1 else last,
-                loopserve_pass=under_way,
+                **{self._cache_keyword: cache_over(rows, len(self._layers))},
+                **({"loopserve_pass": under_way} if self._takes_pass else {}),
             )
         logits: Tensor = output.logits[0]
         return logits if len(logits) == len(contexts) else logits[last]
 
 
 AttentionInterface.register(IMPLEMENTATION, attention)
+AttentionMaskInterface.register(IMPLEMENTATION, no_mask)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +15,24 @@ from transformers.cache_utils import Cache, DynamicLayer
 from loopserve.core.engine.forward import ForwardContext
 from loopserve.core.engine.session import Session
 from loopserve.core.errors import ModelError
+
+_thread = threading.local()
+
+
+def last_stored(layer: int) -> Pass | None:
+    """Return the pass under way in this thread: the one that the layer has just put its keys and values into."""
+    reference = getattr(_thread, "last", None)
+    found: Pass | None = None if reference is None else reference()
+    return found if found is not None and layer in found.stored else None
+
+
+def computed_in(tensor: Tensor) -> Tensor:
+    """Return a tensor in the dtype that autocast computes attention in; as it is outside autocast.
+
+    Rotated keys are float32 there and values are not: torch's own attention casts both.
+    """
+    kind = tensor.device.type
+    return tensor.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,9 +80,19 @@ class Pass:
             joined[span.row, span.columns] = part.transpose(0, 1)
         return joined
 
+    def rotations(self, rows: int, columns: int) -> Tensor:
+        """Return the rotation of each cell's conversation, int64 ``[rows, columns]``; 0 in padding."""
+        found = torch.zeros(rows, columns, dtype=torch.long, device="cpu")
+        for span in self.spans:
+            chosen = span.columns.cpu() if isinstance(span.columns, Tensor) else span.columns
+            found[span.row, chosen] = span.context.rotation
+        return found
+
     def store(self, layer: int, keys: Tensor, values: Tensor) -> None:
         """Hand each session its new pairs of a layer."""
         self.stored[layer] = (keys, values)
+        _thread.last = weakref.ref(self)
+        keys, values = computed_in(keys), computed_in(values)
         for span, own_keys, own_values in zip(self.spans, self.split(keys), self.split(values), strict=True):
             span.context.append(layer, own_keys, own_values)
 

@@ -1,6 +1,4 @@
-"""The built-in plugin: every method that ships with loopserve, one file each. Cheap to import; torch comes with the
-classes.
-"""
+"""Register the methods that ship with loopserve, one file each. Cheap to import; torch is imported with the classes."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from research.evidence.pictures import COLOURS, Pictures, dressed
+from research.evidence.pictures import Pictures, dressed, scatter
 from research.evidence.recipes import (
     DENSE,
     FULL,
@@ -130,15 +130,10 @@ def _pareto(whole: dict[str, Tally], pictures: Pictures) -> str:
         (computes, "prefill cells computed", lambda tally: tally.cells),
     )
     for axes, name, cost in costs:
-        for number, (label, tally) in enumerate(whole.items()):
-            marker = "os^D"[number // len(COLOURS) % 4]
-            axes.plot(
-                cost(tally) or 0.0, tally.right().value, marker, color=COLOURS[number % len(COLOURS)], label=label
-            )
+        scatter(axes, {label: (cost(tally) or 0.0, tally.right().value) for label, tally in whole.items()})
         front = sorted(_front([(cost(tally) or 0.0, tally.right().value) for tally in whole.values()]))
         axes.step([x for x, _ in front], [y for _, y in front], where="post", color="grey", linewidth=0.8)
-        dressed(axes, "", f"{name}, share of dense", "answers right, all tasks", ylim=(-0.03, 1.03))
-    computes.legend(fontsize=6, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+        dressed(axes, "", f"{name}, of dense", "answers right, all tasks", shares="xy", ylim=(-0.03, 1.03))
     return pictures.save(figure, "pareto", "Answers right against bytes read and cells computed, by stack")
 
 

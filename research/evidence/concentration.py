@@ -145,7 +145,7 @@ def _picture(by_length: dict[int, list[Found]], pictures: Pictures) -> str:
                 for layer in range(layers)
             },
         )
-        dressed(axes, f"{percent(alpha, 0)} of the mass", "tokens", "fewest lines, % of all", legend=True, xscale="log")
+        dressed(axes, f"{percent(alpha, 0)} of the mass", "tokens", "fewest lines, % of all", xscale="log")
         axes.set_xticks(list(maps), [f"{tokens:,}" for tokens in maps])
         axes.minorticks_off()
     return pictures.save(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from research.evidence.pictures import Pictures, dressed
+from research.evidence.pictures import Pictures, dressed, scatter
 from research.evidence.recipes import (
     DENSE,
     FULL,
@@ -131,15 +131,14 @@ def _row(label: str, tally: Tally, dense: Tally, passed: bool) -> list[str]:
 def _picture(found: dict[str, Tally], pictures: Pictures) -> str:
     figure = pictures.figure(7.5, 4.2)
     axes = figure.subplots()
-    for number, (label, tally) in enumerate(found.items()):
-        worst = min(tally.at(place).value for place in POSITIONS)
-        axes.plot(tally.bytes_of_all or 1.0, worst, "os^"[number % 3], label=label)
+    worst = {label: min(tally.at(place).value for place in POSITIONS) for label, tally in found.items()}
+    scatter(axes, {label: (tally.bytes_of_all or 1.0, worst[label]) for label, tally in found.items()})
     axes.axvline(_BYTES, color="grey", linestyle=":")
     dressed(
         axes,
         "",
-        "KV bytes read per output token, everything included, share of dense",
+        "KV bytes read per output token, everything included, of dense",
         "answers right at the worst position",
+        shares="xy",
     )
-    axes.legend(fontsize=6, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return pictures.save(figure, "goal", "Answers right at the worst position against bytes read")

@@ -125,7 +125,7 @@ def _row(key: tuple[str, int, str], tally: Tally) -> list[str]:
 
 
 def _picture(found: dict[tuple[str, int, str], Tally], dense: Tally, pictures: Pictures) -> str:
-    figure = pictures.figure(11, 3.6)
+    figure = pictures.figure(11, 3.8)
     kinds = (("loopserve-paper", "last_window"), ("observing", "two_hop"), ("loopserve", "last_window"))
     for axes, (label, first) in zip(figure.subplots(1, 3, sharey=True), kinds, strict=True):
         curves = {
@@ -134,7 +134,7 @@ def _picture(found: dict[tuple[str, int, str], Tally], dense: Tally, pictures: P
             if (name, block) == (label, first)
         }
         lines(axes, {**curves, "dense": [(index + 1.0, dense.parts(_index(index)).value) for index in range(_KEYS)]})
-        dressed(axes, label, "part of the answer", "parts right", legend=True, ylim=(-0.03, 1.03))
+        dressed(axes, label, "part of the answer", "parts right", shares="y", ylim=(-0.03, 1.03))
     return pictures.save(figure, "moving", "Parts right by their index in the answer, for each interval")
 
 

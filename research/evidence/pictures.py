@@ -7,13 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from loopserve.bench.figures import label_ends, per_cent, series_style
 from loopserve.core.errors import ConfigError
 
 Points = Sequence[tuple[float, float]]
 
-COLOURS = (
-    "#0b6e4f", "#c8553d", "#3a5a98", "#e0a100", "#7a4f9a", "#2aa7a1", "#8c5a2b", "#d1478a", "#5b6770", "#94b447",
-)  # fmt: skip
 _PALE = "#cfd4d8"
 
 
@@ -32,9 +30,11 @@ class Pictures:
         return Figure(figsize=(width, height), layout="constrained")
 
     def save(self, figure: Any, name: str, says: str) -> str:
-        """Write a figure; the line of markdown that shows it. says: for those who cannot see it."""
+        """Name the lines of a figure and write it; the line of markdown that shows it. says: for those who cannot see it."""
         from matplotlib import rc_context
 
+        for axes in figure.axes:  # now, as panels that share an axis are bound by the limits of the last one drawn
+            label_ends(axes)
         path = self._directory / f"{name}.svg"
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
@@ -57,16 +57,13 @@ def lines(
 ) -> None:
     """One line per name; faint ones behind them in grey, without a name.
 
-    names: all names in the order of the palette, where several panels must agree on their colours.
+    names: all names in the order of the styles, where several panels must agree on them.
     """
     order = list(names or series)
     for points in (faint or {}).values():
         axes.plot(*_columns(points), color=_PALE, linewidth=1, marker=".", zorder=1)
     for name, points in series.items():
-        number = order.index(name)
-        style = "-" if number < len(COLOURS) else "--"
-        colour = COLOURS[number % len(COLOURS)]
-        axes.plot(*_columns(points), style, color=colour, marker="o", markersize=4, label=name, zorder=2)
+        axes.plot(*_columns(points), **series_style(order.index(name)), label=name, zorder=2)
 
 
 def _columns(points: Points) -> tuple[list[float], list[float]]:
@@ -74,12 +71,21 @@ def _columns(points: Points) -> tuple[list[float], list[float]]:
     return [x for x, _ in ordered], [y for _, y in ordered]
 
 
-def dressed(axes: Any, title: str, across: str, up: str, *, legend: bool = False, **limits: Any) -> None:
+def scatter(axes: Any, series: Mapping[str, tuple[float, float]]) -> None:
+    """One point per name."""
+    for number, (name, (x, y)) in enumerate(series.items()):
+        axes.plot([x], [y], **series_style(number) | {"linestyle": "none", "markersize": 7.0}, label=name)
+
+
+def dressed(axes: Any, title: str, across: str, up: str, *, shares: str = "", **limits: Any) -> None:
+    """Titles and grid.
+
+    shares: which of ``x`` and ``y`` are shares, which are written as per cent.
+    """
     axes.set_title(title, fontsize=10)
     axes.set(xlabel=across, ylabel=up, **limits)
     axes.grid(alpha=0.25)
-    if legend:
-        axes.legend(fontsize=7)
+    per_cent(*(getattr(axes, f"{side}axis") for side in shares))
 
 
 def heat(axes: Any, values: Sequence[Sequence[float]], across: str, up: str, written: str = "{:.0f}") -> Any:

@@ -114,10 +114,10 @@ def _equal_bytes(found: dict[tuple[str, float], Tally], labels: Sequence[str]) -
 
 
 def _picture(found: dict[tuple[str, float], Tally], labels: Sequence[str], dense: Tally, pictures: Pictures) -> str:
-    figure = pictures.figure(11, 7)
-    panels = figure.subplots(2, 3, sharey=True)
+    figure = pictures.figure(11, 11)
+    panels = figure.subplots(3, 2, sharey=True)
     for across, (name, share_of) in enumerate((("pairs attended", "attended"), ("all bytes read", "bytes_of_all"))):
-        for axes, place in zip(panels[across], POSITIONS, strict=True):
+        for axes, place in zip(panels[:, across], POSITIONS, strict=True):
             curves = {
                 label: [
                     (getattr(tally, share_of) or 0.0, tally.at(place).value)
@@ -129,8 +129,7 @@ def _picture(found: dict[tuple[str, float], Tally], labels: Sequence[str], dense
             named = {label: curves[label] for label in _SHOWN if label in curves}
             lines(axes, named, faint={label: curve for label, curve in curves.items() if label not in named})
             axes.axhline(dense.at(place).value, color="black", linestyle=":", linewidth=1, label="dense")
-            dressed(axes, f"question at {place}", f"{name}, of dense", "answers right", ylim=(-0.03, 1.03))
-    panels[0][2].legend(fontsize=6, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+            dressed(axes, f"question at {place}", f"{name}, of dense", "answers right", shares="xy", ylim=(-0.03, 1.03))
     return pictures.save(
         figure, "position", "Answers right against pairs attended and bytes read, by position of the question"
     )

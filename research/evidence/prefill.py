@@ -121,8 +121,9 @@ def _row(key: Key, tally: Tally, held: dict[str, float]) -> list[str]:
 
 
 def _picture(found: dict[Key, Tally], shares: dict[Key, dict[str, float]], dense: Tally, pictures: Pictures) -> str:
-    figure = pictures.figure(11, 4)
-    answers, mass, rows = figure.subplots(1, 3)
+    figure = pictures.figure(11, 8)
+    (answers, mass), (rows, empty) = figure.subplots(2, 2)
+    empty.set_axis_off()
     families = dict.fromkeys(family for family, _ in found)
     shown = [
         family
@@ -147,9 +148,9 @@ def _picture(found: dict[Key, Tally], shares: dict[Key, dict[str, float]], dense
             {family: all_curves[family] for family in shown},
             faint={family: all_curves[family] for family in families if family not in shown},
         )
-        dressed(axes, name, "cells computed, share of dense", name)
-    answers.axhline(dense.right().value, color="black", linestyle=":", linewidth=1)
-    rows.legend(fontsize=6, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+        if axes is answers:
+            axes.axhline(dense.right().value, color="black", linestyle=":", linewidth=1, label="dense")
+        dressed(axes, name, "cells computed, of dense", name, shares="xy")
     return pictures.save(figure, "prefill", "Answers right and mass held against the cells computed, by prefill policy")
 
 

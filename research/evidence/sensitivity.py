@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from loopserve.bench.figures import series_style
 from research.evidence.pictures import Pictures, dressed
 from research.evidence.recipes import DENSE, FULL, Recipe, average_context, decode_preset, preset
 from research.evidence.talks import at_positions, tallies
@@ -103,8 +104,8 @@ def _picture(found: dict[tuple[str, float], Tally], pictures: Pictures) -> str:
         ("time to first token, ms", lambda tally: tally.ttft_ms()),
     )
     for axes, (name, height) in zip(figure.subplots(1, 4), shown, strict=True):
-        axes.plot(list(alphas), [height(tally) or 0.0 for tally in alphas.values()], marker="o", color="#0b6e4f")
+        axes.plot(list(alphas), [height(tally) or 0.0 for tally in alphas.values()], **series_style(0))
         if name == "mass really held":
             axes.plot(list(alphas), list(alphas), ":", color="grey")
-        dressed(axes, name, "alpha", "")
+        dressed(axes, name, "alpha", "", shares="" if "ms" in name else "y")
     return pictures.save(figure, "alpha", "Mass held, cells, answers right and time to first token against alpha")

@@ -98,9 +98,10 @@ def _at_distance(tally: Tally, far: int) -> Share:
 def _picture(found: dict[tuple[str, str, float], Tally], turns: Sequence[int], pictures: Pictures) -> str:
     shares = sorted({share for _, _, share in found} - {1.0})
     labels = list(dict.fromkeys(label for label, _, _ in found))
-    figure = pictures.figure(11, 3.8)
-    panels = figure.subplots(1, 3)
-    for axes, kept in zip(panels, ("keep", "evict"), strict=False):
+    figure = pictures.figure(11, 7.6)
+    panels = list(figure.subplots(2, 2).flatten())
+    panels[3].set_axis_off()
+    for axes, kept in zip(panels[:2], ("keep", "evict"), strict=True):
         curves = {
             label: [
                 (turn + 1.0, tally.right(lambda answer, turn=turn: answer["turn"] == turn).value)  # type: ignore[misc]
@@ -115,17 +116,17 @@ def _picture(found: dict[tuple[str, str, float], Tally], turns: Sequence[int], p
             f"the rest is {'kept' if kept == 'keep' else 'evicted'}, {percent(shares[0], 0)}",
             "turn",
             "answers right",
+            shares="y",
             ylim=(-0.03, 1.03),
         )
         axes.set_xticks([turn + 1 for turn in turns])
-        axes.legend(fontsize=6)
     times = {
         f"{label}, {how}": [(turn + 1.0, tally.ttft_ms(turn) or 0.0) for turn in turns]
         for (label, how, share), tally in found.items()
         if label == "full" or (share == shares[0] and label in ("loopserve", "snapkv"))
     }
     lines(panels[2], times)
-    dressed(panels[2], "time to first token", "turn", "ms", legend=True)
+    dressed(panels[2], "time to first token", "turn", "ms")
     panels[2].set_xticks([turn + 1 for turn in turns])
     return pictures.save(
         figure, "turns", "Answers right by turn when the rest is kept and when it is evicted; time to first token"

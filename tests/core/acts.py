@@ -109,7 +109,7 @@ def _counting(policy: Any, inputs: AttentionInputs) -> None:
 
 
 def _switching(*_: Any) -> None:
-    torch.set_default_dtype(torch.float64)
+    torch.set_default_dtype(torch.float64 if torch.get_default_dtype() is torch.float32 else torch.float32)
 
 
 def _drawing(*_: Any) -> None:

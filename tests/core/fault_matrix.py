@@ -41,6 +41,7 @@ STRICT_ONLY = {
     "keeps a reference in itself": {"prefill", "decode"},
     "hidden global state": {"prefill", "decode"},
     "draws from the process's random numbers": {"prefill", "decode"},
+    "turns a switch of the process": {"prefill", "decode"},
 }
 # What a turn finished dense looks like that was not dense from its start.
 NOT_FROM_THE_START = {
@@ -73,7 +74,7 @@ def model() -> TransformersModel:
 def engine(prefill: Any, decode: Any, *, checks: str = "cheap", on_fault: str = "dense") -> TokenEngine:
     """Under a clock that only sleeping policies move on."""
     made = TokenEngine(model(), PolicyStack("test", prefill, decode))
-    made.guard = Guard(checks=checks, on_fault=on_fault, clock=CLOCK)
+    made.guard = Guard(checks=checks, on_fault=on_fault, clock=CLOCK, worked=CLOCK)
     return made
 
 

@@ -112,11 +112,11 @@ class NaNScored(ScoredCompressor):
         super().__init__(self.Config(budget=BUDGET, sink_tokens=2, recent_window=4))
 
     def observe(self, inputs: AttentionInputs, state: ScoredState) -> None:
-        state.notes.setdefault(-1, inputs.new_tokens == MARKED)
+        state.statistics.setdefault(-1, inputs.new_tokens == MARKED)
 
     def ranking(self, inputs: AttentionInputs, state: ScoredState, budget: int) -> torch.Tensor:
         scores = self.score(inputs)
-        return scores * float("nan") if state.notes[-1] else scores
+        return scores * float("nan") if state.statistics[-1] else scores
 
     def score(self, inputs: AttentionInputs) -> torch.Tensor:
         return inputs.keys.float().norm(dim=-1)

@@ -12,7 +12,7 @@ from loopserve.api import load_stack
 from loopserve.core.engine.engine import TokenEngine
 from loopserve.core.engine.session import Session
 from loopserve.models.bridge import IMPLEMENTATION, TransformersModel
-from loopserve.models.layers import set_implementation
+from loopserve.models.layers import cache_keyword, set_implementation
 from loopserve.models.tiny import VOCABULARY, tiny_model
 
 TURNS = (61, 37)  # tokens each turn adds; both reach beyond the tiny models' windows
@@ -49,7 +49,7 @@ def told_by_transformers(model: PreTrainedModel) -> Told:
             waiting += prompt
             for _ in range(ANSWER):
                 positions = torch.arange(seen, seen + len(waiting))[None]
-                output = model(torch.tensor([waiting]), position_ids=positions, past_key_values=cache)
+                output = model(torch.tensor([waiting]), position_ids=positions, **{cache_keyword(model): cache})
                 seen += len(waiting)
                 waiting = [told.step(output.logits[0, -1])]
     return told

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 
 from hypothesis import given
@@ -10,6 +11,7 @@ from tokenizers import Tokenizer, models
 
 from loopserve.core.engine.sampling import ChosenLogprob
 from loopserve.models.answer_text import AnswerText
+from loopserve.models.answers import Answer
 from loopserve.models.chat import ChatTokenizer
 from loopserve.models.logprobs import TokenBytes, token_logprobs
 from tests.core.test_stop_strings import first_stop
@@ -25,6 +27,10 @@ class Pieces(ChatTokenizer):
 
     def decode(self, ids: object) -> str:
         return b"".join(self.pieces[each] for each in ids).decode(errors="replace")  # type: ignore[attr-defined]
+
+    def read_answer(self, ids: Sequence[int], opened: str = "", *, over: bool = True) -> Answer:
+        text = self.decode(ids)
+        return Answer(text, None, text, tuple(ids))
 
 
 @given(

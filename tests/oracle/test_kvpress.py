@@ -151,7 +151,7 @@ def inputs_of(model: str) -> AttentionInputs:
         scaling=shape["dim"] ** -0.5,
         softcap=None,
         record=FakeRecord(),
-        ruled=layers,
+        compressor_layers=layers,
     )
 
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from loopserve.core.engine.engine import TokenEngine
 from loopserve.core.engine.session import Session
-from loopserve.core.stack.stack import load_stack
+from loopserve.core.stack.stack import resolve_stack
 from loopserve.models.bridge import IMPLEMENTATION, TransformersModel
 from loopserve.models.layers import set_implementation
 from loopserve.models.tiny import VOCABULARY, tiny_model
@@ -31,7 +31,7 @@ def model(family: str) -> PreTrainedModel:
 
 
 def engine(family: str, prefill: dict[str, Any], decode: dict[str, Any], **options: Any) -> TokenEngine:
-    stack = load_stack({"prefill": prefill, "decode": decode}, registered())
+    stack = resolve_stack({"prefill": prefill, "decode": decode}, registered())
     return TokenEngine(TransformersModel(model(family)), stack, **options)
 
 

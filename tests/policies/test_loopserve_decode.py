@@ -91,7 +91,7 @@ def test_kept_queries_give_what_running_the_rows_again_gives() -> None:
     kept_ = converse(loopserve(second_hop="kept"), question_first(), steps=6)
     assert again.observed and not kept_.observed
     assert_same(again.selections, kept_.selections)
-    assert all(call.new_tokens == 1 for call in kept_.state.calls.values())
+    assert all(call.new_tokens == 1 for call in kept_.state.layer_inputs.values())
 
 
 @pytest.mark.parametrize(("chunks", "again"), [([100], 0), ([3, 97], 0), ([60, 40], 1), ([98, 2], 1)])
@@ -270,13 +270,13 @@ def test_what_was_done_is_recorded() -> None:
 def test_an_observation_that_another_policy_asked_for_is_not_taken_in() -> None:
     script = two_facts()
     talk = converse(loopserve(first_block="last_window"), script)
-    before = {unit: held.clone() for unit, held in talk.state.memory.held.items()}
+    before = {unit: held.clone() for unit, held in talk.state.scores.accumulated.items()}
     from loopserve.core.policy.interfaces import Phase  # the engine shows an observation to every compressor
 
     inputs = talk._inputs(talk.layers[0], Phase.OBSERVE, torch.arange(205, 210), final=True)
     talk.compressor.after_attention(inputs, talk.state)
-    assert not talk.state.memory.sums
-    assert all(torch.equal(before[unit], talk.state.memory.held[unit]) for unit in before)
+    assert not talk.state.scores.current
+    assert all(torch.equal(before[unit], talk.state.scores.accumulated[unit]) for unit in before)
 
 
 def test_sampled_rows_are_its_own_whatever_prefill_policy_stands_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,15 +10,14 @@ from hypothesis import strategies as st
 
 from loopserve.core.policy.interfaces import AttentionInputs
 from loopserve.policies.decode.loopserve.memory import (
-    Memory,
+    ScoreAccumulator,
     by_position,
     captured_share,
     choose,
     overlap,
-    selected_positions,
 )
 from loopserve.policies.decode.loopserve.policy import LoopServeDecode
-from loopserve.policies.decode.loopserve.probe import attended_columns, selection_of
+from loopserve.policies.decode.loopserve.probe import selection_of
 from loopserve.testing.assertions import assert_selection, unchanged
 from loopserve.testing.inputs import make_inputs
 from loopserve.testing.strategies import attention_inputs
@@ -41,11 +40,11 @@ def test_choices_are_exact_over_any_store(
 ) -> None:
     options = config(budget=budget, share=share, pooling=pooling)
     boundary = max(0, inputs.length - outputs)
-    memory = Memory()
+    memory = ScoreAccumulator()
     with unchanged(inputs):
         memory.add(options, 0, by_position(inputs.token_scores(inputs.queries, inputs.columns), inputs))
         memory.commit(0.0)
-        selection = choose(options, memory.held[0], inputs, boundary)
+        selection = choose(options, memory.accumulated[0], inputs, boundary)
     held = [inputs.head_positions(head) for head in range(inputs.keys.shape[0])]
     counts = [int(((row >= 0) & (row < boundary)).sum()) for row in held]
     if selection is None:
@@ -69,7 +68,7 @@ def test_a_selection_made_of_columns_attends_to_these_columns(inputs: AttentionI
         return
     selection = selection_of(mask, inputs, like)
     selection.check(heads, inputs.length)
-    assert torch.equal(attended_columns(selection, inputs), mask)
+    assert torch.equal(inputs.attended(selection), mask)
 
 
 def test_scores_land_on_their_positions_and_fillers_nowhere() -> None:
@@ -84,24 +83,24 @@ def test_scores_land_on_their_positions_and_fillers_nowhere() -> None:
 
 def test_memory_is_a_decaying_maximum_that_grows_with_the_conversation() -> None:
     options = config(budget=2, share="all", memory=0.5)
-    memory = Memory()
+    memory = ScoreAccumulator()
     memory.add(options, 0, torch.tensor([[3.0, 1.0]]))
     memory.add(options, 5, torch.tensor([[3.0, 1.0]]))
     memory.commit(1.0)
-    assert torch.allclose(memory.held[0], torch.tensor([[0.75, 0.25]]))
+    assert torch.allclose(memory.accumulated[0], torch.tensor([[0.75, 0.25]]))
     memory.add(options, 0, torch.tensor([[0.0, 1.0, 1.0]]))
     memory.commit(0.5)
-    assert torch.allclose(memory.held[0], torch.tensor([[0.375, 0.5, 0.5]]))
+    assert torch.allclose(memory.accumulated[0], torch.tensor([[0.375, 0.5, 0.5]]))
     memory.add(options, 0, torch.tensor([[1.0, 0.0, 0.0]]))
     memory.commit(0.0)
-    assert torch.allclose(memory.held[0], torch.tensor([[1.0, 0.0, 0.0]]))
+    assert torch.allclose(memory.accumulated[0], torch.tensor([[1.0, 0.0, 0.0]]))
 
 
 def test_captured_share_counts_selection_and_tail() -> None:
     inputs = make_inputs(new_tokens=2, total_tokens=6, kv_heads=1, group=1)
     selection = choose(config(budget=1), torch.tensor([[0.1, 0.4, 0.1, 0.1, 0.2, 0.1]]), inputs, 5)
     assert selection is not None
-    assert selected_positions(selection, 6).tolist() == [[False, True, False, False, False, True]]
+    assert selection.attended_positions(6).tolist() == [[False, True, False, False, False, True]]
     assert torch.allclose(
         captured_share(torch.tensor([[0.1, 0.4, 0.1, 0.1, 0.2, 0.1]]), selection), torch.tensor([0.5])
     )

@@ -36,7 +36,7 @@ def talk_until_the_jump(**fields: Any) -> ScriptedConversation:
 
 
 def base(talk: ScriptedConversation, layer: int = 0) -> torch.Tensor:
-    found: torch.Tensor = talk.state.chosen[layer].indices
+    found: torch.Tensor = talk.state.selections[layer].indices
     return found
 
 
@@ -179,5 +179,5 @@ def test_codes_need_the_reading_that_they_are_told_by() -> None:
 
 def test_short_conversations_are_decoded_dense() -> None:
     talk = converse(loopserve(interval=4, dense_below=1000.0), jumping(), steps=9)
-    assert not talk.state.chosen and talk.record.counters["reselections"] == 0
+    assert not talk.state.selections and talk.record.counters["reselections"] == 0
     assert all(layer.active is None for layer in talk.cache.layers)

@@ -178,7 +178,7 @@ class NeverQuiteDense(EveryOtherKey):
 
 
 class AsksTheGPU(EveryOtherKey):
-    """Reads a number from the device before it chooses; nobody notices on a CPU."""
+    """Reads a number from the device before it chooses; on a CPU it goes unnoticed."""
 
     def mask(self, inputs: AttentionInputs) -> Tensor:
         assert inputs.keys.max().item() > 0

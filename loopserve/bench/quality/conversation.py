@@ -69,7 +69,7 @@ class Conversation:
             for _ in self.engine.decode(self.session, logits, watch, frozenset(), len(said)):
                 pass
             predictions = watch.seen
-        spoken = self.tokenizer.decode(answer).strip()
+        spoken = self.tokenizer.read_answer(answer).text.strip()
         self.messages.append({"role": "assistant", "content": gold if gold is not None else spoken})
         return Answered(answer, spoken, bool(answer) and answer[-1] in self.stop_ids, own.stats, predictions)
 

@@ -1,4 +1,4 @@
-"""What a speed benchmark measures, read from YAML: ``benchmarks/suites/*.yaml`` or a file of one's own.
+"""What a speed benchmark measures, read from YAML: ``loopserve/bench/suites/*.yaml`` or a file of one's own.
 
 Wherever a field takes a number or a list, a list stands for one case per number; several lists multiply.
 """

@@ -14,17 +14,16 @@ import torch
 from torch import Tensor
 
 from loopserve.core.engine.forward import ForwardContext
+from loopserve.core.engine.session import Session
 from loopserve.core.engine.slots import LayerPolicies
 from loopserve.core.engine.stats import LayerRecord
+from loopserve.core.errors import Fault, ModelError
 from loopserve.core.guard.faults import FAULTS
 from loopserve.core.guard.validation import check_output, check_pattern, check_selection
 from loopserve.core.policy.interfaces import AttentionInputs, LayerType, Phase
 from loopserve.core.policy.patterns import AttentionPattern, DensePattern
 from loopserve.kernels.decode_attention import DecodeRequest, decode_attention_batch
 from loopserve.kernels.dense_attention import dense_attention
-from loopserve.kernels.line_scores import line_scores
-
-_MEASURED_ROWS = 128  # rows per step when coverage is measured over all rows
 
 
 @dataclass(frozen=True)
@@ -55,12 +54,14 @@ def attend(contexts: Sequence[ForwardContext], call: LayerCall, queries: Sequenc
             continue
         try:
             policies = context.session.slots.by_layer[call.layer]
-            if policies.spec.type is not LayerType.FULL or call.window is not None:
+            plain = policies.spec.type is not LayerType.FULL or call.window is not None
+            shown = not plain and _shows(context, policies)
+            if plain:
                 outputs[index] = _with_sinks(call, *_as_the_model_defines(context, call, rows))
             elif context.phase is Phase.DECODE:
-                steps.append((index, _select(context, call, policies, rows)))
+                steps.append((index, _select(context, call, policies, rows, shown)))
             else:
-                outputs[index] = _with_sinks(call, *_many_rows(context, call, policies, rows))
+                outputs[index] = _with_sinks(call, *_many_rows(context, call, policies, rows, shown))
         except Exception as error:
             _keep_apart(context, error)
     if steps:
@@ -88,6 +89,16 @@ def _keep_apart(context: ForwardContext, error: Exception) -> None:
     if not context.isolated:
         raise error
     context.error = error
+
+
+def _shows(context: ForwardContext, policies: LayerPolicies) -> bool:
+    """Decide whether a layer's compressor is called in this pass; note the slot if it is."""
+    slot = policies.decode_slot
+    stored = context.session.cache.layers[policies.spec.index].stored
+    if not (policies.shows(stored) and context.session.is_enabled(slot) and context.observer in (None, slot)):
+        return False
+    context.shown.add(slot)
+    return True
 
 
 def _with_sinks(call: LayerCall, output: Tensor, lse: Tensor | None) -> Tensor:
@@ -126,7 +137,7 @@ def _inputs(context: ForwardContext, call: LayerCall, policies: LayerPolicies, q
         selection=cache.active.selection if cache.active is not None else None,
         scratch=context.scratch.setdefault(index, {}),
         state=session.states[policies.prefill_slot],
-        ruled=session.slots.layers_of(policies.decode_slot),
+        compressor_layers=session.slots.layers_of(policies.decode_slot),
         strict=session.guard.strict,
     )
 
@@ -138,7 +149,7 @@ def _columns_of(positions: Tensor, stored: Tensor) -> Tensor:
 
 
 def _many_rows(
-    context: ForwardContext, call: LayerCall, policies: LayerPolicies, queries: Tensor
+    context: ForwardContext, call: LayerCall, policies: LayerPolicies, queries: Tensor, shown: bool
 ) -> tuple[Tensor, Tensor | None]:
     need_lse = call.sinks is not None
     inputs = _inputs(context, call, policies, queries)
@@ -149,7 +160,7 @@ def _many_rows(
         context.session.stats.read("observation", stored * pair * inputs.keys.element_size())
     else:
         output, lse = _sparse(context, policies, inputs, need_lse) or _plain(context, inputs, need_lse)
-    if context.observer in (None, policies.decode_slot):
+    if shown:
         _after(context, policies, inputs)
     return output, lse
 
@@ -170,9 +181,19 @@ def _sparse(
         found = check_output(pattern, session.guard.attend(sparsifier, pattern, inputs, need_lse), inputs, need_lse)
         _report(context, inputs, pattern)
     except FAULTS as error:
-        session.failed(policies.prefill_slot, error, moment, inputs.layer.index)
+        _failed(session, policies.prefill_slot, error, moment, inputs)
         return None
     return found
+
+
+def _failed(session: Session, slot: str, error: BaseException, moment: str, inputs: AttentionInputs) -> None:
+    """Deal with a policy's fault, unless what it was given were no numbers."""
+    if getattr(error, "fault", None) is not Fault.WROTE and not bool(inputs.queries.isfinite().all()):
+        raise ModelError(
+            f"the model's queries of layer {inputs.layer.index} are not finite numbers: its weights are damaged or its dtype "
+            "overflows; load it in another dtype"
+        ) from error
+    session.failed(slot, error, moment, inputs.layer.index)
 
 
 def _plain(context: ForwardContext, inputs: AttentionInputs, need_lse: bool) -> tuple[Tensor, Tensor | None]:
@@ -203,7 +224,7 @@ def _after(context: ForwardContext, policies: LayerPolicies, inputs: AttentionIn
     try:
         session.guard.ask(compressor, compressor.after_attention, inputs, session.states[policies.decode_slot])
     except FAULTS as error:
-        session.failed(policies.decode_slot, error, "after_attention", inputs.layer.index)
+        _failed(session, policies.decode_slot, error, "after_attention", inputs)
 
 
 def _before(context: ForwardContext, policies: LayerPolicies, inputs: AttentionInputs) -> bool:
@@ -223,7 +244,7 @@ def _before(context: ForwardContext, policies: LayerPolicies, inputs: AttentionI
         cache.select(selection)
         context.reselected = True
     except FAULTS as error:
-        session.failed(policies.decode_slot, error, "before_attention", inputs.layer.index)
+        _failed(session, policies.decode_slot, error, "before_attention", inputs)
     return True
 
 
@@ -242,19 +263,7 @@ def _realised(inputs: AttentionInputs, pattern: AttentionPattern) -> Tensor:
     """Share of the attention mass inside the pattern over all rows, per head ``[Hq]``."""
     if isinstance(pattern, DensePattern):
         return torch.ones(inputs.queries.shape[0], dtype=torch.float32, device="cpu")
-    rows = torch.arange(inputs.new_tokens, device=inputs.queries.device)
-    mass = torch.zeros(inputs.queries.shape[0], dtype=torch.float32, device=inputs.queries.device)
-    for part in rows.split(_MEASURED_ROWS):
-        scores = line_scores(
-            inputs.queries[:, part],
-            inputs.keys,
-            inputs.columns[part],
-            scaling=inputs.scaling,
-            softcap=inputs.softcap,
-            first_valid=inputs.first_valid,
-        )
-        mass += pattern.coverage(scores.probabilities, inputs.columns[part]) * len(part)
-    return mass / inputs.new_tokens
+    return inputs.coverage(pattern, torch.arange(inputs.new_tokens, device=inputs.queries.device))
 
 
 @dataclass
@@ -267,14 +276,15 @@ class _DecodeStep:
     observes: bool
 
 
-def _select(context: ForwardContext, call: LayerCall, policies: LayerPolicies, queries: Tensor) -> _DecodeStep:
+def _select(
+    context: ForwardContext, call: LayerCall, policies: LayerPolicies, queries: Tensor, shown: bool
+) -> _DecodeStep:
     """Let the compressor select for this step, and say which pairs the queries attend to."""
     session, index = context.session, policies.spec.index
     cache = session.cache.layers[index]
     assert cache.store is not None
     inputs = None
-    shown = cache.store.length > policies.dense_below_tokens and session.is_enabled(policies.decode_slot)
-    if shown and policies.selects_before:
+    if policies.selects_before and shown:
         inputs = _inputs(context, call, policies, queries)
         if _before(context, policies, inputs):
             inputs = None

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from loopserve.core.engine.answer import AnswerPlan, StopCheck, plan_answer
@@ -16,8 +17,10 @@ from loopserve.core.engine.sampling import Choose, LogitsProcessor, SamplingConf
 from loopserve.core.engine.session import UNDO_DEPTH, Session
 from loopserve.core.engine.slots import Slots
 from loopserve.core.engine.turn import Turn, complete, observation_context
-from loopserve.core.errors import POLICY_TIMEOUT_S, ConfigError, InputError, OnPolicyFault, PolicyChecks
+from loopserve.core.errors import POLICY_TIMEOUT_S, ConfigError, InputError, ModelError, OnPolicyFault, PolicyChecks
 from loopserve.core.guard.guard import Guard
+from loopserve.core.kv.recording import plain_tensors
+from loopserve.core.policy.interfaces import Phase
 from loopserve.core.stack.stack import PolicyStack
 
 CHUNK_TOKENS = 4096
@@ -152,8 +155,19 @@ class TokenEngine:
         A session that is busy is no error here.
         """
         self._own(session)
-        self._check_length(session, new_tokens)
-        return plan_answer([*session.tokens, *new_tokens], self.model.max_positions, sampling, **options)
+        if not new_tokens:
+            raise InputError("a turn needs at least one token")
+        return self.check_fit([*session.tokens, *new_tokens], sampling, **options)
+
+    def check_fit(self, tokens: Sequence[int], sampling: SamplingConfig | Choose | None, **options: Any) -> AnswerPlan:
+        """Return how an answer after all ``tokens`` of a conversation would be given. InputError if they do not fit the model."""
+        limit = self.model.max_positions
+        if limit is not None and len(tokens) + 1 > limit:
+            raise InputError(
+                f"the conversation would be {len(tokens) + 1} tokens long, the model takes {limit}: shorten the message, "
+                "undo a turn, or start a new session"
+            )
+        return plan_answer(tokens, limit, sampling, **options)
 
     def begin(
         self,
@@ -194,12 +208,13 @@ class TokenEngine:
             session,
             new_tokens,
             plan,
-            device=self.model.device,
+            model=self.model,
             logits=logits,
             chunk_tokens=self.chunk_tokens,
             measure=self.measure_coverage,
         )
 
+    @plain_tensors()
     def run(self, turns: Sequence[Turn], prefill_tokens: Sequence[int | None] | None = None) -> None:
         """Run one forward pass with what each of these turns needs next; ``error`` of a turn says what ended it.
 
@@ -207,7 +222,10 @@ class TokenEngine:
         """
         with self._lock:
             limits = prefill_tokens or [None] * len(turns)
-            contexts = [turn.step(limit) for turn, limit in zip(turns, limits, strict=True)]
+            going_on = {turn: limit for turn, limit in zip(turns, limits, strict=True) if not _ended_by_close(turn)}
+            contexts = [turn.step(limit) for turn, limit in going_on.items()]
+            if not contexts:
+                return
             started = time.perf_counter()
             try:
                 logits: Sequence[Tensor | None] = list(self.model.forward(ForwardBatch(contexts)))
@@ -216,14 +234,40 @@ class TokenEngine:
                     context.error = context.error or error
                 logits = [None] * len(contexts)
             seconds = time.perf_counter() - started
-            for turn, context, row in zip(turns, contexts, logits, strict=True):
+            for turn, context, row in zip(going_on, contexts, logits, strict=True):
                 turn.take(context, row, seconds)
 
+    @plain_tensors()
+    def compute_anew(self, session: Session, rotation: int) -> None:
+        """Compute a conversation's stored tokens again, rotated for another length, for a caller who runs the passes himself."""
+        _require_repeatable(session, "it has to be computed again")
+        session.stats.count("computed_anew")
+        session.begin_anew()
+        session.rotation = rotation
+        end = len(session.tokens)
+        for start in range(0, end, self.chunk_tokens):
+            piece = session.tokens[start : start + self.chunk_tokens]
+            positions = torch.arange(start, start + len(piece), device=self.model.device)
+            session.enter(Phase.PREFILL)
+            context = ForwardContext(
+                session,
+                Phase.PREFILL,
+                piece,
+                positions,
+                stored_after=start + len(piece),
+                rotation=rotation,
+                final=start + len(piece) == end,
+            )
+            self.model.forward(ForwardBatch([context]))
+            self.complete([context])
+
+    @plain_tensors()
     def complete(self, contexts: Sequence[ForwardContext]) -> None:
         """Complete a pass that the caller has run himself, and run the observations that compressors ask for."""
         for context in contexts:
             waiting = deque(complete(context))
             while waiting:
+                _require_repeatable(context.session, "a policy asks for rows of it once more")
                 observing = observation_context(context.session, *waiting.popleft(), self.model.device)
                 self.model.forward(ForwardBatch([observing]))
                 waiting.extend(complete(observing))
@@ -246,7 +290,7 @@ class TokenEngine:
             done = True
         finally:
             if turn.finished and turn.error is None and not done:
-                turn.session.undo()
+                turn.take_back()
             turn.close()
             turn.error = None  # its traceback would keep the session's store alive
 
@@ -254,13 +298,17 @@ class TokenEngine:
         if session.slots is not self.slots and not any(session.slots is each for each, _ in self._others.values()):
             raise InputError("this session belongs to another engine: open one with this engine's session()")
 
-    def _check_length(self, session: Session, new_tokens: Sequence[int]) -> None:
-        if not new_tokens:
-            raise InputError("a turn needs at least one token")
-        limit = self.model.max_positions
-        needed = len(session.tokens) + len(new_tokens) + 1
-        if limit is not None and needed > limit:
-            raise InputError(
-                f"the conversation would be {needed} tokens long, the model takes {limit}: shorten the message, "
-                "undo a turn, or start a new session"
-            )
+
+def _require_repeatable(session: Session, why: str) -> None:
+    if not session.repeatable:
+        raise ModelError(
+            f"this conversation holds images or sound, which its tokens do not show, and {why}: choose a stack whose policies "
+            "need no observation (full, snapkv), or give text only"
+        )
+
+
+def _ended_by_close(turn: Turn) -> bool:
+    """End a turn whose session was closed in the midst of it; return whether it was."""
+    if turn.session.closed and not turn.finished:
+        turn.fail(InputError("the session was closed before its answer was complete"))
+    return turn.session.closed

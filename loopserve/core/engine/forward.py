@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from loopserve.core.engine.session import Session
+from loopserve.core.kv.recording import plain_tensors
 from loopserve.core.policy.interfaces import LayerSpec, Phase
 
 
@@ -22,6 +23,7 @@ class ForwardContext:
     token_ids: Sequence[int]
     positions: Tensor  # int64 [T], original positions of the tokens
     stored_after: int  # tokens that every layer of the session holds once the pass is done
+    rotation: int = 0  # what ``Model.rotation`` says of the length of the conversation that the tokens belong to
     final: bool = True  # False for every piece of a chunked prefill but the last
     observer: str | None = None  # slot of the compressor that an observation pass is for
     measure: bool = False  # measure realised coverage over all rows, as costly as dense attention
@@ -29,13 +31,21 @@ class ForwardContext:
     compressed: bool = False  # some layer attended to a selection
     reselected: bool = False  # some layer was given another selection
     counted: bool = False  # its decode step is in the figures
+    shown: set[str] = field(default_factory=set)  # slots whose compressors were called for some layer
     error: BaseException | None = None  # set while isolated; the session takes no further part in the pass
     scratch: dict[int, dict[Any, Any]] = field(default_factory=dict)  # by layer: what policies compute once per call
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> None:
         """Store the new pairs ``[Hkv, T, D]`` of a layer. An observation reads pairs that are stored already and adds none."""
-        if self.phase is not Phase.OBSERVE and self.error is None:
-            self.session.cache.layers[layer].append(keys, values)
+        if self.phase is Phase.OBSERVE or self.error is not None:
+            return
+        try:
+            with plain_tensors():
+                self.session.cache.layers[layer].append(keys, values)
+        except Exception as error:
+            if not self.isolated:
+                raise
+            self.error = error
 
 
 class ForwardBatch:
@@ -78,6 +88,13 @@ class Model(Protocol):
     @property
     def max_positions(self) -> int | None:
         """Longest conversation in tokens; None if there is no limit."""
+
+    @property
+    def rotation_grows(self) -> bool:
+        """Whether tokens of one answer may be rotated differently: stored pairs stay as they are until the next turn."""
+
+    def rotation(self, tokens: int) -> int:
+        """Return what stands for the rotation of a conversation of so many tokens; 0 where it does not depend on the length."""
 
     @property
     def device(self) -> torch.device:

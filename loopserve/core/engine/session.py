@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
+
 from loopserve.core.engine.slots import Slots
 from loopserve.core.engine.stats import TurnStats
-from loopserve.core.errors import CacheError, Fault, InputError, PolicyError
+from loopserve.core.errors import CacheError, Fault, InputError, ModelError, PolicyError
 from loopserve.core.guard.faults import FAULTS
 from loopserve.core.guard.guard import Guard
 from loopserve.core.guard.strict_checks import holds, storages
 from loopserve.core.kv.cache import ActiveSet, KVCache
-from loopserve.core.policy.interfaces import DecodeCompressor, Phase, PrefillSparsifier
+from loopserve.core.kv.recording import plain_tensors
+from loopserve.core.policy.interfaces import DecodeCompressor, Phase
+from loopserve.core.policy.state import PackedState
 
 UNDO_DEPTH = 8
 
@@ -52,9 +56,11 @@ class Session:
     position_offset: int = (
         0  # what the model's positions are ahead of ours: a caller's left padding, counted by columns
     )
+    rotation: int = 0  # how the stored pairs are rotated: what ``Model.rotation`` said when they were computed
     ended: bool = True  # the compressors know that the last turn is over
     busy: bool = False  # a turn is under way: no other may begin, end or be copied
     damaged: bool = False  # stored pairs were written to by somebody else
+    repeatable: bool = True  # False: its tokens alone do not say what was computed (images)
     closed: bool = False
     state_bytes: int = 0  # what the policies report of their states
 
@@ -98,13 +104,28 @@ class Session:
             start.states, start.cached, start.cache = None, 0, None
             start.active = [None] * len(start.active)
 
+    @plain_tensors()
+    def begin_anew(self) -> None:
+        """Drop what is stored and the policies' states in the midst of a turn, whose tokens are then computed again."""
+        self.release_store()
+        self.output_index = 0
+        for slot in self.slots.policies:
+            self.states[slot] = {}
+            if self.is_enabled(slot):
+                try:
+                    self.states[slot] = self._fresh(slot)
+                except FAULTS as error:
+                    self.failed(slot, error, "init_state")
+
+    @plain_tensors()
     def begin_turn(self, new_tokens: Sequence[int], *, undoable: bool = True) -> None:
         """Take in the tokens that a turn adds; they are not computed yet.
 
         undoable: keep copies of the states and, under an evicting stack, of the survivors, so that the turn can be taken back.
         """
         self.require_rest()
-        stats = TurnStats(len(self.turns), prompt_tokens=len(new_tokens), reused_tokens=len(self.tokens))
+        reused = len(self.tokens) if self.cache.seen else 0  # nothing is, where a deep undo dropped the cache
+        stats = TurnStats(len(self.turns), prompt_tokens=len(new_tokens), reused_tokens=reused)
         states, copies, disabled = self._begin_states(stats, undoable)  # first: it may raise
         active = [layer.active if undoable and not self.ended else None for layer in self.cache.layers]
         self.cache.release()
@@ -119,6 +140,7 @@ class Session:
         self.turn_start = self.cache.seen
         self.output_index = 0
 
+    @plain_tensors()
     def end_turn(self) -> None:
         """Tell the compressors that the turn is complete. Until now the turn before could be taken back as well."""
         for slot, compressor in self.slots.compressors.items():
@@ -131,6 +153,7 @@ class Session:
         for start in self._starts[:-1]:
             start.cache, start.active = None, [None] * len(start.active)  # one copy at rest, to save memory
 
+    @plain_tensors()
     def undo(self) -> None:
         """Take back the last turn, complete or not: tokens, pairs, states and figures are as before it.
 
@@ -157,6 +180,7 @@ class Session:
         for layer, active in zip(self.cache.layers, start.active, strict=True):
             layer.active = active
 
+    @plain_tensors()
     def fork(self) -> Session:
         """Return an independent copy, to try two answers. Policies are shared (they never change), nothing else is."""
         self.require_rest()
@@ -182,6 +206,50 @@ class Session:
     def __deepcopy__(self, memo: dict[int, Any]) -> Session:
         return self.fork()
 
+    # States on disk.
+
+    def pack_states(self) -> tuple[dict[str, PackedState], dict[str, str]]:
+        """Return each policy's state by slot as a JSON-able tree and tensors, and by slot why a state cannot be written.
+
+        A slot in neither begins anew with the next turn, as does one that cannot be written. Raises InputError while a turn is under
+        way.
+        """
+        self.require_rest()
+        packed: dict[str, PackedState] = {}
+        problems: dict[str, str] = {}
+        for slot, policy in self.slots.policies.items():
+            if slot not in self.states or not self.is_enabled(slot):
+                continue
+            try:
+                packed[slot] = self.guard.ask(policy, policy.pack_state, self.states[slot])
+            except FAULTS as error:
+                problems[slot] = self._named(slot, error)
+        return packed, problems
+
+    def restore_states(self, packed: Mapping[str, PackedState], device: torch.device | None = None) -> dict[str, str]:
+        """Take over states that ``pack_states`` wrote, their tensors on ``device``. Return by slot why a state cannot be read.
+
+        The policy of such a slot, and of one that ``packed`` does not name, begins anew with the next turn. The cache must hold the
+        tokens that it held when the states were written. Raises InputError while a turn is under way.
+        """
+        self.require_rest()
+        problems: dict[str, str] = {}
+        self.states, self.disabled = {}, set()
+        for slot, each in packed.items():
+            policy = self.slots.policies.get(slot)
+            try:
+                if policy is None:
+                    raise PolicyError(f"this session has no slot {slot!r}; it has {', '.join(self.slots.policies)}")
+                self.states[slot] = self.guard.ask(policy, policy.unpack_state, each, device)
+            except FAULTS as error:
+                problems[slot] = self._named(slot, error)
+        return problems
+
+    def _named(self, slot: str, error: BaseException) -> str:
+        policy = self.slots.policies.get(slot)
+        said = str(error) if isinstance(error, PolicyError) else f"it raised {type(error).__name__}: {error}"
+        return said if policy is None else f"{slot} ({policy.name}): {said}"
+
     # Policies that break their contract.
 
     def is_enabled(self, slot: str) -> bool:
@@ -193,6 +261,8 @@ class Session:
 
         A fault that damaged the store is raised in any case: only the engine can repair it.
         """
+        if getattr(error, "fault", None) is not Fault.WROTE:
+            self._require_numbers(error)
         policy = self.slots.policies[slot]
         fault = self.guard.note(policy, error, moment=moment, layer=layer, phase=self.stats.phase)
         self.damaged |= fault.damaged
@@ -204,6 +274,17 @@ class Session:
             self.cache.layers[each.index].release()
         if fault.damaged:
             raise fault from error
+
+    def _require_numbers(self, error: BaseException) -> None:
+        """Raise ModelError if the model gave keys or values that are no numbers: what a policy makes of them is not its fault."""
+        for index, layer in enumerate(self.cache.layers):
+            if layer.store is None:
+                continue
+            if not all(bool(part.isfinite().all()) for part in (layer.store.keys, layer.store.values)):
+                raise ModelError(
+                    f"the model's keys or values of layer {index} are not finite numbers: its weights are damaged or its dtype "
+                    "overflows; load it in another dtype"
+                ) from error
 
     def look_for_references(self) -> None:
         """After a pass, find the policy whose state still holds a part of the store. Done under strict checks only."""
@@ -269,7 +350,7 @@ class Session:
 
     def _fresh(self, slot: str) -> Any:
         policy = self.slots.policies[slot]
-        return {} if isinstance(policy, PrefillSparsifier) else self.guard.ask(policy, policy.init_state)
+        return self.guard.ask(policy, policy.init_state)
 
     def _copied(self, states: dict[str, Any]) -> dict[str, Any]:
         """Return copies that share nothing. A state that cannot be copied is left out, so that its policy begins anew."""

@@ -30,6 +30,10 @@ class LayerPolicies:
     most_pairs: int | None = None
     dense_below_tokens: int = 0
 
+    def shows(self, stored: int) -> bool:
+        """Return whether the compressor is called for this layer while it holds ``stored`` pairs per KV head."""
+        return stored > self.dense_below_tokens
+
 
 class Slots:
     """Hold the policies of every layer and of every slot; shared by all sessions of an engine."""

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from loopserve.core.engine.answer import AnswerPlan
-from loopserve.core.engine.forward import ForwardContext
+from loopserve.core.engine.forward import ForwardContext, Model
 from loopserve.core.engine.sampling import ChosenLogprob, FinishReason, Sampler
 from loopserve.core.engine.session import Session
 from loopserve.core.errors import InputError, PolicyError, PolicyFault
 from loopserve.core.guard.faults import FAULTS
 from loopserve.core.guard.validation import check_observation, check_selection
+from loopserve.core.kv.recording import plain_tensors
 from loopserve.core.policy.interfaces import DecodeCompressor, Observation, Phase, Selections, Step
 
 
@@ -27,13 +28,14 @@ class Turn:
     is finished is taken back whole.
     """
 
+    @plain_tensors()
     def __init__(
         self,
         session: Session,
         new_tokens: Sequence[int] | None,
         plan: AnswerPlan,
         *,
-        device: torch.device,
+        model: Model,
         logits: Tensor | None = None,
         chunk_tokens: int = 4096,
         measure: bool = False,
@@ -51,12 +53,14 @@ class Turn:
         self.finish_reason: FinishReason | None = None  # set once the answer is complete
         self.stop_string: str | None = None  # the one that ended the answer
         self.error: BaseException | None = None
-        self._device, self._measure, self._chunk_tokens = device, measure, chunk_tokens
+        self._model, self._measure, self._chunk_tokens = model, measure, chunk_tokens
         self._observations: deque[tuple[str, Observation]] = deque()
         self._started = time.perf_counter()  # copies to go back to are a part of what a turn costs
         self._prefilled = new_tokens is None
         self._phase = Phase.PREFILL
         if new_tokens is not None:
+            if session.cache.seen and session.rotation != model.rotation(len(session.tokens) + len(new_tokens)):
+                session.release_store()  # the stored keys are rotated for another length
             session.begin_turn(new_tokens)
         elif session.cache.seen != len(session.tokens):
             raise InputError("no turn waits for an answer: prefill one first")
@@ -70,6 +74,8 @@ class Turn:
         """Compute the tokens up to ``end`` in pieces of equal size before anything is decoded."""
         session, self._prefill_end = self.session, end
         waiting = end - session.cache.seen
+        if waiting:
+            session.rotation = self._model.rotation(end)
         self._piece = -(-waiting // max(1, -(-waiting // self._chunk_tokens)))
         session.cache.reserve(waiting - self._piece + self.plan.max_new_tokens)
 
@@ -79,12 +85,23 @@ class Turn:
         """Return the context of the next pass; a piece of prefill takes at most ``max_tokens`` tokens."""
         session = self.session
         if self._observations:
-            return observation_context(session, *self._observations[0], self._device)
+            return observation_context(session, *self._observations[0], self._model.device)
         seen = session.cache.seen
+        if seen >= self._prefill_end and not self._model.rotation_grows:
+            self._keep_rotation(seen + 1)
+            seen = session.cache.seen
         if seen < self._prefill_end:
             end = min(seen + min(self._piece, max_tokens or self._piece), self._prefill_end)
             return self._compute(Phase.PREFILL, seen, end)
         return self._compute(Phase.DECODE, seen, seen + 1)
+
+    def _keep_rotation(self, tokens: int) -> None:
+        """Plan to compute everything again if the answer has made the conversation so long that its keys are rotated otherwise."""
+        session = self.session
+        if session.rotation != self._model.rotation(tokens):
+            session.stats.count("computed_anew")
+            session.begin_anew()
+            self._plan_prefill(tokens)
 
     @property
     def waiting(self) -> int:
@@ -100,12 +117,14 @@ class Turn:
     def _compute(self, phase: Phase, start: int, end: int) -> ForwardContext:
         session = self.session
         session.enter(phase)
+        decodes = phase is Phase.DECODE
         return ForwardContext(
             session,
             phase,
             session.tokens[start:end],
-            torch.arange(start, end, device=self._device),
+            torch.arange(start, end, device=self._model.device),
             stored_after=end,
+            rotation=self._model.rotation(end) if decodes else session.rotation,
             final=end >= self._prefill_end,
             measure=self._measure,
         )
@@ -209,6 +228,11 @@ class Turn:
         """End the turn. One that is not finished is taken back whole."""
         if not self.finished:
             self.session.busy, self.finished = False, True
+            self.take_back()
+
+    def take_back(self) -> None:
+        """Take the turn back. There is nothing to take back in a session that was closed meanwhile."""
+        if not self.session.closed:
             self.session.undo()
 
 
@@ -221,6 +245,7 @@ def observation_context(session: Session, slot: str, observation: Observation, d
         [session.tokens[position] for position in observation.positions.tolist()],
         observation.positions.to(device),
         stored_after=session.cache.seen,
+        rotation=session.rotation,
         observer=slot,
     )
 
@@ -241,7 +266,7 @@ def complete(context: ForwardContext) -> list[tuple[str, Observation]]:
         count_step(context)
     observations = []
     for slot, compressor in session.slots.compressors.items():
-        if context.observer in (None, slot) and session.is_enabled(slot):
+        if slot in context.shown and session.is_enabled(slot):
             request = _ask(context, slot, compressor)
             if isinstance(request, Observation):
                 observations.append((slot, request))

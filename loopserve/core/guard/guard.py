@@ -11,7 +11,6 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
-import torch
 from torch import Tensor
 
 from loopserve.core.errors import (
@@ -49,9 +48,11 @@ class Guard:
         timeout_s: float | None = POLICY_TIMEOUT_S,
         owners: Owners | None = None,
         clock: Callable[[], float] = time.perf_counter,
+        worked: Callable[[], float] = time.thread_time,
     ) -> None:
-        """timeout_s: the longest call that is no fault (None = any). owners: who brings each policy class. ConfigError for values
-        that are unknown.
+        """timeout_s: the longest call that is no fault, in seconds of this thread's processor time (None = any). owners: who
+        brings each policy class. clock: seconds by which faults in a row are counted. worked: seconds of processor time of the
+        calling thread. ConfigError for values that are unknown.
         """
         try:
             self.strict = PolicyChecks(checks) is PolicyChecks.STRICT
@@ -64,6 +65,7 @@ class Guard:
         self.owners = owners or {}
         self._timeout_s = float("inf") if timeout_s is None else timeout_s
         self._clock = clock
+        self._worked = worked  # not the time of day: a paused or busy machine is no fault of a policy
         self._called: set[str] = set()  # the first call of each method is not timed: kernels are compiled then
         self._recent: dict[int, deque[float]] = {}
         self._closed_until: dict[int, float] = {}
@@ -71,16 +73,18 @@ class Guard:
     def ask(
         self, policy: Policy, method: Callable[Arguments, Answer], *args: Arguments.args, **options: Arguments.kwargs
     ) -> Answer:
-        """What a policy's method answers. PolicyError for misconduct during the call: writes into its inputs, switches of the
-        process left turned, too much time; under strict checks whatever ``core.hidden`` finds.
+        """Return what a policy's method answers. PolicyError for misconduct during the call: writes into its inputs, too much
+        time; under strict checks also switches of the process left turned and whatever ``guard.strict_checks`` finds.
         """
         inputs = args[0] if args and type(args[0]) is AttentionInputs else None
-        started = self._clock()
+        started = self._worked()
         answer = self._watched(policy, inputs, method, args, options)
-        spent = self._clock() - started
+        spent = self._worked() - started
         name = method.__qualname__
         if spent > self._timeout_s and name in self._called:
-            raise PolicyError(f"it took {spent:.1f} s, the limit is {self._timeout_s:g} s", Fault.SLOW)
+            raise PolicyError(
+                f"it took {spent:.1f} s of processor time, the limit is {self._timeout_s:g} s", Fault.SLOW
+            )
         self._called.add(name)
         return answer
 
@@ -105,33 +109,15 @@ class Guard:
         options: dict[str, Any],
     ) -> Answer:
         inspection = Inspection(policy, inputs) if self.strict else None
-        written, switches = _versions(inputs), _switches()
+        written = _versions(inputs)
         try:
             answer = method(*args, **options)
         except FAULTS:
-            self._look(inputs, written, switches, inspection)  # damage outweighs what it raised
+            _look(inputs, written, inspection)  # damage outweighs what it raised
             raise
-        if inspection is not None or _versions(inputs) != written or _switches() != switches:
-            self._look(inputs, written, switches, inspection)
+        if inspection is not None or _versions(inputs) != written:
+            _look(inputs, written, inspection)
         return answer
-
-    def _look(
-        self,
-        inputs: AttentionInputs | None,
-        written: tuple[int, ...],
-        switches: tuple[Any, ...],
-        inspection: Inspection | None,
-    ) -> None:
-        if _versions(inputs) != written or (inspection is not None and inspection.wrote):
-            raise PolicyError("it wrote into its inputs", Fault.WROTE)
-        if _switches() != switches:
-            _restore(switches)
-            raise PolicyError(
-                "it left a switch of the whole process turned (default dtype, gradients or number of threads); it was turned back",
-                Fault.HIDDEN,
-            )
-        if inspection is not None:
-            inspection.conclude()
 
     def note(
         self, policy: Policy, error: BaseException, *, moment: str, layer: int | None = None, phase: str | None = None
@@ -180,13 +166,9 @@ def _versions(inputs: AttentionInputs | None) -> tuple[int, ...]:
         return ()
 
 
-def _switches() -> tuple[Any, ...]:
-    """What a careless policy could turn for everybody."""
-    return torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_num_threads()
-
-
-def _restore(switches: tuple[Any, ...]) -> None:
-    dtype, grad, threads = switches
-    torch.set_default_dtype(dtype)
-    torch.set_grad_enabled(grad)
-    torch.set_num_threads(threads)
+def _look(inputs: AttentionInputs | None, written: tuple[int, ...], inspection: Inspection | None) -> None:
+    """Raise PolicyError for what a call did beside answering."""
+    if _versions(inputs) != written or (inspection is not None and inspection.wrote):
+        raise PolicyError("it wrote into its inputs", Fault.WROTE)
+    if inspection is not None:
+        inspection.conclude()

@@ -39,6 +39,7 @@ class Inspection:
             self._copies = {name: tensor.clone() for name, tensor in held if tensor is not None}
         self._shared = [each for name, owner in _owners(policy) for each in _watched(name, owner)]
         self._drawn = torch.get_rng_state(), random.getstate()
+        self._switches = _switches()
 
     @property
     def wrote(self) -> bool:
@@ -46,7 +47,15 @@ class Inspection:
         return any(not _same(getattr(self._inputs, name), copy) for name, copy in self._copies.items())
 
     def conclude(self) -> None:
-        """PolicyError if the policy kept something outside the session's state; what it changed is put back."""
+        """Raise PolicyError if the policy kept something outside the session's state; what it changed is put back.
+
+        Switches of the process are only compared: other threads turn them as well, and rely on what they have set.
+        """
+        if _switches() != self._switches:
+            raise PolicyError(
+                "a switch of the whole process (default dtype, gradients or number of threads) was turned during its call",
+                Fault.HIDDEN,
+            )
         numbers, python = self._drawn
         if not torch.equal(torch.get_rng_state(), numbers) or random.getstate() != python:
             torch.set_rng_state(numbers)
@@ -59,6 +68,10 @@ class Inspection:
                 raise PolicyError(f"it kept a reference to the session's store in {name}", Fault.KEPT)
         if found:
             raise PolicyError(f"it changed {found[0][0]}, which all sessions share; it was put back", Fault.HIDDEN)
+
+
+def _switches() -> tuple[Any, ...]:
+    return torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_num_threads()
 
 
 class _Variables:

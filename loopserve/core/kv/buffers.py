@@ -71,6 +71,10 @@ class PairBuffer:
         return self._keys.device
 
     @property
+    def dtype(self) -> torch.dtype:
+        return self._keys.dtype
+
+    @property
     def pairs(self) -> int:
         """Pairs held, summed over the heads."""
         return self.heads * self.length

@@ -43,6 +43,10 @@ def _survivors(keys: Tensor, values: Tensor, first_valid: Tensor | None, width: 
     return RaggedBuffer(keys[:, :width], values[:, :width], first_valid, tail)
 
 
+def _said(tensor: Tensor | PairBuffer | RaggedBuffer) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"
+
+
 @dataclass
 class ActiveSet:
     """What decoding attends to: a selection, and every pair from its boundary on.
@@ -100,6 +104,13 @@ class LayerCache:
         if keys.dim() != 3 or keys.shape[:2] != values.shape[:2]:
             raise CacheError(
                 f"append: keys {list(keys.shape)} and values {list(values.shape)} must both be [Hkv, T, D]"
+            )
+        held = keys if self.store is None else self.store
+        if not keys.dtype == values.dtype == held.dtype or not keys.device == values.device == held.device:
+            raise CacheError(
+                f"the model computes keys in {_said(keys)} and values in {_said(values)}, the conversation holds "
+                f"{_said(held)}: it must go on in the dtype and on the device it began with (was the model cast or moved, or "
+                "does autocast differ?); start a new session otherwise"
             )
         tokens = keys.shape[1]
         if self.store is None:

@@ -39,8 +39,17 @@ class KeySummaries:
             str, Tensor
         ] = {}  # low, high [Hkv, capacity, D]; codes uint8 [Hkv, capacity, page, D * bits / 8]
 
-    def __deepcopy__(self, scratch: dict[int, Any]) -> KeySummaries:
+    def __deepcopy__(self, memo: dict[int, Any]) -> KeySummaries:
         return KeySummaries(self.page, self.bits)
+
+    def pack(self) -> tuple[int, int]:
+        """Return what an empty one is made from; it is filled from the store like a copy (``core.policy.state``)."""
+        return self.page, self.bits
+
+    @classmethod
+    def unpack(cls, packed: Any) -> KeySummaries:
+        page, bits = packed
+        return cls(page, bits)
 
     @property
     def pages(self) -> int:

@@ -58,6 +58,10 @@ class RaggedBuffer:
         return self._tail.intact
 
     @property
+    def dtype(self) -> torch.dtype:
+        return self._keys.dtype
+
+    @property
     def device(self) -> torch.device:
         return self._keys.device
 

@@ -61,6 +61,14 @@ class KVSelection:
     def ragged(self) -> bool:
         return bool((self.lengths != self.indices.shape[1]).any())
 
+    def attended_positions(self, length: int) -> Tensor:
+        """Return the positions below ``length`` that are selected or lie in the tail: bool ``[Hkv, length]``."""
+        mask = torch.zeros(self.indices.shape[0], length + 1, dtype=torch.bool, device=self.indices.device)
+        mask.scatter_(1, self.indices + 1, True)  # fillers are -1 and fall into the extra column
+        mask = mask[:, 1:]
+        mask[:, self.boundary :] = True
+        return mask
+
     def head(self, head: int) -> Tensor:
         """Sorted original positions that one KV head keeps."""
         return self.indices[head, self.indices.shape[1] - int(self.lengths[head]) :]

@@ -1,4 +1,4 @@
-"""The version of what plugins build on: the hook, the two interfaces and what they hand over.
+"""State the version of what plugins build on: the hook, the two contracts and the objects that they pass.
 
 A higher major number breaks policies that were written before it; a higher minor number only adds. A plugin says which it
 was written for: its module by ``LOOPSERVE_API = (1, 0)``, a policy class by ``api_version = (1, 0)``.
@@ -15,7 +15,7 @@ FIRST_API: ApiVersion = (1, 0)  # what a plugin is taken for that does not say: 
 
 
 def require_api(declared: object, what: str) -> None:
-    """PluginError, naming ``what``, unless it was written for this API version or an older minor one."""
+    """Raise PluginError, naming ``what``, unless it was written for this API version or an older minor one."""
     if not (isinstance(declared, tuple) and len(declared) == 2 and all(type(each) is int for each in declared)):
         raise PluginError(f"{what} declares API version {declared!r}: write two numbers, such as {API_VERSION}")
     (major, minor), (own_major, own_minor) = declared, API_VERSION

@@ -1,11 +1,11 @@
-"""The one door through which policies enter, the built-in ones too.
+"""Declare the hook through which every policy is registered, the built-in ones too.
 
 A plugin is a module with a function of this name and signature, marked with ``hookimpl``, and an entry point in the
 group ``loopserve`` that names the module::
 
-    from loopserve.core.policy.hookspecs import hookimpl
+    from loopserve import hookimpl
 
-    LOOPSERVE_API = (1, 0)  # what this is written for (``core.api_version``); another major version is refused by name
+    LOOPSERVE_API = (1, 0)  # what this is written for (``core.policy.api_version``); another major version is refused by name
 
     @hookimpl
     def loopserve_register_policies(registry):
@@ -29,4 +29,4 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 
 @hookspec
 def loopserve_register_policies(registry: Registry) -> None:
-    """Called once at start: register each policy class with ``registry.register(policy_class)``."""
+    """Register each policy class with ``registry.register(policy_class)``. Called once at start."""

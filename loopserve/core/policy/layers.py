@@ -1,4 +1,4 @@
-"""What a policy is told of an attention layer, and what it may ask of it.
+"""Describe an attention layer to a policy, and the parts of it that a policy may use.
 
 Knows no model family: the bridge supplies ``LayerParts``, or says why it cannot.
 """
@@ -18,7 +18,7 @@ class LayerType(StrEnum):
 
 
 class Need(StrEnum):
-    """What a policy may need beyond queries, keys and values. A stack is refused where it cannot be had."""
+    """Name what a policy uses beyond queries, keys and values. A stack is refused where a layer does not have it."""
 
     ROTARY = "rotary"  # to turn queries back to before their position, and on to later ones
     OUTPUT_WEIGHT = "output_weight"  # the weight that maps a head's output into the model
@@ -26,21 +26,21 @@ class Need(StrEnum):
 
 
 class LayerParts(Protocol):
-    """What of a layer itself a policy may use; supplied by the bridge (``models.layer_parts``)."""
+    """Give a policy parts of the layer itself; supplied by the bridge (``models.layer_parts``)."""
 
     def lacks(self, need: Need) -> str | None:
-        """Why this layer cannot give ``need``; None if it can."""
+        """Return why this layer does not have ``need``, or None if it has it."""
 
     def rotate(self, vectors: Tensor, positions: Tensor, *, back: bool = False) -> Tensor:
-        """Vectors ``[H, T, D]`` rotated to ``positions`` int64 ``[T]``, or ``back`` from them, as the model rotates."""
+        """Return vectors ``[H, T, D]`` rotated to ``positions`` int64 ``[T]``, or ``back`` from them, as the model rotates."""
 
     def output_weight(self) -> Tensor:
-        """``[Hq, D, E]``: maps the output of each query head into the model's width E."""
+        """Return ``[Hq, D, E]``, which maps the output of each query head into the model's width E."""
 
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """One attention layer of a model. ``index`` is its place in the model's list of layers."""
+    """Describe one attention layer of a model. ``index`` is its place in the model's list of layers."""
 
     index: int
     type: LayerType
@@ -55,7 +55,7 @@ class LayerSpec:
         return self.query_heads // self.kv_heads
 
     def lacks(self, need: Need) -> str | None:
-        """Why a policy cannot have ``need`` here; None if it can."""
+        """Return why a policy cannot have ``need`` here, or None if it can."""
         if need is Need.FULL_HISTORY:
             return None  # a matter between two policies, not of the layer
         return "this model's bridge does not supply it" if self.parts is None else self.parts.lacks(need)

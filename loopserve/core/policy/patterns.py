@@ -1,5 +1,4 @@
-"""Attention patterns: which cells of a block of new queries are computed. Each says its mask, what it costs, and how to
-attend.
+"""Define attention patterns: which cells of a block of new queries are computed, at which cost, and how.
 
 Geometry of a block: m new queries are the last of n stored columns; query i stands at column n - m + i and sees the
 columns up to it. Knows no policy. What holds for every pattern: ``attend`` equals dense attention under ``to_mask()``.
@@ -24,27 +23,27 @@ TILE = 64  # rows and keys of the tiles that tile density counts
 
 
 class AttentionPattern(ABC):
-    """A causal choice of cells per query head, in which every query sees itself."""
+    """Choose causal cells per query head. Every query sees itself."""
 
     @property
     @abstractmethod
     def size(self) -> tuple[int, int, int]:
-        """(query heads, new tokens m, total tokens n)."""
+        """Return (query heads, new tokens m, total tokens n)."""
 
     @property
     def causal_pairs(self) -> int:
-        """Cells that dense attention computes for one head."""
+        """Return the cells that dense attention computes for one head."""
         _, new, total = self.size
         return new * (total - new) + new * (new + 1) // 2
 
     def to_mask(self) -> Tensor:
-        """The cells of the whole block, bool ``[Hq, Tq, Tk]``; for tests and pictures, it grows with Tq times Tk."""
+        """Return the cells of the whole block, bool ``[Hq, Tq, Tk]``. For tests and plots: memory grows with Tq times Tk."""
         _, new, total = self.size
         return self.rows(torch.arange(total - new, total, device="cpu"))
 
     @abstractmethod
     def rows(self, columns: Tensor) -> Tensor:
-        """The cells of queries of the block that stand at ``columns`` int64 ``[r]``: bool ``[Hq, r, Tk]``."""
+        """Return the cells of the queries at ``columns`` int64 ``[r]``: bool ``[Hq, r, Tk]``."""
 
     @abstractmethod
     def attend(
@@ -58,22 +57,22 @@ class AttentionPattern(ABC):
         first_valid: Tensor | None = None,
         need_lse: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """(output ``[Hq, Tq, D]``, log-sum-exp float32 ``[Hq, Tq]`` if asked for): softmax over the cells of the
-        pattern only.
+        """Return the softmax attention over the cells of the pattern only: output ``[Hq, Tq, D]``, and the log-sum-exp float32
+        ``[Hq, Tq]`` with ``need_lse``.
 
         first_valid ``[Hkv]``: columns before it are filler and never attended, whatever the pattern says.
         """
 
     @abstractmethod
     def cell_density(self) -> Tensor:
-        """Computed pairs over causal pairs, float32 ``[Hq]``."""
+        """Return computed pairs over causal pairs, float32 ``[Hq]``."""
 
     @abstractmethod
     def tile_density(self) -> Tensor:
-        """64 x 64 tiles that a kernel computes over those that dense attention does, float32 ``[Hq]``; at most 1."""
+        """Return the 64 x 64 tiles that a kernel computes over those of dense attention, float32 ``[Hq]``; at most 1."""
 
     def coverage(self, probabilities: Tensor, columns: Tensor) -> Tensor:
-        """Share of the mass of softmax rows ``[Hq, r, n]`` at ``columns`` ``[r]`` that lies inside the pattern,
+        """Return the share of the mass of softmax rows ``[Hq, r, n]`` at ``columns`` ``[r]`` that lies inside the pattern,
         ``[Hq]``.
         """
         inside = (probabilities * self.rows(columns)).sum((1, 2))
@@ -82,14 +81,14 @@ class AttentionPattern(ABC):
 
 
 def _tile_ends(new_tokens: int, total_tokens: int) -> list[int]:
-    """One past the last column that each 64-row tile of the block sees."""
+    """Return one past the last column that each 64-row tile of the block sees."""
     history = total_tokens - new_tokens
     return [history + min(start + TILE, new_tokens) for start in range(0, new_tokens, TILE)]
 
 
 @dataclass(frozen=True)
 class DensePattern(AttentionPattern):
-    """Every causal cell."""
+    """Compute every causal cell."""
 
     heads: int
     new_tokens: int
@@ -120,7 +119,7 @@ class DensePattern(AttentionPattern):
 
 @dataclass(frozen=True, eq=False)
 class LinePattern(AttentionPattern):
-    """Vertical lines (key columns) and slash lines (offsets, query minus key), each bool ``[Hq, Tk]``.
+    """Compute vertical lines (key columns) and slash lines (offsets, query minus key), each bool ``[Hq, Tk]``.
 
     The diagonal, slash 0, is always in. Heads in ``dense_heads`` ``[Hq]`` get every slash, which is every cell;
     afterwards the field says which heads are dense for whatever reason. ValueError for shapes that do not fit.
@@ -148,7 +147,7 @@ class LinePattern(AttentionPattern):
 
     @classmethod
     def window(cls, heads: int, new_tokens: int, total_tokens: int, sinks: Tensor, local: int) -> LinePattern:
-        """The A shape: sink columns (bool ``[Hq, Tk]``), and the last ``local`` columns up to each query's own."""
+        """Return the A shape: sink columns (bool ``[Hq, Tk]``), and the last ``local`` columns up to each query's own."""
         slashes = (torch.arange(total_tokens, device=sinks.device) < local).expand(heads, -1)
         return cls(sinks, slashes, new_tokens)
 
@@ -175,8 +174,8 @@ class LinePattern(AttentionPattern):
 
     @cached_property
     def _cell_density(self) -> Tensor:
-        """Inclusion and exclusion: line x is m - max(0, x - p) long; vertical j and slash d share a cell if p <= j + d
-        < n.
+        """Count by inclusion and exclusion: line x is m - max(0, x - p) long; vertical j and slash d share a cell if p <= j + d <
+        n.
         """
         total = self.verticals.shape[1]
         history = total - self.new_tokens
@@ -193,16 +192,14 @@ class LinePattern(AttentionPattern):
 
     @cached_property
     def _tile_density(self) -> Tensor:
-        """Per tile of 64 rows: the keys that slashes reach, in tiles, and the verticals among the other keys, packed in
-        tiles.
-        """
+        """Count per tile of 64 rows the keys that slashes reach, in tiles, and the verticals among the other keys, packed in tiles."""
         ends = _tile_ends(self.new_tokens, self.verticals.shape[1])
         whole = self.new_tokens // TILE
         tiles = self._tiles_of_lines(TILE, ends[:whole]) + self._tiles_of_lines(self.new_tokens % TILE, ends[whole:])
         return (tiles.double() / sum(-(-end // TILE) for end in ends)).float()
 
     def _tiles_of_lines(self, height: int, ends: list[int]) -> Tensor:
-        """Key tiles that row tiles of one height compute, summed over those whose columns end at ``ends``: int64
+        """Return the key tiles that row tiles of one height compute, summed over those whose columns end at ``ends``: int64
         ``[Hq]``.
         """
         if not ends:
@@ -217,7 +214,9 @@ class LinePattern(AttentionPattern):
         return computed.minimum(-(-at // TILE)).sum(1)
 
     def _verticals_among(self, offsets: Tensor, ends: Tensor) -> Tensor:
-        """Verticals j whose offset ``end - 1 - j`` is set: ``offsets`` bool ``[Hq, Tk]``, ``ends`` ``[R]``, int64 ``[Hq, R]``."""
+        """Count verticals j whose offset ``end - 1 - j`` is set: ``offsets`` bool ``[Hq, Tk]``, ``ends`` ``[R]``, int64 ``[Hq,
+        R]``.
+        """
         total = self.verticals.shape[1]
         if offsets.device.type == "cpu":
             # Offsets come in a few runs, and what lies in a run is a difference of two running counts.
@@ -235,7 +234,7 @@ class LinePattern(AttentionPattern):
 
 @dataclass(frozen=True, eq=False)
 class BlockPattern(AttentionPattern):
-    """Key tiles per query tile: bool ``[Hq, ceil(Tq / tile), ceil(Tk / tile)]``, causal inside.
+    """Compute key tiles per query tile: bool ``[Hq, ceil(Tq / tile), ceil(Tk / tile)]``, causal inside.
 
     Query tiles count from the first new row, key tiles from column 0. The tiles that hold the queries' own columns are
     always in. ValueError for shapes that do not fit.
@@ -282,7 +281,7 @@ class BlockPattern(AttentionPattern):
 
     @cached_property
     def _cells(self) -> Tensor:
-        """Causal cells of each tile, int64 ``[query tiles, key tiles]``."""
+        """Return the causal cells of each tile, int64 ``[query tiles, key tiles]``."""
         before = torch.arange(self.blocks.shape[2], device=self.blocks.device) * self.tile
         per_row = (self._columns()[:, None] + 1 - before).clamp(0, self.tile)
         per_row = pad(per_row, (0, 0, 0, -self.new_tokens % self.tile))

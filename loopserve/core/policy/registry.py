@@ -1,4 +1,4 @@
-"""Which policies exist, by kind and name, and who brought them. Refuses a class that breaks the contract's form.
+"""Keep the registered policies by kind and name, with the distribution of each. Refuse a class whose form is wrong.
 
 Knows no concrete policy and finds none itself: ``loopserve.plugins`` lets plugins register here.
 """
@@ -24,7 +24,7 @@ _POLICY_KEY = "policy"  # the key that names the policy in a stack file, so no o
 
 
 class Kind(StrEnum):
-    """The two slots of a layer."""
+    """Name the two slots of a layer."""
 
     PREFILL = "prefill"
     DECODE = "decode"
@@ -35,7 +35,7 @@ _BASES: dict[Kind, type] = {Kind.PREFILL: PrefillSparsifier, Kind.DECODE: Decode
 
 @dataclass(frozen=True)
 class Owner:
-    """The distribution that brings a policy."""
+    """Name the distribution that brings a policy."""
 
     distribution: str
     version: str
@@ -49,7 +49,7 @@ _UNOWNED = Owner("this program", "")  # registered by hand, outside any plugin
 
 @dataclass(frozen=True)
 class Registration:
-    """One policy as the registry holds it."""
+    """Hold one registered policy."""
 
     kind: Kind
     policy: PolicyClass
@@ -61,7 +61,7 @@ class Registration:
 
     @property
     def paper(self) -> str:
-        """Link to the paper; empty for what needs none."""
+        """Return the link to the paper; empty where there is none."""
         return self.policy.paper
 
     @property
@@ -70,24 +70,24 @@ class Registration:
 
     @property
     def config(self) -> type[PolicyConfig]:
-        """The model of its options."""
+        """Return the model of its options."""
         return self.policy.Config
 
     @property
     def summary(self) -> str:
-        """First paragraph of the docstring, on one line."""
+        """Return the first paragraph of the docstring on one line."""
         return " ".join((inspect.getdoc(self.policy) or "").split("\n\n")[0].split())
 
 
 class Registry:
-    """Policies by kind and name. The same name may stand once in each kind, for a method that has both halves."""
+    """Hold policies by kind and name. Each kind may have one of the same name, for a method that has both halves."""
 
     def __init__(self) -> None:
         self._found: dict[tuple[Kind, str], Registration] = {}
         self._owner = _UNOWNED
 
     def register(self, policy: PolicyClass) -> None:
-        """Add a policy class; its base class gives its kind. PluginError if its form is wrong or its name is taken."""
+        """Add a policy class; its base class gives its kind. Raises PluginError if its form is wrong or its name is taken."""
         kind = _kind_of(policy)
         _check_form(policy)
         taken = self._found.get((kind, policy.name))
@@ -100,7 +100,7 @@ class Registry:
 
     @contextmanager
     def owned_by(self, owner: Owner) -> Iterator[None]:
-        """Registrations in this block belong to ``owner``; an exception takes all of them back."""
+        """Give registrations in this block to ``owner``; an exception removes all of them."""
         before, previous = dict(self._found), self._owner
         self._owner = owner
         try:
@@ -112,7 +112,7 @@ class Registry:
             self._owner = previous
 
     def get(self, kind: Kind, name: str) -> Registration:
-        """ConfigError with a suggestion if there is no such policy."""
+        """Return a policy. Raises ConfigError with a suggestion if there is no such policy."""
         found = self._found.get((kind, name))
         if found is None:
             elsewhere = "".join(f"; it is a {other} policy" for other in Kind if (other, name) in self._found)
@@ -123,14 +123,14 @@ class Registry:
         return sorted(name for each, name in self._found if each is kind)
 
     def named(self, name: str) -> list[Registration]:
-        """Every kind of policy of one name. ConfigError with a suggestion if there is none."""
+        """Return every policy of one name, of either kind. Raises ConfigError with a suggestion if there is none."""
         found = [each for each in self if each.name == name]
         if not found:
             raise ConfigError(f"unknown policy {name!r}{did_you_mean(name, {each.name for each in self})}")
         return found
 
     def __iter__(self) -> Iterator[Registration]:
-        """Prefill first, then decode, each by name."""
+        """Yield prefill policies first, then decode policies, each by name."""
         return iter([self._found[key] for kind in Kind for key in sorted(self._found) if key[0] is kind])
 
     def __len__(self) -> int:
@@ -138,12 +138,12 @@ class Registry:
 
 
 def is_policy_name(name: str) -> bool:
-    """Lower-case words of letters and digits joined by '_', the first beginning with a letter."""
+    """Return whether a name is lower-case words of letters and digits joined by '_', the first beginning with a letter."""
     return _NAME.fullmatch(name) is not None
 
 
 def _accepted(name: object) -> str:
-    """``; write 'my_policy'`` where a name comes near an accepted one."""
+    """Return ``; write 'my_policy'`` where a name is close to an accepted one."""
     near = re.sub(r"[^a-z0-9]+", "_", re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", str(name)).lower()).strip("_")
     return f"; write {near!r}" if isinstance(name, str) and is_policy_name(near) else ""
 

@@ -1,4 +1,4 @@
-"""A pattern made of patterns: consecutive groups of new rows, each with cells chosen in its own way."""
+"""Join patterns of consecutive groups of new rows into one pattern."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from loopserve.core.policy.patterns import AttentionPattern
 
 @dataclass(frozen=True, eq=False)
 class RowGroups(AttentionPattern):
-    """Patterns of consecutive groups of new rows, first rows first: each group's keys end at its own last row.
+    """Join patterns of consecutive groups of new rows, first rows first. Each group's keys end at its own last row.
 
     ValueError unless the groups follow on each other and agree in their heads.
     """
@@ -79,6 +79,6 @@ class RowGroups(AttentionPattern):
         return self._joined(densities, [part.causal_pairs for part in self.parts])
 
     def tile_density(self) -> Tensor:
-        """Tiles are those of each group, laid from its first row."""
+        """Count the tiles of each group, laid from its first row."""
         densities = [part.tile_density().cpu() for part in self.parts]
         return self._joined(densities, [part.causal_pairs for part in self.parts])

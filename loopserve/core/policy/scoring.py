@@ -1,4 +1,4 @@
-"""The general work of a compressor that ranks tokens by a score: budget, sinks, recent window, ties and order, done once.
+"""Select pairs by a score: budget, sinks, recent window, ties and order, for every compressor that ranks tokens.
 
 Knows no score: a method implements ``score()`` and is done.
 """
@@ -29,14 +29,14 @@ from loopserve.kernels.top_columns import top_columns
 
 
 def to_positions(columns: Tensor, inputs: AttentionInputs) -> Tensor:
-    """Original positions of the chosen columns ``[Hkv, S]``."""
+    """Return the original positions of the chosen columns ``[Hkv, S]``."""
     if inputs.positions.dim() == 1:
         return inputs.positions[columns]
     return inputs.positions.gather(1, columns)
 
 
 def from_columns(heads: Sequence[Tensor], inputs: AttentionInputs, retention: Retention) -> KVSelection:
-    """The selection of sorted columns of each KV head, as many as each head has been given."""
+    """Return the selection of sorted columns of each KV head, as many as each head has."""
     found = [inputs.head_positions(head)[columns] for head, columns in enumerate(heads)]
     return KVSelection.from_heads(found, inputs.length, retention)
 
@@ -44,7 +44,9 @@ def from_columns(heads: Sequence[Tensor], inputs: AttentionInputs, retention: Re
 def best_held(
     scores: Tensor, budget: int, limits: ScoredConfig | None = None, first_valid: Tensor | None = None
 ) -> Tensor:
-    """The ``budget`` best columns of each head, or all it holds: bool ``[Hkv, n]``, never filler. limits: what is forced in."""
+    """Return the ``budget`` best columns of each head, or all that it holds: bool ``[Hkv, n]``, never filler. limits: the forced
+    pairs.
+    """
     sinks, recent = (limits.sink_tokens, limits.recent_window) if limits is not None else (0, 0)
     mask = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
     starts = first_valid.tolist() if first_valid is not None else [0]
@@ -58,8 +60,8 @@ def best_held(
 
 
 def sound(scores: Tensor, inputs: AttentionInputs) -> Tensor:
-    """Scores that a choice can be made by, as they are. PolicyError for a wrong form, and for NaN, which would be chosen without a
-    word; on an accelerator a look waits for it, so there NaN is looked for under strict checks only.
+    """Return scores that a choice can be made by. Raises PolicyError for a wrong form and for NaN. On an accelerator the search for
+    NaN waits for the device, so it runs under strict checks only.
     """
     wanted = inputs.keys.shape[:2]
     if not isinstance(scores, Tensor) or scores.shape != wanted or scores.device != inputs.keys.device:
@@ -72,7 +74,7 @@ def sound(scores: Tensor, inputs: AttentionInputs) -> Tensor:
 
 
 class ScoredConfig(PolicyConfig):
-    """Options every scored compressor has."""
+    """Define the options of every scored compressor."""
 
     budget: int = Field(
         1024, gt=0, description="KV pairs kept per KV head, in tokens; this turn's outputs come on top."
@@ -93,20 +95,24 @@ class ScoredConfig(PolicyConfig):
 
     @property
     def always_kept(self) -> int:
-        """Pairs that are kept whatever their score."""
+        """Return the number of pairs that are kept whatever their score."""
         return self.sink_tokens + self.recent_window
 
 
 @dataclass
 class ScoredState:
-    """Selections made while a forward pass runs, handed over at its end, and what a policy remembers of each layer."""
+    """Hold, by layer, the selections of the pass under way and the statistics that a score needs of earlier calls.
+
+    statistics: for example the attention that each pair has received (H2O), or moments of the queries (Expected Attention). A
+    policy whose statistics are objects names their types in ``state_types``.
+    """
 
     pending: dict[int, KVSelection] = field(default_factory=dict)
-    notes: dict[int, Any] = field(default_factory=dict)
+    statistics: dict[int, Any] = field(default_factory=dict)
 
 
 class ScoredCompressor(DecodeCompressor[ScoredState]):
-    """Ranks all stored pairs once at the end of each turn's prefill and keeps the best for the answer.
+    """Rank all stored pairs once at the end of each turn's prefill and keep the best for the answer.
 
     A new turn's prefill sees the whole store (retention ``keep``) or the survivors (``evict``); the selection is then made again
     from scratch over history and new turn alike. A method implements ``score``; the other steps are there to be changed by
@@ -116,37 +122,37 @@ class ScoredCompressor(DecodeCompressor[ScoredState]):
     signed: ClassVar[bool] = False  # scores may be negative
 
     class Config(ScoredConfig):
-        """Options every scored compressor has."""
+        """Take the options of every scored compressor."""
 
     config: ScoredConfig
 
     @property
     def can_be_weighed(self) -> bool:
-        """Whether scores may be multiplied by positive weights without turning their order around."""
+        """Return whether scores may be multiplied by positive weights without changing their order."""
         return not self.signed
 
     @property
     def limits(self) -> ScoredConfig:
-        """Budget, forced pairs and retention; a wrapper has those of what it wraps."""
+        """Return budget, forced pairs and retention; a wrapper returns those of the policy inside."""
         return self.config
 
     @abstractmethod
     def score(self, inputs: AttentionInputs) -> Tensor:
-        """Importance of each stored pair, ``[Hkv, Tk]``; larger is kept first."""
+        """Return the importance of each stored pair, ``[Hkv, Tk]``; larger is kept first."""
 
     def observe(self, inputs: AttentionInputs, state: ScoredState) -> None:
-        """Look at any call (each chunk of a prefill, each output) and note in ``state.notes`` what the ranking needs."""
+        """Observe any call (each chunk of a prefill, each output) and keep in ``state.statistics`` what the ranking needs."""
 
     def ranking(self, inputs: AttentionInputs, state: ScoredState, budget: int) -> Tensor:
-        """What the choice of ``budget`` pairs per head goes by, ``[Hkv, Tk]``: the score, unless a method needs more."""
+        """Return what ``budget`` pairs per head are chosen by, ``[Hkv, Tk]``: the score, unless a method needs more."""
         return self.score(inputs)
 
     def layer_budget(self, inputs: AttentionInputs) -> int:
-        """Pairs per KV head in this layer, on the average over its heads."""
+        """Return the pairs per KV head in this layer, on average over its heads."""
         return self.limits.budget
 
     def choose(self, inputs: AttentionInputs, ranking: Tensor, budget: int) -> KVSelection | None:
-        """The pairs that a ranking makes each head keep; None if all fit."""
+        """Return the pairs that a ranking makes each head keep, or None if all fit."""
         held = inputs.holds.sum(1)
         if int(held.max()) <= budget:
             return None

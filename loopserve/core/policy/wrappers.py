@@ -1,6 +1,6 @@
-"""A policy inside a policy: the type of a wrapper's option ``inner``, and what every wrapper does.
+"""Put a policy inside a policy: the type of a wrapper's option ``inner``, and what every wrapper does.
 
-Written ``inner: {policy: NAME, option: value}``. Whoever validates a wrapper's options hands a ``Maker`` as context, which
+Written ``inner: {policy: NAME, option: value}``. The validation of a wrapper's options gets a ``Maker`` as context, which
 knows the registry; in Python, a policy object is taken as it is.
 """
 
@@ -29,14 +29,14 @@ _EXAMPLE = "such as {policy: snapkv}"
 
 
 class Maker(Protocol):
-    """Makes policies of what a stack file says."""
+    """Make policies of what a stack file says."""
 
     def inner(self, written: Mapping[str, Any]) -> DecodeCompressor[Any]:
-        """The decode policy written one level further inside."""
+        """Return the decode policy written one level further inside."""
 
 
 def written(policy: Any) -> dict[str, Any]:
-    """A policy as a stack file says it, every option spelt out."""
+    """Return a policy as a stack file says it, every option spelt out."""
     return {"policy": policy.name, **policy.config.model_dump(mode="json")}
 
 
@@ -71,7 +71,7 @@ ScoredInner = Annotated[
 
 
 class WrapperConfig(PolicyConfig):
-    """Options of every policy that changes what another one does with its scores."""
+    """Take the options of every policy that changes what another one does with its scores."""
 
     inner: ScoredInner = Field(
         description="The policy wrapped, written as {policy: NAME, ...}; it says budget, forced pairs and retention."
@@ -88,14 +88,14 @@ class WrapperConfig(PolicyConfig):
 
 
 class ScoredWrapper(ScoredCompressor):
-    """A scored policy around another one; each step is the inner policy's unless a wrapper changes it.
+    """Wrap a scored policy; each step is the inner policy's unless a wrapper changes it.
 
     Budget, sinks, recent window and retention are the innermost policy's, so wrappers can stand around each other in any
     order. Outputs come on top of the budget, whatever the inner policy does with them alone.
     """
 
     class Config(WrapperConfig):
-        """The policy wrapped."""
+        """Take the policy inside."""
 
     config: WrapperConfig  # type: ignore[assignment]  # it has no limits of its own, see ``limits``
 
@@ -121,7 +121,7 @@ class ScoredWrapper(ScoredCompressor):
 
     @property
     def effective_capabilities(self) -> Capabilities:
-        """What both can do, needing what either needs."""
+        """Return what both can do, with the needs of either."""
         own, within = self.capabilities, self.inner.effective_capabilities
         return Capabilities(
             layer_types=own.layer_types & within.layer_types,
@@ -130,6 +130,10 @@ class ScoredWrapper(ScoredCompressor):
             batched=own.batched and within.batched,
             needs=own.needs | within.needs,
         )
+
+    @property
+    def effective_state_types(self) -> tuple[type, ...]:
+        return (*self.state_types, *self.inner.effective_state_types)
 
     def refuses(self, layer: LayerSpec) -> str | None:
         return self.inner.refuses(layer)

@@ -9,7 +9,7 @@ from typing import Any
 from loopserve.core.errors import ConfigError
 from loopserve.core.policy.interfaces import DecodeCompressor, PrefillSparsifier, Retention
 from loopserve.core.policy.registry import Kind, Registration, Registry
-from loopserve.core.stack.stack import load_stack, pair_refusals
+from loopserve.core.stack.stack import pair_refusals, resolve_stack
 
 _INNER = "snapkv"  # what a wrapper wraps when it is looked at by itself
 _NEUTRAL = {Kind.PREFILL: "dense", Kind.DECODE: "full"}
@@ -42,7 +42,7 @@ def _as_it_comes(policy: Registration, registry: Registry) -> PrefillSparsifier 
         written["inner"] = {"policy": _INNER}
     spec = {str(kind): {"policy": name} for kind, name in _NEUTRAL.items()} | {str(policy.kind): written}
     try:
-        stack = load_stack(spec, registry)
+        stack = resolve_stack(spec, registry)
     except ConfigError as error:
         return f"cannot be made without options: {error}"
     return stack.prefill if policy.kind is Kind.PREFILL else stack.decode

@@ -17,13 +17,18 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import InitErrorDetails, PydanticCustomError, to_json
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.events import CollectionEndEvent, CollectionStartEvent, NodeEvent
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
+from ruamel.yaml.reader import ReaderError
 
-from loopserve.core.errors import ConfigError, did_you_mean
+from loopserve.core.errors import ConfigError, did_you_mean, foreign_letters
 
-MAX_BYTES = 1 << 20
-MAX_VALUES = 20_000  # after aliases are followed: a few nested ones could stand for billions
+# A mistaken file is refused before much work is done on it: what is read in vain stays well below a second.
+MAX_BYTES = 1 << 18
+MAX_VALUES = 20_000  # in the file, and again after aliases are followed: a few nested ones could stand for billions
 MAX_DEPTH = 32
+MAX_PROBLEMS = 50  # named one by one
+MAX_INTEGER = 2**63 - 1
 
 Location = tuple[str | int, ...]
 KnownOptions = Callable[[Location], Iterable[str] | None]
@@ -52,8 +57,14 @@ class Problem:
 class InvalidDocument(ConfigError):
     """Every mistake of one document."""
 
-    def __init__(self, problems: Iterable[Problem]) -> None:
-        self.problems = tuple(sorted(problems, key=lambda each: each.line or 0))
+    def __init__(self, problems: Iterable[Problem], more: int = 0) -> None:
+        """more: how many mistakes there are beyond those given."""
+        found = sorted(problems, key=lambda each: each.line or 0)
+        more += max(len(found) - MAX_PROBLEMS, 0)
+        if more:
+            rest = f"and {more:,} more mistakes; is this the right file?"
+            found = [*found[:MAX_PROBLEMS], Problem(found[0].source, None, "", rest)]
+        self.problems = tuple(found)
         super().__init__("\n".join(map(str, self.problems)))
 
 
@@ -82,18 +93,30 @@ class Document:
 
         known_options: the names allowed inside the field at a location (None = not known), for suggestions.
         """
-        problems = list(self.problems)
+        problems = [*self.problems, *self._oversized(self.data, ())]
+        more = 0
         try:
             parsed = parse_strictly(model, self.data, context)
             if not problems:
                 return parsed
         except ValidationError as error:
             reported = {(each.field, each.line) for each in problems}
-            explained = [self._explain(each, known_options) for each in error.errors(include_url=False)]
+            mistakes = error.errors(include_url=False)
+            more = max(len(mistakes) - MAX_PROBLEMS, 0)
+            explained = [self._explain(each, known_options) for each in mistakes[:MAX_PROBLEMS]]
             problems += [each for each in explained if (each.field, each.line) not in reported]
         except ValueError as error:  # from to_json: no plain data
             problems.append(self.problem((), f"holds a value that is no plain data: {error}"))
-        raise InvalidDocument(problems)
+        raise InvalidDocument(problems, more)
+
+    def _oversized(self, value: Any, at: Location) -> Iterable[Problem]:
+        """Integers that neither JSON's readers nor tensors hold."""
+        if isinstance(value, int) and not -MAX_INTEGER <= value <= MAX_INTEGER:
+            yield self.problem(at, f"must be between -{MAX_INTEGER:,} and {MAX_INTEGER:,} (got {shown(value)})")
+        if len(at) <= MAX_DEPTH and isinstance(value, Mapping | list | tuple):
+            entries = value.items() if isinstance(value, Mapping) else enumerate(value)
+            for key, each in entries:
+                yield from self._oversized(each, (*at, key if isinstance(key, int) else str(key)))
 
     def _explain(self, error: Any, known_options: KnownOptions | None) -> Problem:
         at: Location = error["loc"]
@@ -104,8 +127,8 @@ class Document:
         if kind == "missing":
             return self.problem(at, "this key is required")
         if kind not in _WHOLE and not isinstance(value, Mapping | list):
-            shown = repr(value)
-            message += f" (got {shown if len(shown) <= _SHOWN else shown[:_SHOWN] + '...'})"
+            letters = foreign_letters(value) if isinstance(value, str) else ""
+            message += f" (got {shown(value)}{f': it holds {letters}' if letters else ''})"
         return self.problem(at, message)
 
 
@@ -127,7 +150,21 @@ def parse_strictly(model: type[Model], data: Any, context: Any = None) -> Model:
 
 def dotted(at: Location) -> str:
     """``layers[0].decode.budget``"""
-    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in at).removeprefix(".")
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{_one_line(part)}" for part in at).removeprefix(".")
+
+
+def _one_line(text: str) -> str:
+    """A text as it may stand in a message: cut, and without what a terminal would obey."""
+    cut = text if len(text) <= _SHOWN else text[:_SHOWN] + "..."
+    return cut if cut.isprintable() else "".join(each if each.isprintable() else ascii(each)[1:-1] for each in cut)
+
+
+def shown(value: Any) -> str:
+    """A wrong value as a message quotes it: one short line."""
+    try:
+        return _one_line(repr(value))
+    except ValueError:  # an integer of thousands of digits
+        return f"an integer of {value.bit_length()} bits"
 
 
 def read_yaml(path: Path, source: str | None = None) -> Document:
@@ -139,32 +176,75 @@ def read_yaml(path: Path, source: str | None = None) -> Document:
     except OSError as error:
         raise ConfigError(f"{source}: cannot be read: {error.strerror or error}") from error
     if len(content) > MAX_BYTES:
-        raise ConfigError(f"{source}: larger than {MAX_BYTES >> 20} MiB: this is no stack file")
+        raise ConfigError(
+            f"{source}: larger than {MAX_BYTES >> 10} KiB: loopserve reads no such file; is it the right one?"
+        )
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{source}: not UTF-8 text (byte {error.start})") from error
+        line = content.count(b"\n", 0, error.start) + 1
+        remedy = "it starts as UTF-16 does: " if content[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
+        raise ConfigError(f"{source}:{line}: not UTF-8 text (byte {error.start}): {remedy}save it as UTF-8") from error
     return parse_yaml(text, source)
 
 
 def parse_yaml(text: str, source: str) -> Document:
     """YAML text as a document. What is no YAML is refused; duplicate keys and the like are noted in ``problems``."""
+
+    def broken(line: int | None, message: str) -> InvalidDocument:
+        return InvalidDocument([Problem(source, line, "", message)])
+
     try:
+        _require_modest(text, broken)
         root = YAML(typ="safe", pure=True).compose(io.StringIO(text))
+    except ReaderError as error:
+        character = error.character if isinstance(error.character, str) else chr(error.character)
+        line = text.count("\n", 0, max(text.find(character), 0)) + 1
+        raise broken(line, f"broken YAML: {foreign_letters(character)} may not stand in a file of text") from error
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        reason = " ".join(", ".join(str(part) for part in (error.context, error.problem) if part).split())
-        line = mark.line + 1 if mark else None
-        raise InvalidDocument([Problem(source, line, "", f"broken YAML: {reason}")]) from error
+        reason = _one_line_of(", ".join(str(part) for part in (error.context, error.problem) if part))
+        if "'\\t'" in reason:
+            reason += ": indent with spaces"
+        if mark and (letters := _invisible(text.split("\n")[mark.line : mark.line + 1])):
+            reason += f"; the line holds {letters}"
+        raise broken(mark.line + 1 if mark else None, f"broken YAML: {reason}") from error
     except YAMLError as error:
-        raise InvalidDocument([Problem(source, None, "", f"broken YAML: {' '.join(str(error).split())}")]) from error
-    except RecursionError:
-        raise InvalidDocument([Problem(source, None, "", f"nested deeper than {MAX_DEPTH} levels")]) from None
+        raise broken(None, f"broken YAML: {_one_line_of(str(error))}") from error
     if root is None:
-        raise InvalidDocument([Problem(source, None, "", "the file is empty")])
+        raise broken(None, "the file is empty")
     reader = _Reader(source)
     data = reader.value(root, ())
     return Document(data, source, reader.lines, tuple(reader.problems))
+
+
+def _require_modest(text: str, broken: Callable[[int | None, str], InvalidDocument]) -> None:
+    """Refuse a text with too many values or levels while its parts are read one by one, before a tree is made of them."""
+    values = depth = 0
+    for event in YAML(typ="safe", pure=True).parse(io.StringIO(text)):
+        values += isinstance(event, NodeEvent)
+        depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
+        if values > MAX_VALUES or depth > MAX_DEPTH:
+            limit = (
+                f"nested deeper than {MAX_DEPTH} levels"
+                if depth > MAX_DEPTH
+                else f"holds more than {MAX_VALUES:,} values"
+            )
+            raise broken(event.start_mark.line + 1, f"{limit}: loopserve reads no such file; is it the right one?")
+
+
+def _invisible(lines: Iterable[str]) -> str:
+    """Characters between the words of a line that an editor does not show, or shows as a blank."""
+    return foreign_letters("".join(each for line in lines for each in line if each != "\t" and not each.isprintable()))
+
+
+def _reason(error: Exception) -> str:
+    reason = _one_line_of(str(error))
+    return "it has thousands of digits" if "integer string conversion" in reason else reason
+
+
+def _one_line_of(text: str) -> str:
+    return " ".join(text.split())
 
 
 def to_yaml(data: Any) -> str:
@@ -203,7 +283,7 @@ class _Reader:
         self._values += 1
         self.lines.setdefault(at, node.start_mark.line + 1)
         if self._values > MAX_VALUES or len(at) > MAX_DEPTH:
-            limit = f"holds more than {MAX_VALUES} values or {MAX_DEPTH} levels, with aliases followed"
+            limit = f"holds more than {MAX_VALUES:,} values or {MAX_DEPTH} levels, with aliases followed"
             raise InvalidDocument([Problem(self.source, node.start_mark.line + 1, "", limit)])
         tag = str(node.tag)
         if isinstance(node, MappingNode) and tag == _TAG + "map":
@@ -212,7 +292,9 @@ class _Reader:
             return [self.value(item, (*at, index)) for index, item in enumerate(node.value)]
         if isinstance(node, ScalarNode) and tag in _PLAIN_SCALARS:
             return self._scalar(node, at)
-        self._note(node, at, f"a value of type {tag.removeprefix(_TAG)!r} has no place here; quote it if it is text")
+        self._note(
+            node, at, f"a value of type {shown(tag.removeprefix(_TAG))} has no place here; quote it if it is text"
+        )
         return None
 
     def _mapping(self, node: MappingNode, at: Location) -> dict[str, Any]:
@@ -235,7 +317,7 @@ class _Reader:
         try:
             return self._constructor.construct_object(node)
         except (YAMLError, ValueError) as error:
-            self._note(node, at, f"not a {str(node.tag).removeprefix(_TAG)}: {' '.join(str(error).split())}")
+            self._note(node, at, f"not a {str(node.tag).removeprefix(_TAG)}: {_reason(error)}")
             return None
 
     def _note(self, node: Node, at: Location, message: str) -> None:

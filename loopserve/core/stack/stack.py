@@ -30,6 +30,11 @@ class Override:
     prefill: PrefillSparsifier | None = None
     decode: DecodeCompressor[Any] | None = None
 
+    @property
+    def passive(self) -> bool:
+        """Whether it only leaves layers as the model has them."""
+        return all(each is None or each.capabilities.passive for each in (self.prefill, self.decode))
+
     def covers(self, index: int, total: int) -> bool:
         return any(index in each.resolve(total) for each in self.at)
 
@@ -67,7 +72,7 @@ class PolicyStack:
         )
 
     def describe(self) -> dict[str, Any]:
-        """The stack with every option spelt out, as a stack file says it; ``load_stack`` makes an equal stack of it."""
+        """The stack with every option spelt out, as a stack file says it; ``resolve_stack`` makes an equal one of it."""
         described: dict[str, Any] = {"version": 1, "name": self.name}
         if self.description is not None:
             described["description"] = self.description
@@ -125,7 +130,7 @@ class PolicyStack:
             if beyond or not named:
                 given = ", ".join(str(each.as_written()) for each in override.at)
                 yield f"layers[{number}].at: {given} does not fit the model, which has layers 0 to {total - 1}"
-            for layer in layers:
+            for layer in () if override.passive else layers:  # sliding layers stay as the model has them in any case
                 if layer.type is not LayerType.FULL and self._override(layer.index, total) is override:
                     yield (
                         f"layers[{number}].at: layer {layer.index} is a {layer.type} layer, which stays as the model "
@@ -189,8 +194,11 @@ def _spoken(indices: Sequence[int]) -> str:
     return f"layer{'s' if len(indices) > 1 else ''} {text}"
 
 
-def load_stack(spec: str | Path | Mapping[str, Any] | PolicyStack, registry: Registry) -> PolicyStack:
-    """A stack by preset name, from a YAML file, or from a dict of the same form. ConfigError names every mistake."""
+def resolve_stack(spec: str | Path | Mapping[str, Any] | PolicyStack, registry: Registry) -> PolicyStack:
+    """Make a stack of a preset's name, a YAML file or a dict of the same form, with the policies of a registry.
+
+    ``loopserve.load_stack`` is this with the plugins that are installed. ConfigError names every mistake.
+    """
     if isinstance(spec, PolicyStack):
         return spec
     if isinstance(spec, Mapping):

@@ -15,15 +15,17 @@ from typing import Annotated, Any, Generic, Literal, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationInfo, create_model
 
-from loopserve.core.errors import ConfigError
+from loopserve.core.errors import ConfigError, foreign_letters
 from loopserve.core.guard.faults import constructing
 from loopserve.core.policy.interfaces import DecodeCompressor, PrefillSparsifier
 from loopserve.core.policy.registry import Kind, Registry
 from loopserve.core.policy.wrappers import MAX_NESTING
-from loopserve.core.stack.config import Document, InvalidDocument, Location, mistake, mistake_at, parse_strictly
+from loopserve.core.stack.config import Document, InvalidDocument, Location, mistake, mistake_at, parse_strictly, shown
 
-_RANGE = re.compile(r"(-?\d+)-(-?\d+)")
-_RangeText = Annotated[str, Field(pattern=r"^-?\d+--?\d+$")]
+_RANGE = re.compile(r"(-?[0-9]{1,9})-(-?[0-9]{1,9})")
+_RangeText = Annotated[str, Field(pattern=r"^-?[0-9]+--?[0-9]+$")]
+_MOST_LAYERS = 10_000  # no model has nearly as many
+_LARGEST_COUNT = 2**31 - 1  # kernels count tokens and pairs in 32 bits
 
 
 @dataclass(frozen=True)
@@ -44,15 +46,24 @@ class LayerRange:
 
 def _range(value: object) -> LayerRange:
     if isinstance(value, int) and not isinstance(value, bool):
-        return LayerRange(value, value)
+        return _within_any_model(LayerRange(value, value))
     if isinstance(value, str):
         match = _RANGE.fullmatch(value.replace(" ", ""))
         if match:
             first, last = int(match[1]), int(match[2])
             if (first < 0) == (last < 0) and first > last:
                 raise mistake(f"the range {value!r} is empty: write the lower layer first")
-            return LayerRange(first, last)
-    raise mistake(f"{value!r} names no layer: write a list such as [0, 1, -1], or a range such as '0-3'")
+            return _within_any_model(LayerRange(first, last))
+    letters = foreign_letters(value) if isinstance(value, str) else ""
+    holds = f" (it holds {letters})" if letters else ""
+    raise mistake(f"{shown(value)} names no layer{holds}: write a list such as [0, 1, -1], or a range such as '0-3'")
+
+
+def _within_any_model(layers: LayerRange) -> LayerRange:
+    beyond = next((each for each in (layers.first, layers.last) if not -_MOST_LAYERS <= each < _MOST_LAYERS), None)
+    if beyond is not None:
+        raise mistake(f"no model has a layer {shown(beyond)}: layers are counted from 0, negative ones from the end")
+    return layers
 
 
 def _ranges(value: object) -> tuple[LayerRange, ...]:
@@ -78,6 +89,11 @@ class _Maker:
         name, options = value["policy"], {key: each for key, each in value.items() if key != "policy"}
         if not isinstance(name, str):
             raise mistake_at(("policy",), f"must be the name of a policy, {example}", name)
+        for key, each in options.items():
+            if type(each) is int and each > _LARGEST_COUNT and key != "seed":
+                raise mistake_at(
+                    (key,), f"must be at most {_LARGEST_COUNT:,}: tokens and pairs are counted in 32 bits", each
+                )
         try:
             registration = self.registry.get(kind, name)
             inside = _Maker(self.registry, self.depth + 1)

@@ -1,4 +1,4 @@
-"""Key norms: small keys attract attention."""
+"""Implement key norms: small keys attract attention."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from loopserve.core.policy.scoring import ScoredCompressor
 
 
 class KnormDecode(ScoredCompressor):
-    """Keeps the pairs with the smallest keys; asks no query and computes no attention (L2-norm compression).
+    """Keep the pairs with the smallest keys; reads no query and computes no attention (L2-norm compression).
 
     Paper: https://arxiv.org/abs/2406.11430. Variant, as in kvpress: ``s = -|K|`` per KV head, norms in float32.
 

@@ -1,4 +1,4 @@
-"""Random selection: the floor that a method must clear."""
+"""Implement random selection: the floor that a method must exceed."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from loopserve.policies.draws import generator
 
 
 class RandomDecode(ScoredCompressor):
-    """Keeps sinks, the recent window and otherwise pairs drawn at random: what any selection must beat at the same
-    budget.
+    """Keep sinks, the recent window and otherwise pairs drawn at random: what any selection must exceed at the same budget.
 
     No paper. The draw depends on seed, turn, layer and length alone, so it can be repeated.
 

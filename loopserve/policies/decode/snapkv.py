@@ -1,4 +1,4 @@
-"""SnapKV: what the last tokens of the prompt attend to."""
+"""Implement SnapKV: keep what the last tokens of the prompt attend to."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from loopserve.core.policy.scoring import ScoredCompressor, ScoredConfig
 
 
 class SnapKVDecode(ScoredCompressor):
-    """Keeps the observation window and the pairs that its queries attend to most (SnapKV).
+    """Keep the observation window and the pairs that its queries attend to most (SnapKV).
 
     Paper: https://arxiv.org/abs/2404.14469. Variant, as in kvpress: ``s`` = mean over the window's queries of their
     softmax over all keys; average pooling over neighbouring keys before the window (zeros beyond the edges count); mean

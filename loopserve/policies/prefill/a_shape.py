@@ -1,4 +1,4 @@
-"""A-shape prefill: the first tokens and a local window."""
+"""Implement A-shape prefill: the first tokens and a local window."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from loopserve.policies.lines import sink_lines
 
 
 class AShapePrefill(PrefillSparsifier):
-    """Each new token attends to the first tokens of the conversation and to a window of the tokens right before it.
+    """Attend from each new token to the first tokens of the conversation and to a window of the tokens right before it.
 
     The static pattern that StreamingLLM (https://arxiv.org/abs/2309.17453) explains and that MInference's and SCBench's
     code call A-shape. Variant: lines of exact length, one vertical per sink token and one slash per offset.

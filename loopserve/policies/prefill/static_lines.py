@@ -1,4 +1,4 @@
-"""Static lines: chosen on the first turn and kept; what LoopServe's choice in every turn is measured against."""
+"""Implement static lines: chosen in the first turn and kept, a baseline for LoopServe's choice in every turn."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from loopserve.policies.prefill.given_lines import GivenLines, read_lines
 
 
 class StaticLinesPrefill(PrefillSparsifier):
-    """Keeps the vertical and slash lines of the first turn, or of a file, for the whole conversation: LoopServe's choice,
-    but not online.
+    """Keep the vertical and slash lines of the first turn, or of a file, for the whole conversation: LoopServe's choice, but not
+    online.
 
     Paper: https://arxiv.org/abs/2507.13681, the ablation of its first phase. The first turn chooses lines as ``loopserve``
     does (sampled rows, gain per cost, overlap counted once, until ``alpha``); later turns compute the same columns and

@@ -1,4 +1,4 @@
-"""Tri-shape prefill: the A-shape, and the last rows whole."""
+"""Implement tri-shape prefill: the A-shape, and the last rows whole."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from loopserve.policies.lines import sink_lines
 
 
 class TriShapePrefill(PrefillSparsifier):
-    """The A-shape (first tokens and a local window), while the last rows of a turn attend to everything (Tri-shape).
+    """Compute the A-shape (first tokens and a local window), and the last rows of a turn over everything (Tri-shape).
 
     Paper: https://arxiv.org/abs/2412.10319 (SCBench). Variant: 100 last rows, as in its code; those rows usually hold the
     question and produce the first token.

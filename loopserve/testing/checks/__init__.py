@@ -1,4 +1,4 @@
-"""The checks of the conformance kit, one function and one sentence each; about thirty are asked of a policy."""
+"""Collect the checks of the conformance kit, one function and one sentence each; about thirty apply to a policy."""
 
 from loopserve.core.policy.interfaces import DecodeCompressor, PrefillSparsifier
 from loopserve.testing.checks import compressor, form, serving, sessions, sparsifier

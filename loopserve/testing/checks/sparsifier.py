@@ -1,4 +1,4 @@
-"""What a prefill sparsifier promises. Most checks look at a first turn; histories and evictions have checks of their own."""
+"""Check a prefill sparsifier. Most checks use a first turn; histories and evictions have checks of their own."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from loopserve.core.policy.interfaces import AttentionInputs, Need
 from loopserve.core.policy.patterns import AttentionPattern
 from loopserve.testing.checks.calls import attended, first_turn
+from loopserve.testing.checks.sessions import written_and_read
 from loopserve.testing.inputs import make_inputs
 from loopserve.testing.subject import NotApplicable, Subject
 from loopserve.testing.variants import leaves_something_out, widest
@@ -21,7 +22,7 @@ _LOUD = 50.0  # what filler is replaced with, to see whether anything listens
 
 
 def _masked_scores(mask: Tensor, inputs: AttentionInputs) -> Tensor:
-    """Scores ``[Hq, Tq, Tk]`` with minus infinity outside the mask; a row without any cell is NaN after a softmax."""
+    """Return scores ``[Hq, Tq, Tk]`` with minus infinity outside the mask; a row without any cell is NaN after a softmax."""
     keys = inputs.keys.repeat_interleave(inputs.group, 0)
     return (inputs.queries @ keys.mT * inputs.scaling).masked_fill(~mask, float("-inf"))
 
@@ -92,8 +93,8 @@ def density_counts_the_mask(subject: Subject) -> None:
     inputs = first_turn()
     pattern = subject.sparsifier.sparsify(inputs)
     counted = _usable_mask(pattern, inputs).tril().sum((1, 2)).float() / pattern.causal_pairs
-    told, tiles = pattern.cell_density(), pattern.tile_density()
-    assert torch.allclose(told, counted, atol=1e-5), f"says {told.tolist()}, the mask says {counted.tolist()}"
+    stated, tiles = pattern.cell_density(), pattern.tile_density()
+    assert torch.allclose(stated, counted, atol=1e-5), f"says {stated.tolist()}, the mask says {counted.tolist()}"
     assert bool(((tiles > 0) & (tiles <= 1)).all()), f"tile density is {tiles.tolist()}"
 
 
@@ -167,17 +168,18 @@ def rows_of_a_batch_are_independent(subject: Subject) -> None:
 
 
 def sparsifier_state_survives_a_fork(subject: Subject) -> None:
-    """What the policy writes into its state can be deep-copied, and the copy serves the next turn alike."""
+    """What the policy writes into its state can be copied and written to disk, and the copies serve the next turn alike."""
     inputs = first_turn()
     subject.sparsifier.sparsify(inputs)
     if not inputs.state:
         raise NotApplicable("it keeps no state")
     masks = []
-    for state in (copy.deepcopy(inputs.state), inputs.state):
+    for state in (copy.deepcopy(inputs.state), written_and_read(subject.policy, inputs.state), inputs.state):
         later = make_inputs(new_tokens=20, total_tokens=68, turn=1)
         later.state.update(state)
         masks.append(subject.sparsifier.sparsify(later).to_mask())
-    assert torch.equal(*masks), "the copy of the state leads to another pattern"
+    assert torch.equal(masks[0], masks[2]), "the copy of the state leads to another pattern"
+    assert torch.equal(masks[1], masks[2]), "the state read from disk leads to another pattern"
 
 
 def widest_setting_is_dense(subject: Subject) -> None:

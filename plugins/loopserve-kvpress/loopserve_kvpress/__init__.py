@@ -1,4 +1,4 @@
-"""kvpress-style scorers as loopserve decode policies: objects with a ``score`` method, run as they are."""
+"""Run kvpress-style scorers as loopserve decode policies: objects with a ``score`` method, called as they are."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from loopserve.core.errors import ConfigError, PolicyError
 from loopserve.core.policy.interfaces import AttentionInputs, LayerSpec, LayerType, Need, Phase
 from loopserve.core.policy.registry import Kind, Registry
-from loopserve.core.stack.stack import load_stack
+from loopserve.core.stack.stack import resolve_stack
 from loopserve.policies import loopserve_register_policies as built_in
 from loopserve.testing import parametrize_with_policy_checks
 from loopserve.testing.inputs import make_inputs
@@ -161,8 +161,8 @@ def registry() -> Registry:
 
 def test_it_stands_in_a_stack_file_and_inside_a_wrapper(registry: Registry) -> None:
     inner = {"policy": "kvpress", "press": "WindowScorer", "options": {"window_size": 8}, "budget": 64}
-    stack = load_stack({"prefill": {"policy": "dense"}, "decode": {"policy": "adakv", "inner": inner}}, registry)
-    assert load_stack(stack.describe(), registry) == stack
+    stack = resolve_stack({"prefill": {"policy": "dense"}, "decode": {"policy": "adakv", "inner": inner}}, registry)
+    assert resolve_stack(stack.describe(), registry) == stack
     assert stack.decode.effective_capabilities.needs == {Need.ROTARY}
     assert registry.get(Kind.DECODE, "kvpress").paper
 
@@ -179,7 +179,7 @@ def test_it_stands_in_a_stack_file_and_inside_a_wrapper(registry: Registry) -> N
 )
 def test_what_cannot_be_made_is_refused_at_load(registry: Registry, fields: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
-        load_stack({"prefill": {"policy": "dense"}, "decode": {"policy": "kvpress", **fields}}, registry)
+        resolve_stack({"prefill": {"policy": "dense"}, "decode": {"policy": "kvpress", **fields}}, registry)
 
 
 def test_without_kvpress_it_says_what_to_do(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,7 +187,9 @@ def test_without_kvpress_it_says_what_to_do(registry: Registry, monkeypatch: pyt
     with pytest.raises(
         ConfigError, match=r"kvpress cannot be imported .* as an entry point of the group 'loopserve_kvpress'"
     ):
-        load_stack({"prefill": {"policy": "dense"}, "decode": {"policy": "kvpress", "press": "SnapKVPress"}}, registry)
+        resolve_stack(
+            {"prefill": {"policy": "dense"}, "decode": {"policy": "kvpress", "press": "SnapKVPress"}}, registry
+        )
 
 
 class Interleaved(PlainParts):

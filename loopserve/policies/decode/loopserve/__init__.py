@@ -1,1 +1,1 @@
-"""LoopServe, phase two: progressive KV compression."""
+"""Implement LoopServe, phase two: progressive KV compression."""

@@ -1,4 +1,4 @@
-"""Options of LoopServe's progressive KV compression."""
+"""Define the options of LoopServe's progressive KV compression."""
 
 from __future__ import annotations
 
@@ -139,15 +139,10 @@ class LoopServeDecodeConfig(PolicyConfig):
     rescore: Rescore = Field(
         Rescore.KEYS,
         description="What a re-selection is scored on. keys: the last output queries over all keys; codes (needs key_bits): "
-        "what the codes told of each output's query as it came, at no further reading.",
+        "the scores that the codes gave each output's query in its own step, without another read.",
     )
     page: int = Field(16, gt=0, description="Columns per page of the key summaries (page_budget and drift).")
     seed: int = Field(0, ge=0, description="Seed of first_block: sampled.")
-
-    @property
-    def dense_tokens(self) -> int:
-        """Tokens up to which everything is attended."""
-        return int(self.budget * self.dense_below)
 
     @model_validator(mode="after")
     def _consistent(self) -> LoopServeDecodeConfig:
