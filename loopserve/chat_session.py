@@ -256,10 +256,16 @@ class ChatSession:
             prompt = self._transcript.prompt(asked)
         pending = PendingAnswer(self, asked, prompt, config)
         turn = engine.begin(session, pending.new_tokens, config, logits_processors=processors, **pending.options)
-        for _ in engine.finish(turn, progress):
-            if piece := pending.piece(turn):
-                yield piece
-        pending.conclude(turn)
+        concluded = False
+        try:
+            for _ in engine.finish(turn, progress):
+                if piece := pending.piece(turn):
+                    yield piece
+            pending.conclude(turn)
+            concluded = True
+        finally:
+            if not concluded and turn.finished and turn.error is None:  # left at the last piece: not in the transcript
+                turn.take_back()
 
     def take(self, asked: list[Message], turn: TranscriptTurn, reply: Reply) -> None:
         """Take in a turn that was answered."""

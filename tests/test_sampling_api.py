@@ -192,12 +192,12 @@ def prompts(engine: Engine) -> list[list[int]]:
 
 def together(engine: TokenEngine, given: list[list[int]], options: list[dict[str, Any]]) -> list[Any]:
     """Run the turns of several sessions in shared passes; the results are the requests."""
-    scheduler = Scheduler(engine, max_batched_tokens=24)
+    scheduler = Scheduler(engine, max_num_batched_tokens=24)
     requests = [
         scheduler.submit(engine.session(), ids, SamplingConfig(max_new_tokens=8, **each))
         for ids, each in zip(given, options, strict=True)
     ]
-    scheduler.run()
+    scheduler.run_until_idle()
     return requests
 
 
@@ -247,14 +247,14 @@ def test_logits_that_are_no_numbers_end_one_turn_alone(
 
 def test_stop_strings_work_for_several_sessions_in_a_pass(dense: Engine) -> None:
     core, given = dense.token_engine, prompts(dense)
-    scheduler = Scheduler(core, max_batched_tokens=24)
+    scheduler = Scheduler(core, max_num_batched_tokens=24)
     stops = ["lantern", "con ri", "is"]
     texts = [AnswerText(dense.tokenizer, [stop]) for stop in stops]
     requests = [
         scheduler.submit(core.session(), ids, SamplingConfig(stop=stop), dense.stop_ids, stop_check=text.push)
         for ids, stop, text in zip(given, stops, texts, strict=True)
     ]
-    scheduler.run()
+    scheduler.run_until_idle()
     for text in texts:
         text.close()
     assert [text.text.strip() for text in texts] == ["oslo is silver", "lisbon is amber fal", "oslo"]

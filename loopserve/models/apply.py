@@ -373,7 +373,7 @@ def _leave(state: Applied) -> Hook:
         contexts = rows.under_way.contexts
         state.rotary.begin(None)
         rows.columns += kwargs["input_ids"].shape[1]
-        state.engine.complete(contexts)
+        state.engine.after_pass(contexts)
         rows.under_way = None
         for name in _CACHE_KEYWORDS:
             if not rows.kept and getattr(output, name, None) is not None:

@@ -21,7 +21,7 @@ from loopserve.core.errors import ModelError
 from loopserve.core.kv.recording import plain_tensors
 from loopserve.core.policy.interfaces import LayerSpec
 from loopserve.models.cache import CacheRows, Pass, Span, cache_over, computed_in, last_stored
-from loopserve.models.layers import cache_keyword, input_device, read_layers, takes_keywords
+from loopserve.models.layers import cache_keyword, input_device, read_layers, takes_keywords, vocabulary_size
 from loopserve.models.masks import no_mask
 from loopserve.models.rotation import Rotation, longest_conversation
 
@@ -152,6 +152,11 @@ class TransformersModel:
     def device(self) -> torch.device:
         """Where token ids and positions go."""
         return input_device(self.model)
+
+    @property
+    def vocabulary(self) -> int:
+        """How many token ids there are."""
+        return vocabulary_size(self.model)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -60,7 +60,7 @@ def alone(served: TokenEngine, turns: list[list[int]]) -> list[int]:
 @pytest.mark.parametrize("preset", presets())
 def test_every_preset_answers_as_alone(preset: str) -> None:
     served = engine(preset)
-    scheduler = Scheduler(served, max_batched_tokens=WHOLE)
+    scheduler = Scheduler(served, max_num_batched_tokens=WHOLE)
     turns = [
         [prompt(10 * n + turn, tokens) for turn, tokens in enumerate(lengths)]
         for n, lengths in enumerate([(70, 9), (33, 60), (50, 1)])
@@ -68,7 +68,7 @@ def test_every_preset_answers_as_alone(preset: str) -> None:
     sessions = [served.session() for _ in turns]
     for turn in range(2):
         requests = [scheduler.submit(each, turns[n][turn], GREEDY) for n, each in enumerate(sessions)]
-        scheduler.run()
+        scheduler.run_until_idle()
         assert all(len(request.result()) == 7 for request in requests)
     assert [each.tokens for each in sessions] == [alone(served, each) for each in turns]
 
@@ -77,11 +77,11 @@ def test_sessions_under_different_stacks_share_passes() -> None:
     served = engine()
     names = ["dense", "loopserve", "snapkv-evict", "quest", "h2o"]
     sessions = [served.session(with_budget(load_stack(name), 48)) for name in names]
-    scheduler = Scheduler(served, max_batched_tokens=WHOLE)
+    scheduler = Scheduler(served, max_num_batched_tokens=WHOLE)
     for turn, tokens in enumerate((90, 20)):
         for session in sessions:
             scheduler.submit(session, prompt(turn, tokens), GREEDY)
-        scheduler.run()
+        scheduler.run_until_idle()
     turns = [prompt(0, 90), prompt(1, 20)]
     assert [each.tokens for each in sessions] == [alone(engine(name), turns) for name in names]
     assert len({tuple(each.tokens) for each in sessions}) > 1
@@ -105,7 +105,7 @@ ACTS = st.sampled_from(["send", "send", "send", "step", "step", "cancel", "undo"
 def test_interleaved_sessions_answer_as_alone(stack: str, acts: list[tuple[str, int, int]]) -> None:
     """Send, cancel, undo, fork and release in any order over two to six sessions; what is left of each is as if held alone."""
     served = engine(stack)
-    scheduler = Scheduler(served, max_batched_tokens=WHOLE, max_sessions=3)
+    scheduler = Scheduler(served, max_num_batched_tokens=WHOLE, max_sessions=3)
     sessions: list[Session] = [served.session(), served.session()]
     said: list[list[list[int]]] = [[], []]  # per session the prompts of its complete turns
     exact = [True, True]  # a released store is computed anew in one piece, which a policy may see otherwise
@@ -142,7 +142,7 @@ def test_interleaved_sessions_answer_as_alone(stack: str, acts: list[tuple[str, 
                 sessions[at].release_store()
                 exact[at] = False
         settle()
-    scheduler.run()
+    scheduler.run_until_idle()
     settle()
     assert not requests
     for session, turns, kept in zip(sessions, said, exact, strict=True):
@@ -153,30 +153,30 @@ def test_interleaved_sessions_answer_as_alone(stack: str, acts: list[tuple[str, 
 
 def test_small_pieces_and_many_sessions_give_the_same_tokens() -> None:
     served = engine()
-    scheduler = Scheduler(served, max_batched_tokens=16, max_sessions=4)
+    scheduler = Scheduler(served, max_num_batched_tokens=16, max_sessions=4)
     turns = [[prompt(n, 20 + 13 * n)] for n in range(9)]
     sessions = [served.session() for _ in turns]
     requests = [scheduler.submit(each, turn[0], GREEDY) for each, turn in zip(sessions, turns, strict=True)]
-    scheduler.run()
+    scheduler.run_until_idle()
     assert all(request.done.is_set() for request in requests)
     assert [each.tokens for each in sessions] == [alone(served, each) for each in turns]
 
 
 def test_a_short_prompt_does_not_wait_behind_a_long_one() -> None:
     served = engine()
-    scheduler = Scheduler(served, max_batched_tokens=64)
+    scheduler = Scheduler(served, max_num_batched_tokens=64)
     long = scheduler.submit(served.session(), prompt(0, 900), GREEDY)
     scheduler.step()
     short = scheduler.submit(served.session(), prompt(1, 20), GREEDY)
     scheduler.step()
     assert short.output and not long.output
-    scheduler.run()
+    scheduler.run_until_idle()
     assert len(long.result()) == len(short.result()) == 7
 
 
 def test_short_prompts_do_not_starve_a_long_one() -> None:
     served = engine()
-    scheduler = Scheduler(served, max_batched_tokens=32)
+    scheduler = Scheduler(served, max_num_batched_tokens=32)
     long = scheduler.submit(served.session(), prompt(0, 300), SamplingConfig(max_new_tokens=1))
     for number in range(60):  # more short prompts than a pass can hold
         if not long.done.is_set():
@@ -207,7 +207,7 @@ def test_requests_that_cannot_be_served_are_refused_for_themselves() -> None:
         scheduler.submit(served.session(), [5], GREEDY)
     with pytest.raises(InputError, match="still being written"):
         list(served.generate(session, [5], GREEDY))
-    scheduler.run()
+    scheduler.run_until_idle()
     assert session.tokens == alone(served, [prompt(0, 20)]) and len(request.result()) == 7
 
 
@@ -215,7 +215,7 @@ def test_a_finished_turn_cannot_be_cancelled_and_stays() -> None:
     served = engine()
     scheduler, session = Scheduler(served), served.session()
     request = scheduler.submit(session, prompt(0, 20), GREEDY)
-    scheduler.run()
+    scheduler.run_until_idle()
     tokens = list(session.tokens)
     scheduler.cancel(request)
     assert not scheduler.step()
@@ -225,7 +225,7 @@ def test_a_finished_turn_cannot_be_cancelled_and_stays() -> None:
 @pytest.mark.parametrize("passes", [0, 1, 2, 4])
 def test_a_cancelled_turn_is_taken_back_whole(passes: int) -> None:
     served = engine("snapkv-evict")
-    scheduler, session, beside = Scheduler(served, max_batched_tokens=16), served.session(), served.session()
+    scheduler, session, beside = Scheduler(served, max_num_batched_tokens=16), served.session(), served.session()
     list(served.generate(session, prompt(0, 40), GREEDY))
     before, held = list(session.tokens), session.cache.store_bytes
     kept = scheduler.submit(beside, prompt(2, 20), GREEDY)
@@ -233,7 +233,7 @@ def test_a_cancelled_turn_is_taken_back_whole(passes: int) -> None:
     for _ in range(passes):
         scheduler.step()
     scheduler.cancel(request)
-    scheduler.run()
+    scheduler.run_until_idle()
     with pytest.raises(CancelledTurn):
         request.result()
     assert session.tokens == before and session.cache.store_bytes == held and not session.busy
@@ -254,11 +254,11 @@ class FailsAt(PrefillSparsifier):
 
 def test_an_exception_in_one_session_leaves_the_others_as_they_are() -> None:
     served = TokenEngine(TransformersModel(model()), PolicyStack("test", FailsAt(), FullDecode()))
-    scheduler = Scheduler(served, max_batched_tokens=WHOLE)
+    scheduler = Scheduler(served, max_num_batched_tokens=WHOLE)
     sessions = [served.session() for _ in range(3)]
     lengths = (30, 13, 21)
     requests = [scheduler.submit(each, prompt(n, lengths[n]), GREEDY) for n, each in enumerate(sessions)]
-    scheduler.run()
+    scheduler.run_until_idle()
     with pytest.raises(PolicyFault, match="thirteen"):
         requests[1].result()
     assert sessions[1].tokens == [] and sessions[1].cache.seen == 0
@@ -276,7 +276,7 @@ def test_nan_logits_of_one_session_end_its_turn_alone() -> None:
     broken, sound = served.session(), served.session()
     failing = scheduler.submit(broken, prompt(0, 12), refuse, max_new_tokens=4)
     fine = scheduler.submit(sound, prompt(1, 12), GREEDY)
-    scheduler.run()
+    scheduler.run_until_idle()
     with pytest.raises(ModelError, match="not numbers"):
         failing.result()
     assert broken.tokens == [] and fine.result() == alone(served, [prompt(1, 12)])[12:]
@@ -297,7 +297,7 @@ def test_memory_is_kept_by_admission_and_idle_sessions_make_way() -> None:
         assert sum(each.allocated_bytes for each in sessions) <= scheduler.ledger.limit
     assert all(len(each.result()) == 7 for each in requests)
     again = scheduler.submit(first, prompt(7, 20), GREEDY)  # its store made way and is computed anew
-    scheduler.run()
+    scheduler.run_until_idle()
     assert again.result() == alone(served, [prompt(0, 200), prompt(7, 20)])[-7:]
 
 
@@ -309,7 +309,7 @@ def test_memory_is_kept_by_admission_and_idle_sessions_make_way() -> None:
 )
 def test_the_limit_is_never_passed(limit: int, turns: list[tuple[int, int]], stack: str) -> None:
     served = engine(stack)
-    scheduler = Scheduler(served, kv_memory=limit, max_batched_tokens=64)
+    scheduler = Scheduler(served, kv_memory=limit, max_num_batched_tokens=64)
     sessions = [served.session() for _ in range(4)]
     for number, (at, size) in enumerate(turns):
         with contextlib.suppress(InputError):  # more than the limit, or a turn of the session is under way
@@ -340,6 +340,6 @@ def test_requests_come_from_other_threads() -> None:
 
 
 def test_values_that_make_no_sense_are_refused() -> None:
-    for options in ({"max_sessions": 0}, {"max_batched_tokens": 0}, {"max_queued": -1}, {"kv_memory": 0}):
+    for options in ({"max_sessions": 0}, {"max_num_batched_tokens": 0}, {"max_queued": -1}, {"kv_memory": 0}):
         with pytest.raises(ConfigError, match=next(iter(options))):
             Scheduler(engine(), **options)

@@ -65,7 +65,7 @@ def together(engine: TokenEngine) -> tuple[list[torch.Tensor], int]:
                 begun[number] += 1
         waiting = {turn.waiting > 0 for turn in running.values()}
         mixed += len(waiting) > 1
-        engine.run(list(running.values()), [30] * len(running))
+        engine.run_pass(list(running.values()), [30] * len(running))
         passes += 1
         for number, turn in list(running.items()):
             assert turn.error is None
@@ -101,6 +101,6 @@ def in_pieces(engine: TokenEngine) -> list[torch.Tensor]:
         for turn in range(2):
             running = engine.begin(session, prompt(number, turn), seen, max_new_tokens=ANSWER)
             while not running.finished:
-                engine.run([running], [30])
+                engine.run_pass([running], [30])
         found.append(torch.stack(seen.logits))
     return found

@@ -58,7 +58,7 @@ def run_wait_bench(
     stack: str = "dense",
     prompt: int = 8192,
     short: int = 256,
-    max_batched_tokens: int = 512,
+    max_num_batched_tokens: int = 512,
     runs: int = 5,
     dtype: str = "auto",
     progress: Callable[[str], None] = lambda _: None,
@@ -73,17 +73,17 @@ def run_wait_bench(
     for run in range(runs + 1):
         progress(f"wait: {short} tokens beside {prompt}, run {run} of {runs}")
         words = _prompt(loaded, short, run + 1)
-        scheduler = Scheduler(engine, max_batched_tokens=max_batched_tokens)
+        scheduler = Scheduler(engine, max_num_batched_tokens=max_num_batched_tokens)
         seconds = _first_token(scheduler, engine.session(), words)
         if run:  # the first run warms up
             alone.append(seconds)
-            scheduler = Scheduler(engine, max_batched_tokens=max_batched_tokens)
+            scheduler = Scheduler(engine, max_num_batched_tokens=max_num_batched_tokens)
             long = scheduler.submit(engine.session(), ids, sampling)
-            for _ in range(1 + (run - 1) * (prompt // max_batched_tokens - 2) // max(1, runs - 1)):
+            for _ in range(1 + (run - 1) * (prompt // max_num_batched_tokens - 2) // max(1, runs - 1)):
                 scheduler.step()
             beside.append(_first_token(scheduler, engine.session(), words))
             scheduler.cancel(long)
-            scheduler.run()
+            scheduler.run_until_idle()
     ratios = [loaded_s / alone_s for loaded_s, alone_s in zip(beside, alone, strict=True)]
     row = {
         "op": "short_beside_long",
@@ -91,7 +91,7 @@ def run_wait_bench(
         "stack": stack,
         "prompt": prompt,
         "short": short,
-        "max_batched_tokens": max_batched_tokens,
+        "max_num_batched_tokens": max_num_batched_tokens,
         "runs": runs,
         "ttft_alone_ms": median(alone) * 1e3,
         "ttft_beside_ms": median(beside) * 1e3,
@@ -147,12 +147,12 @@ def _answer(
     groups = [asked] if shared else [[each] for each in asked]
     seconds, answers = 0.0, []
     for group in groups:
-        scheduler = Scheduler(engine, max_sessions=len(group), max_batched_tokens=4096)
+        scheduler = Scheduler(engine, max_sessions=len(group), max_num_batched_tokens=4096)
         requests = [scheduler.submit(each, ids, sampling) for each, ids in group]
         while any(not each.output for each in requests):
             scheduler.step()
         started = time.perf_counter()
-        scheduler.run()
+        scheduler.run_until_idle()
         seconds += time.perf_counter() - started
         answers += [each.result() for each in requests]
     return seconds / (len(sessions) * (output_tokens - 1)), answers

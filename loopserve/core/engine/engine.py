@@ -16,7 +16,7 @@ from loopserve.core.engine.forward import ForwardBatch, ForwardContext, Model
 from loopserve.core.engine.sampling import Choose, LogitsProcessor, SamplingConfig
 from loopserve.core.engine.session import UNDO_DEPTH, Session
 from loopserve.core.engine.slots import Slots
-from loopserve.core.engine.turn import Turn, complete, observation_context
+from loopserve.core.engine.turn import Turn, ask_compressors, observation_context
 from loopserve.core.errors import POLICY_TIMEOUT_S, ConfigError, InputError, ModelError, OnPolicyFault, PolicyChecks
 from loopserve.core.guard.guard import Guard
 from loopserve.core.kv.recording import plain_tensors
@@ -80,8 +80,14 @@ class TokenEngine:
         if stack not in self._others:
             stack.check(self.model.layers)
             guard = Guard(**self._guarding, owners=stack.owners)
-            self._others[stack] = (Slots(self.model.layers, stack), guard)
+            self._others.setdefault(stack, (Slots(self.model.layers, stack), guard))  # another thread may have been faster
         return Session(*self._others[stack], self.undo_depth)
+
+    @property
+    def sessions(self) -> list[Session]:
+        """The open sessions that hold memory, forks included, least recently used first."""
+        slots = [self.slots, *(each for each, _ in list(self._others.values()))]
+        return sorted((each for part in slots for each in list(part.sessions) if not each.closed), key=lambda s: s.used_at)
 
     def generate(
         self,
@@ -159,6 +165,9 @@ class TokenEngine:
         self._own(session)
         if not new_tokens:
             raise InputError("a turn needs at least one token")
+        known = range(self.model.vocabulary)
+        if strange := [each for each in new_tokens if not isinstance(each, int) or each not in known]:
+            raise InputError(f"{strange[0]!r} is no token: the vocabulary has the ids 0 to {len(known) - 1}")
         return self.check_fit([*session.tokens, *new_tokens], sampling, **options)
 
     def check_fit(self, tokens: Sequence[int], sampling: SamplingConfig | Choose | None, **options: Any) -> AnswerPlan:
@@ -217,27 +226,33 @@ class TokenEngine:
         )
 
     @plain_tensors()
-    def run(self, turns: Sequence[Turn], prefill_tokens: Sequence[int | None] | None = None) -> None:
+    def run_pass(self, turns: Sequence[Turn], prefill_tokens: Sequence[int | None] | None = None) -> None:
         """Run one forward pass with what each of these turns needs next; ``error`` of a turn says what ended it.
 
         prefill_tokens: per turn, the most prompt tokens that it may compute in this pass; None = as many as its pieces have.
         """
+        limits = prefill_tokens or [None] * len(turns)
+        contexts: dict[Turn, ForwardContext] = {}
         with self._lock:
-            limits = prefill_tokens or [None] * len(turns)
-            going_on = {turn: limit for turn, limit in zip(turns, limits, strict=True) if not _ended_by_close(turn)}
-            contexts = [turn.step(limit) for turn, limit in going_on.items()]
+            for turn, limit in zip(turns, limits, strict=True):
+                try:
+                    if turn.session.closed and not turn.finished:
+                        raise InputError("the session was closed before its answer was complete")
+                    contexts[turn] = turn.step(limit)
+                except Exception as error:
+                    turn.fail(error)
             if not contexts:
                 return
             started = time.perf_counter()
             try:
-                logits: Sequence[Tensor | None] = list(self.model.forward(ForwardBatch(contexts)))
+                logits: Sequence[Tensor | None] = list(self.model.forward(ForwardBatch(list(contexts.values()))))
             except Exception as error:
-                for context in contexts:  # an error of the pass as a whole ends every turn in it
+                for context in contexts.values():  # an error of the pass as a whole ends every turn in it
                     context.error = context.error or error
                 logits = [None] * len(contexts)
             seconds = time.perf_counter() - started
-            for turn, context, row in zip(going_on, contexts, logits, strict=True):
-                turn.take(context, row, seconds)
+        for (turn, context), row in zip(contexts.items(), logits, strict=True):  # policies and samplers may use the engine
+            turn.take(context, row, seconds)
 
     @plain_tensors()
     def compute_anew(self, session: Session, rotation: int) -> None:
@@ -261,27 +276,27 @@ class TokenEngine:
                 final=start + len(piece) == end,
             )
             self.model.forward(ForwardBatch([context]))
-            self.complete([context])
+            self.after_pass([context])
 
     @plain_tensors()
-    def complete(self, contexts: Sequence[ForwardContext]) -> None:
+    def after_pass(self, contexts: Sequence[ForwardContext]) -> None:
         """Complete a pass that the caller has run himself, and run the observations that compressors ask for."""
         for context in contexts:
-            waiting = deque(complete(context))
+            waiting = deque(ask_compressors(context))
             while waiting:
                 _require_repeatable(context.session, "a policy asks for rows of it once more")
                 observing = observation_context(context.session, *waiting.popleft(), self.model.device)
                 self.model.forward(ForwardBatch([observing]))
-                waiting.extend(complete(observing))
+                waiting.extend(ask_compressors(observing))
             context.session.enter(context.phase)
             context.session.look_for_references()
 
     def finish(self, turn: Turn, progress: Progress | None = None) -> Iterator[int]:
-        """Run a turn to its end and yield its tokens. It is taken back unless its last token was taken by the consumer.
+        """Run a turn to its end and yield its tokens. It is taken back if the consumer leaves before its last token.
 
         progress: called before each pass of the prefill.
         """
-        given, done = 0, False
+        given = 0
         total = turn.waiting
         try:
             while True:
@@ -294,10 +309,9 @@ class TokenEngine:
                     break
                 if progress is not None and turn.waiting:
                     progress(total - turn.waiting, total)
-                self.run([turn])
-            done = True
+                self.run_pass([turn])
         finally:
-            if turn.finished and turn.error is None and not done:
+            if turn.finished and turn.error is None and given < len(turn.output):
                 turn.take_back()
             turn.close()
             turn.error = None  # its traceback would keep the session's store alive
@@ -313,10 +327,3 @@ def _require_repeatable(session: Session, why: str) -> None:
             f"this conversation holds images or sound, which its tokens do not show, and {why}: choose a stack whose policies "
             "need no observation (full, snapkv), or give text only"
         )
-
-
-def _ended_by_close(turn: Turn) -> bool:
-    """End a turn whose session was closed in the midst of it; return whether it was."""
-    if turn.session.closed and not turn.finished:
-        turn.fail(InputError("the session was closed before its answer was complete"))
-    return turn.session.closed

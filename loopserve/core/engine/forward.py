@@ -104,5 +104,9 @@ class Model(Protocol):
     def dtype(self) -> torch.dtype:
         """What keys and values are stored in."""
 
+    @property
+    def vocabulary(self) -> int:
+        """How many token ids there are."""
+
     def forward(self, batch: ForwardBatch) -> Tensor:
         """Run one pass; return the logits of each context's last token, ``[contexts, vocabulary]``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from weakref import WeakKeyDictionary
 
 from loopserve.core.engine.session import Session
@@ -10,27 +11,29 @@ from loopserve.core.kv.buffers import ACTIVE_SLACK
 from loopserve.core.kv.cache import FIRST_CAPACITY
 from loopserve.core.policy.interfaces import Retention
 
-_STATE_SHARE = 0.5  # bytes of policy states beside those of the store, until a session of the stack has been measured
+_STATE_SHARE = 0.5  # bytes of policy states beside those of the store: an upper bound for key codes of up to 8 bits
 
 
 class Ledger:
-    """Reserve bytes for the turns under way, and count those of sessions at rest."""
+    """Reserve bytes for the turns under way, and count what all other sessions hold."""
 
-    def __init__(self, limit: int | None, pair_bytes: int) -> None:
-        """limit: bytes of stores, active sets and policy states of all sessions together; None = no limit. pair_bytes: of one key
-        and value of one head of one token.
+    def __init__(self, limit: int | None, element_bytes: int, sessions: Callable[[], Iterable[Session]]) -> None:
+        """limit: bytes of stores, active sets and policy states of all sessions together; None = no limit. element_bytes: of one
+        number of a key or value. sessions: the open ones, forks included, least recently used first.
         """
         if limit is not None and limit < 1:
             raise ConfigError(f"kv_memory must be at least one byte, got {limit}")
         self.limit = limit
-        self._pair_bytes = pair_bytes
-        self._held: WeakKeyDictionary[Session, int] = WeakKeyDictionary()  # least recently used first
+        self._element_bytes, self._sessions = element_bytes, sessions
         self._reserved: WeakKeyDictionary[Session, int] = WeakKeyDictionary()
 
     @property
     def used(self) -> int:
-        """Bytes held by sessions at rest and reserved for the turns under way."""
-        return sum(self._held.values()) + sum(self._reserved.values())
+        """Bytes reserved for the turns under way and held by all other sessions."""
+        return sum(self._bytes(session) for session in self._sessions())
+
+    def _bytes(self, session: Session) -> int:
+        return max(self._reserved.get(session, 0), session.allocated_bytes)
 
     def needed(self, session: Session, new_tokens: int, max_new_tokens: int) -> int:
         """Return the most bytes that a session holds at any time of a turn.
@@ -41,7 +44,7 @@ class Ledger:
         length = len(session.tokens) + new_tokens + max_new_tokens
         total, transient, whole = 0, 0, 0
         for policies, cache in zip(session.slots.by_layer, session.cache.layers, strict=True):
-            pair = self._pair_bytes * policies.spec.kv_heads * policies.spec.head_dim
+            pair = 2 * self._element_bytes * policies.spec.kv_heads * policies.spec.head_dim
             whole += length * pair
             held = cache.allocated_bytes
             grown = held * 3 // 2 if held < length * pair else held
@@ -60,27 +63,23 @@ class Ledger:
     def admit(self, session: Session, amount: int) -> bool:
         """Reserve bytes for a turn that begins, in place of what its session holds at rest; return whether they fit.
 
-        Stores of other sessions at rest are released for it, least recently used first: their next turns compute the
-        conversations anew.
+        Stores of other sessions at rest are released for it if that makes it fit, least recently used first: their next turns
+        compute the conversations anew.
         """
-        for other in list(self._held):
-            if self._fits(session, amount):
-                break
-            if other is not session and not other.busy:
-                other.release_store()
-                self._held.pop(other, None)
-        if not self._fits(session, amount):
-            return False
-        self._held.pop(session, None)
+        if self.limit is not None:
+            others = [each for each in self._sessions() if each is not session]
+            excess = sum(map(self._bytes, others)) + amount - self.limit
+            idle = [each for each in others if each not in self._reserved and not each.busy and each.ended]
+            if excess > sum(each.allocated_bytes for each in idle):
+                return False
+            for each in idle:
+                if excess <= 0:
+                    break
+                excess -= each.allocated_bytes
+                each.release_store()
         self._reserved[session] = amount
         return True
 
     def settle(self, session: Session) -> None:
-        """End a turn's reservation: count what the session holds at rest. It becomes the most recently used one."""
+        """End a turn's reservation: from here on what the session holds counts."""
         self._reserved.pop(session, None)
-        self._held.pop(session, None)
-        if session.allocated_bytes:
-            self._held[session] = session.allocated_bytes
-
-    def _fits(self, session: Session, amount: int) -> bool:
-        return self.limit is None or self.used - self._held.get(session, 0) + amount <= self.limit

@@ -6,8 +6,10 @@ called from any thread.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,20 +21,29 @@ from loopserve.core.engine.session import Session
 from loopserve.core.engine.turn import Turn
 from loopserve.core.errors import CancelledTurn, CapacityError, ConfigError, InputError
 
+_log = logging.getLogger("loopserve")
+
 
 class Request:
     """Follow one turn through the scheduler."""
 
-    def __init__(self, session: Session, new_tokens: Sequence[int], begin: Callable[[], Turn], needed: int) -> None:
+    def __init__(
+        self,
+        session: Session,
+        new_tokens: Sequence[int],
+        max_new_tokens: int,
+        begin: Callable[[], Turn],
+        listener: Callable[[Request], None] | None,
+    ) -> None:
+        """begin: begins the turn. listener: called after each pass that brought tokens, and at the end."""
         self.session = session
         self.new_tokens = list(new_tokens)
+        self.max_new_tokens = max_new_tokens
         self.turn: Turn | None = None
         self.error: BaseException | None = None
         self.cancelled = False
         self.done = threading.Event()
-        self.listener: Callable[[Request], None] | None = None  # called after each pass that brought news
-        self.needed = needed  # bytes
-        self._begin = begin
+        self._begin, self._listener = begin, listener
 
     @property
     def output(self) -> list[int]:
@@ -51,16 +62,30 @@ class Request:
         """Begin the turn."""
         self.turn = self._begin()
 
-    def finish(self, error: BaseException | None = None) -> None:
+    def finish(self, error: BaseException | None) -> None:
         """Say that the turn is over."""
+        each = error
+        while each is not None:  # the frames of its traceback would keep the session's store alive
+            traceback.clear_frames(each.__traceback__)
+            each = each.__cause__ or each.__context__
         self.error = error
+        if self.turn is not None:
+            self.turn.error = None
         self.done.set()
+
+    def notify(self) -> None:
+        """Call the listener. What it raises is logged: it is no fault of the turns."""
+        if self._listener is not None:
+            try:
+                self._listener(self)
+            except Exception:
+                _log.exception("the listener of a request failed")
 
 
 class Scheduler:
     """Run the turns of many sessions of one engine.
 
-    Each pass holds one token of every turn that decodes, and up to ``max_batched_tokens`` tokens of prefill. Half of these go to
+    A pass holds one token of every turn that decodes, and prompt tokens up to ``max_num_batched_tokens`` in all. Half of these go to
     the oldest prompt, so that none waits for ever; the rest goes to the shortest prompts first, so that a short message does not
     wait behind a long one.
     """
@@ -70,21 +95,21 @@ class Scheduler:
         engine: TokenEngine,
         *,
         max_sessions: int = 16,
-        max_batched_tokens: int = 512,
+        max_num_batched_tokens: int = 512,
         max_queued: int = 256,
         kv_memory: int | None = None,
     ) -> None:
-        """max_sessions: turns under way at once. max_batched_tokens: prefill tokens of a pass. max_queued: requests that may wait.
+        """max_sessions: turns under way at once. max_num_batched_tokens: tokens of a pass. max_queued: requests that may wait.
         kv_memory: bytes of stores, active sets and policy states of all sessions; None = no limit. ConfigError for values below 1.
         """
-        for name, value in (("max_sessions", max_sessions), ("max_batched_tokens", max_batched_tokens)):
+        for name, value in (("max_sessions", max_sessions), ("max_num_batched_tokens", max_num_batched_tokens)):
             if value < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}")
         if max_queued < 0:
             raise ConfigError(f"max_queued must be at least 0, got {max_queued}")
         self.engine = engine
-        self.max_sessions, self.max_batched_tokens, self.max_queued = max_sessions, max_batched_tokens, max_queued
-        self.ledger = Ledger(kv_memory, engine.model.dtype.itemsize * 2)
+        self.max_sessions, self.max_num_batched_tokens, self.max_queued = max_sessions, max_num_batched_tokens, max_queued
+        self.ledger = Ledger(kv_memory, engine.model.dtype.itemsize, lambda: engine.sessions)
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []
         self._changed = threading.Condition()
@@ -114,17 +139,14 @@ class Scheduler:
                 f"the turn may need {needed} bytes of KV memory, the limit is {self.ledger.limit}: shorten the message, lower "
                 "max_new_tokens, or raise the limit"
             )
+        options["max_new_tokens"] = most
         request = Request(
-            session,
-            new_tokens,
-            lambda: self.engine.begin(session, new_tokens, sampling, **options | {"max_new_tokens": most}),
-            needed,
+            session, new_tokens, most, lambda: self.engine.begin(session, new_tokens, sampling, **options), listener
         )
-        request.listener = listener
         with self._changed:
             if any(each.session is session for each in [*self._waiting, *self._running]):
                 raise InputError("a turn of this session is under way or queued: wait for its end or cancel it first")
-            if len(self._waiting) >= self.max_queued and len(self._running) >= self.max_sessions:
+            if len(self._waiting) + len(self._running) >= self.max_sessions + self.max_queued:
                 raise CapacityError(f"{len(self._waiting)} requests are waiting already: try again later")
             self._waiting.append(request)
             self._changed.notify_all()
@@ -133,7 +155,7 @@ class Scheduler:
     def cancel(self, request: Request) -> None:
         """End a turn at the next pass, queued or under way, and take it back. A turn that is over stays as it is."""
         with self._changed:
-            request.cancelled = True
+            request.cancelled = not request.done.is_set()
             self._changed.notify_all()
 
     def wait_for_work(self, timeout: float | None = None) -> bool:
@@ -163,21 +185,22 @@ class Scheduler:
                 time.sleep(0.001)
             return bool(self._waiting)
         try:
-            self.engine.run(list(plan), list(plan.values()))
-        except BaseException as error:  # Ctrl-C in mid-pass: the sessions hold parts of it
+            self.engine.run_pass(list(plan), list(plan.values()))
+        except BaseException:  # Ctrl-C in mid-pass: the sessions hold parts of it
             for request in list(self._running):
-                self._end(request, error)
+                self._end(request, _interrupted(request))
             raise
+        progressed = [each for each in self._running if each.output]
         for request in list(self._running):
-            turn = request.turn
-            assert turn is not None
-            if turn.finished:
-                self._end(request, turn.error)
-            elif request.listener is not None and turn.output:
-                request.listener(request)
+            assert request.turn is not None
+            if request.turn.finished:
+                self._end(request, request.turn.error)
+        for request in progressed:
+            if not request.done.is_set():
+                request.notify()
         return True
 
-    def run(self) -> None:
+    def run_until_idle(self) -> None:
         """Run passes until no request is left."""
         while self.step():
             pass
@@ -205,14 +228,14 @@ class Scheduler:
             if request in self._running:
                 self._running.remove(request)
         request.finish(error)
-        if request.listener is not None:
-            request.listener(request)
+        request.notify()
 
     def _admit(self) -> None:
         """Begin the oldest waiting turns as far as sessions and memory allow. Nobody overtakes one that waits for memory."""
         while self._waiting and len(self._running) < self.max_sessions:
             request = self._waiting[0]
-            if not self.ledger.admit(request.session, request.needed):
+            needed = self.ledger.needed(request.session, len(request.new_tokens), request.max_new_tokens)
+            if not self.ledger.admit(request.session, needed):
                 return
             with self._changed:
                 self._waiting.remove(request)
@@ -221,13 +244,16 @@ class Scheduler:
                 request.begin()
             except Exception as error:
                 self._end(request, error)
+            except BaseException:
+                self._end(request, _interrupted(request))
+                raise
 
     def _plan(self) -> dict[Turn, int | None]:
         """Return the turns of the next pass, each with the prompt tokens it may compute (None for one that decodes)."""
         turns = [each.turn for each in self._running if each.turn is not None]
         plan: dict[Turn, int | None] = {turn: None for turn in turns if turn.waiting == 0}
         prompts = [turn for turn in turns if turn.waiting > 0]
-        left = self.max_batched_tokens
+        left = max(1, self.max_num_batched_tokens - len(plan))
         shares = dict.fromkeys(prompts, 0)
         if prompts:
             shares[prompts[0]] = min(prompts[0].waiting, -(-left // 2))
@@ -237,3 +263,10 @@ class Scheduler:
             shares[turn] += more
             left -= more
         return plan | {turn: share for turn, share in shares.items() if share}
+
+
+def _interrupted(request: Request) -> BaseException | None:
+    """Return what ended a turn when the thread that runs the model was interrupted."""
+    if request.turn is not None and request.turn.finished:
+        return request.turn.error
+    return CancelledTurn("the engine was interrupted, and the turn is taken back")

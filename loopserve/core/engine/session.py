@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import count
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from loopserve.core.policy.interfaces import DecodeCompressor, Phase
 from loopserve.core.policy.state import PackedState
 
 UNDO_DEPTH = 8
+_TIMES = count()  # sessions are ordered by when they were last used
 
 
 @dataclass
@@ -67,13 +69,17 @@ class Session:
     def __post_init__(self) -> None:
         self.cache = KVCache(len(self.slots.by_layer))
         self._starts: list[TurnStart] = []
+        self.used_at = next(_TIMES)
+        self.slots.sessions.add(self)
 
     def __repr__(self) -> str:
         return f"<Session of {len(self.turns)} turns, {len(self.tokens)} tokens>"
 
     @property
     def stats(self) -> TurnStats:
-        """Figures of the turn under way, or of the last one."""
+        """Figures of the turn under way, or of the last one. InputError before the first turn."""
+        if not self.turns:
+            raise InputError("the conversation has no turn yet")
         return self.turns[-1]
 
     @property
@@ -92,11 +98,18 @@ class Session:
     def close(self) -> None:
         """Free the cache and the states at once. The tokens and figures stay readable."""
         self.closed = True
-        self.release_store()
+        self._drop_store()
         self._starts = []
 
     def release_store(self) -> None:
-        """Free the cache and the policy states; the next turn computes the conversation anew from its tokens."""
+        """Free the cache and the policy states; the next turn computes the conversation anew from its tokens.
+
+        Raises InputError while a turn is under way.
+        """
+        self.require_rest()
+        self._drop_store()
+
+    def _drop_store(self) -> None:
         self.cache.clear()
         self.states, self.damaged = {}, False
         self.turn_start = self.state_bytes = 0
@@ -107,7 +120,7 @@ class Session:
     @plain_tensors()
     def begin_anew(self) -> None:
         """Drop what is stored and the policies' states in the midst of a turn, whose tokens are then computed again."""
-        self.release_store()
+        self._drop_store()
         self.output_index = 0
         for slot in self.slots.policies:
             self.states[slot] = {}
@@ -124,6 +137,7 @@ class Session:
         undoable: keep copies of the states and, under an evicting stack, of the survivors, so that the turn can be taken back.
         """
         self.require_rest()
+        self.used_at = next(_TIMES)
         reused = len(self.tokens) if self.cache.seen else 0  # nothing is, where a deep undo dropped the cache
         stats = TurnStats(len(self.turns), prompt_tokens=len(new_tokens), reused_tokens=reused)
         states, copies, disabled = self._begin_states(stats, undoable)  # first: it may raise
@@ -170,7 +184,7 @@ class Session:
         self.ended, self.disabled = start.ended, set(start.disabled)
         if start.states is None or self.damaged or (self.slots.evicts and start.cache is None):
             self.disabled = set()
-            self.release_store()
+            self._drop_store()
             return
         self.states = start.states
         if start.cache is not None:
@@ -201,6 +215,8 @@ class Session:
             )
             for start in self._starts
         ]
+        if not self.cache.intact:  # a copy of pairs that somebody wrote into would look whole
+            other._drop_store()
         return other
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Session:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakSet
 
 from loopserve.core.guard.faults import Owners, Policy, blamed
 from loopserve.core.policy.interfaces import DecodeCompressor, LayerSpec, LayerType, PrefillSparsifier, Retention
@@ -42,6 +43,7 @@ class Slots:
         self._named: dict[int, str] = {}
         self.policies: dict[str, Policy] = {}
         self.by_layer = tuple(self._assign(layer, stack, len(layers)) for layer in layers)
+        self.sessions: WeakSet[Any] = WeakSet()  # the open sessions under this stack, whose memory a ledger counts
         self.evicts = any(each.retention is Retention.EVICT for each in self.by_layer)
         self._layers: dict[str, tuple[LayerSpec, ...]] = {
             slot: tuple(each.spec for each in self.by_layer if each.decode_slot == slot) for slot in self.policies

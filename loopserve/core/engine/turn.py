@@ -58,13 +58,14 @@ class Turn:
         self._started = time.perf_counter()  # copies to go back to are a part of what a turn costs
         self._prefilled = new_tokens is None
         self._phase = Phase.PREFILL
+        session.require_rest()
         if new_tokens is not None:
             if session.cache.seen and session.rotation != model.rotation(len(session.tokens) + len(new_tokens)):
                 session.release_store()  # the stored keys are rotated for another length
             session.begin_turn(new_tokens)
-        elif session.cache.seen != len(session.tokens):
+        elif not session.turns or session.cache.seen != len(session.tokens):
             raise InputError("no turn waits for an answer: prefill one first")
-        session.require_rest()
+        self._stats = session.stats
         session.busy = True
         self._plan_prefill(len(session.tokens))
         if logits is not None:
@@ -84,6 +85,8 @@ class Turn:
     def step(self, max_tokens: int | None = None) -> ForwardContext:
         """Return the context of the next pass; a piece of prefill takes at most ``max_tokens`` tokens."""
         session = self.session
+        if self.finished:
+            raise InputError("the turn is over: nothing of it is left to compute")
         if self._observations:
             return observation_context(session, *self._observations[0], self._model.device)
         seen = session.cache.seen
@@ -91,7 +94,8 @@ class Turn:
             self._keep_rotation(seen + 1)
             seen = session.cache.seen
         if seen < self._prefill_end:
-            end = min(seen + min(self._piece, max_tokens or self._piece), self._prefill_end)
+            size = self._piece if max_tokens is None else min(self._piece, max_tokens)
+            end = min(seen + max(1, size), self._prefill_end)
             return self._compute(Phase.PREFILL, seen, end)
         return self._compute(Phase.DECODE, seen, seen + 1)
 
@@ -148,7 +152,7 @@ class Turn:
             self._observations.popleft()
         else:
             self.logits, self._phase = logits, context.phase
-        self._observations.extend(complete(context))
+        self._observations.extend(ask_compressors(context))
         if self._observations:
             return
         self.session.enter(self._phase)
@@ -188,6 +192,8 @@ class Turn:
             return
         started = time.perf_counter()
         token = self.plan.choose(logits)
+        if not 0 <= token < len(logits):
+            raise InputError(f"token {token} was chosen, but the vocabulary has {len(logits)} tokens")
         now = time.perf_counter()
         if self.output:
             stats.decode_ms += (now - started) * 1e3
@@ -222,6 +228,7 @@ class Turn:
     def fail(self, error: BaseException) -> None:
         """End the turn with an error; it is taken back whole."""
         self.error = error
+        self.session.damaged |= isinstance(error, PolicyFault) and error.damaged
         self.close()
 
     def close(self) -> None:
@@ -231,9 +238,10 @@ class Turn:
             self.take_back()
 
     def take_back(self) -> None:
-        """Take the turn back. There is nothing to take back in a session that was closed meanwhile."""
-        if not self.session.closed:
-            self.session.undo()
+        """Take the turn back, unless its session was closed meanwhile or holds a later turn."""
+        session = self.session
+        if not session.closed and not session.busy and session.turns and session.stats is self._stats:
+            session.undo()
 
 
 def observation_context(session: Session, slot: str, observation: Observation, device: torch.device) -> ForwardContext:
@@ -259,7 +267,7 @@ def count_step(context: ForwardContext) -> None:
     session.stats.compressed_steps += context.compressed
 
 
-def complete(context: ForwardContext) -> list[tuple[str, Observation]]:
+def ask_compressors(context: ForwardContext) -> list[tuple[str, Observation]]:
     """After a pass: count it, ask each compressor once, carry out the selections. Returns the observations asked for, by slot."""
     session = context.session
     if context.phase is Phase.DECODE:

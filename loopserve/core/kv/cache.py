@@ -266,6 +266,11 @@ class KVCache:
         return self.store_bytes + self.active_bytes
 
     @property
+    def intact(self) -> bool:
+        """Whether nobody but the cache has written into its pairs."""
+        return all(layer.store is None or layer.store.intact for layer in self.layers)
+
+    @property
     def allocated_bytes(self) -> int:
         """Bytes taken from the machine by all layers, unused capacity included."""
         return sum(layer.allocated_bytes for layer in self.layers)

@@ -34,7 +34,7 @@ from loopserve.kernels.gpu.launch import (
 )
 from loopserve.kernels.gpu.merge import merge_parts
 from loopserve.kernels.gpu.slots import attend_slots
-from loopserve.kernels.gpu.table import aligned, place, uploaded
+from loopserve.kernels.gpu.table import aligned, by_session, place, uploaded
 from loopserve.kernels.gpu.tiles import load_rows, store_rows
 
 _LEAST_KEYS = 256  # per part
@@ -393,15 +393,5 @@ def decode_attention_batch(
             part_count=numbers[own + tiles_in_all :],
         )
     rows = [each.queries.shape[1] for each in requests]
-    outputs, lses = _by_session(output, heads, rows), _by_session(lse, heads, rows)
+    outputs, lses = by_session(output, heads, rows), by_session(lse, heads, rows)
     return list(zip(outputs, lses, strict=True))
-
-
-def _by_session(whole: Tensor, heads: int, rows: list[int]) -> Sequence[Tensor]:
-    """Each session's rows ``[Hq, t, ...]`` of ``[sessions * Hkv, group * most t, ...]``; views where t is the same for all."""
-    rest = whole.shape[2:]
-    if rows.count(rows[0]) == len(rows):
-        return whole.view(len(rows), heads, rows[0], *rest).unbind()
-    parts = whole.view(len(rows), -1, *whole.shape[1:]).unbind()
-    group = [heads // len(parts[0]) * count for count in rows]
-    return [part[:, :own].reshape(heads, count, *rest) for part, own, count in zip(parts, group, rows, strict=True)]

@@ -39,3 +39,13 @@ def aligned(table: Sequence[Sequence[int]], places: slice, strides: slice, eleme
         for row in table
     )
     return step if good else 0
+
+
+def by_session(whole: Tensor, heads: int, rows: list[int]) -> Sequence[Tensor]:
+    """Each session's rows ``[Hq, t, ...]`` of ``[sessions * Hkv, group * most t, ...]``; views where t is the same for all."""
+    rest = whole.shape[2:]
+    if rows.count(rows[0]) == len(rows):
+        return whole.view(len(rows), heads, rows[0], *rest).unbind()
+    parts = whole.view(len(rows), -1, *whole.shape[1:]).unbind()
+    group = [heads // len(parts[0]) * count for count in rows]
+    return [part[:, :own].reshape(heads, count, *rest) for part, own, count in zip(parts, group, rows, strict=True)]

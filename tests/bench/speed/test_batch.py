@@ -22,5 +22,5 @@ def test_both_sides_give_the_same_tokens() -> None:
 
 
 def test_the_wait_of_a_short_prompt_is_a_ratio_of_paired_runs() -> None:
-    (row,) = run_wait_bench(model="demo", prompt=256, short=16, max_batched_tokens=32, runs=2)["rows"]
+    (row,) = run_wait_bench(model="demo", prompt=256, short=16, max_num_batched_tokens=32, runs=2)["rows"]
     assert 0 < row["ratio"] <= row["ratio_worst"]
