@@ -22,7 +22,7 @@ from tests.policies.conversations import answers, model
 
 OTHERS = (torch.bfloat16, torch.float16, torch.float64)
 TURNS, ANSWER, BUDGET, CHUNK = (120, 70), 9, 48, 64
-TIMES = ("seconds", "tokens_per_second")
+TIMES = ("_ms",)
 
 
 @contextmanager
