@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 OLDEST := .venv-oldest
 ORACLE := .venv-oracle
+WHEEL := .venv-wheel
 ARGS ?=
 # Installed beside loopserve; their tests are part of the suite.
 PLUGINS := plugins/loopserve-keydiff plugins/loopserve-star plugins/loopserve-kvpress
@@ -12,7 +13,7 @@ PLUGINS := plugins/loopserve-keydiff plugins/loopserve-star plugins/loopserve-kv
 NAME ?= cpu
 RESULTS = benchmarks/results/$(NAME).jsonl
 
-.PHONY: demo test check test-oldest test-compiled test-gpu oracle oracle-check sanitize bench bench-gpu bench-engine evidence clean
+.PHONY: demo test check test-oldest test-compiled test-gpu oracle oracle-check check-wheel sanitize bench bench-gpu bench-engine evidence clean
 
 $(VENV)/ready: pyproject.toml constraints.txt $(PLUGINS:=/pyproject.toml)
 	$(PYTHON) -m venv $(VENV)
@@ -41,7 +42,7 @@ $(OLDEST)/ready: pyproject.toml constraints-oldest.txt
 	touch $@
 
 test-oldest: $(OLDEST)/ready
-	$(OLDEST)/bin/python -m pytest -n 2 tests/models $(ARGS)
+	$(OLDEST)/bin/python -m pytest -n 2 tests/models tests/faults $(ARGS)
 
 # kvpress answers, in an environment of its own (it does not run on our transformers); its answers are frozen as
 # fixtures. There loopserve-kvpress is held against kvpress itself as well; loopserve's core needs no transformers.
@@ -58,6 +59,16 @@ oracle: $(ORACLE)/ready
 oracle-check: $(VENV)/ready
 	$(BIN)/python -m tests.oracle.report
 	$(BIN)/python -m pytest tests/oracle $(ARGS)
+
+# What an index would get: source distribution and wheel, built, checked by twine, and the wheel tried in a fresh environment that
+# borrows the packages of $(VENV). `LOOPSERVE_WHEEL=compiled python -m build --wheel` makes a wheel of this platform instead.
+$(WHEEL)/ready: pyproject.toml
+	$(PYTHON) -m venv $(WHEEL)
+	$(WHEEL)/bin/pip install --quiet -c constraints.txt build twine hatchling hatch-fancy-pypi-readme
+	touch $@
+
+check-wheel: $(VENV)/ready $(WHEEL)/ready
+	$(WHEEL)/bin/python -m tests.check_wheel $(BIN)/python
 
 # The C kernels under AddressSanitizer and UndefinedBehaviorSanitizer, over all cases that hypothesis draws for them and from
 # several threads at once, each operation called under one default dtype of torch after the other; other instruction sets under
@@ -103,7 +114,7 @@ bench-engine: $(VENV)/ready
 # The paper's claims on the bundled model: docs/evidence.md and the rows it is made of. At most an hour on two cores, five minutes
 # with ARGS=--quick, which writes into build/evidence instead. A run that was broken off goes on where it was.
 evidence: $(VENV)/ready
-	$(BIN)/python -m loopserve.bench.evidence $(ARGS)
+	$(BIN)/python -m research.evidence $(ARGS)
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(ORACLE) .sanitize build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(ORACLE) $(WHEEL) .sanitize build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,12 +1,14 @@
-"""Compiles the C kernels into the wheel, for every instruction set of the architecture, where a C compiler is at hand.
+"""Compiles the C kernels into a platform wheel where ``LOOPSERVE_WHEEL=compiled`` asks for one.
 
-Without one the wheel is pure Python; the kernels are then built at first use, or not at all (``loopserve env`` says which). An
-editable install builds at first use.
+The wheel is pure Python otherwise: it holds the C sources, which are compiled for the machine at first use, or by ``loopserve kernels
+build``. A wheel built on Linux would be tagged ``linux_x86_64``, which PyPI refuses, and would hold code that needs the C library of
+the machine that built it. For one's own machines that is good enough; for PyPI, ``auditwheel repair`` it in a manylinux image.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 import sysconfig
 import tempfile
@@ -16,19 +18,21 @@ from typing import Any
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 NATIVE = Path("loopserve") / "kernels" / "native"
+VARIABLE = "LOOPSERVE_WHEEL"
 
 
 class CompiledKernels(BuildHookInterface):
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        if version == "editable":
+        wanted = os.environ.get(VARIABLE, "pure")
+        if wanted not in ("pure", "compiled"):
+            raise ValueError(f"{VARIABLE}={wanted} is unknown: set pure or compiled")
+        if version == "editable" or wanted == "pure":
             return
         build = _load(Path(self.root) / NATIVE / "build.py")
         library = Path(tempfile.mkdtemp()) / "_native.so"
-        try:
-            build.build(library, build.levels(), build.find_compiler())
-        except build.BuildError as error:
-            print(f"no compiled kernels in this wheel: {error}", file=sys.stderr)
-            return
+        build.build(
+            library, build.levels(), build.find_compiler()
+        )  # a BuildError ends the build: a compiled wheel was asked for
         build_data["force_include"][str(library)] = str(NATIVE / library.name)
         build_data["pure_python"] = False
         platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")

@@ -3,30 +3,34 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import ValidationError
-
-from loopserve.core.engine import TokenEngine
-from loopserve.core.errors import POLICY_TIMEOUT_S, ConfigError, InputError, OnPolicyFault, PolicyChecks
-from loopserve.core.sampling import SamplingConfig
-from loopserve.core.session import Session
-from loopserve.core.stack import PolicyStack
-from loopserve.core.stack import load_stack as _load_stack
-from loopserve.core.stats import TurnStats
+from loopserve.chat_session import ChatSession
+from loopserve.core.engine.engine import TokenEngine
+from loopserve.core.engine.sampling import SamplingConfig, read_sampling
+from loopserve.core.errors import (
+    POLICY_TIMEOUT_S,
+    ConfigError,
+    InputError,
+    OnPolicyFault,
+    PolicyChecks,
+    did_you_mean,
+)
+from loopserve.core.stack.stack import PolicyStack, resolve_stack
 from loopserve.kernels import backend as kernels
-from loopserve.models.applied import Applied, applied
-from loopserve.models.chat import ChatTokenizer, Message, StreamDecoder, writable
-from loopserve.models.huggingface import IMPLEMENTATION, HuggingFaceModel, set_implementation
+from loopserve.models.apply import Applied, applied
+from loopserve.models.bridge import IMPLEMENTATION, TransformersModel
+from loopserve.models.chat import ChatTokenizer, Message, as_messages
+from loopserve.models.generation_config import model_sampling, stop_ids
+from loopserve.models.layers import set_implementation, unwrapped
 from loopserve.models.loading import load
 from loopserve.plugins import load_registry
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
 StackLike = str | Path | Mapping[str, Any] | PolicyStack
@@ -38,7 +42,7 @@ def load_stack(stack: StackLike) -> PolicyStack:
         return stack
     loaded = load_registry()
     try:
-        return _load_stack(stack, loaded.registry)
+        return resolve_stack(stack, loaded.registry)
     except ConfigError as error:  # a policy that is missing may be one whose plugin could not be loaded
         if not loaded.problems:
             raise
@@ -58,7 +62,7 @@ def apply(
     """Serve a plain transformers model under a stack: ``with apply(model, "loopserve"): model.generate(**batch)``.
 
     Undone fully at exit. Batches may be padded: each row gets what it gets alone. A forward pass of several tokens is a new
-    turn, one of a single token a decode step; leave ``prefill_chunk_size`` unset, or each chunk is a turn.
+    turn, one of a single token a decode step; what ``generate`` computes of its prompt is one turn, in chunks or not.
     measure_coverage: realised coverage of the prefill patterns over all rows, as costly as dense attention; ``stats`` of
     what the block yields holds the figures. Faults of policies are dealt with as in ``Engine``; but a write into the stored pairs
     always raises, since the forward pass is the caller's and cannot be run again from here.
@@ -72,30 +76,6 @@ def apply(
         policy_timeout_s=policy_timeout_s,
     ) as state:
         yield state
-
-
-@dataclass(frozen=True)
-class Usage:
-    prompt_tokens: int  # tokens this turn added
-    reused_tokens: int  # tokens the conversation held already
-    completion_tokens: int
-
-
-@dataclass(frozen=True)
-class Timings:
-    ttft_ms: float
-    tpot_ms: float | None  # None for an answer of one token
-
-
-@dataclass(frozen=True)
-class Reply:
-    """One answer and what it took."""
-
-    text: str
-    token_ids: tuple[int, ...]
-    usage: Usage
-    timings: Timings
-    stats: TurnStats
 
 
 class Engine:
@@ -112,21 +92,25 @@ class Engine:
         policy_checks: PolicyChecks | str = PolicyChecks.CHEAP,
         on_policy_fault: OnPolicyFault | str = OnPolicyFault.RAISE,
         policy_timeout_s: float | None = POLICY_TIMEOUT_S,
+        sampling: Literal["default", "model"] = "default",
     ) -> None:
-        """Takes the model over: its attention is loopserve's from here on (``apply`` is what undoes itself).
+        """Take the model over: its attention is loopserve's from here on (``apply`` is what undoes itself).
 
         chunk_tokens: longest piece of a prefill. measure_coverage: realised coverage over all rows, for reports.
         policy_checks: ``cheap``, or ``strict`` to try a policy out. on_policy_fault: ``raise`` a PolicyFault, or finish the turn
-        ``dense``. policy_timeout_s: the longest call of a policy that is no fault; None = any.
+        ``dense``. policy_timeout_s: the longest call of a policy that is no fault; None = any. sampling: where options that a
+        call does not name come from: ``default``, those of ``SamplingConfig`` (greedy), or ``model``, the model's own
+        ``generation_config`` where it sets them.
         """
         try:
             kernels.chosen()
         except ValueError as error:
             raise ConfigError(str(error)) from error
+        model = unwrapped(model)
         self.stack = load_stack(stack)
-        self.tokenizer = ChatTokenizer(tokenizer)
-        self.tokens = TokenEngine(
-            HuggingFaceModel(model),
+        self.tokenizer = ChatTokenizer(tokenizer, stop_ids(model))
+        self.token_engine = TokenEngine(
+            TransformersModel(model),
             self.stack,
             chunk_tokens=chunk_tokens,
             measure_coverage=measure_coverage,
@@ -136,7 +120,9 @@ class Engine:
         )
         set_implementation(model, IMPLEMENTATION)
         self.model = model
-        self.stop_ids = self.tokenizer.stop_ids | _stop_ids(model)
+        self.stop_ids = self.tokenizer.stop_ids
+        self._sampling = sampling
+        self.sampling_config({})  # a wrong value is refused at once
 
     @classmethod
     def from_pretrained(
@@ -144,8 +130,8 @@ class Engine:
         model: str,
         stack: StackLike = "loopserve",
         *,
-        dtype: str = "auto",
-        device: str = "auto",
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device = "auto",
         revision: str | None = None,
         trust_remote_code: bool = False,
         chunk_tokens: int = 4096,
@@ -153,6 +139,7 @@ class Engine:
         policy_checks: PolicyChecks | str = PolicyChecks.CHEAP,
         on_policy_fault: OnPolicyFault | str = OnPolicyFault.RAISE,
         policy_timeout_s: float | None = POLICY_TIMEOUT_S,
+        sampling: Literal["default", "model"] = "default",
     ) -> Engine:
         """Load by hub id, local directory, or ``demo``. The stack is checked before the weights are read."""
         resolved = load_stack(stack)
@@ -168,10 +155,38 @@ class Engine:
             policy_checks=policy_checks,
             on_policy_fault=on_policy_fault,
             policy_timeout_s=policy_timeout_s,
+            sampling=sampling,
         )
 
-    def session(self, system: str | None = None) -> ChatSession:
-        return ChatSession(self, system)
+    def sampling_config(self, options: Mapping[str, Any]) -> SamplingConfig:
+        """Return the sampling options of a call: those it names, and the defaults that it or the engine chose for all others.
+
+        Raises ConfigError for an option that is unknown or out of bounds.
+        """
+        given = dict(options)
+        source = given.pop("sampling", self._sampling)
+        if source not in ("default", "model"):
+            raise ConfigError(f"sampling: unknown {source!r}{did_you_mean(str(source), ('default', 'model'))}")
+        if source == "default":
+            return read_sampling(given, also=("sampling",))
+        defaults = model_sampling(self.model)
+        read_sampling(defaults, "the model's generation_config")
+        return read_sampling(defaults | given, also=("sampling",))
+
+    def session(self, system: str | None = None, *, messages: Sequence[Message] | None = None) -> ChatSession:
+        """Open a conversation.
+
+        messages: complete turns held elsewhere, dictionaries of role and content, to go on with; they are computed with the next
+        message. Raises InputError for messages that are no turns, or that bring a system message beside ``system``.
+        """
+        if messages is None:
+            return ChatSession(self, system)
+        begun = as_messages(messages)
+        if problem := _no_turns(begun):
+            raise InputError(f"messages: {problem}")
+        if system is not None and begun and begun[0]["role"] in ("system", "developer"):
+            raise InputError("messages: they begin with a system message already; leave system out")
+        return ChatSession(self, system, begun)
 
     def load_session(self, path: str | Path) -> ChatSession:
         """A conversation saved by ``ChatSession.save``, under this engine's stack; its cache is computed anew with the next message."""
@@ -179,162 +194,29 @@ class Engine:
             saved = json.loads(Path(path).read_text(encoding="utf-8"))
             if saved["version"] != 1:
                 raise ValueError(f"version {saved['version']}, known is 1")
-            messages = [{"role": str(m["role"]), "content": str(m["content"])} for m in saved["messages"]]
-            roles = [m["role"] for m in messages if m["role"] != "system"]
-            if roles != ["user", "assistant"] * (len(roles) // 2):
-                raise ValueError("its messages are not turns of user and assistant")
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            messages = as_messages(saved["messages"])
+            if problem := _no_turns(messages):
+                raise ValueError(f"its {problem}")
+            tokens = {
+                number: each["token_ids"] for number, each in enumerate(saved["messages"]) if each.get("token_ids")
+            }
+            if not all(isinstance(each, list) and all(map(_is_token, each)) for each in tokens.values()):
+                raise ValueError("its token_ids are no lists of token numbers")
+        except (OSError, ValueError, KeyError, TypeError, InputError) as error:
             raise ConfigError(f"{path}: not a saved conversation ({error})") from error
-        return ChatSession(self, messages=messages)
+        return ChatSession(self, messages=messages, token_ids=tokens)
 
 
-def _stop_ids(model: PreTrainedModel) -> frozenset[int]:
-    found = model.generation_config.eos_token_id if model.generation_config is not None else None
-    if found is None:
-        return frozenset()
-    return frozenset(found if isinstance(found, list) else [found])
+def _no_turns(messages: Sequence[Message]) -> str | None:
+    """Return what is wrong with a conversation that is to go on; None for complete turns."""
+    roles = [each["role"] for each in messages if each["role"] not in ("system", "developer")]
+    if roles != ["user", "assistant"] * (len(roles) // 2):
+        return "messages are not turns of user and assistant"
+    return None
 
 
-class ChatSession:
-    """A conversation in text. A turn that breaks off (an error, Ctrl-C) is taken back; nothing said before it is lost."""
-
-    def __init__(self, engine: Engine, system: str | None = None, messages: list[Message] | None = None) -> None:
-        self.engine = engine
-        self.messages: list[Message] = list(messages or [])
-        if system is not None:
-            if not isinstance(system, str) or not writable(system):
-                raise InputError("the system message is no text; give it as UTF-8")
-            self.messages.insert(0, {"role": "system", "content": system})
-        self.last_reply: Reply | None = None
-        self._session: Session | None = engine.tokens.session()
-        self._lengths: list[int] = []  # number of messages before each turn
-
-    def __enter__(self) -> ChatSession:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Free the cache. The messages stay readable."""
-        self._session = None
-
-    @property
-    def turns(self) -> list[TurnStats]:
-        return self._open.turns
-
-    @property
-    def _open(self) -> Session:
-        if self._session is None:
-            raise InputError("the session is closed; open a new one with engine.session()")
-        return self._session
-
-    def send(self, text: str, **sampling: Any) -> Reply:
-        """Say something, get the whole answer. Keywords are those of ``core.sampling.SamplingConfig``."""
-        for _ in self.stream(text, **sampling):
-            pass
-        assert self.last_reply is not None
-        return self.last_reply
-
-    def stream(self, text: str, **sampling: Any) -> Iterator[str]:
-        """The answer piece by piece; ``last_reply`` holds the whole once it is over."""
-        try:
-            config = SamplingConfig(**sampling)
-        except ValidationError as error:
-            first = error.errors()[0]
-            raise ConfigError(f"{'.'.join(map(str, first['loc']))}: {first['msg']} (got {first['input']!r})") from error
-        if not isinstance(text, str):
-            raise InputError(f"a message is text, not {type(text).__name__}")
-        self._open.require_rest()
-        self._asked(text)  # a message that cannot be asked is refused at once
-        return self._answer(text, config)
-
-    def _asked(self, text: str) -> tuple[list[Message], list[int]]:
-        """The conversation with this message, and the tokens that it adds."""
-        asked = [*self.messages, {"role": "user", "content": text}]
-        return asked, self._new_ids(self._open, asked)
-
-    def _answer(self, text: str, config: SamplingConfig) -> Iterator[str]:
-        session = self._open
-        asked, ids = self._asked(text)  # now, as other turns may have been held since the stream was opened
-        decoder = StreamDecoder(self.engine.tokenizer)
-        answer: list[int] = []
-        for token in self.engine.tokens.generate(session, ids, config, self.engine.stop_ids):
-            answer.append(token)
-            piece = decoder.push(token)
-            if piece:
-                yield piece
-        reply = self._reply(answer, session.stats)
-        self._lengths.append(len(self.messages))
-        self.messages = [*asked, {"role": "assistant", "content": reply.text}]
-        self.last_reply = reply
-        if rest := decoder.rest():
-            yield rest
-
-    def _new_ids(self, session: Session, asked: list[Message]) -> list[int]:
-        tokenizer = self.engine.tokenizer
-        if session.tokens:
-            return tokenizer.turn_tokens(asked, self._end_token(session.tokens))
-        ids: list[int] = []  # a loaded conversation: every turn of it is rendered as it was
-        for end, message in enumerate(asked, 1):
-            if message["role"] == "user":
-                ids += tokenizer.turn_tokens(asked[:end], self._end_token(ids))
-            elif message["role"] == "assistant":
-                ids += tokenizer.answer_tokens(message["content"])
-        return ids
-
-    def _end_token(self, tokens: list[int]) -> int | None:
-        """The end-of-turn token the conversation ends with, if the model gave it itself."""
-        return tokens[-1] if tokens and tokens[-1] in self.engine.stop_ids else None
-
-    def _reply(self, answer: list[int], stats: TurnStats) -> Reply:
-        return Reply(
-            text=self.engine.tokenizer.decode(answer).strip(),
-            token_ids=tuple(answer),
-            usage=Usage(stats.prompt_tokens, stats.reused_tokens, stats.output_tokens),
-            timings=Timings(stats.ttft_ms, stats.tpot_ms),
-            stats=stats,
-        )
-
-    def undo(self) -> Message:
-        """Take back the last turn; returns the user's message of it."""
-        if not self._lengths:
-            raise InputError("nothing to undo: no turn was answered in this session")
-        self._open.undo()
-        taken = self.messages[self._lengths[-1]]
-        self.messages = self.messages[: self._lengths.pop()]
-        self.last_reply = None
-        return taken
-
-    def retry(self, **sampling: Any) -> Reply:
-        """Take back the last answer and give another one to the same message; if that breaks off, the old one stays."""
-        kept = self.fork()
-        try:
-            return self.send(self.undo()["content"], **sampling)
-        except BaseException:
-            self._become(kept)
-            raise
-
-    def fork(self) -> ChatSession:
-        """An independent copy of the conversation, to try two answers."""
-        other = ChatSession(self.engine)
-        other._become(self)
-        other._session = self._open.fork()
-        return other
-
-    def _become(self, other: ChatSession) -> None:
-        self.messages, self._lengths = list(other.messages), list(other._lengths)
-        self.last_reply, self._session = other.last_reply, other._session
-
-    def save(self, path: str | Path) -> None:
-        """Write the messages as JSON, with the stack for the record; ``Engine.load_session`` reads the messages."""
-        body = {"version": 1, "stack": self.engine.stack.describe(), "messages": self.messages}
-        try:
-            Path(path).write_text(json.dumps(body, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise InputError(f"{path}: cannot save the conversation ({error.strerror})") from error
+def _is_token(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 31
 
 
-__all__ = ["ChatSession", "Engine", "Reply", "Timings", "Usage", "apply", "load_stack"]
+__all__ = ["Engine", "apply", "load_stack"]

@@ -15,10 +15,10 @@ from typing import Any
 
 import pluggy
 
-from loopserve.core import hookspecs
-from loopserve.core.api_version import FIRST_API, require_api
 from loopserve.core.errors import PluginError, did_you_mean
-from loopserve.core.registry import Owner, Registry
+from loopserve.core.policy import hookspecs
+from loopserve.core.policy.api_version import FIRST_API, require_api
+from loopserve.core.policy.registry import Owner, Registry
 
 BUILT_IN = "loopserve"
 DISABLED_VARIABLE = "LOOPSERVE_DISABLED_PLUGINS"
@@ -139,10 +139,12 @@ def _check_hooks(manager: pluggy.PluginManager, plugin: Any) -> None:
         if name not in _HOOKS:
             raise PluginError(f"unknown hook {name!r}{did_you_mean(name, _HOOKS)}")
         if name not in marked:
-            raise PluginError(f"{name} is not marked with loopserve.core.hookspecs.hookimpl")
+            raise PluginError(f"{name} is not marked with loopserve.core.policy.hookspecs.hookimpl")
     manager.check_pending()  # marked hooks whose names do not even begin like ours
     if not marked:
-        raise PluginError(f"it has no hook: define {_HOOK}(registry), marked with loopserve.core.hookspecs.hookimpl")
+        raise PluginError(
+            f"it has no hook: define {_HOOK}(registry), marked with loopserve.core.policy.hookspecs.hookimpl"
+        )
 
 
 def _hook_like(plugin: Any) -> Iterator[str]:

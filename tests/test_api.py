@@ -13,7 +13,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from loopserve import Engine, LoopServeError, load_stack
-from loopserve.api import ChatSession
+from loopserve.chat_session import ChatSession
 from loopserve.core.errors import ConfigError, InputError, ModelError
 from loopserve.models.demo import bundled_path
 
@@ -146,7 +146,7 @@ def test_a_retry_that_breaks_off_keeps_the_old_answer(chat: ChatSession, monkeyp
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(chat.engine.tokens.model, "forward", interrupted)
+    monkeypatch.setattr(chat.engine.token_engine.model, "forward", interrupted)
     with pytest.raises(KeyboardInterrupt):
         chat.retry()
     monkeypatch.undo()
@@ -156,7 +156,7 @@ def test_a_retry_that_breaks_off_keeps_the_old_answer(chat: ChatSession, monkeyp
 
 def test_ctrl_c_in_mid_answer_keeps_the_last_complete_turn(chat: ChatSession, monkeypatch: pytest.MonkeyPatch) -> None:
     chat.send(f"{TOLD} what is the code of oslo ?")
-    real, calls = chat.engine.tokens.model.forward, []
+    real, calls = chat.engine.token_engine.model.forward, []
 
     def interrupted(*args: object) -> object:
         calls.append(1)
@@ -164,7 +164,7 @@ def test_ctrl_c_in_mid_answer_keeps_the_last_complete_turn(chat: ChatSession, mo
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(chat.engine.tokens.model, "forward", interrupted)
+    monkeypatch.setattr(chat.engine.token_engine.model, "forward", interrupted)
     with pytest.raises(KeyboardInterrupt):
         chat.send("what is the code of lisbon ?")
     monkeypatch.undo()
@@ -223,7 +223,7 @@ def test_bad_requests_are_one_line_and_lose_nothing(chat: ChatSession) -> None:
         ("hi", {"max_new_tokens": 0}, "max_new_tokens: Input should be greater than 0"),
         ("hi", {"temperature": float("nan")}, "temperature"),
         ("hi", {"max_new_tokens": 10**6}, "does not fit"),
-        ("hi", {"top_q": 1}, "top_q: Extra inputs"),
+        ("hi", {"top_q": 1}, "unknown sampling option 'top_q'; did you mean 'top_p'"),
         ("\udcff", {}, "no text"),
     ]:
         with pytest.raises((InputError, ConfigError), match=says) as caught:

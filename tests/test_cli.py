@@ -46,6 +46,32 @@ def test_help_loads_nothing_heavy(arguments: Sequence[str]):
     assert "loopserve" in ended.stdout
 
 
+def test_a_stack_is_checked_against_a_model_whose_weights_are_not_read(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The bundled model has four layers; only its configuration may be read."""
+    import transformers
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", None)
+    policies = "prefill: {policy: dense}\ndecode: {policy: snapkv}\nlayers:\n- at: [1, %s]\n  decode: {policy: full}\n"
+    beyond, within = tmp_path / "beyond.yaml", tmp_path / "within.yaml"
+    beyond.write_text(policies % 99)
+    within.write_text(policies % -1)
+    code, out, err = cli("stack", "validate", str(within), str(beyond), "dense")
+    assert (code, err) == (0, "") and out.count(": ok (") == 3
+    assert "not checked without --model: whether the model has the layers 1, 99; whether" in out
+    code, out, err = cli("stack", "validate", str(within), str(beyond), "--model", "demo")
+    assert code == 2 and f"{within}: ok (" in out and "not checked" not in out
+    assert "layers[0].at: 1, 99 does not fit the model, which has layers 0 to 3" in err
+    results = json.loads(cli("stack", "validate", str(beyond), "--format", "json")[1])
+    assert results[0]["not_checked"] == [
+        "whether the model has the layers 1, 99", "whether the policies can serve its layers",
+    ]  # fmt: skip
+    assert json.loads(cli("stack", "validate", "dense", "--format", "json")[1])[0]["not_checked"] == []
+    code, _, err = cli("stack", "validate", "dense", "--model", str(tmp_path))
+    assert code == 1 and "cannot read the configuration of model" in err and "Traceback" not in err
+
+
 def test_help_names_every_command(cli: Cli):
     code, out, _ = cli("--help")
     assert code == 0

@@ -12,8 +12,8 @@ from tests.installed import install
 
 Cli = Callable[..., tuple[int, str, str]]
 SOURCE = '''
-from loopserve.core.hookspecs import hookimpl
-from loopserve.core.interfaces import Capabilities, DecodeCompressor, LayerType
+from loopserve.core.policy.hookspecs import hookimpl
+from loopserve.core.policy.interfaces import Capabilities, DecodeCompressor, LayerType
 
 class Policy(DecodeCompressor):
     """Does nothing at all."""

@@ -5,14 +5,14 @@ from pathlib import Path
 import pytest
 
 from loopserve.core.errors import PluginError
-from loopserve.core.registry import Kind
+from loopserve.core.policy.registry import Kind
 from loopserve.plugins import LoadedPlugins, load_registry
 
 Install = Callable[..., None]
 
 GOOD = '''
-from loopserve.core.hookspecs import hookimpl
-from loopserve.core.interfaces import DecodeCompressor
+from loopserve.core.policy.hookspecs import hookimpl
+from loopserve.core.policy.interfaces import DecodeCompressor
 
 class Policy(DecodeCompressor):
     """Does nothing."""
@@ -106,7 +106,7 @@ def test_a_plugin_may_be_an_object(install: Install):
         (GOOD.format(name="full"), "'full' of test-broken 1.0 "),
         (GOOD.format(name="x").replace('    """Does nothing."""\n', ""), "needs a docstring"),
         (MISSPELT, "unknown hook 'loopserve_register_polices'; did you mean 'loopserve_register_policies'?"),
-        (UNMARKED, "loopserve_register_policies is not marked with loopserve.core.hookspecs.hookimpl"),
+        (UNMARKED, "loopserve_register_policies is not marked with loopserve.core.policy.hookspecs.hookimpl"),
         (FOREIGN, "unknown hook 'register_policies'"),
         (WRONG_ARGUMENT, "PluginValidationError: "),
         ("x = 3", "it has no hook: define loopserve_register_policies(registry)"),

@@ -9,13 +9,14 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 
 from loopserve.cli import main
-from loopserve.core import hookspecs
-from loopserve.core.interfaces import DecodeCompressor
+from loopserve.core.policy import hookspecs
+from loopserve.core.policy.interfaces import DecodeCompressor
 from loopserve.plugins import load_registry
 from tests.installed import install
 
@@ -29,7 +30,9 @@ class Reader:
 
     def __init__(self, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.home, self.monkeypatch = home, monkeypatch
-        self.names: dict[str, Any] = {"__name__": "a_page"}
+        module = ModuleType("page_of_plugins")  # dataclasses look up the module of their class
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        self.names: dict[str, Any] = vars(module)
         self.ran: list[str] = []
 
     def bash(self, text: str) -> None:

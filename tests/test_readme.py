@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from loopserve.api import load_stack
-from loopserve.core.registry import Registry
+from loopserve.core.policy.registry import Registry
 from loopserve.models.tiny import tiny_model
 
 BLOCKS = re.findall(
@@ -29,7 +29,7 @@ def run(text: str, **names: Any) -> dict[str, Any]:
 
 
 def test_a_chat(capsys: pytest.CaptureFixture[str]) -> None:
-    names = run(block("python", "engine.session()").replace("Qwen/Qwen3-0.6B", "demo"))
+    names = run(block("python", "chat.send").replace("Qwen/Qwen3-0.6B", "demo"))
     assert names["reply"].usage.completion_tokens > 0
     assert capsys.readouterr().out
 

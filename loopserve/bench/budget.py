@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from loopserve.api import load_stack
-from loopserve.core.stack import PolicyStack
+from loopserve.core.stack.stack import PolicyStack
 
 _LEAST = 16
 

@@ -8,14 +8,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from loopserve.api import ChatSession, Engine
+from loopserve.api import Engine
 from loopserve.bench.heads import Heads
 from loopserve.bench.recall import HELD_OUT_SEED, RecallTask, make_dialogues
+from loopserve.chat_session import ChatSession
 from loopserve.core.errors import ConfigError
-from loopserve.core.interfaces import AttentionInputs, PrefillSparsifier
-from loopserve.core.patterns import AttentionPattern, DensePattern
-from loopserve.core.stack import PolicyStack
-from loopserve.models.huggingface import HuggingFaceModel
+from loopserve.core.policy.interfaces import AttentionInputs, PrefillSparsifier
+from loopserve.core.policy.patterns import AttentionPattern, DensePattern
+from loopserve.core.stack.stack import PolicyStack
+from loopserve.models.bridge import TransformersModel
 from loopserve.models.loading import load
 from loopserve.policies.decode.full import FullDecode
 
@@ -46,7 +47,7 @@ def _recorded(model: str) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
     loaded, tokenizer = load(model, dtype="float32")
     recorder = Recorder()
     stack = PolicyStack("recorder", recorder, FullDecode())
-    limit = min(HuggingFaceModel(loaded).max_positions or _LONGEST, _LONGEST) - _SPARE
+    limit = min(TransformersModel(loaded).max_positions or _LONGEST, _LONGEST) - _SPARE
     engine = Engine(loaded, tokenizer, stack, chunk_tokens=limit + _SPARE)
     task = RecallTask(tokens=min(_DIALOGUE, limit), turns=3, position="mixed")
     dialogues = make_dialogues(task, max(limit // task.tokens, 1), HELD_OUT_SEED)

@@ -14,9 +14,9 @@ from loopserve.api import Engine, load_stack
 from loopserve.bench.budget import budget_for, budget_of, room_for, with_budget
 from loopserve.bench.recall import Dialogue, Position, RecallTask, make_dialogues
 from loopserve.bench.speed.engine import machine
+from loopserve.core.engine.stats import TurnStats
 from loopserve.core.errors import ConfigError
-from loopserve.core.stack import PolicyStack
-from loopserve.core.stats import TurnStats
+from loopserve.core.stack.stack import PolicyStack
 from loopserve.models.loading import load
 
 STACKS = ("dense", "loopserve", "loopserve-paper", "snapkv", "streaming_llm")

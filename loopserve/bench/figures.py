@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import io
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from loopserve.core.errors import ConfigError
 
+# Okabe and Ito's palette for all kinds of colour vision, without its yellow, which is too pale for lines on white.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+_MARKERS = "osD^vP*X<>dph"  # as many as are told apart; 13 and 7 share no factor, so a pair comes back after 91 series
+_DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
+_LABEL_PT = 7.0
 _NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))  # they hold addresses of the web
 
 
@@ -41,3 +47,84 @@ def svg(drawn: Any, name: str) -> str:
     element = found[found.index("<svg") :]
     # Ids are counted anew in every figure; two figures on one page must not refer to each other's.
     return re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{re.escape(name)}-", element)
+
+
+def series_style(number: int) -> dict[str, Any]:
+    """How the line of a series is drawn: told from others' by colour, marker and dashes, each alone.
+
+    Markers are hollow, so that a point which lies under another one is seen.
+    """
+    return {
+        "color": COLOURS[number % len(COLOURS)],
+        "marker": _MARKERS[number % len(_MARKERS)],
+        "linestyle": _DASHES[number % len(_DASHES)],
+        "markerfacecolor": "none",
+        "markersize": 5.0,
+        "linewidth": 1.3,
+    }
+
+
+def per_cent(*sides: Any) -> None:
+    """Write the shares on these axes (``axes.xaxis``, ``axes.yaxis``) as per cent."""
+    from matplotlib.ticker import PercentFormatter
+
+    for side in sides:
+        side.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
+
+
+def label_ends(axes: Any) -> None:
+    """Write the name of each labelled line beside its last point, right of the axes, in its colour; no two names overlap.
+
+    Call it last: where the names go depends on the limits of the axes.
+    """
+    named = list(_labelled(axes))
+    if not named:
+        return
+    axes.autoscale_view()
+    to_axes = axes.transData + axes.transAxes.inverted()
+    rows = axes.get_subplotspec().get_gridspec().nrows
+    height = axes.figure.get_size_inches()[1] * 72.0 * 0.8 / rows
+    ends = []
+    for label, line in named:
+        xs, ys = line.get_xdata(), line.get_ydata()
+        if len(xs) == 0:
+            continue
+        across = line.get_transform() == axes.get_yaxis_transform(which="grid")  # axhline: x is a share of the axes
+        x = axes.get_xlim()[1] if across else float(xs[-1])
+        ends.append((float(to_axes.transform((x, float(ys[-1])))[1]), label, (x, float(ys[-1])), line.get_color()))
+    ends.sort(key=lambda each: (round(each[0], 3), each[2][0], each[1]))
+    places = _spread([each[0] for each in ends], 1.25 * _LABEL_PT / height)
+    for place, (_, label, end, colour) in zip(places, ends, strict=True):
+        axes.annotate(
+            label,
+            xy=end,
+            xytext=(1.05, place),
+            textcoords="axes fraction",
+            va="center",
+            fontsize=_LABEL_PT,
+            color=colour,
+            annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5, "alpha": 0.6, "shrinkA": 1, "shrinkB": 3},
+        )
+
+
+def _labelled(axes: Any) -> Iterable[tuple[str, Any]]:
+    """Lines with a name; those of error bars carry it on their container."""
+    for line in axes.get_lines():
+        if not str(line.get_label()).startswith("_"):
+            yield line.get_label(), line
+    for container in axes.containers:
+        if not str(container.get_label()).startswith("_") and hasattr(container, "has_yerr"):
+            yield container.get_label(), container[0]
+
+
+def _spread(wanted: list[float], gap: float) -> list[float]:
+    """Places in the order of those wanted, at least ``gap`` apart, moved down where they would leave the axes at the top."""
+    places: list[float] = []
+    for each in wanted:
+        places.append(max(each, places[-1] + gap) if places else each)
+    limit = max(1.0, gap * (len(places) - 1))
+    for index in range(len(places) - 1, -1, -1):
+        places[index] = min(places[index], limit)
+        limit = places[index] - gap
+    return places

@@ -21,7 +21,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from loopserve.core.patterns import TILE, LinePattern
+from loopserve.core.policy.patterns import TILE, LinePattern
 
 SINKS = 4
 _TOPICS = 4

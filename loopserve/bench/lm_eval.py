@@ -13,9 +13,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from loopserve.api import Engine, StackLike
+from loopserve.core.engine.sampling import SamplingConfig
 from loopserve.core.errors import ConfigError, LoopServeError, did_you_mean
-from loopserve.core.sampling import Sampler, SamplingConfig
-from loopserve.models.chat import StreamDecoder
+from loopserve.models.answer_text import AnswerText
 
 try:
     from lm_eval.api.model import LM
@@ -72,23 +72,18 @@ class StackLM(LM):
 
     def _answer(self, context: str, options: Mapping[str, Any]) -> str:
         sampling, until = self._read(options)
-        tokens = self.engine.tokens
+        tokens = self.engine.token_engine
         ids = self._ids(context)
         if (
             tokens.model.max_positions is not None
         ):  # as the harness does it: the beginning of a context too long is cut off
             ids = ids[-max(1, tokens.model.max_positions - sampling.max_new_tokens) :]
         session = tokens.session()
-        logits = tokens.read(session, ids, room=sampling.max_new_tokens)
-        decoder, said = StreamDecoder(self.engine.tokenizer), ""
-        for token in tokens.answer(session, logits, Sampler(sampling), self.engine.stop_ids, sampling.max_new_tokens):
-            said += decoder.push(token)
-            if any(stop in said for stop in until):
-                break
-        said += decoder.rest()
-        for stop in until:
-            said = said.partition(stop)[0]
-        return said
+        text = AnswerText(self.engine.tokenizer, until)
+        for _ in tokens.generate(session, ids, sampling, self.engine.stop_ids, stop_check=text.push):
+            pass
+        text.close()
+        return text.text
 
     def _read(self, options: Mapping[str, Any]) -> tuple[SamplingConfig, list[str]]:
         """A task's generation options. ConfigError for one that would be ignored otherwise."""

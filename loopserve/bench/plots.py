@@ -6,17 +6,18 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from loopserve.bench.figures import figure, save
+from loopserve.bench.figures import COLOURS, figure, label_ends, per_cent, save, series_style
 from loopserve.bench.rows import Row
 from loopserve.bench.speed.table import count, crossing
 
 _WHOLE = "sparse_prefill"  # scoring, selection and attention
+_HATCHES = ("", "//", "..", "xx", "\\\\", "++", "oo")
 _FIRST_TURN = ("dense_attention", "vertical_slash", _WHOLE)
 
 
 def plot_demo(result: dict[str, Any], path: str | Path) -> None:
     """Answers right by turn, and what each stack computes and reads as shares of dense; written as an image file."""
-    drawn = figure(11, 5)
+    drawn = figure(10.5, 5)
     stacks: dict[str, dict[str, Any]] = result["stacks"]
     right, costs = drawn.subplots(1, 2)
     turns = len(next(iter(stacks.values()))["turns"])
@@ -24,9 +25,10 @@ def plot_demo(result: dict[str, Any], path: str | Path) -> None:
     for number, (name, figures) in enumerate(stacks.items()):
         shares = [turn["right"] / turn["asked"] for turn in figures["turns"]]
         places = [turn + (number - (len(stacks) - 1) / 2) * width for turn in range(turns)]
-        right.bar(places, shares, width, label=name)
+        right.bar(places, shares, width, label=name, **_fill(number))
     right.set_xticks(range(turns), [f"turn {turn + 1}" for turn in range(turns)])
-    right.set(ylabel="share of answers right", ylim=(0, 1.02), title="Answers")
+    right.set(ylabel="answers right", ylim=(0, 1.02), title="Answers")
+    per_cent(right.yaxis)
     right.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=3)
     bars = {
         "prefill cells": [figures["prefill_cell_density"] for figures in stacks.values()],
@@ -36,11 +38,21 @@ def plot_demo(result: dict[str, Any], path: str | Path) -> None:
     width = 0.8 / len(bars)
     for number, (label, values) in enumerate(bars.items()):
         places = [place + (number - 1) * width for place in range(len(stacks))]
-        costs.bar(places, [value or 0.0 for value in values], width, label=label)
+        costs.bar(places, [value or 0.0 for value in values], width, label=label, **_fill(number))
     costs.set_xticks(range(len(stacks)), list(stacks), rotation=20)
-    costs.set(ylabel="share of dense", title="Cost")
+    costs.set(ylabel="of dense", title="Cost")
+    per_cent(costs.yaxis)
     costs.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3)
     save(drawn, path)
+
+
+def _fill(number: int) -> dict[str, Any]:
+    """Bars of a series, told from others by colour and by hatching, each alone."""
+    return {
+        "facecolor": COLOURS[number % len(COLOURS)],
+        "hatch": _HATCHES[number % len(_HATCHES)],
+        "edgecolor": "white",
+    }
 
 
 def _bytes_share(figures: dict[str, Any]) -> float | None:
@@ -63,23 +75,24 @@ def plot_speed(rows: Sequence[Row], directory: Path) -> list[Path]:
         )
         for axes, group in panels:
             dense = {row["shape"]["n"]: row["sdpa_ms"] for row in group if "sdpa_ms" in row}
-            axes.plot(*_line(dense), "k--", marker="o", label="fastest SDPA")
-            for op, impl in dict.fromkeys((row["op"], row["impl"]) for row in group):
+            axes.plot(*_line(dense), **series_style(6), label="fastest SDPA")
+            for number, (op, impl) in enumerate(dict.fromkeys((row["op"], row["impl"]) for row in group)):
                 own = [row for row in group if (row["op"], row["impl"]) == (op, impl)]
-                axes.plot(
-                    *_line({row["shape"]["n"]: row["median_ms"] for row in own}), marker="o", label=f"{op}, {impl}"
-                )
+                times = {row["shape"]["n"]: row["median_ms"] for row in own}
+                axes.plot(*_line(times), **series_style(number if number < 6 else number + 1), label=f"{op}, {impl}")
                 even = crossing(sorted((row["shape"]["n"], row["ratio_sdpa"]) for row in own))
                 if op == _WHOLE and even is not None:
-                    axes.axvline(even, color="gray", linestyle=":", label=f"break-even, {impl}: {count(even)}")
+                    axes.axvline(even, color="gray", linestyle=":", label="_")
+                    said = f"break-even, {impl}: {count(even)}"
+                    axes.annotate(said, (even, 0.02), xycoords=("data", "axes fraction"), rotation=90, fontsize=7)
             _log_log(axes, "tokens", "ms", dense)
         made.append(save(panels[0][0].figure, directory / "time_by_length.png"))
     if steps:
         panels = _panels(steps, lambda row: f"{row['shape']['kv_heads']} KV heads, {row['dtype']}")
         for axes, group in panels:
-            for stack in dict.fromkeys(row["stack"] for row in group):
+            for number, stack in enumerate(dict.fromkeys(row["stack"] for row in steps)):
                 times = {row["shape"]["n"]: row["median_ms"] for row in group if row["stack"] == stack}
-                axes.plot(*_line(times), marker="o", label=stack)
+                axes.plot(*_line(times), **series_style(number), label=stack)
             _log_log(axes, "tokens of history", "ms per output token", [row["shape"]["n"] for row in group])
         made.append(save(panels[0][0].figure, directory / "tpot_by_history.png"))
     return made
@@ -90,9 +103,9 @@ def _panels(rows: Sequence[Row], title: Callable[[Row], str]) -> list[tuple[Any,
     kinds: dict[str, list[Row]] = {}
     for row in rows:
         kinds.setdefault(title(row), []).append(row)
-    across = min(len(kinds), 3)
+    across = min(len(kinds), 2)  # 1,280 pixels at the most
     down = -(-len(kinds) // across)
-    panels = figure(5.5 * across, 4.5 * down).subplots(down, across, squeeze=False).flatten()
+    panels = figure(5.3 * across, 4.5 * down).subplots(down, across, squeeze=False).flatten()
     for axes, name in zip(panels, kinds, strict=False):
         axes.set_title(name, fontsize=10)
     for axes in panels[len(kinds) :]:
@@ -111,4 +124,4 @@ def _log_log(axes: Any, across: str, up: str, lengths: Iterable[int]) -> None:
     axes.set_xticks(ticks, [count(each) for each in ticks])
     axes.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    label_ends(axes)

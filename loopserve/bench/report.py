@@ -1,6 +1,7 @@
 """From result files to the tables in the documents: ``python -m loopserve.bench.report README.md``.
 
-A table stands between markers that name its file: ``<!-- demo: FILE -->`` ... ``<!-- end of demo -->``, or ``<!-- speed:
+A table stands between markers that name its file: ``<!-- demo: FILE -->`` (``demo, short`` for three columns) ...
+``<!-- end of demo -->``, or ``<!-- speed:
 FILE op,op tokens not "text" "text" -->`` ... ``<!-- end of speed -->`` for rows of ``loopserve bench``: of all operations or of those
 named, over all lengths or from so many tokens on, without cases that contain one of the texts.
 """
@@ -16,8 +17,7 @@ from typing import Any
 from loopserve.bench.rows import read_rows
 from loopserve.bench.speed.table import markdown
 
-_BEGIN, _END = "<!-- demo: {} -->", "<!-- end of demo -->"
-_PLACE = re.compile(r"<!-- demo: (\S+) -->.*?<!-- end of demo -->", re.DOTALL)
+_PLACE = re.compile(r"(<!-- demo(, short)?: (\S+) -->).*?(<!-- end of demo -->)", re.DOTALL)
 _SPEED = re.compile(
     r"(<!-- speed: (\S+)(?: ([a-z_,]+))?(?: (\d+))?(?: not((?: \"[^\"]+\")+))? -->).*?<!-- end of speed -->", re.DOTALL
 )
@@ -49,12 +49,23 @@ def demo_table(result: dict[str, Any]) -> str:
     return "\n".join([*lines, "", said])
 
 
+def short_table(result: dict[str, Any]) -> str:
+    """Return a markdown table of three columns for the front page, and what was measured."""
+    lines = ["| stack | answers right | KV pairs attended per output token |", "|---|---|---|"]
+    for name, row in result["stacks"].items():
+        lines.append(f"| `{name}` | {row['right']} of {row['asked']} | {row['attended_fraction']:.1%} |")
+    settings = result["settings"]
+    said = f"{settings['dialogues']} dialogues of {settings['tokens']:,} tokens and {settings['turns']} turns, a question in each."
+    return "\n".join([*lines, "", said])
+
+
 def renew(text: str, root: Path) -> str:
     """A document with each table made again from the result file that its marker names, relative to ``root``."""
 
     def table(match: re.Match[str]) -> str:
-        result = json.loads((root / match.group(1)).read_text(encoding="utf-8"))
-        return f"{_BEGIN.format(match.group(1))}\n{demo_table(result)}\n{_END}"
+        begin, short, file, end = match.groups()
+        result = json.loads((root / file).read_text(encoding="utf-8"))
+        return f"{begin}\n{short_table(result) if short else demo_table(result)}\n{end}"
 
     def speed(match: re.Match[str]) -> str:
         ops = tuple(match.group(3).split(",")) if match.group(3) else ()

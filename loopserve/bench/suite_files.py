@@ -1,4 +1,7 @@
-"""Finds suite files by name. Two kinds share ``benchmarks/suites``: those of speed, and those of quality, which have ``tasks``."""
+"""Finds suite files by name: those shipped in ``loopserve/bench/suites``, and those of ``./benchmarks/suites``.
+
+Two kinds share these folders: suites of speed, and suites of quality, which have ``tasks``.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,12 @@ import re
 from enum import StrEnum
 from pathlib import Path
 
-from loopserve.core.config import Document, read_yaml
 from loopserve.core.errors import ConfigError, did_you_mean
+from loopserve.core.stack.config import Document, read_yaml
 
-_FOLDER = Path("benchmarks") / "suites"
+_SHIPPED = Path(__file__).parent / "suites"
+_OWN = Path("benchmarks") / "suites"
+_SUFFIXES = (".yaml", ".yml")
 _TASKS = re.compile(r"^tasks:", re.MULTILINE)
 
 
@@ -28,16 +33,22 @@ _COMMAND = {SuiteKind.SPEED: "loopserve bench kernels, decode or prefill", Suite
 
 
 def suite_files(kind: SuiteKind) -> dict[str, Path]:
-    """The suites of a kind beside the checkout and in the current directory, which wins, by name."""
-    folders = [Path(__file__).parents[2] / _FOLDER, Path.cwd() / _FOLDER]
-    found = {file.stem: file for folder in folders for file in sorted(folder.glob("*.yaml"))}
+    """The suites of a kind by name: those shipped, and those of the current directory, which win."""
+    folders = [_SHIPPED, Path.cwd() / _OWN]
+    found = {
+        file.stem: file
+        for folder in folders
+        if folder.is_dir()
+        for file in sorted(folder.iterdir())
+        if file.suffix in _SUFFIXES and file.is_file()
+    }
     return {name: file for name, file in sorted(found.items()) if _kind(file) is kind}
 
 
 def read_suite(spec: str, kind: SuiteKind) -> Document:
     """A suite by name or file. ConfigError if there is none of this kind."""
     path = Path(spec)
-    if not path.suffix:
+    if path.suffix not in _SUFFIXES and not path.is_file():
         found = suite_files(kind)
         if spec not in found:
             raise ConfigError(f"unknown suite {spec!r}{did_you_mean(spec, found)}, or give a YAML file")

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from loopserve import __version__
-from loopserve.cli import bench, chat, demo, env, policies, run, stack
+from loopserve.cli import bench, chat, demo, env, kernels, policies, run, stack
 from loopserve.cli.options import Settings
 from loopserve.cli.output import unexpected
 from loopserve.core.errors import LoopServeError
@@ -29,6 +29,7 @@ app.command()(run.run)
 app.add_typer(policies.app, name="policies")
 app.add_typer(stack.app, name="stack")
 app.add_typer(bench.app, name="bench")
+app.add_typer(kernels.app, name="kernels")
 app.command()(env.env)
 
 

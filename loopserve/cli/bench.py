@@ -22,7 +22,7 @@ app.command()(quality.run)
 app.command()(quality.ls)
 app.command()(quality.compare)
 
-SuiteOption = Annotated[str, typer.Option(help="A suite of benchmarks/suites by name, or a YAML file.")]
+SuiteOption = Annotated[str, typer.Option(help="A suite by name (loopserve bench ls), or a YAML file.")]
 OutputOption = Annotated[Path | None, typer.Option(help="File of JSON lines that the rows are appended to.")]
 RunsOption = Annotated[int | None, typer.Option(min=1, help="Rounds of paired runs; the suite's by default.")]
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
@@ -199,6 +199,52 @@ def guard(
     result = run_guard_bench(
         model=model, stacks=stacks, history=history, output_tokens=output_tokens, runs=runs, progress=_progress
     )
+    _show_result(result, format)
+
+
+@app.command()
+def batch(
+    context: typer.Context,
+    model: Annotated[
+        str, typer.Option(help="A hub id, a local directory, 'demo', or 'random' (12 layers, 768 wide).")
+    ] = "random",
+    stack: Annotated[
+        list[str] | None,
+        typer.Option(help="A preset's name or a YAML file, repeatable. [default: dense, loopserve, loopserve-paper]"),
+    ] = None,
+    sessions: Annotated[
+        list[int] | None, typer.Option(min=1, help="Sessions at once, repeatable. [default: 1, 2, 4, 8, 16]")
+    ] = None,
+    history: Annotated[int, typer.Option(min=16, help="Tokens that each session holds.")] = 4096,
+    output_tokens: Annotated[int, typer.Option(min=2, help="Tokens of each answer.")] = 24,
+    runs: Annotated[int, typer.Option(min=1, help="Paired runs; the fastest of each side is shown.")] = 3,
+    wait: Annotated[bool, typer.Option(help="Measure a short prompt beside the prefill of an 8K one instead.")] = False,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    output: OutputOption = None,
+    format: FormatOption = Format.HUMAN,
+) -> None:
+    """Decode steps of several sessions in shared passes, beside one session after another."""
+    stacks = stack or ["dense", "loopserve", "loopserve-paper"]
+    settings: Settings = context.obj
+    settings.stacks(stacks)
+    from loopserve.bench.rows import append_rows
+    from loopserve.bench.speed.batch import SESSIONS, run_batch_bench, run_wait_bench
+
+    if wait:
+        result = run_wait_bench(model=model, stack=stacks[0], runs=runs, dtype=dtype, progress=_progress)
+    else:
+        result = run_batch_bench(
+            model=model,
+            stacks=stacks,
+            sessions=sessions or SESSIONS,
+            history=history,
+            output_tokens=output_tokens,
+            runs=runs,
+            dtype=dtype,
+            progress=_progress,
+        )
+    if output is not None:
+        append_rows(output, [row | {"machine": result["machine"]} for row in result["rows"]])
     _show_result(result, format)
 
 

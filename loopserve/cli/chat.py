@@ -56,7 +56,7 @@ def chat(
 ) -> None:
     """Talk to a model. Inside: /help /stats /stack /undo /retry /save /exit."""
     from loopserve.cli.repl import Repl
-    from loopserve.core.config import to_yaml
+    from loopserve.core.stack.config import to_yaml
 
     settings: Settings = context.obj
     if resume is not None and system is not None:

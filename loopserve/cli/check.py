@@ -76,7 +76,7 @@ def _found(target: str) -> Any:
 
 
 def _policies_in(module: Any) -> list[str]:
-    from loopserve.core.interfaces import DecodeCompressor, PrefillSparsifier
+    from loopserve.core.policy.interfaces import DecodeCompressor, PrefillSparsifier
 
     bases = (PrefillSparsifier, DecodeCompressor)
     return [

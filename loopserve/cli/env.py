@@ -37,7 +37,7 @@ def _print_tree(values: dict[str, Any], indent: str = "") -> None:
 def _environment(settings: Settings) -> dict[str, Any]:
     import torch
 
-    import loopserve.core.engine  # noqa: F401  # brings in every operation, so that each is described
+    import loopserve.core.engine.engine  # noqa: F401  # brings in every operation, so that each is described
     from loopserve import __version__
     from loopserve.kernels import backend
 

@@ -13,7 +13,7 @@ import typer
 from loopserve.core.errors import OnPolicyFault, PolicyChecks
 
 if TYPE_CHECKING:
-    from loopserve.core.stack import PolicyStack
+    from loopserve.core.stack.stack import PolicyStack
     from loopserve.plugins import LoadedPlugins
 
 
@@ -43,10 +43,10 @@ class Settings:
         return self.stacks([spec])[0]
 
     def stacks(self, specs: Iterable[str]) -> list[PolicyStack]:
-        from loopserve.core.stack import load_stack
+        from loopserve.core.stack.stack import resolve_stack
 
         registry = self.plugins().registry
-        return [load_stack(spec, registry) for spec in specs]
+        return [resolve_stack(spec, registry) for spec in specs]
 
 
 FormatOption = Annotated[Format, typer.Option("--format", help="Tables and text, or one JSON object.")]

@@ -14,7 +14,7 @@ from loopserve.cli.output import console, print_json, table
 from loopserve.core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from loopserve.core.registry import Registration
+    from loopserve.core.policy.registry import Registration
 
 app = typer.Typer(help="List policies and their options, check them, write a new one.", no_args_is_help=True)
 app.command("new")(scaffold.new)
@@ -69,7 +69,7 @@ def show_policy(
 @app.command()
 def matrix(context: typer.Context, format: FormatOption = Format.HUMAN) -> None:
     """Every prefill policy beside every decode policy, keeping or evicting: which pairs work, and why others are refused."""
-    from loopserve.core.pairs import pairs
+    from loopserve.core.stack.compatibility import pairs
 
     settings: Settings = context.obj
     found = list(pairs(settings.plugins().registry))

@@ -27,7 +27,7 @@ class HistoryKind(StrEnum):
 
 def run(
     context: typer.Context,
-    suite: Annotated[str, typer.Option(help="A suite of benchmarks/suites by name, or a YAML file.")],
+    suite: Annotated[str, typer.Option(help="A suite by name (loopserve bench ls), or a YAML file.")],
     model: Annotated[str, typer.Option(help="A hub id, a local directory, or 'demo'.")] = "demo",
     stack: Annotated[
         list[str] | None, typer.Option(help="A preset's name or a YAML file, repeatable; the suite's by default.")
@@ -100,7 +100,7 @@ def ls(context: typer.Context, format: FormatOption = Format.HUMAN) -> None:
     from loopserve.bench.quality.suite import load_suite
     from loopserve.bench.suite_files import SuiteKind, suite_files
     from loopserve.bench.tasks import known_tasks
-    from loopserve.core.stack import preset_names
+    from loopserve.core.stack.stack import preset_names
 
     suites = {name: load_suite(str(path)) for name, path in suite_files(SuiteKind.QUALITY).items()}
     tasks = known_tasks()

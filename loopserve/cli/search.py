@@ -8,7 +8,7 @@ from pathlib import Path
 from loopserve.api import Engine
 from loopserve.bench.recall import RecallTask, make_dialogues
 from loopserve.core.errors import InputError
-from loopserve.core.stack import PolicyStack
+from loopserve.core.stack.stack import PolicyStack
 from loopserve.policies.decode.full import FullDecode
 from loopserve.policies.prefill.line_sizes import LineSizes, SizeSearch
 
@@ -22,14 +22,12 @@ def searched(
         model, PolicyStack("search", search, FullDecode()), dtype=dtype, device=device, chunk_tokens=tokens
     )
     ids = _tokens(engine, text, tokens)
-    session = engine.tokens.session()
-    session.begin_turn(ids)
-    engine.tokens.prefill(session)
+    engine.token_engine.prefill(engine.token_engine.session(), ids)
     return search.found()
 
 
 def _tokens(engine: Engine, text: Path | None, tokens: int) -> Sequence[int]:
-    limit = engine.tokens.model.max_positions
+    limit = engine.token_engine.model.max_positions
     tokens = tokens if limit is None else min(tokens, limit - 1)
     if text is None:
         dialogue = next(iter(make_dialogues(RecallTask(tokens=tokens, turns=1), 1, 0)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterable
 from difflib import get_close_matches
 from enum import StrEnum
@@ -39,6 +40,14 @@ class InputError(LoopServeError):
     """What a user sent cannot be answered (empty, too long); the session stays at its last complete turn."""
 
     exit_code = 2
+
+
+class CapacityError(LoopServeError):
+    """So many turns wait already that another one is not taken; trying again later may help."""
+
+
+class CancelledTurn(LoopServeError):
+    """A turn was cancelled by its owner and taken back."""
 
 
 class ModelError(LoopServeError):
@@ -102,8 +111,25 @@ class CacheError(LoopServeError):
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """``; did you mean 'x'? (known: x, y)``, or only the known names when none is close."""
+    """``; did you mean 'x'? (known: x, y)``, or only the known names when none is close; letters that only look alike are named."""
     names = sorted(known)
     close = get_close_matches(name, names, n=1, cutoff=0.6)
     hint = f"; did you mean {close[0]!r}?" if close else ""
-    return f"{hint} (known: {', '.join(names) or 'none'})"
+    letters = foreign_letters(name, "".join(names))
+    return f"{f', which holds {letters}' if letters else ''}{hint} (known: {', '.join(names) or 'none'})"
+
+
+def foreign_letters(text: str, usual: str = "") -> str:
+    """The characters of a text that are neither ASCII nor among the usual ones, with code point and name; empty if there are none.
+
+    Such a character may look like a letter of the alphabet, or like nothing at all.
+    """
+    found = [
+        each for each in dict.fromkeys(text) if (not each.isascii() or not each.isprintable()) and each not in usual
+    ]
+    spoken = [f"{_seen(each)}U+{ord(each):04X} {unicodedata.name(each, 'a control character')}" for each in found[:3]]
+    return ", ".join(spoken) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+
+
+def _seen(character: str) -> str:
+    return f"{character!r} " if character.isprintable() else ""

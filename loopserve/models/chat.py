@@ -1,111 +1,349 @@
-"""From messages to the token ids that one more turn adds. Earlier turns are never tokenised again.
+"""From messages to the tokens of a conversation, and from an answer's tokens to its text. Knows no model.
 
-The template is rendered with stand-ins for what people wrote; special tokens are looked for in the template's own text only, so
-a message that contains ``<|im_end|>`` stays plain text. Knows no model.
+The template is rendered with the real contents and encoded as the tokenizer does it; earlier answers keep the tokens that the
+model gave wherever the template leaves their text as it is. A message that contains ``<|im_end|>`` stays plain text.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import groupby
 from typing import Any
 
 from loopserve.core.errors import InputError, ModelError
+from loopserve.models.answers import CHANNEL, Answer, Piece, StreamDecoder, split_answer
+from loopserve.models.encoding import Encoder
+from loopserve.models.template import View, text_parts, view
 
-Message = dict[str, str]
-_STAND_IN = "\ue000{}\ue001"
-_ANY_STAND_IN = re.compile("\ue000(\\d+)\ue001")
+Message = dict[str, str]  # role, content, and of an assistant's maybe reasoning_content
+ROLES = ("system", "developer", "user", "assistant", "tool")
+_TOKEN_MARK = "\ufdd0"  # before a special token within the text of an answer; no character, so nobody writes it
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Hold what a model is to answer: the rendering, and its tokens.
+
+    tokens: none where they were let go to save memory. history: how many of the tokens stand before the last messages, if that is
+    a place where the tokens can be parted.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    history: int | None = None
+
+
+@dataclass(frozen=True)
+class Answered:
+    """Hold an answer of the model's own. message: its number in the conversation. tokens: with the one that ended it."""
+
+    message: int
+    prompt: Prompt
+    answer: Answer
+    tokens: tuple[int, ...] = field(repr=False)
 
 
 class ChatTokenizer:
-    """A tokenizer of transformers with its chat template."""
+    """A tokenizer of transformers with its chat template. The tokenizer itself is never changed or switched."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, stop_ids: Iterable[int] = ()) -> None:
+        """stop_ids: tokens that end an answer beside the tokenizer's own and the one that the template ends an answer with."""
         self.tokenizer = tokenizer
-        special = {str(token) for token in tokenizer.all_special_tokens}
-        special |= {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-        self._special = re.compile(
-            "|".join(re.escape(token) for token in sorted(special, key=len, reverse=True)) or r"(?!)"
-        )
+        self._encoder = Encoder(tokenizer)
+        self._special = self._encoder.special
+        own = {tokenizer.eos_token_id} - {None}
+        self.stop_ids: frozenset[int] = frozenset(own | set(stop_ids) | self._template_stop())
+        names = ("bos_token_id", "eos_token_id", "pad_token_id")
+        self._ending = self.stop_ids | {getattr(tokenizer, name, None) for name in names} - {None}
+        self._frame = self._ending | self._frame_ids()
 
-    @property
-    def stop_ids(self) -> frozenset[int]:
-        end = self.tokenizer.eos_token_id
-        return frozenset() if end is None else frozenset({end})
+    # A conversation.
+
+    def prompt(self, messages: Sequence[Message], answered: Sequence[Answered] = ()) -> Prompt:
+        """Return the tokens of a whole conversation, the generation prompt included.
+
+        answered: the answers among the messages whose own tokens are known, in their order; the messages before each are the ones
+        that it answered. Raises InputError for messages that cannot be asked, ModelError where the template refuses them.
+        """
+        check_messages(messages)
+        if self.tokenizer.chat_template is None:
+            return self._bare_prompt(messages, answered)
+        found, kept = self._view_with(messages, answered)
+        ids: list[int] = []
+        cursor = 0
+        for entry, start, end in reversed(kept):
+            if (
+                entry.prompt.tokens
+                and start == found.at(len(entry.prompt.text))
+                and found.clean(0, start) == entry.prompt.text
+            ):
+                ids, cursor = [*entry.prompt.tokens, *entry.answer.tokens], end
+                break
+        for entry, start, end in kept:
+            if start >= cursor and end > cursor:
+                ids += self._encode(found, cursor, start) + list(entry.answer.tokens)
+                cursor = end
+        history = None
+        last = max(found.answers.values(), key=lambda place: place[1], default=None)
+        if last is not None and last[1] >= cursor and self._encoder.begins_with_special(found.text[last[1] :]):
+            ids += self._encode(found, cursor, last[1])
+            history, cursor = len(ids), last[1]
+        ids += self._encode(found, cursor, None)
+        if not ids:
+            raise ModelError("the model's chat template renders nothing of this conversation")
+        return Prompt(found.clean(), tuple(ids), history)
 
     def turn_tokens(self, messages: Sequence[Message], last_token: int | None) -> list[int]:
-        """Ids that the last message (a user's) adds, the generation prompt included.
+        """Return the ids that the messages after the last answer add, the generation prompt included.
 
-        messages: the whole conversation. last_token: the last token the conversation holds so far, so that an end-of-turn token
-        that the model produced itself is not added twice.
+        messages: the whole conversation, a user's message at its end. last_token: the last token that the conversation holds so
+        far, so that an end-of-turn token that the model produced itself is not added twice.
         """
-        if not messages or messages[-1]["role"] != "user" or not messages[-1]["content"].strip():
-            raise InputError("the message is empty: write something")
-        if not writable(messages[-1]["content"]):
-            raise InputError("the message holds bytes that are no text; send it as UTF-8")
-        if any("\ue000" in message["content"] or "\ue001" in message["content"] for message in messages):
-            raise InputError("the message contains the private characters U+E000 or U+E001; remove them")
-        ids = self._encode(self._new_text(messages), messages)
-        if last_token is not None and ids and ids[0] == last_token:
-            ids = ids[1:]
-        return ids
-
-    def _new_text(self, messages: Sequence[Message]) -> str:
-        """Template text after the last answer, with stand-ins for contents."""
-        answered = max((n for n, message in enumerate(messages) if message["role"] == "assistant"), default=None)
+        check_messages(messages)
+        answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
         if self.tokenizer.chat_template is None:
-            start = 0 if answered is None else answered + 1
-            text = "\n".join(_STAND_IN.format(n) for n in range(start, len(messages)))
-            return text if answered is not None else (self.tokenizer.bos_token or "") + text
-        stand_ins = [{"role": m["role"], "content": _STAND_IN.format(n)} for n, m in enumerate(messages)]
-        try:
-            rendered: str = self.tokenizer.apply_chat_template(stand_ins, tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # whatever a template raises is about its roles
-            raise ModelError(f"the model's chat template refuses this conversation: {error}") from error
-        if answered is None:
-            return rendered
-        _, found, rest = rendered.partition(_STAND_IN.format(answered))
-        if not found:
+            texts = "\n".join(message["content"] for message in messages[answers[-1] + 1 if answers else 0 :])
+            return ([] if answers else list(self._encoder.prefix)) + self._plain(texts)
+        if not answers:
+            return list(self.prompt(messages).tokens)
+        standing = list(messages)
+        if not standing[answers[-1]]["content"].strip():
+            standing[answers[-1]] = {**standing[answers[-1]], "content": "."}  # an empty answer has a place as well
+        found = self._view(standing, answers[-1:])
+        if answers[-1] not in found.answers:
             raise ModelError(
-                "the model's chat template drops earlier answers; multi-turn chat with it is not supported"
+                "the model's chat template drops earlier answers or changes them; it is served through ChatSession only"
             )
-        return rest
-
-    def _encode(self, text: str, messages: Sequence[Message]) -> list[int]:
-        ids: list[int] = []
-        end = 0
-        for match in self._special.finditer(text):
-            ids += self._plain(text[end : match.start()], messages)
-            ids.append(self.tokenizer.convert_tokens_to_ids(match.group()))
-            end = match.end()
-        return ids + self._plain(text[end:], messages)
-
-    def _plain(self, text: str, messages: Sequence[Message]) -> list[int]:
-        """Ids of text without special tokens, its stand-ins replaced by what people wrote."""
-        text = _ANY_STAND_IN.sub(lambda match: messages[int(match.group(1))]["content"], text)
-        if not text:
-            return []
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        return ids
+        ids = self._encode(found, found.answers[answers[-1]][1], None)
+        return ids[1:] if last_token is not None and ids[:1] == [last_token] else ids
 
     def answer_tokens(self, text: str) -> list[int]:
-        """Ids of an answer given elsewhere; its end-of-turn token comes with the next turn."""
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        """Return the ids of an answer given elsewhere, as it goes on from a prompt; its end-of-turn token comes with the next turn.
+
+        Special tokens within it are those that ``decode`` has marked; what is only their text stays text.
+        """
+        ids: list[int] = []
+        for part in re.split(f"({_TOKEN_MARK}(?:{'|'.join(map(re.escape, self._by_length()))}))", text):
+            if part.startswith(_TOKEN_MARK) and part[1:] in self._ids_by_text:
+                ids.append(self._ids_by_text[part[1:]])
+            else:
+                ids += self._plain(part, continued=True)
         return ids
 
     def answer_end(self, stop_ids: frozenset[int]) -> int | None:
-        """The stop token that the template writes behind an answer; None if it writes none there."""
-        exchange = [{"role": role, "content": "."} for role in ("user", "assistant", "user")]
-        after = self.turn_tokens(exchange, None)
-        return after[0] if after[0] in stop_ids else None
+        """Return the stop token that the template writes behind an answer; None if it writes none there."""
+        end = self._end
+        return end if end in stop_ids else None
+
+    # An answer.
+
+    def read_answer(self, ids: Sequence[int], opened: str = "", *, over: bool = True) -> Answer:
+        """Return an answer's text, its reasoning apart from it. opened: the text of the prompt. over: nothing follows."""
+        core = list(ids)
+        while core and core[-1] in self._ending:
+            core.pop()
+        pieces = self._pieces(core)
+        text, reasoning = split_answer(pieces, opened, over=over)
+        return Answer(text, reasoning, "".join(text for _, text in pieces), tuple(core))
 
     def decode(self, ids: Sequence[int]) -> str:
-        text: str = self.tokenizer.decode(list(ids), skip_special_tokens=True)
-        return text
+        """Return the text of tokens, without the template's tokens at their ends; ``answer_tokens`` gives the tokens back.
+
+        Special tokens within stay apart from the text: they stand in it with a mark (U+FDD0). ``read_answer`` is for people.
+        """
+        core = list(ids)
+        while core and core[-1] in self._frame:
+            core.pop()
+        while core and core[0] in self._frame:
+            del core[0]
+        return "".join(_TOKEN_MARK + text if special else text for special, text in self._pieces(core))
+
+    def _pieces(self, ids: Sequence[int]) -> list[Piece]:
+        if not any(index in self._special for index in ids):
+            return [(False, self._encoder.decode(ids))] if ids else []
+        pieces: list[Piece] = []
+        for special, group in groupby(ids, key=lambda index: index in self._special):
+            run = list(group)
+            pieces += (
+                [(True, self._special[index]) for index in run] if special else [(False, self._encoder.decode(run))]
+            )
+        return pieces
+
+    # Rendering.
+
+    def _view_with(
+        self, messages: Sequence[Message], answered: Sequence[Answered]
+    ) -> tuple[View, list[tuple[Answered, int, int]]]:
+        """Return the rendering and the answers of the model's own that it leaves as they are, with their places.
+
+        Where an answer has reasoning or special tokens in it, the template is first given the whole text; if it refuses or changes
+        that, it gets the answer's parts.
+        """
+        wrapped = [number for number, message in enumerate(messages) if message["role"] == "assistant"][-1:]
+        wrapped = sorted({*wrapped, *(entry.message for entry in answered)})
+        given = list(messages)
+        for entry in answered:
+            given[entry.message] = {"role": "assistant", "content": entry.answer.raw.strip()}
+        parted = [entry for entry in answered if entry.answer.raw.strip() != messages[entry.message]["content"].strip()]
+        try:
+            found = self._view(given, wrapped)
+        except (ModelError, InputError):
+            if not parted:
+                raise
+            found = None
+        changed = [entry for entry in parted if found is None or _place(found, entry) is None]
+        if changed:
+            for entry in changed:
+                given[entry.message] = messages[entry.message]
+            found = self._view(given, wrapped)
+        assert found is not None
+        return found, [(entry, *place) for entry in answered if (place := _place(found, entry)) is not None]
+
+    def _view(self, messages: Sequence[Message], wrapped: Iterable[int]) -> View:
+        thoughts = [number for number, message in enumerate(messages) if "reasoning_content" in message]
+        texts = [message["content"] for message in messages] + [messages[n]["reasoning_content"] for n in thoughts]
+
+        def render(texts: Sequence[str]) -> str:
+            given = [{**message, "content": text} for message, text in zip(messages, texts, strict=False)]
+            for number, text in zip(thoughts, texts[len(messages) :], strict=True):
+                given[number] |= {"reasoning_content": text, "thinking": text}  # by either name, as templates have it
+            return self._render(given)
+
+        return view(render, texts, wrapped, self._encoder.typed, self._encoder.first_characters)
+
+    def _render(self, messages: Sequence[Message]) -> str:
+        try:
+            rendered: str = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # whatever a template raises is about its roles
+            raise ModelError(f"the model's chat template refuses this conversation: {error}") from error
+        return rendered
+
+    def _bare_prompt(self, messages: Sequence[Message], answered: Sequence[Answered]) -> Prompt:
+        """Join the texts of a conversation for a model without template."""
+        own = {entry.message: entry.tokens for entry in answered}
+        ids, texts, said = list(self._encoder.prefix), [], ""
+        for number, message in enumerate(messages):
+            if message["role"] != "assistant":
+                texts.append(message["content"])
+                continue
+            ids += self._plain("\n".join(texts))
+            said, texts = said + "\n".join(texts) + message["content"], []
+            ids += own[number] if number in own else self._plain(message["content"], continued=True)
+        history = len(ids) if any(message["role"] == "assistant" for message in messages) else None
+        return Prompt(said + "\n".join(texts), (*ids, *self._plain("\n".join(texts))), history)
+
+    # Tokens.
+
+    def _encode(self, found: View, start: int, end: int | None) -> list[int]:
+        return self._encoder.encode(found.text[start:end], found.mark, continued=start > 0)
+
+    def _plain(self, text: str, *, continued: bool = False) -> list[int]:
+        """Return the ids of text in which nothing is a special token."""
+        found = view(lambda contents: contents[0], [text], [], self._encoder.typed, self._encoder.first_characters)
+        return self._encoder.encode(found.text, found.mark, continued=continued)
+
+    def _by_length(self) -> list[str]:
+        return sorted(self._ids_by_text, key=len, reverse=True)
+
+    @cached_property
+    def _ids_by_text(self) -> dict[str, int]:
+        return {text: index for index, text in self._special.items()}
+
+    def _template_stop(self) -> set[int]:
+        """Return the token that the template ends an answer with, unless it can stand within one as well."""
+        self._end = self._find_end()
+        within = any(text == CHANNEL for text in self._special.values())
+        return set() if self._end is None or within else {self._end}
+
+    def _find_end(self) -> int | None:
+        """Return the special token that the template writes behind an answer, white space before it or not."""
+        exchange = [{"role": role, "content": "."} for role in ("user", "assistant", "user")]
+        if getattr(self.tokenizer, "chat_template", None) is None:
+            return None
+        try:
+            after = self.turn_tokens(exchange, None)
+        except (ModelError, InputError):
+            return None
+        before: list[int] = []
+        for token in after:
+            if token in self._special:
+                return token if not self._encoder.decode(before).strip() else None
+            before.append(token)
+        return None
+
+    def _frame_ids(self) -> set[int]:
+        """Return the special tokens that the template writes around messages."""
+        if getattr(self.tokenizer, "chat_template", None) is None:
+            return set()
+        try:
+            return set(self.turn_tokens([{"role": "user", "content": "."}], None)) & self._special.keys()
+        except (ModelError, InputError):
+            return set()
+
+
+def _place(found: View, entry: Answered) -> tuple[int, int] | None:
+    """Return where an answer stands in a rendering, if the template left it as the model wrote it.
+
+    White space at its ends does not count. The place begins where the prompt ended, if only white space is between.
+    """
+    if entry.message not in found.answers:
+        return None
+    begin, end = found.answers[entry.message]
+    raw, prompt = entry.answer.raw.strip(), entry.prompt.text
+    if found.clean(0, end).startswith(prompt) and found.clean(0, end)[len(prompt) :].strip() == raw:
+        return found.at(len(prompt)), end
+    return (begin, end) if found.clean(begin, end).strip() == raw else None
+
+
+def check_messages(messages: Sequence[Message]) -> None:
+    """Raise InputError unless the last message asks something, and every one is text."""
+    if not messages or messages[-1]["role"] == "assistant" or not messages[-1]["content"].strip():
+        raise InputError("the message is empty: write something")
+    if not all(writable(message["content"]) for message in messages):
+        raise InputError("the message holds bytes that are no text; send it as UTF-8")
+
+
+def as_messages(given: object) -> list[Message]:
+    """Return messages as the chat API has them (dictionaries of role and content) as our own.
+
+    A content may be text or a list of parts of type text. Keys whose value is null count as absent. Raises InputError for what is
+    no message, naming it by its number.
+    """
+    if not isinstance(given, Sequence) or isinstance(given, str | bytes):
+        raise InputError(f"messages are a list of dictionaries with role and content, not {type(given).__name__}")
+    return [_as_message(each, number) for number, each in enumerate(given)]
+
+
+def _as_message(given: object, number: int) -> Message:
+    where = f"messages[{number}]"
+    if not isinstance(given, Mapping):
+        raise InputError(f"{where} is a dictionary with role and content, not {type(given).__name__}")
+    present = {key: value for key, value in given.items() if value is not None}
+    role = present.pop("role", None)
+    if role not in ROLES:
+        raise InputError(f"{where}: role {role!r} is not known (known: {', '.join(ROLES)})")
+    if "content" not in present and role != "assistant":
+        raise InputError(f"{where} has no content: give it as text")
+    content = present.pop("content", "")
+    try:
+        content = content if isinstance(content, str) else "".join(text_parts(content))
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
+    thought = present.pop("reasoning_content", None)
+    for key in ("name", "token_ids"):
+        present.pop(key, None)
+    if unknown := [key for key, value in present.items() if value not in ([], {}, "")]:
+        raise InputError(f"{where}: {unknown[0]!r} is not supported (known: role, content, reasoning_content)")
+    if not writable(content):
+        raise InputError(f"{where}: the content holds bytes that are no text; send it as UTF-8")
+    return {"role": str(role), "content": content} | ({"reasoning_content": str(thought)} if thought else {})
 
 
 def writable(text: str) -> bool:
-    """False for lone surrogates, which stand for bytes that were no UTF-8."""
+    """Return False for lone surrogates, which stand for bytes that were no UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -113,24 +351,4 @@ def writable(text: str) -> bool:
     return True
 
 
-class StreamDecoder:
-    """Text pieces of an answer as its tokens arrive; a character that is not complete yet waits."""
-
-    def __init__(self, tokenizer: ChatTokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._ids: list[int] = []
-        self._said = ""
-
-    def push(self, token: int) -> str:
-        """The text that one more token adds; may be empty."""
-        self._ids.append(token)
-        text = self._tokenizer.decode(self._ids)
-        if text.endswith("\ufffd") or not text.startswith(self._said):
-            return ""
-        piece = text[len(self._said) :]
-        self._said = text
-        return piece
-
-    def rest(self) -> str:
-        """What still waits when the answer is over: a character cut off in its middle."""
-        return self._tokenizer.decode(self._ids).removeprefix(self._said)
+__all__ = ["Answer", "Answered", "ChatTokenizer", "Message", "Prompt", "StreamDecoder", "as_messages", "writable"]

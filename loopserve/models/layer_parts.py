@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from loopserve.core.layers import LayerParts, Need
+from loopserve.core.policy.layers import LayerParts, Need
 
 _OUTPUT_NAMES = ("o_proj", "out_proj", "dense")
 _PROBED = (0, 1, 7, 300)  # positions at which a rotation is tried forth and back
@@ -60,7 +60,14 @@ class TransformersLayer(LayerParts):
     def _no_output_weight(self) -> str | None:
         output = self._output()
         weight = getattr(output, "weight", None)
-        if weight is None or weight.dim() != 2 or not weight.is_floating_point() or weight.shape[1] % self._heads:
+        if weight is not None and weight.device.type == "meta":
+            return f"the weights of {type(self._module).__name__} are offloaded (its device is 'meta')"
+        if (
+            not isinstance(weight, Tensor)
+            or weight.dim() != 2
+            or not weight.is_floating_point()
+            or weight.shape[1] % self._heads
+        ):
             return f"{type(self._module).__name__} has no plain linear {' or '.join(_OUTPUT_NAMES)}"
         return None
 
@@ -70,12 +77,16 @@ class TransformersLayer(LayerParts):
             return f"{name} does not rotate by a rotary_emb and apply_rotary_pos_emb, or not in a way known here"
         if any(kind in str(getattr(self._rotary, "rope_type", "")) for kind in _LENGTH_DEPENDENT):
             return f"the rotation of {name} depends on the length of the conversation, so it cannot be undone later"
-        weight = next(self._module.parameters())
-        width = int(getattr(self._module, "head_dim", 0)) or weight.shape[0] // self._heads
-        probe = torch.randn(
-            2, len(_PROBED), width, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu"
-        ).to(weight.device)
-        positions = torch.tensor(_PROBED, dtype=torch.long, device=weight.device)
+        held = [*self._module.parameters(), *self._module.buffers()]
+        device = held[0].device if held else torch.device("cpu")
+        if device.type == "meta":
+            return f"the weights of {name} are offloaded (its device is 'meta')"
+        width = int(getattr(self._module, "head_dim", 0) or getattr(self._module, "head_size", 0))
+        if not width:
+            return f"{name} does not say the size of its heads"
+        generator = torch.Generator().manual_seed(0)
+        probe = torch.randn(2, len(_PROBED), width, generator=generator, dtype=torch.float32, device="cpu").to(device)
+        positions = torch.tensor(_PROBED, dtype=torch.long, device=device)
         try:
             again = self.rotate(self.rotate(probe, positions), positions, back=True)
         except Exception as error:  # another family's code, called in a way it may not expect
@@ -85,13 +96,29 @@ class TransformersLayer(LayerParts):
         return None
 
 
-def layer_parts(model: PreTrainedModel, types: list[str], heads: int) -> dict[int, TransformersLayer]:
-    """The parts of each attention layer by its index."""
-    rotaries = [module for name, module in model.named_modules() if name.rpartition(".")[2] == "rotary_emb"]
-    rotary = rotaries[0] if len(rotaries) == 1 else None
-    found: dict[int, TransformersLayer] = {}
-    for module in model.modules():
+def decoder_of(model: PreTrainedModel) -> torch.nn.Module:
+    """Return the text decoder of a model, which may have other parts (vision, audio) beside it."""
+    found = model.get_decoder() if hasattr(model, "get_decoder") else None
+    return found if isinstance(found, torch.nn.Module) else model
+
+
+def attention_modules(model: PreTrainedModel) -> dict[int, torch.nn.Module]:
+    """Return the attention module of each layer of the text decoder, by its index."""
+    found: dict[int, torch.nn.Module] = {}
+    for module in decoder_of(model).modules():
         index = getattr(module, "layer_idx", None)
-        if isinstance(index, int) and index < len(types) and (hasattr(module, "q_proj") or hasattr(module, "qkv_proj")):
-            found.setdefault(index, TransformersLayer(module, rotary, types[index], heads))
+        if isinstance(index, int) and (hasattr(module, "q_proj") or hasattr(module, "qkv_proj")):
+            found.setdefault(index, module)
     return found
+
+
+def layer_parts(model: PreTrainedModel, types: list[str], heads: int) -> dict[int, TransformersLayer]:
+    """Return the parts of each attention layer by its index."""
+    decoder = decoder_of(model)
+    rotaries = [module for name, module in decoder.named_modules() if name.rpartition(".")[2] == "rotary_emb"]
+    rotary = rotaries[0] if len(rotaries) == 1 else None
+    return {
+        index: TransformersLayer(module, rotary, types[index], heads)
+        for index, module in attention_modules(model).items()
+        if index < len(types)
+    }

@@ -10,21 +10,26 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils.logging import disable_progress_bar
 
 from loopserve.core.errors import ConfigError, ModelError
+from loopserve.core.policy.interfaces import LayerSpec
 from loopserve.models.demo import bundled_path, is_bundled
+from loopserve.models.layers import read_layers
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def load(
     model: str,
     *,
-    dtype: str = "auto",
-    device: str = "auto",
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, Any]:
-    """(model, tokenizer), in evaluation mode. dtype ``auto`` is the checkpoint's own, but float32 for float16 on a CPU."""
-    source = str(bundled_path(model)) if is_bundled(model) else model
+    """Return (model, tokenizer), in evaluation mode. dtype ``auto`` is the checkpoint's own, but float32 for float16 on a CPU.
+
+    ModelError for what cannot be loaded, ConfigError for a dtype or device that is unknown; both say what to do.
+    """
+    source = str(bundled_path(model)) if is_bundled(model) else _source(model)
     place = _device(device)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     if is_bundled(model):
@@ -51,22 +56,63 @@ def load(
     return loaded, tokenizer
 
 
-def _device(name: str) -> torch.device:
+def load_layers(model: str, *, revision: str | None = None, trust_remote_code: bool = False) -> tuple[LayerSpec, ...]:
+    """The attention layers of a model by hub id, directory or bundled name, from its configuration; its weights are not read.
+
+    Raises ModelError if the configuration cannot be had, or describes layers that loopserve cannot serve.
+    """
+    source = str(bundled_path(model)) if is_bundled(model) else _source(model)
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(source, **options)
+        with torch.device("meta"):
+            shape = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except Exception as error:  # whatever a damaged file makes a parser raise
+        raise ModelError(
+            f"cannot read the configuration of model {model!r}: {_reason(error)}; {_remedy(model)}"
+        ) from error
+    return read_layers(shape)
+
+
+def _source(model: str) -> str:
+    """Return a hub id, or the directory that a path names. ModelError for a path that is none."""
+    text = str(model)
+    path = Path(text).expanduser()
+    if text.endswith(".gguf"):
+        raise ModelError(
+            f"cannot load model {text!r}: GGUF files hold a model for llama.cpp; give the hub id or directory of the original model"
+        )
+    if path.is_file():
+        raise ModelError(
+            f"cannot load model {text!r}: it is a file; give the directory that holds it, {str(path.parent)!r}"
+        )
+    is_path = path.is_absolute() or text.startswith((".", "~")) or text.endswith(("/", "\\")) or text.count("/") > 1
+    if is_path and not path.exists():
+        raise ModelError(f"cannot load model {text!r}: there is no such directory; {_remedy(text)}")
+    return str(path) if path.exists() else text
+
+
+def _device(name: str | torch.device) -> torch.device:
     try:
         place = torch.device(_best_device() if name == "auto" else name)
+        if place.type == "meta":
+            raise ConfigError(
+                f"device 'meta' holds no numbers, so nothing can be computed there; use auto or {_best_device()}"
+            )
         torch.empty(0, dtype=torch.float32, device=place)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(
-            f"device {name!r} is unknown or not there ({_reason(error)}); use auto or {_best_device()}"
+            f"device {str(name)!r} is unknown or not there ({_reason(error)}); use auto or {_best_device()}"
         ) from error
     return place
 
 
-def _dtype(name: str, own: torch.dtype | None, device: torch.device) -> torch.dtype:
-    if name != "auto":
-        if name not in _DTYPES:
-            raise ConfigError(f"unknown dtype {name!r} (known: auto, {', '.join(_DTYPES)})")
-        return _DTYPES[name]
+def _dtype(name: str | torch.dtype, own: torch.dtype | None, device: torch.device) -> torch.dtype:
+    given = str(name).removeprefix("torch.")
+    if given != "auto":
+        if given not in DTYPES:
+            raise ConfigError(f"unknown dtype {given!r} (known: auto, {', '.join(DTYPES)})")
+        return DTYPES[given]
     if own is None or (own is torch.float16 and device.type == "cpu"):  # CPUs compute float16 slowly or not at all
         return torch.float32
     return own

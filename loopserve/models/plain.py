@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
-from loopserve.core.buffers import PairBuffer
+from loopserve.core.kv.buffers import PairBuffer
+from loopserve.models.layers import cache_keyword
 
 
 def converse(model: PreTrainedModel, prompts: Sequence[Sequence[int]], output_tokens: int) -> list[int]:
@@ -25,7 +26,7 @@ def converse(model: PreTrainedModel, prompts: Sequence[Sequence[int]], output_to
             output = cast("Any", model).generate(
                 batch,
                 attention_mask=torch.ones_like(batch),
-                past_key_values=cache,
+                **{cache_keyword(model): cache},
                 max_new_tokens=output_tokens,
                 min_new_tokens=output_tokens,
                 do_sample=False,
@@ -75,7 +76,11 @@ def forward(model: PreTrainedModel, cache: Cache, token_ids: Tensor) -> Tensor:
     positions = torch.arange(seen, seen + len(token_ids), device=token_ids.device)[None]
     with torch.no_grad():
         output = model(
-            input_ids=token_ids[None], position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
+            input_ids=token_ids[None],
+            position_ids=positions,
+            use_cache=True,
+            logits_to_keep=1,
+            **{cache_keyword(model): cache},
         )
     logits: Tensor = output.logits[0, -1]
     return logits

@@ -1,15 +1,13 @@
-"""The built-in plugin: every method that ships with loopserve, one file each. Cheap to import; torch comes with the
-classes.
-"""
+"""Register the methods that ship with loopserve, one file each. Cheap to import; torch is imported with the classes."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from loopserve.core.hookspecs import hookimpl
+from loopserve.core.policy.hookspecs import hookimpl
 
 if TYPE_CHECKING:
-    from loopserve.core.registry import Registry
+    from loopserve.core.policy.registry import Registry
 
 
 @hookimpl
@@ -23,7 +21,7 @@ def loopserve_register_policies(registry: Registry) -> None:
     from loopserve.policies.decode.keydiff import KeyDiffDecode
     from loopserve.policies.decode.knorm import KnormDecode
     from loopserve.policies.decode.lagkv import LagKVDecode
-    from loopserve.policies.decode.loopserve import LoopServeDecode
+    from loopserve.policies.decode.loopserve.policy import LoopServeDecode
     from loopserve.policies.decode.pyramidkv import PyramidKVDecode
     from loopserve.policies.decode.quest import QuestDecode
     from loopserve.policies.decode.random import RandomDecode

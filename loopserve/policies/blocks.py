@@ -1,4 +1,4 @@
-"""Choosing key blocks for blocks of queries: shared by the policies that compute whole blocks.
+"""Choose key blocks for blocks of queries: shared by the policies that compute whole blocks.
 
 Query blocks count from the first new row, key blocks from column 0 (as ``BlockPattern`` does), so a block of queries may end
 in the middle of a key block. Filler columns of a head that holds fewer pairs are in no block.
@@ -10,17 +10,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from loopserve.core.interfaces import AttentionInputs
+from loopserve.core.policy.interfaces import AttentionInputs
 
 
 def block_ends(inputs: AttentionInputs, block: int) -> Tensor:
-    """The last column that each query block sees: int64 ``[blocks]``."""
+    """Return the last column that each query block sees: int64 ``[blocks]``."""
     ends = torch.arange(block, inputs.new_tokens + block, block, device=inputs.keys.device).clamp(max=inputs.new_tokens)
     return ends + (inputs.total_tokens - inputs.new_tokens) - 1
 
 
 def visible_blocks(inputs: AttentionInputs, block: int) -> Tensor:
-    """Key blocks that hold a pair which some query of a block sees: bool ``[Hq, query blocks, key blocks]``."""
+    """Return the key blocks that hold a pair which some query of a block sees: bool ``[Hq, query blocks, key blocks]``."""
     starts = torch.arange(0, inputs.total_tokens, block, device=inputs.keys.device)
     causal = starts <= block_ends(inputs, block)[:, None]
     last = (starts + block).clamp(max=inputs.total_tokens)
@@ -31,7 +31,7 @@ def visible_blocks(inputs: AttentionInputs, block: int) -> Tensor:
 
 
 def pooled(vectors: Tensor, block: int, counted: Tensor | None = None) -> Tensor:
-    """Mean of each block of ``[H, T, D]``, over the ``counted`` rows bool ``[H, T]``: float32 ``[H, blocks, D]``."""
+    """Return the mean of each block of ``[H, T, D]``, over the ``counted`` rows bool ``[H, T]``: float32 ``[H, blocks, D]``."""
     heads, total, width = vectors.shape
     counted = torch.ones(heads, total, dtype=torch.bool, device=vectors.device) if counted is None else counted
     short = -total % block
@@ -41,7 +41,9 @@ def pooled(vectors: Tensor, block: int, counted: Tensor | None = None) -> Tensor
 
 
 def block_attention(inputs: AttentionInputs, block: int, queries: Tensor) -> Tensor:
-    """Softmax of pooled queries ``[Hq, query blocks, D]`` over the pooled keys they see: ``[Hq, query blocks, key blocks]``."""
+    """Return the softmax of pooled queries ``[Hq, query blocks, D]`` over the pooled keys they see: ``[Hq, query blocks, key
+    blocks]``.
+    """
     keys = pooled(inputs.keys, block, inputs.holds).repeat_interleave(inputs.group, dim=0)
     logits = capped(queries @ keys.transpose(1, 2) * inputs.scaling, inputs.softcap)
     seen = visible_blocks(inputs, block)[:, -queries.shape[1] :]
@@ -54,7 +56,7 @@ def capped(logits: Tensor, softcap: float | None) -> Tensor:
 
 
 def largest_share(mass: Tensor, share: float, least: int = 1) -> Tensor:
-    """The fewest entries of each last dimension that hold ``share`` of its sum, at least ``least``: bool like ``mass``.
+    """Return the fewest entries of each last dimension that hold ``share`` of its sum, at least ``least``: bool like ``mass``.
 
     Entries that are not positive are never among them. Equal entries: the lowest first.
     """
@@ -69,7 +71,7 @@ def largest_share(mass: Tensor, share: float, least: int = 1) -> Tensor:
 
 
 def first_and_last(inputs: AttentionInputs, block: int) -> Tensor:
-    """The block of each head's first pair, and those of the queries' own columns: bool ``[Hq, query blocks, key blocks]``."""
+    """Return the block of each head's first pair, and those of the queries' own columns: bool ``[Hq, query blocks, key blocks]``."""
     heads = inputs.queries.shape[0]
     ends = block_ends(inputs, block)
     chosen = torch.zeros(heads, len(ends), -(-inputs.total_tokens // block), dtype=torch.bool, device=ends.device)

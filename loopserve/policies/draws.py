@@ -1,4 +1,4 @@
-"""Seeded draws: the same seed, turn, layer and length give the same rows, whatever else the program has drawn.
+"""Draw rows by a seed: the same seed, turn, layer and length give the same rows, whatever else the program has drawn.
 
 No global random state is read or written, so sessions that run side by side cannot disturb each other's choices.
 """
@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 SAMPLED_ROWS = (
-    "sampled_rows"  # memo key of an attention call: the rows its sparsifier drew, for a compressor to use again
+    "sampled_rows"  # scratch key of an attention call: the rows its sparsifier drew, for a compressor to use again
 )
 
 
 class Sampling(StrEnum):
-    """How rows of a turn are drawn."""
+    """Name how rows of a turn are drawn."""
 
     UNIFORM = "uniform"  # without replacement, every row alike
     STRATIFIED = "stratified"  # one row of each of as many equal segments
@@ -26,19 +26,19 @@ class Sampling(StrEnum):
 
 
 def generator(*key: int) -> torch.Generator:
-    """A CPU generator that depends on the numbers of ``key`` and on nothing else."""
+    """Return a CPU generator that depends on the numbers of ``key`` and on nothing else."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
 
 
 def uniform_rows(candidates: Tensor, count: int, source: torch.Generator) -> Tensor:
-    """``min(count, len(candidates))`` of the candidates, without replacement, sorted: int64."""
+    """Return ``min(count, len(candidates))`` of the candidates, without replacement, sorted: int64."""
     chosen = torch.randperm(len(candidates), generator=source, device="cpu")[:count]
     return candidates[chosen.to(candidates.device)].sort().values
 
 
 def sample_rows(total: int, count: int, sampling: Sampling, source: torch.Generator) -> Tensor:
-    """Sorted, distinct rows of ``0 .. total - 1``: int64 ``[min(count, total)]`` on the CPU."""
+    """Return sorted, distinct rows of ``0 .. total - 1``: int64 ``[min(count, total)]`` on the CPU."""
     rows = torch.arange(total, device="cpu")
     if count >= total:
         return rows

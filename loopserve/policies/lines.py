@@ -1,17 +1,15 @@
-"""Lines from counts and masses, as several prefill policies take them."""
+"""Choose lines by counts and masses, as several prefill policies do."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from loopserve.core.interfaces import AttentionInputs
+from loopserve.core.policy.interfaces import AttentionInputs
 
 
 def sink_lines(inputs: AttentionInputs, count: int) -> Tensor:
-    """The verticals of the first ``count`` stored pairs of each head: bool ``[Hq, Tk]``. Filler columns are passed
-    over.
-    """
+    """Return the verticals of the first ``count`` stored pairs of each head: bool ``[Hq, Tk]``. Filler columns are passed over."""
     heads = inputs.queries.shape[0]
     columns = torch.arange(inputs.total_tokens, device=inputs.keys.device).expand(heads, -1)
     if inputs.first_valid is None:
@@ -23,7 +21,7 @@ def sink_lines(inputs: AttentionInputs, count: int) -> Tensor:
 def lines_counted_apart(
     vertical: Tensor, slash: Tensor, new_tokens: int, share: float, forced: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Lines by mass per length until their masses add up to ``share`` of the whole, cells of two lines counted twice.
+    """Return lines by mass per length until their masses add up to ``share`` of the whole, cells of two lines counted twice.
 
     vertical, slash float ``[Hq, n]``, the masses of all lines on some rows (each kind sums to the whole); forced bool
     ``[Hq, n]`` each, taken first. Ties: verticals first, then the lower line. Returns verticals and slashes, bool.
@@ -42,7 +40,9 @@ def lines_counted_apart(
 
 
 def heaviest(mass: Tensor, sizes: Tensor, forced: Tensor) -> Tensor:
-    """``sizes`` ``[Hq]`` lines of most mass ``[Hq, n]``, the forced ones first: bool ``[Hq, n]``. Ties: the lowest first."""
+    """Return the ``sizes`` ``[Hq]`` lines of most mass ``[Hq, n]``, the forced ones first: bool ``[Hq, n]``. Ties: the lowest
+    first.
+    """
     order = mass.masked_fill(forced, float("inf")).argsort(dim=-1, descending=True, stable=True)
     ranks = torch.arange(mass.shape[1], device=mass.device)
     taken = ranks < torch.maximum(sizes[:, None], forced.sum(-1, keepdim=True))

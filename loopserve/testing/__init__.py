@@ -1,4 +1,4 @@
-"""Public test tools, for our tests and for plugin authors.
+"""Offer public test tools, for our tests and for plugin authors.
 
 The conformance kit: ``check_policy``, ``report_on``, ``parametrize_with_policy_checks``. Inputs: ``make_inputs``,
 ``ScriptedConversation``, and, for hypothesis, ``attention_inputs``, ``patterns``, ``selections``. What a call owes its callers:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from loopserve.testing.strategies import attention_inputs, patterns, selections
     from loopserve.testing.subject import NotApplicable, NotConforming, Outcome
 
-_HOMES = {
+_MODULES = {
     "MissingExtra": "extra",
     "NotApplicable": "subject",
     "NotConforming": "subject",
@@ -61,6 +61,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    if name in _MODULES:
+        return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""What every policy owes its callers, as assertions."""
+"""Assert what every policy owes its callers."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from loopserve.core.interfaces import AttentionInputs, KVSelection
-from loopserve.core.patterns import AttentionPattern
+from loopserve.core.policy.interfaces import AttentionInputs, KVSelection
+from loopserve.core.policy.patterns import AttentionPattern
 
 
 def assert_selection(selection: KVSelection, inputs: AttentionInputs, budget: int) -> None:
-    """Sorted, unique, below the boundary, held by each head, and exactly ``budget`` of them (or all that a head
+    """Assert that positions are sorted, unique, below the boundary, held by each head, and exactly ``budget`` (or all that a head
     holds).
     """
     heads = inputs.keys.shape[0]
@@ -28,7 +28,7 @@ def assert_selection(selection: KVSelection, inputs: AttentionInputs, budget: in
 
 
 def assert_pattern(pattern: AttentionPattern, inputs: AttentionInputs) -> None:
-    """Causal, and every query attends to itself at least."""
+    """Assert that a pattern is causal and that every query attends to itself."""
     mask = pattern.to_mask()
     heads, rows, total = inputs.queries.shape[0], inputs.new_tokens, inputs.total_tokens
     assert mask.shape == (heads, rows, total), f"the mask is {list(mask.shape)}"
@@ -39,7 +39,7 @@ def assert_pattern(pattern: AttentionPattern, inputs: AttentionInputs) -> None:
 
 @contextmanager
 def unchanged(inputs: AttentionInputs) -> Iterator[None]:
-    """No tensor of the inputs is written in this block."""
+    """Assert that no tensor of the inputs is written in this block."""
     tensors: dict[str, Tensor] = {
         name: getattr(inputs, name) for name in ("queries", "keys", "values", "columns", "positions")
     }

@@ -1,4 +1,4 @@
-"""What only testing needs: pytest and hypothesis come with ``loopserve[testing]``, not with loopserve."""
+"""Import pytest and hypothesis, which come with ``loopserve[testing]``, not with loopserve."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from loopserve.core.errors import LoopServeError
 
 
 class MissingExtra(LoopServeError, ImportError):
-    """A package that the tools for tests need is not installed."""
+    """Report that a package which the test tools need is not installed."""
 
 
 def require(name: str, what: str) -> Any:
-    """The imported module ``name``, or MissingExtra: one line that says what needs it and how to get it."""
+    """Return the imported module ``name``. Raises MissingExtra, which says what needs it and how to install it."""
     try:
         return import_module(name)
     except ModuleNotFoundError as error:

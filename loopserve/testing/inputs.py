@@ -1,11 +1,11 @@
-"""Seeded attention inputs of every form an engine can hand to a policy."""
+"""Make seeded attention inputs of every form that an engine can pass to a policy."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from loopserve.core.interfaces import AttentionInputs, KVSelection, LayerSpec, LayerType, Phase, Record
+from loopserve.core.policy.interfaces import AttentionInputs, KVSelection, LayerSpec, LayerType, Phase, Record
 from loopserve.testing.parts import PlainParts
 from loopserve.testing.records import FakeRecord
 
@@ -29,7 +29,7 @@ def make_inputs(
     selection: KVSelection | None = None,
     record: Record | None = None,
 ) -> AttentionInputs:
-    """One attention call: ``new_tokens`` queries at the end of ``total_tokens`` stored columns.
+    """Return one attention call: ``new_tokens`` queries at the end of ``total_tokens`` stored columns.
 
     structured: heads with sinks, a local band and a few strong columns, instead of noise. evicted: that many earlier
     tokens of the history are gone, others in each KV head. ragged: the last KV head holds that many pairs fewer, behind
@@ -63,13 +63,13 @@ def make_inputs(
         softcap=None,
         record=record if record is not None else FakeRecord(),
         selection=selection,
-        ruled=(spec,),
+        compressor_layers=(spec,),
     )
 
 
 def _structure(keys: Tensor, new_tokens: int, group: int, source: torch.Generator) -> Tensor:
-    """What to add to the queries ``[Hq, Tq, D]`` so that they look at the first key, their own surroundings and a
-    few columns.
+    """Return what to add to the queries ``[Hq, Tq, D]`` so that they attend to the first key, their own surroundings and a few
+    columns.
     """
     per_query = keys.repeat_interleave(group, dim=0)
     own = per_query[:, -new_tokens:]

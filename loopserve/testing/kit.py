@@ -1,4 +1,4 @@
-"""The conformance kit: every check that applies to a policy, in one call, as pytest parameters, or as a table.
+"""Run every check that applies to a policy: in one call, as pytest parameters, or as a table.
 
 ``check_policy`` raises one error that lists what failed; ``parametrize_with_policy_checks`` makes one test of each check;
 ``loopserve policies check`` prints the table. Needs no pytest except for the decorator.
@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from loopserve.core.errors import ConfigError, did_you_mean
-from loopserve.core.interfaces import PrefillSparsifier
-from loopserve.core.registry import Kind
+from loopserve.core.policy.interfaces import PrefillSparsifier
+from loopserve.core.policy.registry import Kind
 from loopserve.testing.checks import CHECKS
 from loopserve.testing.extra import require
 from loopserve.testing.subject import Check, NotApplicable, NotConforming, Outcome, Subject
@@ -22,7 +22,7 @@ from loopserve.testing.variants import AnyPolicy, AnyPolicyClass
 
 @dataclass(frozen=True)
 class Result:
-    """How one check ended, and why it failed or was skipped."""
+    """Say how one check ended, and why it failed or was skipped."""
 
     check: Check
     outcome: Outcome
@@ -30,13 +30,13 @@ class Result:
 
 
 def checks_for(policy: AnyPolicy | AnyPolicyClass | Subject) -> list[Check]:
-    """The checks that are asked of a policy of this kind, in the order in which they are run."""
+    """Return the checks that apply to a policy of this kind, in the order in which they are run."""
     subject = Subject(policy)
     return [check for check in CHECKS if check.applies_to(subject)]
 
 
 def report_on(policy: AnyPolicy | AnyPolicyClass | Subject) -> list[Result]:
-    """The result of every check; no failure is raised. A class is tried under small options, an object as it is.
+    """Return the result of every check; no failure is raised. A class is tried under small options, an object as it is.
 
     ConfigError for what is no policy, or a class that cannot be made under any options the kit can think of.
     """
@@ -59,7 +59,7 @@ def _result(check: Check, subject: Subject) -> Result:
 def check_policy(
     policy: AnyPolicy | AnyPolicyClass, *, expected_failures: Mapping[str, str] | None = None
 ) -> list[Result]:
-    """Run every check that applies. NotConforming lists all that failed; otherwise the results are returned.
+    """Run every check that applies. Raises NotConforming with all that failed; otherwise returns the results.
 
     expected_failures: reason by check name, or by ``policy_name.check_name``. A check that is expected to fail and does
     not is a failure as well.
@@ -80,7 +80,7 @@ def check_policy(
 
 
 def failures(results: Iterable[Result]) -> list[Result]:
-    """Those that failed."""
+    """Return the results that failed."""
     return [each for each in results if each.outcome is Outcome.FAILED]
 
 
@@ -109,7 +109,7 @@ def parametrize_with_policy_checks(
 
 
 def _as_test(check: Check, subject: Subject, reason: str | None) -> Callable[[object], None]:
-    """The check as a test calls it; reason: why it is expected to fail."""
+    """Return the check as a test calls it; reason: why it is expected to fail."""
     pytest = require("pytest", "the decorator parametrize_with_policy_checks")
 
     def call(policy: object = None) -> None:
@@ -138,7 +138,7 @@ def _name(policy: AnyPolicy | AnyPolicyClass) -> str:
 
 
 def _label(policy: AnyPolicy | AnyPolicyClass) -> str:
-    """Its name, and of an object the options that are not as they come."""
+    """Return its name, and of an object the options that differ from the defaults."""
     if inspect.isclass(policy):
         return _name(policy)
     fields = type(policy.config).model_fields
@@ -160,7 +160,7 @@ def _unneeded(outcome: Outcome, reason: str) -> str:
 
 
 def _known(expected: Mapping[str, str] | None) -> Mapping[str, str]:
-    """The same. ConfigError for the name of no check, since a misspelt one would excuse nothing."""
+    """Return the same. Raises ConfigError for the name of no check, since a misspelt one would excuse nothing."""
     names = {check.name for check in CHECKS}
     for name in expected or {}:
         if name.rpartition(".")[2] not in names:

@@ -1,20 +1,20 @@
-"""The parts of a layer that no model owns: plain rotary positions and a random output weight."""
+"""Stand in for the parts of a layer: plain rotary positions and a random output weight."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from loopserve.core.layers import LayerParts, Need
+from loopserve.core.policy.layers import LayerParts, Need
 
 _BASE = 10_000.0
 
 
 class PlainParts(LayerParts):
-    """Rotation by halves as in Llama; an output weight drawn from a seed."""
+    """Rotate by halves as Llama does; the output weight is drawn from a seed."""
 
     def __init__(self, query_heads: int, head_dim: int, width: int | None = None, seed: int = 0) -> None:
-        """width: of the model; that of all heads together by default."""
+        """Take the width of the model; that of all heads together by default."""
         source = torch.Generator().manual_seed(seed)
         self._weight = torch.randn(
             query_heads, head_dim, width or query_heads * head_dim, generator=source, dtype=torch.float32, device="cpu"

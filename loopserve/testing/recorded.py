@@ -1,4 +1,4 @@
-"""A scripted conversation that writes down every selection and forgives the wrong ones.
+"""Record every selection of a scripted conversation, and repair the wrong ones.
 
 A wrong selection is noted and put right before it is carried out, so that one broken promise does not stop the
 conversation in which another is looked at.
@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from loopserve.core.errors import PolicyError
-from loopserve.core.interfaces import DecodeCompressor, KVSelection
+from loopserve.core.policy.interfaces import DecodeCompressor, KVSelection
 from loopserve.testing.scripted import ScriptedConversation
 from loopserve.testing.subject import NotApplicable, Subject
 
 
 @dataclass(frozen=True, eq=False)
-class Told:
-    """One selection as the compressor gave it, and where the conversation stood."""
+class GivenSelection:
+    """Hold one selection as the compressor gave it, and the place in the conversation."""
 
     layer: int
     selection: KVSelection
@@ -37,7 +37,7 @@ class Told:
 
 
 def form_of(selection: object, kv_heads: int) -> str | None:
-    """What is wrong with a selection's types and shapes; None if nothing is."""
+    """Return what is wrong with a selection's types and shapes; None if nothing is."""
     if not isinstance(selection, KVSelection):
         return f"expected a KVSelection, got {type(selection).__name__}"
     indices, lengths = selection.indices, selection.lengths
@@ -57,11 +57,11 @@ def _is_right(selection: KVSelection, length: int) -> bool:
 
 
 class RecordedConversation(ScriptedConversation):
-    """``told`` holds every selection, ``malformed`` why one could not be carried out at all."""
+    """Keep every selection in ``given``, and in ``malformed`` why one could not be carried out at all."""
 
     def __init__(self, compressor: DecodeCompressor[Any], queries: Tensor, keys: Tensor) -> None:
         super().__init__(compressor, queries, keys)
-        self.told: list[Told] = []
+        self.given: list[GivenSelection] = []
         self.malformed: list[str] = []
         self.strangers: list[int] = []  # layers answered for that the compressor does not rule
         self.gone: list[str] = []  # selected pairs that an earlier eviction has freed
@@ -79,11 +79,13 @@ class RecordedConversation(ScriptedConversation):
         if wrong is not None:
             self.malformed.append(wrong)
             return
-        self.told.append(Told(layer, selection, self.cache.seen, self.turn, self.output_index, self._input_end))
+        self.given.append(
+            GivenSelection(layer, selection, self.cache.seen, self.turn, self.output_index, self._input_end)
+        )
         super().take(layer, self._put_right(layer, selection))
 
     def _put_right(self, layer: int, selection: KVSelection) -> KVSelection:
-        """Sorted, unique, in range, and only what the store holds."""
+        """Return the selection sorted, unique, in range, and with only what the store holds."""
         seen = self.cache.layers[layer].seen
         positions = self.cache.layers[layer].positions()
         if positions.dim() == 1 and _is_right(selection, seen):
@@ -104,7 +106,7 @@ class RecordedConversation(ScriptedConversation):
         return KVSelection.from_heads(heads, boundary, selection.retention)
 
     def run(self, steps: Iterable[tuple[str, int]], *, fork: bool = False) -> RecordedConversation:
-        """Go through a script; fork: hand the state over as a deep copy after each of its steps."""
+        """Go through a script; fork: replace the state by a deep copy after each of its steps."""
         for what, count in steps:
             self.prefill(count) if what == "prefill" else self.decode(count)
             if fork:
@@ -112,25 +114,25 @@ class RecordedConversation(ScriptedConversation):
         return self
 
     def well_formed(self) -> RecordedConversation:
-        """Itself. NotApplicable if nothing was selected, or nothing that can be looked at."""
+        """Return itself. Raises NotApplicable if nothing was selected, or nothing that can be compared."""
         if self.malformed:
             raise NotApplicable("its selections have no valid form, see selections_have_the_right_form")
-        if not self.told:
+        if not self.given:
             raise NotApplicable("it selects nothing in three turns of a few dozen tokens")
         return self
 
 
 def held(subject: Subject, seed: int = 0, compressor: DecodeCompressor[Any] | None = None) -> RecordedConversation:
-    """The whole conversation of a subject, with selections of the right form."""
+    """Return the whole conversation of a subject, with selections of the right form."""
     talk = RecordedConversation(compressor or subject.compressor, *subject.script(seed))
     return talk.run(subject.steps).well_formed()
 
 
 def difference(one: RecordedConversation, two: RecordedConversation) -> str | None:
-    """Where two conversations got different selections; None if nowhere."""
-    if len(one.told) != len(two.told):
-        return f"{len(one.told)} selections in one conversation, {len(two.told)} in the other"
-    for left, right in zip(one.told, two.told, strict=True):
+    """Return where two conversations got different selections; None if nowhere."""
+    if len(one.given) != len(two.given):
+        return f"{len(one.given)} selections in one conversation, {len(two.given)} in the other"
+    for left, right in zip(one.given, two.given, strict=True):
         same = left.layer == right.layer and left.selection.boundary == right.selection.boundary
         if not (same and torch.equal(left.selection.indices, right.selection.indices)):
             return f"turn {left.turn}, output {left.output_index}, layer {left.layer}: other pairs are selected"

@@ -1,4 +1,4 @@
-"""A record that keeps everything it is told."""
+"""Record all figures that a policy reports."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class FakeRecord:
-    """Fulfils ``interfaces.Record`` and remembers each value, for a test to look at."""
+    """Keep each value that a policy reports, for a test to read (``interfaces.Record``)."""
 
     def __init__(self) -> None:
         self.counters: dict[str, float] = defaultdict(float)

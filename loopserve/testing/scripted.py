@@ -1,4 +1,4 @@
-"""A conversation whose queries and keys are given: runs a compressor as the engine does, without a model."""
+"""Run a compressor as the engine does, without a model: queries and keys are given."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loopserve.core.cache import KVCache
-from loopserve.core.interfaces import (
+from loopserve.core.engine.slots import Slots
+from loopserve.core.kv.cache import KVCache
+from loopserve.core.policy.interfaces import (
     AttentionInputs,
     DecodeCompressor,
     KVSelection,
@@ -19,12 +20,14 @@ from loopserve.core.interfaces import (
     Phase,
     Step,
 )
+from loopserve.core.stack.stack import PolicyStack
+from loopserve.policies.prefill.dense import DensePrefill
 from loopserve.testing.parts import PlainParts
 from loopserve.testing.records import FakeRecord
 
 
 class ScriptedConversation:
-    """Feeds tokens by position to one compressor that rules every layer, and carries out what it answers.
+    """Feed tokens by position to one compressor that selects for every layer, and carry out its answers.
 
     queries ``[L, Hq, N, D]`` and keys ``[L, Hkv, N, D]`` for all N positions of the conversation; an observation runs
     the queries of its positions again.
@@ -41,6 +44,7 @@ class ScriptedConversation:
         heads, kv_heads, dim = queries.shape[1], keys.shape[1], keys.shape[-1]
         parts = PlainParts(heads, dim)
         self.layers = tuple(LayerSpec(i, LayerType.FULL, heads, kv_heads, dim, parts=parts) for i in range(len(keys)))
+        self._policies = Slots(self.layers, PolicyStack("scripted", DensePrefill(), compressor))
         self.turn, self.turn_start, self.output_index = -1, 0, 0
         self.record = FakeRecord()
         self.observed: list[Tensor] = []  # positions of each observation asked for
@@ -66,34 +70,36 @@ class ScriptedConversation:
             self._run(Phase.DECODE, 1, final=True)
 
     def take(self, layer: int, selection: KVSelection) -> None:
-        """Carry out what the compressor answered for a layer."""
+        """Carry out the compressor's selection for a layer."""
         self.cache.layers[layer].select(selection)
 
     def active(self, layer: int = 0) -> KVSelection | None:
-        """What the layer attends to now; None = everything."""
+        """Return what the layer attends to now; None = everything."""
         found = self.cache.layers[layer].active
         return found.selection if found is not None else None
 
     def _run(self, phase: Phase, tokens: int, *, final: bool) -> None:
         positions = torch.arange(self.cache.seen, self.cache.seen + tokens, device="cpu")
-        pairs = 0.0
+        pairs, called = 0.0, False
         for spec in self.layers:
             keys = self.keys[spec.index][:, positions]
             self.cache.layers[spec.index].append(keys, keys)
             inputs = self._inputs(spec, phase, positions, final)
             stored = self.cache.layers[spec.index].stored
-            watched = phase is not Phase.DECODE or stored > self.compressor.unwatched_pairs
+            shown = self._policies.by_layer[spec.index].shows(stored)
+            called |= shown
             if phase is Phase.DECODE:
-                selection = self.compressor.before_attention(inputs, self.state) if watched else None
+                selection = self.compressor.before_attention(inputs, self.state) if shown else None
                 if selection is not None:
                     self.take(spec.index, selection)
                 pairs += self._pairs(spec.index)
-            if watched:
+            if shown:
                 self.compressor.after_attention(self._inputs(spec, phase, positions, final), self.state)
         if phase is Phase.DECODE:
             self.output_index += 1
             self.attended.append(pairs / len(self.layers))
-        self._finish(phase, final)
+        if called:
+            self._finish(phase, final)
 
     def _finish(self, phase: Phase, final: bool) -> None:
         answer = self.compressor.after_forward(
@@ -123,7 +129,7 @@ class ScriptedConversation:
                 self.take(layer, selection)
 
     def _pairs(self, layer: int) -> float:
-        """Pairs that a query attends to now, on the average over the layer's KV heads."""
+        """Return the pairs that a query attends to now, on average over the layer's KV heads."""
         cache = self.cache.layers[layer]
         heads = self.keys.shape[1]
         if cache.active is not None:
@@ -157,5 +163,5 @@ class ScriptedConversation:
             softcap=None,
             record=self.record,
             selection=layer.active.selection if layer.active is not None else None,
-            ruled=self.layers,
+            compressor_layers=self.layers,
         )

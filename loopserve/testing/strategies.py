@@ -1,13 +1,13 @@
-"""Hypothesis strategies: attention inputs, patterns and selections of every form. MissingExtra without hypothesis."""
+"""Offer hypothesis strategies: attention inputs, patterns and selections of every form. MissingExtra without hypothesis."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from loopserve.core.interfaces import AttentionInputs, KVSelection, Phase, Retention
-from loopserve.core.patterns import AttentionPattern, BlockPattern, DensePattern, LinePattern
-from loopserve.core.row_groups import RowGroups
+from loopserve.core.policy.interfaces import AttentionInputs, KVSelection, Phase, Retention
+from loopserve.core.policy.patterns import AttentionPattern, BlockPattern, DensePattern, LinePattern
+from loopserve.core.policy.row_groups import RowGroups
 from loopserve.testing.extra import require
 from loopserve.testing.inputs import make_inputs
 
@@ -27,9 +27,7 @@ def attention_inputs(
     min_new_tokens: int = 1,
     evictions: bool = True,
 ) -> AttentionInputs:
-    """Any one call: turn one (no history) or later, groups of 1, 2 and 4, noise or structure, with or without
-    evicted pairs.
-    """
+    """Draw any one call: turn one (no history) or later, groups of 1, 2 and 4, noise or structure, with or without evicted pairs."""
     total = draw(st.integers(max(2, min_new_tokens), max_tokens), label="total_tokens")
     new = 1 if phase is Phase.DECODE else draw(st.integers(min_new_tokens, total), label="new_tokens")
     history = total - new
@@ -53,7 +51,7 @@ def attention_inputs(
 
 @st.composite
 def patterns(draw: st.DrawFn, *, size: tuple[int, int, int] | None = None, max_tokens: int = 160) -> AttentionPattern:
-    """A pattern of any built-in form, from nearly empty to dense.
+    """Draw a pattern of any built-in form, from nearly empty to dense.
 
     size: (query heads, new tokens, total tokens) of the call it is for; any up to ``max_tokens`` by default.
     """
@@ -89,7 +87,7 @@ def selections(
     ragged: bool = True,
     retention: Retention = Retention.KEEP,
 ) -> KVSelection:
-    """A valid selection of the first ``length`` positions, from nothing to everything before any boundary.
+    """Draw a valid selection of the first ``length`` positions, from nothing to everything before any boundary.
 
     ragged: KV heads may keep different numbers of pairs.
     """

@@ -1,4 +1,4 @@
-"""A policy under test, the rule for what a check is, and the ways a check can end."""
+"""Hold a policy under test, the form of a check, and the ways a check can end."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ import torch
 from torch import Tensor
 
 from loopserve.core.errors import ConfigError, LoopServeError
-from loopserve.core.interfaces import DecodeCompressor, PrefillSparsifier
+from loopserve.core.policy.interfaces import DecodeCompressor, PrefillSparsifier
 from loopserve.testing.variants import AnyPolicy, AnyPolicyClass, budget_of, small
 
 STEPS = (("prefill", 50), ("decode", 10), ("prefill", 1), ("decode", 4), ("prefill", 40), ("decode", 10))
 
 
 class NotApplicable(Exception):
-    """A check has nothing to ask of this policy; the message says why."""
+    """Report that a check does not apply to this policy; the message says why."""
 
 
 class NotConforming(LoopServeError, AssertionError):
-    """A policy breaks a promise of its contract."""
+    """Report that a policy breaks a promise of its contract."""
 
 
 class Outcome(StrEnum):
-    """How a check ends."""
+    """Name how a check ends."""
 
     OK = "ok"
     FAILED = "failed"
@@ -36,10 +36,10 @@ class Outcome(StrEnum):
 
 
 class Subject:
-    """A policy under test. A class is tried under small options, an object as it is."""
+    """Hold a policy under test. A class is tried under small options, an object as it is."""
 
     def __init__(self, policy: AnyPolicy | AnyPolicyClass | Subject) -> None:
-        """ConfigError for what is no policy, or cannot be made."""
+        """Raise ConfigError for what is no policy, or cannot be made."""
         if not __debug__:
             raise ConfigError("the checks are assertions, which `python -O` leaves out: run without -O")
         if isinstance(policy, Subject):
@@ -67,12 +67,12 @@ class Subject:
 
     @cached_property
     def steps(self) -> tuple[tuple[str, int], ...]:
-        """A conversation of three turns, the first long enough for the budget to leave something out."""
+        """Return a conversation of three turns, the first long enough for the budget to leave something out."""
         first = max(STEPS[0][1], 2 * (budget_of(self.compressor) or 0))
         return ((STEPS[0][0], first), *STEPS[1:])
 
     def script(self, seed: int = 0, layers: int = 2, tokens: int | None = None) -> tuple[Tensor, Tensor]:
-        """Queries ``[L, Hq, N, D]`` and keys ``[L, Hkv, N, D]`` of that conversation."""
+        """Return queries ``[L, Hq, N, D]`` and keys ``[L, Hkv, N, D]`` of that conversation."""
         source = torch.Generator().manual_seed(seed)
         tokens = tokens or sum(count for _, count in self.steps) + 40
         queries = torch.randn(layers, 4, tokens, 16, generator=source, dtype=torch.float32, device="cpu")
@@ -81,7 +81,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Check:
-    """One promise, tested by one function. It raises NotApplicable or, for a broken promise, AssertionError."""
+    """Test one promise by one function. It raises NotApplicable or, for a broken promise, AssertionError."""
 
     function: Callable[[Subject], None]
     kind: type[PrefillSparsifier] | type[DecodeCompressor[Any]] | None  # None: of either kind
@@ -92,7 +92,7 @@ class Check:
 
     @property
     def summary(self) -> str:
-        """The promise in one sentence."""
+        """Return the promise in one sentence."""
         return " ".join((inspect.getdoc(self.function) or "").split())
 
     def applies_to(self, subject: Subject) -> bool:

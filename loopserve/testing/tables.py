@@ -1,4 +1,4 @@
-"""Markdown tables of all registered policies and their options, made from the classes.
+"""Write Markdown tables of all registered policies and their options, made from the classes.
 
 ``python -m loopserve.testing.tables docs/policies.md README.md`` renews the part of each page between its markers: the
 whole tables, or on the front page the short one.
@@ -14,7 +14,7 @@ from typing import Any
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from loopserve.core.registry import Registration
+from loopserve.core.policy.registry import Registration
 
 BEGIN = "<!-- made from the classes: python -m loopserve.testing.tables docs/policies.md README.md -->"
 BEGIN_SHORT = (
@@ -24,7 +24,7 @@ END = "<!-- end of what is made from the classes -->"
 
 
 def policy_tables(policies: Iterable[Registration]) -> str:
-    """One row per policy, then one table of options per policy that has any."""
+    """Return one row per policy, then one table of options per policy that has any."""
     found = list(policies)
     lines = ["| policy | kind | what it does | paper | unselected pairs | needs |", "|---|---|---|---|---|---|"]
     lines += [_row(each) for each in found]
@@ -36,7 +36,7 @@ def policy_tables(policies: Iterable[Registration]) -> str:
 
 
 def short_table(policies: Iterable[Registration]) -> str:
-    """One row per kind, each policy a link to its paper."""
+    """Return one row per kind, each policy a link to its paper."""
     found = list(policies)
     lines = ["| phase | policies |", "|---|---|"]
     for kind in dict.fromkeys(each.kind for each in found):
@@ -64,7 +64,7 @@ def _cell(text: str) -> str:
 
 
 def renewed(page: str, policies: Iterable[Registration]) -> str:
-    """A page with the part between its markers made anew. ValueError if it has no markers."""
+    """Return a page with the part between its markers made anew. Raises ValueError if it has no markers."""
     found = list(policies)
     for begin, made in ((BEGIN, policy_tables), (BEGIN_SHORT, short_table)):
         if begin in page and END in page:
@@ -74,7 +74,7 @@ def renewed(page: str, policies: Iterable[Registration]) -> str:
 
 
 def main(*paths: str) -> None:
-    from loopserve.core.registry import Registry
+    from loopserve.core.policy.registry import Registry
     from loopserve.policies import loopserve_register_policies
 
     registry = Registry()

@@ -1,4 +1,4 @@
-"""The same policy under other options: small enough for a few dozen tokens, evicting, or as wide as it goes.
+"""Make the same policy under other options: small enough for a few dozen tokens, evicting, or as wide as possible.
 
 Goes by the options' types, bounds and usual names, so that a policy the kit has never seen can be tried as well.
 """
@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from loopserve.core.errors import ConfigError
-from loopserve.core.interfaces import DecodeCompressor, PolicyConfig, PrefillSparsifier, Retention
+from loopserve.core.policy.interfaces import DecodeCompressor, PolicyConfig, PrefillSparsifier, Retention
 from loopserve.policies.decode.snapkv import SnapKVDecode
 from loopserve.testing.inputs import make_inputs
 
@@ -27,7 +27,7 @@ _WIDTHS = ("budget", "window", "_size", "last_rows")  # how options end that say
 
 
 def small(policy: AnyPolicyClass) -> AnyPolicy:
-    """A policy of this class that acts on a few dozen tokens: budgets of about 24, windows of about 4.
+    """Return a policy of this class that acts on a few dozen tokens: budgets of about 24, windows of about 4.
 
     A sparsifier's options are made smaller, and a share lower or full, until it leaves something out of a turn of 48 tokens: as
     long as it is dense, most checks have nothing to look at. ConfigError if no object can be made.
@@ -41,14 +41,16 @@ def small(policy: AnyPolicyClass) -> AnyPolicy:
         first = first or made
     if first is None:
         raise ConfigError(
-            f"{policy.__module__}.{policy.__qualname__} cannot be made without being told its options: "
+            f"{policy.__module__}.{policy.__qualname__} cannot be made without options of its own: "
             "give the check an object instead of the class"
         )
     return first
 
 
 def policy_maker(policy: AnyPolicyClass) -> Callable[[dict[str, Any]], AnyPolicy | None]:
-    """Makes a policy of options, or None where they do not go together. ConfigError for what its own code raises."""
+    """Return a function that makes a policy of options, or None where they do not go together. ConfigError for what its own code
+    raises.
+    """
 
     def make(options: dict[str, Any]) -> AnyPolicy | None:
         try:
@@ -63,7 +65,7 @@ def policy_maker(policy: AnyPolicyClass) -> Callable[[dict[str, Any]], AnyPolicy
 
 
 def _smaller(policy: AnyPolicyClass) -> Iterable[dict[str, Any]]:
-    """Options to try, the least changed first; what the policy comes with is the last resort."""
+    """Yield options to try, the least changed first; the defaults are the last resort."""
     fields = policy.Config.model_fields
     inner: dict[str, Any] = {"inner": _example()} if "inner" in fields else {}
     shares = [name for name, field in fields.items() if isinstance(field.default, float) and _is_share(field)]
@@ -84,7 +86,7 @@ def _example() -> DecodeCompressor[Any]:
 
 
 def leaves_something_out(policy: PrefillSparsifier) -> bool:
-    """Whether a first turn of 48 tokens is really sparse."""
+    """Return whether a first turn of 48 tokens is really sparse."""
     try:
         mask = policy.sparsify(make_inputs(new_tokens=48, total_tokens=48, structured=True)).to_mask()
     except Exception:  # the checks will say what is wrong with it
@@ -93,13 +95,13 @@ def leaves_something_out(policy: PrefillSparsifier) -> bool:
 
 
 def changed(policy: AnyPolicy, **options: Any) -> AnyPolicy:
-    """A policy of the same class with some options replaced. ValidationError where they do not go together."""
+    """Return a policy of the same class with some options replaced. ValidationError where they do not go together."""
     kept = {name: getattr(policy.config, name) for name in type(policy.config).model_fields}
     return type(policy)(type(policy.config)(**{**kept, **options}))
 
 
 def evicting(policy: DecodeCompressor[Any]) -> DecodeCompressor[Any] | None:
-    """The policy with the one option changed that makes it evict; None if no option does."""
+    """Return the policy with the one option changed that makes it evict; None if no option does."""
     if policy.retention is Retention.EVICT:
         return policy
     for name, options in _alternatives(policy.config):
@@ -124,7 +126,7 @@ def _alternatives(config: PolicyConfig) -> Iterable[tuple[str, list[Any]]]:
 
 
 def widest(policy: AnyPolicy) -> AnyPolicy | None:
-    """The policy with every share at 1 and every width beyond the conversation; None if it has no such option."""
+    """Return the policy with every share at 1 and every width beyond the conversation; None if it has no such option."""
     options: dict[str, Any] = {}
     for name, field in type(policy.config).model_fields.items():
         value = getattr(policy.config, name)
@@ -141,19 +143,19 @@ def widest(policy: AnyPolicy) -> AnyPolicy | None:
 
 
 def _is_share(field: FieldInfo) -> bool:
-    """A number from above 0 to 1 included; 0 being excluded tells it from weights and decays."""
+    """Return whether an option is a number from above 0 to 1 included; 0 being excluded separates it from weights and decays."""
     bounds = {name: getattr(each, name) for each in field.metadata for name in ("gt", "le") if hasattr(each, name)}
     return bounds == {"gt": 0, "le": 1} and float in (field.annotation, *get_args(field.annotation))
 
 
 def budget_of(policy: DecodeCompressor[Any]) -> int | None:
-    """Pairs per KV head that a compressor promises to attend to, on the average over heads and layers."""
+    """Return the pairs per KV head that a compressor promises to attend to, on average over heads and layers."""
     limits = getattr(policy, "limits", policy.config)
     found = getattr(limits, "budget", None)
     return found if isinstance(found, int) else None
 
 
 def forced_of(policy: DecodeCompressor[Any], option: str) -> int:
-    """How many tokens an option such as ``sink_tokens`` forces in; 0 where a policy has no such option."""
+    """Return how many tokens an option such as ``sink_tokens`` forces in; 0 where a policy has no such option."""
     limits = getattr(policy, "limits", policy.config)
     return int(getattr(limits, option, 0) or 0)

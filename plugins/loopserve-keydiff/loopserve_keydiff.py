@@ -1,4 +1,4 @@
-"""KeyDiff to the letter as a loopserve plugin: one score, one hook."""
+"""Implement KeyDiff to the letter as a loopserve plugin: one score, one hook."""
 
 from __future__ import annotations
 
@@ -9,16 +9,13 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
-from loopserve.core.hookspecs import hookimpl
-from loopserve.core.interfaces import AttentionInputs, Capabilities, Retention
-from loopserve.core.registry import Registry
-from loopserve.core.scoring import ScoredCompressor, ScoredConfig
+from loopserve import AttentionInputs, Capabilities, Registry, Retention, ScoredCompressor, ScoredConfig, hookimpl
 
 LOOPSERVE_API = (1, 0)
 
 
 class BareKeyDiffDecode(ScoredCompressor):
-    """Keeps the pairs whose keys differ most from the average key, wherever they stand (KeyDiff without forced pairs).
+    """Keep the pairs whose keys differ most from the average key, wherever they stand (KeyDiff without forced pairs).
 
     Paper: https://arxiv.org/abs/2504.15364. Variant, as in kvpress: ``s_t = -cos(K_t, mean_t(K_t / |K_t|))`` per KV
     head, on rotated keys.

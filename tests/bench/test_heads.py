@@ -7,7 +7,7 @@ import torch
 
 from loopserve.bench.heads import planted_lines, random_heads, structured_heads
 from loopserve.bench.speed.candidates import as_call, preset_sparsifier
-from loopserve.core.patterns import LinePattern
+from loopserve.core.policy.patterns import LinePattern
 
 
 def test_structured_heads_lie_on_few_lines_and_random_ones_do_not() -> None:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from loopserve.bench.report import renew
 
 ROOT = Path(__file__).parents[2]
 
 
-def test_the_readme_shows_the_committed_result() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert renew(text, ROOT) == text, "run: python -m loopserve.bench.report README.md"
+@pytest.mark.parametrize("page", ["README.md", "docs/benchmark.md"])
+def test_the_pages_show_the_committed_results(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert renew(text, ROOT) == text, "run: python -m loopserve.bench.report README.md docs/benchmark.md"
     assert "| `loopserve` |" in text
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from loopserve.core.interfaces import AttentionInputs, KVSelection
-from loopserve.core.patterns import AttentionPattern, DensePattern, LinePattern
+from loopserve.core.policy.interfaces import AttentionInputs, KVSelection
+from loopserve.core.policy.patterns import AttentionPattern, DensePattern, LinePattern
 from tests.core import faulty
 from tests.core.faulty import BUDGET, Act
 
@@ -109,7 +109,7 @@ def _counting(policy: Any, inputs: AttentionInputs) -> None:
 
 
 def _switching(*_: Any) -> None:
-    torch.set_default_dtype(torch.float64)
+    torch.set_default_dtype(torch.float64 if torch.get_default_dtype() is torch.float32 else torch.float32)
 
 
 def _drawing(*_: Any) -> None:
@@ -117,7 +117,7 @@ def _drawing(*_: Any) -> None:
 
 
 def _noting(_: Any, inputs: AttentionInputs) -> None:
-    inputs.notebook["kept"] = [inputs.values[:, 1:]]
+    inputs.state["kept"] = [inputs.values[:, 1:]]
 
 
 def turncoat(_: Any, inputs: AttentionInputs, pattern: AttentionPattern, call: int) -> AttentionPattern:

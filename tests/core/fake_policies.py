@@ -4,7 +4,7 @@ from typing import Any, ClassVar
 
 from pydantic import Field, model_validator
 
-from loopserve.core.interfaces import (
+from loopserve.core.policy.interfaces import (
     Capabilities,
     DecodeCompressor,
     LayerType,
@@ -12,7 +12,7 @@ from loopserve.core.interfaces import (
     PrefillSparsifier,
     Retention,
 )
-from loopserve.core.registry import Registry
+from loopserve.core.policy.registry import Registry
 
 
 class Dense(PrefillSparsifier):

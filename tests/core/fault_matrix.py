@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loopserve.core.engine import TokenEngine
+from loopserve.core.engine.engine import TokenEngine
+from loopserve.core.engine.session import Session
 from loopserve.core.errors import PolicyFault
-from loopserve.core.guard import Guard
-from loopserve.core.session import Session
-from loopserve.core.stack import PolicyStack
-from loopserve.models.huggingface import IMPLEMENTATION, HuggingFaceModel, set_implementation
+from loopserve.core.guard.guard import Guard
+from loopserve.core.stack.stack import PolicyStack
+from loopserve.models.bridge import IMPLEMENTATION, TransformersModel
+from loopserve.models.layers import set_implementation
 from loopserve.models.tiny import VOCABULARY, tiny_model
 from loopserve.policies.decode.full import FullDecode
 from loopserve.policies.prefill.dense import DensePrefill
@@ -40,6 +41,7 @@ STRICT_ONLY = {
     "keeps a reference in itself": {"prefill", "decode"},
     "hidden global state": {"prefill", "decode"},
     "draws from the process's random numbers": {"prefill", "decode"},
+    "turns a switch of the process": {"prefill", "decode"},
 }
 # What a turn finished dense looks like that was not dense from its start.
 NOT_FROM_THE_START = {
@@ -63,16 +65,16 @@ class Row:
 
 
 @cache
-def model() -> HuggingFaceModel:
+def model() -> TransformersModel:
     found = tiny_model("llama")
     set_implementation(found, IMPLEMENTATION)
-    return HuggingFaceModel(found)
+    return TransformersModel(found)
 
 
 def engine(prefill: Any, decode: Any, *, checks: str = "cheap", on_fault: str = "dense") -> TokenEngine:
     """Under a clock that only sleeping policies move on."""
     made = TokenEngine(model(), PolicyStack("test", prefill, decode))
-    made.guard = Guard(checks=checks, on_fault=on_fault, clock=CLOCK)
+    made.guard = Guard(checks=checks, on_fault=on_fault, clock=CLOCK, worked=CLOCK)
     return made
 
 
@@ -82,18 +84,14 @@ def prompt(tokens: int) -> list[int]:
 
 def steps(served: TokenEngine, session: Session, tokens: int) -> Iterator[Tensor]:
     """The logits of a turn, pass by pass; the turn is taken back if a pass raises."""
-    session.begin_turn(prompt(tokens))
-    try:
-        logits = served.prefill(session)
-        for _ in range(ANSWER - 1):
-            yield logits
-            session.tokens.append(int(logits.argmax()))
-            logits = served.decode(session)
-        yield logits
-        session.tokens.append(int(logits.argmax()))
-    except PolicyFault:
-        session.undo()
-        raise
+    seen: list[Tensor] = []
+
+    def choose(logits: Tensor) -> int:
+        seen.append(logits)
+        return int(logits.argmax())
+
+    for _ in served.generate(session, prompt(tokens), choose, max_new_tokens=ANSWER):
+        yield seen[-1]
 
 
 def alone(served: TokenEngine, tokens: int) -> Tensor:

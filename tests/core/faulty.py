@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from pydantic import Field
 
-from loopserve.core.interfaces import (
+from loopserve.core.policy.interfaces import (
     AttentionInputs,
     Capabilities,
     DecodeCompressor,
@@ -23,8 +23,8 @@ from loopserve.core.interfaces import (
     Selections,
     Step,
 )
-from loopserve.core.patterns import AttentionPattern, LinePattern
-from loopserve.core.scoring import ScoredCompressor, ScoredState
+from loopserve.core.policy.patterns import AttentionPattern, LinePattern
+from loopserve.core.policy.scoring import ScoredCompressor, ScoredState
 
 MARKED = 41
 BUDGET = 12
@@ -45,7 +45,7 @@ class Windowed(PrefillSparsifier):
         self.act = act
 
     def sparsify(self, inputs: AttentionInputs) -> AttentionPattern:
-        notes = inputs.notebook
+        notes = inputs.state
         notes.setdefault("marked", inputs.new_tokens == MARKED)
         notes["calls"] = notes.get("calls", 0) + 1
         sinks = torch.zeros(inputs.queries.shape[0], inputs.total_tokens, dtype=torch.bool)
@@ -112,11 +112,11 @@ class NaNScored(ScoredCompressor):
         super().__init__(self.Config(budget=BUDGET, sink_tokens=2, recent_window=4))
 
     def observe(self, inputs: AttentionInputs, state: ScoredState) -> None:
-        state.notes.setdefault(-1, inputs.new_tokens == MARKED)
+        state.statistics.setdefault(-1, inputs.new_tokens == MARKED)
 
     def ranking(self, inputs: AttentionInputs, state: ScoredState, budget: int) -> torch.Tensor:
         scores = self.score(inputs)
-        return scores * float("nan") if state.notes[-1] else scores
+        return scores * float("nan") if state.statistics[-1] else scores
 
     def score(self, inputs: AttentionInputs) -> torch.Tensor:
         return inputs.keys.float().norm(dim=-1)

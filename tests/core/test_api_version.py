@@ -6,10 +6,10 @@ from typing import Any, ClassVar
 
 import pytest
 
-from loopserve.core.api_version import API_VERSION, require_api
 from loopserve.core.errors import PluginError
-from loopserve.core.interfaces import DecodeCompressor, PrefillSparsifier
-from loopserve.core.registry import Kind, Registry
+from loopserve.core.policy.api_version import API_VERSION, require_api
+from loopserve.core.policy.interfaces import DecodeCompressor, PrefillSparsifier
+from loopserve.core.policy.registry import Kind, Registry
 
 MAJOR, MINOR = API_VERSION
 

@@ -10,9 +10,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from loopserve.core.cache import KVCache, LayerCache
 from loopserve.core.errors import CacheError, PolicyError
-from loopserve.core.interfaces import KVSelection, Retention
+from loopserve.core.kv.cache import KVCache, LayerCache
+from loopserve.core.policy.interfaces import KVSelection, Retention
 
 HEADS, WIDTH = 2, 3
 

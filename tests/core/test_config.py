@@ -8,9 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict, Field
+from ruamel.yaml import YAML
 
-from loopserve.core.config import (
+from loopserve.core.errors import ConfigError
+from loopserve.core.stack import config
+from loopserve.core.stack.config import (
     MAX_BYTES,
+    MAX_PROBLEMS,
+    MAX_VALUES,
     Document,
     InvalidDocument,
     dotted,
@@ -18,7 +23,6 @@ from loopserve.core.config import (
     read_yaml,
     to_yaml,
 )
-from loopserve.core.errors import ConfigError
 
 
 class Colour(StrEnum):
@@ -118,6 +122,113 @@ def test_broken_yaml_is_refused_in_one_line(text: str, complaint: str):
     assert any(complaint in line for line in problems(text)), problems(text)
 
 
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("naмe: x\n", "my.yaml:1: naмe: unknown key, which holds 'м' U+043C CYRILLIC SMALL LETTER EM"),
+        (
+            "name: x\ninner: {b\u03c5dget: 1}\n",
+            "my.yaml:2: inner.b\u03c5dget: unknown key, which holds '\u03c5' U+03C5 GREEK SMALL",
+        ),
+        ("name: x\n\u200binner: {}\n", "my.yaml:2: \\u200binner: unknown key, which holds U+200B ZERO WIDTH SPACE"),
+        ("name: x\ninner: {colour: r\u0435d}\n", "(got 'r\u0435d': it holds '\u0435' U+0435 CYRILLIC SMALL LETTER IE)"),
+        ("name: x\ninner: {budget: \uff13}\n", "(got '\uff13': it holds '\uff13' U+FF13 FULLWIDTH DIGIT THREE)"),
+        ("a: 1\u2028b: {c: 1}", "the line holds U+2028 LINE SEPARATOR"),
+        ("a: 1\nb: \x00", "my.yaml:2: broken YAML: U+0000 a control character may not stand in a file of text"),
+        ("a:\n\t- 1\n", "indent with spaces"),
+        ('"\\e[31mred\\n": 1\n', "my.yaml:1: \\x1b[31mred\\n: unknown key, which holds U+001B a control character"),
+        ("\u03b1\u03b2\u03b3\u03b4\u03b5: 1\n", "'\u03b3' U+03B3 GREEK SMALL LETTER GAMMA and 2 more"),
+    ],
+)
+def test_a_character_that_is_not_what_it_looks_like_is_named(text: str, complaint: str):
+    with pytest.raises(InvalidDocument) as error:
+        parse_yaml(text, "my.yaml").parse(
+            Outer, known_options=lambda at: (Inner if at == ("inner",) else Outer).model_fields
+        )
+    assert any(complaint in line for line in str(error.value).splitlines()), str(error.value)
+    assert str(error.value).replace("\n", "").isprintable()
+
+
+def test_letters_of_other_alphabets_are_welcome_where_any_text_is():
+    assert parse_yaml("name: größer als ε\n", "my.yaml").parse(Outer).name == "größer als ε"
+    assert parse_yaml("\ufeffname: x\r\ninner: {budget: 2}\r\n", "my.yaml").parse(Outer).inner.budget == 2
+
+
+class Counted(YAML):
+    """Counts the parts of a text that are read, and refuses to make a tree of it."""
+
+    events = 0
+
+    def parse(self, stream: Any) -> Any:
+        for event in super().parse(stream):
+            Counted.events += 1
+            yield event
+
+    def compose(self, stream: Any) -> Any:
+        raise AssertionError("a tree was made of a text that is to be refused before")
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint", "most"),
+    [
+        ("[" * 5000, "my.yaml:1: nested deeper than 32 levels", 40),
+        ("a: " + "[" * 5000 + "]" * 5000, "my.yaml:1: nested deeper than 32 levels", 40),
+        ("{a: " * 5000, "nested deeper", 80),
+        ("- " * 5000, "nested deeper", 40),
+        ("? " * 5000, "nested deeper", 40),
+        ("\n".join("  " * level + "a:" for level in range(500)), "my.yaml:33: nested deeper", 80),
+        ("x: [" + "1, " * 60000 + "]", "my.yaml:1: holds more than 20,000 values", MAX_VALUES + 10),
+        ("x:\n" + "- 1\n" * 60000, "my.yaml:19999: holds more than 20,000 values", MAX_VALUES + 10),
+        ("".join(f"k{number}: &a{number} 1\n" for number in range(15000)), "holds more than", MAX_VALUES + 10),
+    ],
+)
+def test_a_text_with_too_much_in_it_is_refused_after_a_bounded_part_of_it(
+    text: str, complaint: str, most: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(config, "YAML", Counted)
+    monkeypatch.setattr(Counted, "events", 0)
+    assert complaint in problems(text)[0] and len(problems(text)) == 1
+    assert Counted.events <= 2 * most
+
+
+def test_a_file_of_nothing_but_mistakes_is_answered_shortly(monkeypatch: pytest.MonkeyPatch):
+    explained = []
+    monkeypatch.setattr(config, "did_you_mean", lambda name, known: explained.append(name) or "")
+    with pytest.raises(InvalidDocument) as error:
+        parse_yaml("".join(f"k{number}: 1\n" for number in range(9000)), "my.yaml").parse(
+            Outer, known_options=lambda at: Outer.model_fields
+        )
+    lines = str(error.value).splitlines()
+    assert len(lines) == len(error.value.problems) == MAX_PROBLEMS + 1 and len(explained) <= MAX_PROBLEMS
+    assert any("more mistakes; is this the right file?" in line for line in lines)
+    doubled = problems("name: x\n" * 1000)
+    assert len(doubled) == MAX_PROBLEMS + 1 and "and 949 more mistakes" in "".join(doubled)
+
+
+@pytest.mark.parametrize("digits", ["1" + "0" * 23, "0x" + "f" * 40, "-" + "9" * 30])
+def test_an_integer_that_no_tensor_holds_is_refused(digits: str):
+    assert "inner.sizes[1]: must be between -9,223,372,036,854,775,807 and" in "".join(
+        problems(f"name: x\ninner: {{sizes: [1, {digits}]}}\n")
+    )
+    assert "it has thousands of digits" in "".join(problems("name: " + "9" * 5000))
+    with pytest.raises(InvalidDocument, match=r"an integer of \d+ bits"):
+        Document({"name": "x", "inner": {"budget": 10**5000}}, "options").parse(Outer)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32", "latin-1"])
+def test_a_file_in_another_encoding_is_refused_with_its_line(encoding: str, tmp_path: Path):
+    file = tmp_path / "mine.yaml"
+    file.write_bytes("name: x\n# é\n".encode(encoding))
+    with pytest.raises(ConfigError) as error:
+        read_yaml(file).parse(Outer)
+    assert "save it as UTF-8" in str(error.value) or "U+0000" in str(error.value)
+
+
+def test_a_long_key_or_tag_is_cut():
+    for text in ("? " + "x" * 100000 + "\n: 1\nname: x\n", "name: !" + "a" * 100000 + " x\n"):
+        assert all(len(line) < 200 for line in problems(text))
+
+
 def test_a_bomb_of_nested_aliases_is_refused():
     levels = [f"{chr(98 + i)}: &{chr(98 + i)} [{', '.join(['*' + chr(97 + i)] * 9)}]" for i in range(9)]
     assert "aliases followed" in problems("\n".join(["a: &a [x, x]", *levels]))[0]
@@ -141,9 +252,9 @@ def test_files_that_cannot_be_read(tmp_path: Path):
     big, binary = tmp_path / "big.yaml", tmp_path / "binary.yaml"
     big.write_bytes(b"#" * (MAX_BYTES + 1))
     binary.write_bytes(b"name: \xff\xfe")
-    with pytest.raises(ConfigError, match="larger than 1 MiB"):
+    with pytest.raises(ConfigError, match="larger than 256 KiB"):
         read_yaml(big)
-    with pytest.raises(ConfigError, match="not UTF-8 text"):
+    with pytest.raises(ConfigError, match=r"binary\.yaml:1: not UTF-8 text"):
         read_yaml(binary)
 
 

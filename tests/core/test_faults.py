@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from loopserve.core.engine.sampling import SamplingConfig
 from loopserve.core.errors import ConfigError, Fault, PolicyFault
-from loopserve.core.guard import BREAKER_FAULTS, COOL_DOWN_S, Guard
-from loopserve.core.interfaces import Phase, Retention
-from loopserve.core.sampling import SamplingConfig
+from loopserve.core.guard.guard import BREAKER_FAULTS, COOL_DOWN_S, Guard
+from loopserve.core.policy.interfaces import Phase, Retention
 from loopserve.policies.decode.full import FullDecode
 from loopserve.policies.prefill.dense import DensePrefill
 from tests.core import fault_matrix as matrix
@@ -41,8 +42,10 @@ KINDS = {
 
 
 @pytest.fixture(autouse=True)
-def _quiet(caplog: pytest.LogCaptureFixture) -> None:
+def _quiet(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     caplog.set_level(logging.WARNING, "loopserve")
+    yield
+    torch.set_default_dtype(torch.float32)  # the guard turns nothing back
 
 
 @pytest.mark.parametrize(("fault", "interface"), matrix.CASES, ids=lambda each: each.replace(" ", "-"))
@@ -53,7 +56,6 @@ def test_a_fault_is_named_or_served_dense_and_no_other_session_notices(fault: st
     raised = row.raised
     assert raised is not None and raised.fault is KINDS.get(fault, Fault.ANSWER)
     assert raised.phase in list(Phase) and str(raised).startswith(f"{interface} policy '{raised.policy}' (")
-    assert torch.get_default_dtype() is torch.float32
 
 
 def test_the_page_of_faults_is_current() -> None:
@@ -158,12 +160,14 @@ def test_a_write_through_a_kept_reference_is_found_by_the_session_it_hit(on_faul
     assert session.stats.counters["computed_anew"] == 1
     # From there on as a dense engine goes on that is given the conversation so far.
     dense = engine(DensePrefill(), FullDecode())
-    whole = dense.session()
-    whole.begin_turn(prompt(MARKED) + [int(each.argmax()) for each in found[:2]])
-    expected = [dense.prefill(whole)]
-    for _ in found[3:]:
-        whole.tokens.append(int(expected[-1].argmax()))
-        expected.append(dense.decode(whole))
+    expected: list[torch.Tensor] = []
+
+    def choose(logits: torch.Tensor) -> int:
+        expected.append(logits)
+        return int(logits.argmax())
+
+    asked = prompt(MARKED) + [int(each.argmax()) for each in found[:2]]
+    list(dense.generate(dense.session(), asked, choose, max_new_tokens=len(found) - 2))
     assert torch.equal(torch.stack(found[2:]), torch.stack(expected))
 
 
@@ -237,7 +241,7 @@ def test_the_next_turn_gives_a_policy_another_chance() -> None:
 def test_the_first_call_of_a_method_is_not_timed() -> None:
     """Kernels are compiled then."""
     alone_first = engine(Windowed(SPARSIFIER["sleeps 10 s"]), FullDecode(), on_fault="raise")
-    with pytest.raises(PolicyFault, match=r"it took 10\.0 s, the limit is 5 s") as raised:
+    with pytest.raises(PolicyFault, match=r"it took 10\.0 s of processor time, the limit is 5 s") as raised:
         alone(alone_first, MARKED)
     assert raised.value.layer == 1
 

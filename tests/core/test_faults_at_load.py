@@ -10,12 +10,12 @@ from typing import Any, ClassVar
 import pytest
 from pydantic import field_validator
 
-from loopserve.api import load_stack as load_with_plugins
-from loopserve.core.engine import TokenEngine
+from loopserve.api import load_stack
+from loopserve.core.engine.engine import TokenEngine
 from loopserve.core.errors import ConfigError, PolicyFault
-from loopserve.core.interfaces import AttentionInputs, Capabilities, PolicyConfig, PrefillSparsifier
-from loopserve.core.registry import Owner, Registry
-from loopserve.core.stack import load_stack
+from loopserve.core.policy.interfaces import AttentionInputs, Capabilities, PolicyConfig, PrefillSparsifier
+from loopserve.core.policy.registry import Owner, Registry
+from loopserve.core.stack.stack import resolve_stack
 from tests.core.fake_policies import Full, Snap, fake_registry
 from tests.core.fault_matrix import model
 
@@ -57,7 +57,7 @@ class BadDeclaration(Full):
     paper: ClassVar[str] = ""
 
     @property
-    def able(self) -> Capabilities:
+    def effective_capabilities(self) -> Capabilities:
         raise ZeroDivisionError("by zero")
 
 
@@ -91,7 +91,7 @@ def registry_with(policy: Any) -> Registry:
 def test_a_stack_with_a_policy_that_fails_at_load_is_refused(policy: Any, kind: str, raised: str) -> None:
     written = {"prefill": {"policy": "dense"}, "decode": {"policy": "full"}} | {kind: {"policy": "bad"}}
     with pytest.raises(PolicyFault, match=rf"{kind} policy 'bad' \(their-plugin 1\.2\), {raised}") as found:
-        TokenEngine(model(), load_stack(written, registry_with(policy)), on_policy_fault="dense")
+        TokenEngine(model(), resolve_stack(written, registry_with(policy)), on_policy_fault="dense")
     assert (found.value.policy, found.value.distribution) == ("bad", "their-plugin 1.2")
 
 
@@ -107,6 +107,6 @@ def test_a_plugin_that_raises_at_import_is_named_where_its_policy_is_missed(
     with pytest.raises(
         ConfigError, match=rf"unknown {kind} policy 'theirs'(.|\n)*plugin 'theirs'.* ValueError: no luck"
     ):
-        load_with_plugins(written | {kind: {"policy": "theirs"}})
-    assert load_with_plugins(written).is_dense, "every other stack is served"
+        load_stack(written | {kind: {"policy": "theirs"}})
+    assert load_stack(written).is_dense, "every other stack is served"
     assert "raising_plugin" not in sys.modules

@@ -6,13 +6,13 @@ from typing import Any, ClassVar
 
 import pytest
 
-from loopserve.core.config import InvalidDocument, parse_yaml, to_yaml
 from loopserve.core.errors import ConfigError
-from loopserve.core.interfaces import Capabilities, DecodeCompressor, LayerSpec, LayerType, Need, Retention
-from loopserve.core.nesting import MAX_NESTING, ScoredWrapper
-from loopserve.core.registry import Registry
-from loopserve.core.stack import PolicyStack, load_stack, pair_refusals
-from loopserve.core.stack_file import read_stack, stack_schema
+from loopserve.core.policy.interfaces import Capabilities, DecodeCompressor, LayerSpec, LayerType, Need, Retention
+from loopserve.core.policy.registry import Registry
+from loopserve.core.policy.wrappers import MAX_NESTING, ScoredWrapper
+from loopserve.core.stack.config import InvalidDocument, parse_yaml, to_yaml
+from loopserve.core.stack.stack import PolicyStack, pair_refusals, resolve_stack
+from loopserve.core.stack.stack_file import read_stack, stack_schema
 from loopserve.policies import loopserve_register_policies
 from loopserve.policies.decode.adakv import AdaKVDecode
 from loopserve.policies.decode.knorm import KnormDecode
@@ -31,7 +31,7 @@ def registry() -> Registry:
 
 
 def loaded(registry: Registry, decode: dict[str, Any], prefill: str = "dense") -> PolicyStack:
-    return load_stack({"prefill": {"policy": prefill}, "decode": decode}, registry)
+    return resolve_stack({"prefill": {"policy": prefill}, "decode": decode}, registry)
 
 
 def complaint(registry: Registry, decode: str) -> str:
@@ -53,14 +53,14 @@ def test_a_wrapper_takes_limits_and_abilities_from_what_it_wraps(registry: Regis
     assert isinstance(outer, AdaKVDecode)
     assert isinstance(outer.inner.limits, SnapKVDecode.Config)
     assert (outer.limits.budget, outer.retention) == (64, Retention.EVICT)
-    assert outer.able.needs == {Need.OUTPUT_WEIGHT} and AdaKVDecode.capabilities.needs == frozenset()
+    assert outer.effective_capabilities.needs == {Need.OUTPUT_WEIGHT} and AdaKVDecode.capabilities.needs == frozenset()
 
 
 @pytest.mark.parametrize("levels", [1, 2, MAX_NESTING])
 def test_nested_policies_survive_the_way_through_a_file(registry: Registry, levels: int) -> None:
     stack = loaded(registry, nested(levels))
     again = read_stack(parse_yaml(to_yaml(stack.describe()), "again.yaml"), registry)
-    assert load_stack(stack.describe(), registry) == stack
+    assert resolve_stack(stack.describe(), registry) == stack
     assert again.decode.config.model_dump(mode="json") == stack.decode.config.model_dump(mode="json")
     assert stack.digest != loaded(registry, nested(levels - 1)).digest
 

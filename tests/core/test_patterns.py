@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loopserve.core.patterns import TILE, AttentionPattern, BlockPattern, DensePattern, LinePattern
+from loopserve.core.policy.patterns import TILE, AttentionPattern, BlockPattern, DensePattern, LinePattern
 from loopserve.kernels.masked import masked_attention
 from tests.kernels.cases import Case, cases
 

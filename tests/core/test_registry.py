@@ -4,8 +4,8 @@ import pytest
 from pydantic import BaseModel, ConfigDict, Field
 
 from loopserve.core.errors import ConfigError, PluginError
-from loopserve.core.interfaces import DecodeCompressor, PolicyConfig, PrefillSparsifier
-from loopserve.core.registry import Kind, Owner, Registry
+from loopserve.core.policy.interfaces import DecodeCompressor, PolicyConfig, PrefillSparsifier
+from loopserve.core.policy.registry import Kind, Owner, Registry
 from tests.core.fake_policies import ALL, AShape, Dense, Full, Snap, fake_registry
 
 

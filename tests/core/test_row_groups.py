@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from loopserve.core.patterns import BlockPattern, DensePattern, LinePattern
-from loopserve.core.row_groups import RowGroups
+from loopserve.core.policy.patterns import BlockPattern, DensePattern, LinePattern
+from loopserve.core.policy.row_groups import RowGroups
 from loopserve.testing.inputs import make_inputs
 
 

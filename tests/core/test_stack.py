@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loopserve.core.config import InvalidDocument, parse_yaml, to_yaml
 from loopserve.core.errors import ConfigError
-from loopserve.core.interfaces import Retention
-from loopserve.core.registry import Registry
-from loopserve.core.stack import Override, load_stack
-from loopserve.core.stack_file import LayerRange, read_stack, stack_schema
+from loopserve.core.policy.interfaces import Retention
+from loopserve.core.policy.registry import Registry
+from loopserve.core.stack.config import InvalidDocument, parse_yaml, to_yaml
+from loopserve.core.stack.stack import Override, resolve_stack
+from loopserve.core.stack.stack_file import LayerRange, read_stack, stack_schema
 from tests.core.fake_policies import AShape, Dense, Full, Snap, fake_registry
 
 MINIMAL = {"prefill": {"policy": "dense"}, "decode": {"policy": "full"}}
@@ -34,8 +34,8 @@ def test_a_file_becomes_a_stack(tmp_path: Path):
         "decode:\n  policy: snap\n  budget: 64\n  kernels: [3, 5]\n"
         "layers:\n- at: [0, -1]\n  decode: {policy: full}\n- at: 1-3\n  prefill: {policy: dense}\n"
     )
-    stack = load_stack(file, fake_registry())
-    assert stack == load_stack(str(file), fake_registry())
+    stack = resolve_stack(file, fake_registry())
+    assert stack == resolve_stack(str(file), fake_registry())
     assert (stack.name, stack.source, stack.description) == ("mine", str(file), "Mine.")
     assert isinstance(stack.decode, Snap)
     assert stack.decode.config.model_dump() == {
@@ -49,8 +49,8 @@ def test_a_file_becomes_a_stack(tmp_path: Path):
 
 
 def test_a_stack_is_its_own_spec():
-    stack = load_stack(MINIMAL, fake_registry())
-    assert load_stack(stack, fake_registry()) is stack
+    stack = resolve_stack(MINIMAL, fake_registry())
+    assert resolve_stack(stack, fake_registry()) is stack
     assert (stack.name, stack.source) == ("custom", "stack")
 
 
@@ -61,7 +61,7 @@ def test_first_match_wins_and_what_it_does_not_give_falls_through_to_the_default
             {"at": "0-3", "prefill": {"policy": "a_shape", "sinks": 2}, "decode": {"policy": "snap"}},
         ]
     }
-    stack = load_stack(spec, fake_registry())
+    stack = resolve_stack(spec, fake_registry())
     assert stack.prefill_for(2, 8).config.sinks == 1  # type: ignore[attr-defined]
     assert isinstance(stack.decode_for(2, 8), Full)
     assert stack.prefill_for(3, 8).config.sinks == 2  # type: ignore[attr-defined]
@@ -69,7 +69,7 @@ def test_first_match_wins_and_what_it_does_not_give_falls_through_to_the_default
 
 
 def test_layers_that_share_a_policy_share_the_object():
-    stack = load_stack(MINIMAL | {"layers": [{"at": [1], "prefill": {"policy": "a_shape"}}]}, fake_registry())
+    stack = resolve_stack(MINIMAL | {"layers": [{"at": [1], "prefill": {"policy": "a_shape"}}]}, fake_registry())
     assert stack.decode_for(1, 4) is stack.decode_for(3, 4) is stack.decode
 
 
@@ -141,19 +141,39 @@ def test_what_a_stack_file_may_not_say(text: str, complaint: str):
     assert any(complaint in line for line in complaints(text)), complaints(text)
 
 
+@pytest.mark.parametrize(
+    ("part", "complaint"),
+    [
+        ("decode: {policy: snap, budget: 100000000000000000000000}", "decode.budget: must be "),
+        ("decode: {policy: snap, budget: 2147483648}", "my.yaml:2: decode.budget: must be at most 2,147,483,647"),
+        ("decode: {policy: full}\nlayers: [{at: 10000}]", "my.yaml:3: layers[0].at: no model has a layer 10000"),
+        ("decode: {policy: full}\nlayers: [{at: '0-99999'}]", "no model has a layer 99999"),
+        ("decode: {policy: full}\nlayers: [{at: -10001}]", "no model has a layer -10001"),
+        (
+            "decode: {policy: full}\nlayers: [{at: 0\u20133}]",
+            "'0\u20133' names no layer (it holds '\u2013' U+2013 EN DASH)",
+        ),
+        ("decode: {policy: full}\nlayers: [{at: '٣-٤'}]", "U+0663 ARABIC-INDIC DIGIT THREE"),
+    ],
+)
+def test_numbers_beyond_any_model_and_digits_that_are_none_are_refused(part: str, complaint: str):
+    text = f"prefill: {{policy: dense}}\n{part}\n"
+    assert any(complaint in line for line in complaints(text)), complaints(text)
+
+
 def test_bad_values_in_a_dict_are_refused_too():
     bad = MINIMAL | {"prefill": {"policy": "a_shape", "alpha": float("nan")}}
     with pytest.raises(ConfigError, match=r"^stack: prefill.alpha: Input should be a finite number \(got nan\)$"):
-        load_stack(bad, fake_registry())
+        resolve_stack(bad, fake_registry())
 
 
 def test_an_unknown_stack_gets_a_suggestion():
     with pytest.raises(ConfigError, match=r"unknown stack 'snapk'; did you mean 'snapkv'\? .*path of a YAML file"):
-        load_stack("snapk", fake_registry())
+        resolve_stack("snapk", fake_registry())
     with pytest.raises(ConfigError, match=r"my\.yaml: cannot be read: No such file"):
-        load_stack("my.yaml", fake_registry())
+        resolve_stack("my.yaml", fake_registry())
     with pytest.raises(ConfigError, match="cannot be read"):
-        load_stack(Path("nowhere"), fake_registry())
+        resolve_stack(Path("nowhere"), fake_registry())
 
 
 # What a stack says of itself
@@ -161,7 +181,7 @@ def test_an_unknown_stack_gets_a_suggestion():
 
 def test_describe_spells_out_every_option_and_makes_an_equal_stack():
     spec = MINIMAL | {"layers": [{"at": [0, "2-3", -1], "decode": {"policy": "snap", "retention": "evict"}}]}
-    stack = load_stack(spec, fake_registry())
+    stack = resolve_stack(spec, fake_registry())
     described = stack.describe()
     assert described["layers"] == [
         {
@@ -169,20 +189,20 @@ def test_describe_spells_out_every_option_and_makes_an_equal_stack():
             "decode": {"policy": "snap", "budget": 1024, "window": 32, "retention": "evict", "kernels": []},
         }
     ]
-    assert load_stack(described, fake_registry()) == stack
+    assert resolve_stack(described, fake_registry()) == stack
 
 
 def test_digest_tells_what_is_done_not_what_it_is_called():
-    stack = load_stack(MINIMAL, fake_registry())
-    renamed = load_stack(MINIMAL | {"name": "other", "description": "Else."}, fake_registry())
-    changed = load_stack(MINIMAL | {"decode": {"policy": "snap"}}, fake_registry())
+    stack = resolve_stack(MINIMAL, fake_registry())
+    renamed = resolve_stack(MINIMAL | {"name": "other", "description": "Else."}, fake_registry())
+    changed = resolve_stack(MINIMAL | {"decode": {"policy": "snap"}}, fake_registry())
     assert stack.digest == renamed.digest != changed.digest
     assert stack != renamed
-    assert len({stack, load_stack(MINIMAL, fake_registry()), changed}) == 2
+    assert len({stack, resolve_stack(MINIMAL, fake_registry()), changed}) == 2
 
 
 def test_digest_is_stable_over_runs():
-    assert load_stack(MINIMAL, fake_registry()).digest == "f4ffbe6adae91091"
+    assert resolve_stack(MINIMAL, fake_registry()).digest == "f4ffbe6adae91091"
 
 
 indices = st.integers(-40, 40)
@@ -216,17 +236,17 @@ stacks = st.fixed_dictionaries({"prefill": prefills, "decode": decodes}, optiona
 @given(stacks)
 def test_any_stack_survives_yaml_and_dict(spec: dict[str, Any]):
     registry = fake_registry()
-    stack = load_stack(spec, registry)
-    assert load_stack(stack.describe(), registry) == stack
+    stack = resolve_stack(spec, registry)
+    assert resolve_stack(stack.describe(), registry) == stack
     again = read_stack(parse_yaml(to_yaml(stack.describe()), "again.yaml"), registry)
     assert again.prefill.config == stack.prefill.config
     assert again.decode.config == stack.decode.config
-    assert load_stack(stack.describe(), registry).digest == stack.digest
+    assert resolve_stack(stack.describe(), registry).digest == stack.digest
 
 
 @given(stacks, st.integers(1, 48))
 def test_every_layer_of_any_stack_has_its_policies(spec: dict[str, Any], total: int):
-    stack = load_stack(spec, fake_registry())
+    stack = resolve_stack(spec, fake_registry())
     for index in range(total):
         named = [each for each in stack.overrides if any(index in _positions(span, total) for span in each.at)]
         expected = named[0] if named else Override(())

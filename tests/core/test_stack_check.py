@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 
 from loopserve.core.errors import ConfigError
-from loopserve.core.interfaces import LayerSpec, LayerType, Retention
-from loopserve.core.stack import Override, PolicyStack, load_stack
-from loopserve.core.stack_file import LayerRange
+from loopserve.core.policy.interfaces import LayerSpec, LayerType, Retention
+from loopserve.core.stack.stack import Override, PolicyStack, resolve_stack
+from loopserve.core.stack.stack_file import LayerRange
 from tests.core.fake_policies import Dense, Evicting, Full, SlidingOnly, Snap, fake_registry
 
 MINIMAL = {"prefill": {"policy": "dense"}, "decode": {"policy": "full"}}
@@ -26,22 +26,22 @@ def refused(stack: PolicyStack, specs: list[LayerSpec], **options: Any) -> str:
 
 
 def test_a_stack_that_fits_is_accepted():
-    stack = load_stack({"prefill": {"policy": "a_shape"}, "decode": {"policy": "snap"}}, fake_registry())
+    stack = resolve_stack({"prefill": {"policy": "a_shape"}, "decode": {"policy": "snap"}}, fake_registry())
     stack.check(layers("ffff"))
     stack.check(layers("sfsf"), batch=True)
 
 
 def test_a_model_without_full_attention_is_refused_unless_dense():
-    stack = load_stack({"prefill": {"policy": "a_shape"}, "decode": {"policy": "full"}}, fake_registry())
+    stack = resolve_stack({"prefill": {"policy": "a_shape"}, "decode": {"policy": "full"}}, fake_registry())
     for specs in ([], layers("ss")):
         assert "no full-attention layer" in refused(stack, specs)
         assert "'dense'" in refused(stack, specs)
-        load_stack(MINIMAL, fake_registry()).check(specs)
+        resolve_stack(MINIMAL, fake_registry()).check(specs)
 
 
 def test_an_override_on_a_layer_that_no_policy_serves_is_refused():
     spec = MINIMAL | {"name": "x", "layers": [{"at": "0-1", "prefill": {"policy": "a_shape"}}]}
-    assert refused(load_stack(spec, fake_registry()), layers("fsf")) == (
+    assert refused(resolve_stack(spec, fake_registry()), layers("fsf")) == (
         "stack 'x': layers[0].at: layer 1 is a sliding_attention layer, which stays as the model has it: "
         "take it out of 'at'"
     )
@@ -51,7 +51,7 @@ def test_an_override_on_a_layer_that_no_policy_serves_is_refused():
 def test_an_override_on_layers_that_are_not_there_is_refused(at: list[Any]):
     spec = MINIMAL | {"layers": [{"at": at, "prefill": {"policy": "a_shape"}}]}
     assert "does not fit the model, which has layers 0 to 3" in refused(
-        load_stack(spec, fake_registry()), layers("ffff")
+        resolve_stack(spec, fake_registry()), layers("ffff")
     )
 
 

@@ -2,12 +2,12 @@
 
 import pytest
 
-from loopserve.core.config import parse_yaml, to_yaml
-from loopserve.core.interfaces import LayerSpec, LayerType, Retention
-from loopserve.core.nesting import written
-from loopserve.core.registry import Registry
-from loopserve.core.stack import load_stack, preset_file, preset_names
-from loopserve.core.stack_file import read_stack
+from loopserve.core.policy.interfaces import LayerSpec, LayerType, Retention
+from loopserve.core.policy.registry import Registry
+from loopserve.core.policy.wrappers import written
+from loopserve.core.stack.config import parse_yaml, to_yaml
+from loopserve.core.stack.stack import preset_file, preset_names, resolve_stack
+from loopserve.core.stack.stack_file import read_stack
 from loopserve.plugins import load_registry
 from loopserve.testing.parts import PlainParts
 
@@ -32,11 +32,11 @@ def test_the_presets_that_are_promised_are_there():
 
 @pytest.mark.parametrize("name", preset_names())
 def test_a_preset_loads_names_itself_and_fits_a_plain_model(name: str, registry: Registry):
-    stack = load_stack(name, registry)
+    stack = resolve_stack(name, registry)
     assert stack.name == name and stack.description
     assert stack.source == f"preset {name}.yaml"
     stack.check(LAYERS, batch=True)
-    assert load_stack(stack.describe(), registry) == stack
+    assert resolve_stack(stack.describe(), registry) == stack
     again = read_stack(parse_yaml(to_yaml(stack.describe()), "again.yaml"), registry)
     assert (written(again.prefill), written(again.decode)) == (written(stack.prefill), written(stack.decode))
 
@@ -48,14 +48,14 @@ def test_the_first_line_of_a_preset_names_the_paper(name: str):
 
 
 def test_presets_do_different_things(registry: Registry):
-    digests = [load_stack(name, registry).digest for name in preset_names()]
+    digests = [resolve_stack(name, registry).digest for name in preset_names()]
     assert len(set(digests)) == len(digests)
 
 
 def test_presets_say_what_they_say(registry: Registry):
-    assert load_stack("dense", registry).is_dense and not load_stack("snapkv", registry).is_dense
-    assert load_stack("snapkv-evict", registry).decode.retention is Retention.EVICT
+    assert resolve_stack("dense", registry).is_dense and not resolve_stack("snapkv", registry).is_dense
+    assert resolve_stack("snapkv-evict", registry).decode.retention is Retention.EVICT
     for name in ("loopserve", "loopserve-paper"):
-        stack = load_stack(name, registry)
+        stack = resolve_stack(name, registry)
         assert (stack.prefill.name, stack.decode.name) == ("loopserve", "loopserve")
         assert stack.decode.retention is Retention.KEEP

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from loopserve.core.registry import Registration
+from loopserve.core.policy.registry import Registration
 from loopserve.testing.checks.sparsifier import gpu_is_never_waited_for
 from loopserve.testing.subject import Subject
 from tests.policies.small import SPARSIFIERS, label

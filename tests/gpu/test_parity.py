@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from loopserve.core.pages import PageSummaries
+from loopserve.core.kv.key_summaries import KeySummaries
 from loopserve.kernels import backend
 from loopserve.kernels.block_sparse import block_sparse
 from loopserve.kernels.decode_attention import decode_attention
@@ -97,7 +97,7 @@ def test_the_best_columns_are_the_same(total: int, odd: float | None) -> None:
 @pytest.mark.parametrize(("channels", "page"), [(64, 16), (128, 32), (80, 7), (256, 100)])
 def test_codes_and_what_they_say(channels: int, page: int, bits: int, dtype: torch.dtype) -> None:
     made = turn(1, 3333, dtype=dtype, channels=channels)
-    made_by = {name: PageSummaries(page, bits) for name in ("reference", "triton")}
+    made_by = {name: KeySummaries(page, bits) for name in ("reference", "triton")}
     for name, pages in made_by.items():
         with backend.use(name):
             for end in (1000, 1001, 3333):

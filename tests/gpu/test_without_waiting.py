@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from loopserve.core.pages import PageSummaries
+from loopserve.core.kv.key_summaries import KeySummaries
 from loopserve.kernels.block_sparse import block_sparse
 from loopserve.kernels.decode_attention import decode_attention
 from loopserve.kernels.gather_kv import gather_kv
@@ -101,7 +101,7 @@ def test_a_decode_step_with_re_scoring_is_captured_in_a_graph() -> None:
         torch.testing.assert_close(replayed, decode_step(query, made.queries, made, active, first_valid))
 
 
-def jumping_step(query: Tensor, base: Tensor, pages: PageSummaries, observed: Tensor, made: Turn, tail: int) -> Tensor:
+def jumping_step(query: Tensor, base: Tensor, pages: KeySummaries, observed: Tensor, made: Turn, tail: int) -> Tensor:
     """What the codes point to beside the base, attended in place, and the next base by what they told."""
     columns = pages.jumps(query, base, tail, 124, made.scaling, observed)
     output, _ = decode_attention(query, made.keys, made.values, scaling=made.scaling, columns=columns, tail=tail)
@@ -111,8 +111,8 @@ def jumping_step(query: Tensor, base: Tensor, pages: PageSummaries, observed: Te
 
 def test_a_decode_step_that_jumps_is_captured_in_a_graph() -> None:
     made, tail = turn(16, 16384), 16384 - 16
-    query, pages = made.queries[:, -1:].clone(), PageSummaries(32, 4)
-    queued(lambda: PageSummaries(32, 4).update(made.keys))
+    query, pages = made.queries[:, -1:].clone(), KeySummaries(32, 4)
+    queued(lambda: KeySummaries(32, 4).update(made.keys))
     pages.update(made.keys)
     first = torch.arange(0, 900, device="cuda").repeat(2, 1)
     base, observed = first.clone(), torch.zeros(2, tail, device="cuda")

@@ -8,15 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from loopserve.core.pages import PageSummaries
+from loopserve.core.kv.key_summaries import KeySummaries
 from loopserve.kernels import backend
 from loopserve.kernels.key_codes import code_jumps
 from tests.kernels.cases import IMPLEMENTATIONS
 
 
-def coded(keys: Tensor, page: int, bits: int) -> PageSummaries:
+def coded(keys: Tensor, page: int, bits: int) -> KeySummaries:
     """Summaries taken in in three steps, so that pages are finished later and buffers grow."""
-    pages = PageSummaries(page, bits)
+    pages = KeySummaries(page, bits)
     for end in (len(keys[0]) // 2, len(keys[0]) // 2 + 1, len(keys[0])):
         if end:
             pages.update(keys[:, :end])
@@ -69,7 +69,7 @@ def test_jumps_are_the_best_free_columns_before_the_tail(implementation: str) ->
     query = torch.zeros(1, 1, 16)
     query[0, 0, 0] = 1.0
     with backend.use(implementation):
-        pages = PageSummaries(1, 2)  # pages of one key: codes are exact
+        pages = KeySummaries(1, 2)  # pages of one key: codes are exact
         pages.update(keys)
         base = torch.tensor([[1]])
         assert pages.jumps(query, base, 5, 1, 1.0).tolist() == [
@@ -80,7 +80,7 @@ def test_jumps_are_the_best_free_columns_before_the_tail(implementation: str) ->
 
 
 def test_what_does_not_fit_is_named() -> None:
-    pages = PageSummaries(4, 2)
+    pages = KeySummaries(4, 2)
     pages.update(torch.randn(1, 6, 16))
     codes, query = pages._codes(), torch.zeros(1, 1, 16)
     with pytest.raises(ValueError, match="6 more than"):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -117,6 +119,68 @@ def test_without_a_compiler_plain_pytorch_serves_and_says_why_once(compiler: str
     assert said.startswith("packed ") and "no cpu: " in said and reason in said
     assert "torch.Size([1, 4, 32])" in said
     assert said.count("compiled kernels are not available") == 1
+
+
+WHERE = (
+    "from loopserve.kernels.native import library\n"
+    "print(library.unavailable() or ' '.join(sorted(library.describe().values())))\n"
+)
+
+
+@needs_library
+@pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])
+def test_a_library_of_the_cache_serves_where_the_compiler_is_gone(compiler: str, tmp_path: Path) -> None:
+    """The second stage of a container image has the cache of the first, and no compiler."""
+    _in_a_fresh_process(SAYS, LOOPSERVE_CACHE=str(tmp_path))
+    (made,) = tmp_path.glob("native-*.so")
+    said = _in_a_fresh_process(SAYS + WHERE, CC=compiler, LOOPSERVE_CACHE=str(tmp_path))
+    assert said.startswith("cpu ") and str(made) in said and "not available" not in said
+    record = json.loads(made.with_suffix(".json").read_text())
+    assert record["sources"] == build.source_digest() and record["compiler"] in said
+
+
+@needs_library
+@pytest.mark.parametrize(
+    ("change", "environment", "why"),
+    [
+        ({"sources": "0123456789abcdef"}, {}, None),
+        ({"flags": ["-fsanitize=address"]}, {}, None),
+        ({}, {"LOOPSERVE_CPU_LEVEL": "avx1024"}, "it has no instruction set"),
+        ({}, {"LOOPSERVE_CFLAGS": "-g"}, None),
+        (None, {}, None),  # no record
+    ],
+)
+def test_a_library_built_otherwise_is_not_taken_for_it(
+    change: dict[str, object] | None, environment: dict[str, str], why: str | None, tmp_path: Path
+) -> None:
+    made = _shared_library(tmp_path)
+    record = made.with_suffix(".json")
+    if change is None:
+        record.unlink()
+    else:
+        record.write_text(json.dumps(json.loads(record.read_text()) | change))
+    said = _in_a_fresh_process(WHERE, CC="no-such-compiler", LOOPSERVE_CACHE=str(tmp_path), **environment)
+    assert "CC=no-such-compiler is not found" in said
+    assert (f"{made} cannot be used: {why}" in said) if why else (str(made) not in said)
+
+
+@needs_library
+def test_the_best_library_for_the_processor_is_taken_and_damaged_ones_are_named(tmp_path: Path) -> None:
+    made = _shared_library(tmp_path)
+    broken = tmp_path / "native-0000000000000000.so"
+    broken.write_bytes(b"not a library")
+    broken.with_suffix(".json").write_text(made.with_suffix(".json").read_text())
+    assert str(made) in _in_a_fresh_process(WHERE, CC="no-such-compiler", LOOPSERVE_CACHE=str(tmp_path))
+    made.unlink()
+    said = _in_a_fresh_process(WHERE, CC="no-such-compiler", LOOPSERVE_CACHE=str(tmp_path))
+    assert f"{broken} cannot be used: " in said and "CC=no-such-compiler is not found" in said
+
+
+def _shared_library(folder: Path) -> Path:
+    """A copy of the library that these tests run on, with its record, in a cache of its own."""
+    for path in (source := Path(library.describe()["path"])), source.with_suffix(".json"):
+        shutil.copy(path, folder)
+    return folder / source.name
 
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from loopserve.core.pages import PageSummaries
+from loopserve.core.kv.key_summaries import KeySummaries
 from loopserve.kernels.block_sparse import block_sparse
 from loopserve.kernels.decode_attention import decode_attention
 from loopserve.kernels.dense_attention import dense_attention
@@ -29,7 +29,7 @@ def lines(**to: Any) -> torch.Tensor:
 
 
 def codes() -> Any:
-    pages = PageSummaries(8, 2)
+    pages = KeySummaries(8, 2)
     pages.update(torch.randn(1, 40, 64))
     return pages._codes()
 

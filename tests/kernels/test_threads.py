@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from loopserve.core.pages import PageSummaries
+from loopserve.core.kv.key_summaries import KeySummaries
 from loopserve.kernels import backend
 from loopserve.kernels.block_sparse import block_sparse
 from loopserve.kernels.choose_lines import choose_lines
@@ -44,7 +44,7 @@ def operations(seed: int) -> dict[str, Callable[[], Any]]:
     rows = line_scores(queries, keys, columns, scaling=0.2).probabilities
 
     def codes() -> tuple[Tensor, ...]:
-        pages = PageSummaries(16, 4)
+        pages = KeySummaries(16, 4)
         pages.update(keys)
         observed = torch.zeros(2, 100, dtype=torch.float32)
         jumps = pages.jumps(queries[:, :1], few[:, :9].contiguous(), 100, 20, 0.2, observed)

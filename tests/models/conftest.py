@@ -9,9 +9,10 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from loopserve.api import load_stack
-from loopserve.core.engine import TokenEngine
-from loopserve.core.session import Session
-from loopserve.models.huggingface import IMPLEMENTATION, HuggingFaceModel, set_implementation
+from loopserve.core.engine.engine import TokenEngine
+from loopserve.core.engine.session import Session
+from loopserve.models.bridge import IMPLEMENTATION, TransformersModel
+from loopserve.models.layers import cache_keyword, set_implementation
 from loopserve.models.tiny import VOCABULARY, tiny_model
 
 TURNS = (61, 37)  # tokens each turn adds; both reach beyond the tiny models' windows
@@ -48,7 +49,7 @@ def told_by_transformers(model: PreTrainedModel) -> Told:
             waiting += prompt
             for _ in range(ANSWER):
                 positions = torch.arange(seen, seen + len(waiting))[None]
-                output = model(torch.tensor([waiting]), position_ids=positions, past_key_values=cache)
+                output = model(torch.tensor([waiting]), position_ids=positions, **{cache_keyword(model): cache})
                 seen += len(waiting)
                 waiting = [told.step(output.logits[0, -1])]
     return told
@@ -59,18 +60,13 @@ def told_by_engine(engine: TokenEngine, session: Session | None = None) -> Told:
     told = Told()
     session = session or engine.session()
     for prompt in prompts():
-        session.begin_turn(prompt)
-        logits = engine.prefill(session)
-        for step in range(ANSWER):
-            session.tokens.append(told.step(logits))
-            if step < ANSWER - 1:
-                logits = engine.decode(session)
+        list(engine.generate(session, prompt, told.step, max_new_tokens=ANSWER))
     return told
 
 
 def engine_for(model: PreTrainedModel, stack: object, **options: int) -> TokenEngine:
     set_implementation(model, IMPLEMENTATION)
-    return TokenEngine(HuggingFaceModel(model), load_stack(stack), **options)  # type: ignore[arg-type]
+    return TokenEngine(TransformersModel(model), load_stack(stack), **options)  # type: ignore[arg-type]
 
 
 @pytest.fixture

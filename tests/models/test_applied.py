@@ -12,6 +12,9 @@ import loopserve
 from loopserve.core.errors import InputError, ModelError
 from loopserve.models.tiny import VOCABULARY, tiny_model
 
+# From transformers 5.24 on the keyword is ``cache``; both are the caller's.
+pytestmark = pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")
+
 SPARSE = {
     "prefill": {
         "policy": "loopserve",

@@ -7,7 +7,7 @@ import torch
 
 import loopserve
 from loopserve.core.errors import PolicyFault
-from loopserve.core.stack import PolicyStack
+from loopserve.core.stack.stack import PolicyStack
 from loopserve.models.tiny import tiny_model
 from loopserve.policies.decode.full import FullDecode
 from loopserve.policies.prefill.dense import DensePrefill

@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-from loopserve.core.interfaces import AttentionInputs, Need, PrefillSparsifier
-from loopserve.core.patterns import AttentionPattern, DensePattern
-from loopserve.core.stack import PolicyStack
-from loopserve.models.huggingface import HuggingFaceModel
+from loopserve.core.policy.interfaces import AttentionInputs, Need, PrefillSparsifier
+from loopserve.core.policy.patterns import AttentionPattern, DensePattern
+from loopserve.core.stack.stack import PolicyStack
+from loopserve.models.bridge import TransformersModel
 from loopserve.models.tiny import FAMILIES, tiny_model
 from loopserve.policies.decode.full import FullDecode
 from tests.models.conftest import engine_for
@@ -36,8 +36,7 @@ def shown(family: str, tokens: list[int]) -> dict[int, AttentionInputs]:
     watching = Watching()
     served = engine_for(tiny_model(family), PolicyStack("watch", watching, FullDecode()))
     session = served.session()
-    session.begin_turn(tokens)
-    served.prefill(session)
+    served.prefill(session, tokens)
     return watching.seen
 
 
@@ -59,7 +58,7 @@ def test_queries_of_one_token_are_alike_once_turned_back(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_output_weight_maps_heads_into_the_model(family: str) -> None:
     model = tiny_model(family)
-    layer = HuggingFaceModel(model).layers[1]
+    layer = TransformersModel(model).layers[1]
     assert layer.parts is not None and layer.lacks(Need.OUTPUT_WEIGHT) is None
     heads = torch.randn(layer.query_heads, layer.head_dim, generator=torch.Generator().manual_seed(0))
     output = model.model.layers[1].self_attn.o_proj
@@ -71,7 +70,7 @@ def test_the_output_weight_maps_heads_into_the_model(family: str) -> None:
 def refusal(change: Any, need: Need) -> str | None:
     model = tiny_model("llama")
     change(model)
-    return HuggingFaceModel(model).layers[0].lacks(need)
+    return TransformersModel(model).layers[0].lacks(need)
 
 
 def test_what_cannot_be_had_is_refused_with_the_reason() -> None:

@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from loopserve.core.engine import TokenEngine
+from loopserve.core.engine.engine import TokenEngine
+from loopserve.core.engine.sampling import Dictation, Sampler, SamplingConfig
+from loopserve.core.engine.session import Session
 from loopserve.core.errors import InputError, ModelError
-from loopserve.core.sampling import Dictation, Sampler, SamplingConfig
-from loopserve.core.session import Session
 from tests.models.conftest import ANSWER, engine_for, prompts, told_by_engine
 
 NO_STOP: frozenset[int] = frozenset()
@@ -43,7 +43,7 @@ class Noting:
 
 
 def answer(engine: TokenEngine, session: Session, logits: torch.Tensor, choose: Any) -> list[int]:
-    return list(engine.answer(session, logits, choose, NO_STOP, ANSWER))
+    return list(engine.decode(session, logits, choose, NO_STOP, ANSWER))
 
 
 @pytest.mark.parametrize("name", STACKS)
@@ -51,7 +51,7 @@ def test_dictating_the_own_answer_changes_nothing(llama: PreTrainedModel, name: 
     engine = engine_for(llama, STACKS[name])
     first, second = prompts()
     own = engine.session()
-    logits = engine.read(own, first, room=ANSWER)
+    logits = engine.prefill(own, first, max_new_tokens=ANSWER)
     other = own.fork()
     free = Noting(Sampler(SamplingConfig()))
     said = answer(engine, own, logits, free)
@@ -71,7 +71,7 @@ def test_reading_and_answering_is_generating(llama: PreTrainedModel, name: str) 
     one, two = engine.session(), engine.session()
     for prompt in prompts():
         whole = list(engine.generate(one, prompt, SamplingConfig(max_new_tokens=ANSWER), NO_STOP))
-        logits = engine.read(two, prompt, room=ANSWER)
+        logits = engine.prefill(two, prompt, max_new_tokens=ANSWER)
         assert answer(engine, two, logits, Sampler(SamplingConfig())) == whole
     told, (first, second) = told_by_engine(engine).tokens, prompts()
     assert one.tokens == two.tokens == [*first, *told[:ANSWER], *second, *told[ANSWER:]]
@@ -83,22 +83,26 @@ def test_a_dictated_answer_is_what_later_turns_build_on(llama: PreTrainedModel) 
     first, second = prompts()
     said = list(range(5, 5 + ANSWER))
     session, whole = engine.session(), engine.session()
-    answer(engine, session, engine.read(session, first, room=ANSWER), Dictation(said))
-    after = engine.read(session, second, room=1)
-    torch.testing.assert_close(after, engine.read(whole, [*first, *said, *second], room=1), atol=1e-5, rtol=1e-5)
+    answer(engine, session, engine.prefill(session, first, max_new_tokens=ANSWER), Dictation(said))
+    after = engine.prefill(session, second, max_new_tokens=1)
+    torch.testing.assert_close(
+        after, engine.prefill(whole, [*first, *said, *second], max_new_tokens=1), atol=1e-5, rtol=1e-5
+    )
 
 
 def test_what_breaks_off_is_taken_back_whole(llama: PreTrainedModel) -> None:
     engine = engine_for(llama, STACKS["evicted"])
     session = engine.session()
     first, second = prompts()
-    answer(engine, session, engine.read(session, first, room=ANSWER), Dictation(range(5, 5 + ANSWER)))
+    answer(engine, session, engine.prefill(session, first, max_new_tokens=ANSWER), Dictation(range(5, 5 + ANSWER)))
     tokens, held = list(session.tokens), session.cache.store_bytes
-    stream = engine.answer(session, engine.read(session, second, room=ANSWER), Dictation([7] * ANSWER), NO_STOP, ANSWER)
+    stream = engine.decode(
+        session, engine.prefill(session, second, max_new_tokens=ANSWER), Dictation([7] * ANSWER), NO_STOP, ANSWER
+    )
     next(stream)
     stream.close()
     assert (session.tokens, session.cache.store_bytes, len(session.turns)) == (tokens, held, 1)
-    broken = engine.read(session, second, room=ANSWER).fill_(float("nan"))
+    broken = engine.prefill(session, second, max_new_tokens=ANSWER).fill_(float("nan"))
     with pytest.raises(ModelError, match="not numbers"):
         answer(engine, session, broken, Sampler(SamplingConfig()))
     assert (session.tokens, len(session.turns)) == (tokens, 1)
@@ -107,12 +111,12 @@ def test_what_breaks_off_is_taken_back_whole(llama: PreTrainedModel) -> None:
 def test_an_answer_needs_a_turn_that_waits_for_it(llama: PreTrainedModel) -> None:
     engine = engine_for(llama, "dense")
     session = engine.session()
-    logits = engine.read(session, prompts()[0], room=ANSWER)
+    logits = engine.prefill(session, prompts()[0], max_new_tokens=ANSWER)
     answer(engine, session, logits, Dictation(range(5, 5 + ANSWER)))
     with pytest.raises(InputError, match="no turn waits for an answer"):
         answer(engine, session, logits, Dictation([5]))
     with pytest.raises(InputError, match="does not fit"):
-        engine.read(session, prompts()[1], room=5000)
+        engine.prefill(session, prompts()[1], max_new_tokens=5000)
 
 
 def test_steps_with_another_selection_are_counted(llama: PreTrainedModel) -> None:

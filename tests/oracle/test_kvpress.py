@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from loopserve.core.interfaces import AttentionInputs, KVSelection, LayerSpec, LayerType, Phase
-from loopserve.core.scoring import ScoredCompressor
+from loopserve.core.policy.interfaces import AttentionInputs, KVSelection, LayerSpec, LayerType, Phase
+from loopserve.core.policy.scoring import ScoredCompressor
 from loopserve.policies.decode.adakv import AdaKVDecode
 from loopserve.policies.decode.chunkkv import ChunkKVDecode
 from loopserve.policies.decode.criticalkv import CriticalKVDecode
@@ -151,7 +151,7 @@ def inputs_of(model: str) -> AttentionInputs:
         scaling=shape["dim"] ** -0.5,
         softcap=None,
         record=FakeRecord(),
-        ruled=layers,
+        compressor_layers=layers,
     )
 
 

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from loopserve.core.engine import TokenEngine
-from loopserve.core.session import Session
-from loopserve.core.stack import load_stack
-from loopserve.models.huggingface import IMPLEMENTATION, HuggingFaceModel, set_implementation
+from loopserve.core.engine.engine import TokenEngine
+from loopserve.core.engine.session import Session
+from loopserve.core.stack.stack import resolve_stack
+from loopserve.models.bridge import IMPLEMENTATION, TransformersModel
+from loopserve.models.layers import set_implementation
 from loopserve.models.tiny import VOCABULARY, tiny_model
 from tests.policies.small import registered
 
@@ -30,8 +31,8 @@ def model(family: str) -> PreTrainedModel:
 
 
 def engine(family: str, prefill: dict[str, Any], decode: dict[str, Any], **options: Any) -> TokenEngine:
-    stack = load_stack({"prefill": prefill, "decode": decode}, registered())
-    return TokenEngine(HuggingFaceModel(model(family)), stack, **options)
+    stack = resolve_stack({"prefill": prefill, "decode": decode}, registered())
+    return TokenEngine(TransformersModel(model(family)), stack, **options)
 
 
 def prompts(seed: int, turns: tuple[int, ...] = TURNS) -> list[list[int]]:
@@ -44,13 +45,14 @@ def answers(
 ) -> Iterator[torch.Tensor]:
     """The logits ``[answer, vocabulary]`` of each turn, one turn at a time, greedily answered."""
     for prompt in prompts(seed, turns):
-        session.begin_turn(prompt)
-        logits = [served.prefill(session)]
-        for _ in range(answer - 1):
-            session.tokens.append(int(logits[-1].argmax()))
-            logits.append(served.decode(session))
-        session.tokens.append(int(logits[-1].argmax()))
-        yield torch.stack(logits)
+        seen: list[torch.Tensor] = []
+
+        def choose(logits: torch.Tensor, seen: list[torch.Tensor] = seen) -> int:
+            seen.append(logits)
+            return int(logits.argmax())
+
+        list(served.generate(session, prompt, choose, max_new_tokens=answer))
+        yield torch.stack(seen)
 
 
 def conversation(served: TokenEngine, session: Session | None = None, seed: int = 0) -> torch.Tensor:

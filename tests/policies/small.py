@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from loopserve.core.interfaces import Retention
-from loopserve.core.registry import Kind, Registration, Registry
-from loopserve.core.stack import load_stack
+from loopserve.core.policy.interfaces import Retention
+from loopserve.core.policy.registry import Kind, Registration, Registry
+from loopserve.core.stack.stack import resolve_stack
 from loopserve.policies import loopserve_register_policies
 
 SNAP = {"policy": "snapkv", "budget": 24, "window": 8}
@@ -80,7 +80,7 @@ def spec(policy: Registration, retention: Retention = Retention.KEEP) -> dict[st
 def built(kind: Kind, written: dict[str, Any]) -> Any:
     """The policy that a stack file's entry makes."""
     neutral = {"prefill": {"policy": "dense"}, "decode": {"policy": "full"}}
-    stack = load_stack({**neutral, kind.value: written}, registered())
+    stack = resolve_stack({**neutral, kind.value: written}, registered())
     return stack.prefill if kind is Kind.PREFILL else stack.decode
 
 

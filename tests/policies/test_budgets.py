@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loopserve.core.interfaces import AttentionInputs, Retention
-from loopserve.core.registry import Kind, Registration
-from loopserve.core.scoring import ScoredCompressor
+from loopserve.core.policy.interfaces import AttentionInputs, Retention
+from loopserve.core.policy.registry import Kind, Registration
+from loopserve.core.policy.scoring import ScoredCompressor
 from loopserve.policies.decode.adakv import AdaKVDecode
 from loopserve.policies.decode.pyramidkv import PyramidKVDecode, pyramid
 from loopserve.testing.assertions import assert_selection, unchanged

@@ -13,8 +13,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from loopserve.core.interfaces import PrefillSparsifier, Retention
-from loopserve.core.registry import Kind, Registration
+from loopserve.core.policy.interfaces import PrefillSparsifier, Retention
+from loopserve.core.policy.registry import Kind, Registration
 from loopserve.testing.assertions import assert_pattern, unchanged
 from loopserve.testing.inputs import make_inputs
 from loopserve.testing.tables import renewed

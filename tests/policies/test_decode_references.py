@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from loopserve.core.interfaces import AttentionInputs, Phase, Retention
-from loopserve.policies.attended import attended, attention_over
+from loopserve.core.policy.interfaces import AttentionInputs, Phase, Retention
+from loopserve.policies.attended import attention_over
 from loopserve.policies.decode.chunkkv import ChunkKVDecode
 from loopserve.policies.decode.expected_attention import ExpectedAttentionDecode
 from loopserve.policies.decode.h2o import H2ODecode
@@ -138,7 +138,7 @@ def test_without_rolling_outputs_come_on_top(name: str) -> None:
 
 def test_what_is_attended_follows_selection_boundary_and_filler() -> None:
     inputs = make_inputs(new_tokens=1, total_tokens=20, evicted=6, ragged=4, phase=Phase.DECODE)
-    assert torch.equal(attended(inputs), inputs.holds)
+    assert torch.equal(inputs.attended(inputs.selection), inputs.holds)
     plain = make_inputs(new_tokens=1, total_tokens=20, phase=Phase.DECODE)
     chosen = torch.rand(2, 20, generator=torch.Generator().manual_seed(0)) < 0.5
     spread = attention_over(plain, chosen)

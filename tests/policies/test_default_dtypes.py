@@ -12,17 +12,17 @@ import torch
 
 from loopserve.api import load_stack
 from loopserve.bench.budget import with_budget
-from loopserve.core.engine import TokenEngine
-from loopserve.core.stack import PolicyStack, preset_names
+from loopserve.core.engine.engine import TokenEngine
+from loopserve.core.stack.stack import PolicyStack, preset_names
 from loopserve.kernels import backend
-from loopserve.models.huggingface import HuggingFaceModel
+from loopserve.models.bridge import TransformersModel
 from loopserve.models.loading import load
 from tests.kernels.cases import IMPLEMENTATIONS
 from tests.policies.conversations import answers, model
 
 OTHERS = (torch.bfloat16, torch.float16, torch.float64)
 TURNS, ANSWER, BUDGET, CHUNK = (120, 70), 9, 48, 64
-TIMES = ("seconds", "tokens_per_second")
+TIMES = ("seconds", "_ms", "tokens_per_second")
 
 
 @contextmanager
@@ -43,7 +43,7 @@ def stack(preset: str) -> PolicyStack:
 def held(family: str, preset: str) -> tuple[torch.Tensor, list[dict[str, Any]]]:
     """Logits and figures of a conversation."""
     served = TokenEngine(
-        HuggingFaceModel(model(family)),
+        TransformersModel(model(family)),
         stack(preset),
         chunk_tokens=CHUNK,
         measure_coverage=True,

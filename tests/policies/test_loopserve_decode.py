@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from loopserve import Engine
-from loopserve.core.interfaces import AttentionInputs, DecodeCompressor, KVSelection
-from loopserve.policies.decode.loopserve import LoopServeDecode
+from loopserve.core.policy.interfaces import AttentionInputs, DecodeCompressor, KVSelection
+from loopserve.policies.decode.loopserve.policy import LoopServeDecode
 from loopserve.policies.decode.snapkv import SnapKVDecode
 from loopserve.testing.scripted import ScriptedConversation
 from tests.policies.planted import KV_HEADS, LAYERS, Script, kept, lost
@@ -91,7 +91,7 @@ def test_kept_queries_give_what_running_the_rows_again_gives() -> None:
     kept_ = converse(loopserve(second_hop="kept"), question_first(), steps=6)
     assert again.observed and not kept_.observed
     assert_same(again.selections, kept_.selections)
-    assert all(call.new_tokens == 1 for call in kept_.state.calls.values())
+    assert all(call.new_tokens == 1 for call in kept_.state.layer_inputs.values())
 
 
 @pytest.mark.parametrize(("chunks", "again"), [([100], 0), ([3, 97], 0), ([60, 40], 1), ([98, 2], 1)])
@@ -270,13 +270,13 @@ def test_what_was_done_is_recorded() -> None:
 def test_an_observation_that_another_policy_asked_for_is_not_taken_in() -> None:
     script = two_facts()
     talk = converse(loopserve(first_block="last_window"), script)
-    before = {unit: held.clone() for unit, held in talk.state.memory.held.items()}
-    from loopserve.core.interfaces import Phase  # the engine shows an observation to every compressor
+    before = {unit: held.clone() for unit, held in talk.state.scores.accumulated.items()}
+    from loopserve.core.policy.interfaces import Phase  # the engine shows an observation to every compressor
 
     inputs = talk._inputs(talk.layers[0], Phase.OBSERVE, torch.arange(205, 210), final=True)
     talk.compressor.after_attention(inputs, talk.state)
-    assert not talk.state.memory.sums
-    assert all(torch.equal(before[unit], talk.state.memory.held[unit]) for unit in before)
+    assert not talk.state.scores.current
+    assert all(torch.equal(before[unit], talk.state.scores.accumulated[unit]) for unit in before)
 
 
 def test_sampled_rows_are_its_own_whatever_prefill_policy_stands_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -293,4 +293,4 @@ def test_sampled_rows_are_its_own_whatever_prefill_policy_stands_beside_it(monke
     engine = Engine.from_pretrained("demo", {"version": 1, "name": "s", "prefill": prefill, "decode": decode})
     with engine.session() as chat:
         chat.send("we had soup for lunch today . " * 20, max_new_tokens=2)
-    assert looked and looked[-len(engine.tokens.model.layers) :] == [5] * len(engine.tokens.model.layers)
+    assert looked and looked[-len(engine.token_engine.model.layers) :] == [5] * len(engine.token_engine.model.layers)

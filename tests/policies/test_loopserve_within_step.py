@@ -9,7 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loopserve.policies.decode.loopserve_step import best_columns, best_pages
+from loopserve.core.kv.key_summaries import best_pages
+from loopserve.policies.decode.loopserve.probe import best_columns
 from loopserve.testing.scripted import ScriptedConversation
 from tests.policies.planted import LAYERS, Script, kept, lost
 from tests.policies.test_loopserve_decode import ANSWER, FACT, OTHER, converse, indices, loopserve
@@ -35,7 +36,7 @@ def talk_until_the_jump(**fields: Any) -> ScriptedConversation:
 
 
 def base(talk: ScriptedConversation, layer: int = 0) -> torch.Tensor:
-    found: torch.Tensor = talk.state.chosen[layer].indices
+    found: torch.Tensor = talk.state.selections[layer].indices
     return found
 
 
@@ -178,5 +179,5 @@ def test_codes_need_the_reading_that_they_are_told_by() -> None:
 
 def test_short_conversations_are_decoded_dense() -> None:
     talk = converse(loopserve(interval=4, dense_below=1000.0), jumping(), steps=9)
-    assert not talk.state.chosen and talk.record.counters["reselections"] == 0
+    assert not talk.state.selections and talk.record.counters["reselections"] == 0
     assert all(layer.active is None for layer in talk.cache.layers)

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loopserve.core.pages import CODE_BITS, PageSummaries
+from loopserve.core.kv.key_summaries import CODE_BITS, KeySummaries
 from loopserve.kernels.key_codes.reference import encode, unpack
 from loopserve.kernels.page_bounds import page_bounds
 
@@ -24,7 +24,7 @@ def test_growing_step_by_step_equals_doing_it_at_once(page: int, bits: int, step
     total = sum(steps) + 1
     source = torch.Generator().manual_seed(seed)
     keys, queries = torch.randn(2, total, 8, generator=source), torch.randn(4, 1, 8, generator=source)
-    growing = PageSummaries(page, bits)
+    growing = KeySummaries(page, bits)
     seen = 1
     for step in [0, *steps]:
         seen += step
@@ -33,7 +33,7 @@ def test_growing_step_by_step_equals_doing_it_at_once(page: int, bits: int, step
         assert torch.equal(growing.low, low) and torch.equal(growing.high, high)
         assert growing.nbytes == 2 * low.numel() * 4 + 2 * seen * bits and growing.columns == seen
         if bits:
-            at_once = PageSummaries(page, bits)
+            at_once = KeySummaries(page, bits)
             at_once.update(keys[:, :seen])
             assert torch.equal(growing.logits(queries, 1.0), at_once.logits(queries, 1.0))
 
@@ -43,7 +43,7 @@ def test_growing_step_by_step_equals_doing_it_at_once(page: int, bits: int, step
 def test_codes_give_nearly_the_logits(bits: int, error: float, group: int) -> None:
     source = torch.Generator().manual_seed(0)
     keys, queries = torch.randn(2, 70, 16, generator=source), torch.randn(2 * group, 1, 16, generator=source)
-    summaries = PageSummaries(32, bits)
+    summaries = KeySummaries(32, bits)
     summaries.update(keys)
     exact = (queries.view(2, group, 16) @ keys.transpose(1, 2)).amax(1) / 4
     found = summaries.logits(queries, 0.25).amax(1)
@@ -51,7 +51,7 @@ def test_codes_give_nearly_the_logits(bits: int, error: float, group: int) -> No
 
 
 def test_channels_of_equal_keys_are_coded_exactly() -> None:
-    summaries = PageSummaries(8, 4)
+    summaries = KeySummaries(8, 4)
     summaries.update(torch.full((1, 10, 4), 0.3))
     queries = torch.ones(1, 1, 4)
     assert torch.allclose(summaries.logits(queries, 1.0), torch.full((1, 1, 10), 1.2))
@@ -68,17 +68,17 @@ def test_codes_survive_packing(bits: int, seed: int) -> None:
 
 @pytest.mark.parametrize(("page", "bits"), [(0, 0), (4, 3), (4, 16)])
 def test_nonsense_is_refused(page: int, bits: int) -> None:
-    with pytest.raises(ValueError, match="PageSummaries"):
-        PageSummaries(page, bits)
+    with pytest.raises(ValueError, match="KeySummaries"):
+        KeySummaries(page, bits)
     with pytest.raises(ValueError, match="channels"):
-        PageSummaries(4, 4).update(torch.zeros(1, 4, 3))
+        KeySummaries(4, 4).update(torch.zeros(1, 4, 3))
 
 
 @pytest.mark.parametrize("group", [1, 2, 4])
 def test_scores_bound_every_logit_of_the_page(group: int) -> None:
     source = torch.Generator().manual_seed(0)
     keys, queries = torch.randn(2, 37, 8, generator=source), torch.randn(2 * group, 1, 8, generator=source)
-    summaries = PageSummaries(5)
+    summaries = KeySummaries(5)
     summaries.update(keys)
     bounds = summaries.scores(queries, 0.5)
     logits = (queries.view(2, group, 8) @ keys.transpose(1, 2) * 0.5).amax(1)
@@ -88,7 +88,7 @@ def test_scores_bound_every_logit_of_the_page(group: int) -> None:
 
 def test_a_shorter_store_is_summarised_afresh_and_a_copy_starts_empty() -> None:
     keys = torch.randn(1, 40, 4)
-    summaries = PageSummaries(4)
+    summaries = KeySummaries(4)
     summaries.update(keys)
     other = copy.deepcopy(summaries)
     assert other.columns == 0 and other.page == 4
@@ -99,6 +99,6 @@ def test_a_shorter_store_is_summarised_afresh_and_a_copy_starts_empty() -> None:
 
 
 def test_an_empty_summary_says_so() -> None:
-    assert PageSummaries(4).pages == 0
+    assert KeySummaries(4).pages == 0
     with pytest.raises(AssertionError, match="update"):
-        _ = PageSummaries(4).low
+        _ = KeySummaries(4).low

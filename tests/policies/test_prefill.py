@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loopserve.core.interfaces import AttentionInputs, Phase
-from loopserve.core.patterns import DensePattern, LinePattern
+from loopserve.core.policy.interfaces import AttentionInputs, Phase
+from loopserve.core.policy.patterns import DensePattern, LinePattern
 from loopserve.policies.draws import Sampling, generator, sample_rows
 from loopserve.policies.prefill.a_shape import AShapePrefill
 from loopserve.policies.prefill.dense import DensePrefill
@@ -57,7 +57,7 @@ def test_every_head_reaches_alpha_on_its_sample(
     with unchanged(inputs):
         pattern = lines(policy, inputs)
     assert_pattern(pattern, inputs)
-    shares = covered(inputs, pattern, inputs.memo["sampled_rows"]).mean(-1)
+    shares = covered(inputs, pattern, inputs.scratch["sampled_rows"]).mean(-1)
     assert (shares >= alpha - 1e-4).all()
     estimated = recorded(inputs).values["coverage_estimated"][-1]
     assert torch.allclose(estimated.float(), shares, atol=1e-4)
@@ -79,7 +79,7 @@ def test_more_alpha_never_covers_or_costs_less(inputs: AttentionInputs, cost: st
 @given(inputs=attention_inputs(min_new_tokens=4, max_tokens=60))
 def test_a_row_floor_holds_for_every_row(inputs: AttentionInputs) -> None:
     pattern = lines(loopserve(alpha=0.5, row_floor=0.8), inputs)
-    assert (covered(inputs, pattern, inputs.memo["sampled_rows"]) >= 0.8 - 1e-4).all()
+    assert (covered(inputs, pattern, inputs.scratch["sampled_rows"]) >= 0.8 - 1e-4).all()
 
 
 def test_forced_lines_are_in_every_head_and_never_on_filler() -> None:

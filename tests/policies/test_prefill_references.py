@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from loopserve.core.errors import ConfigError
-from loopserve.core.interfaces import AttentionInputs, PrefillSparsifier
-from loopserve.core.patterns import BlockPattern, LinePattern
+from loopserve.core.policy.interfaces import AttentionInputs, PrefillSparsifier
+from loopserve.core.policy.patterns import BlockPattern, LinePattern
 from loopserve.policies.blocks import largest_share
 from loopserve.policies.lines import lines_counted_apart
 from loopserve.policies.prefill.flexprefill import FlexPrefillPrefill, blocks_of_lines
@@ -402,7 +402,7 @@ def test_static_lines_of_the_first_turn_serve_all_later_ones() -> None:
     )
     chosen = policy.sparsify(first)
     with unchanged(later):
-        object.__setattr__(later, "notebook", first.notebook)
+        object.__setattr__(later, "state", first.state)
         kept = policy.sparsify(later)
     assert isinstance(chosen, LinePattern) and isinstance(kept, LinePattern)
     assert torch.equal(kept.verticals[:, :40], chosen.verticals) and not kept.verticals[:, 40:].any()
@@ -419,13 +419,13 @@ def test_static_lines_follow_the_session_through_undo_and_fork() -> None:
     talk = answers(served, session)
     next(talk)
     other = session.fork()
-    notebooks = [each.states[id(served.stack.prefill)] for each in (session, other)]
-    assert notebooks[0] is not notebooks[1] and notebooks[0].keys() == notebooks[1].keys() == {0, 1, 2}
+    kept = [each.states["prefill:0"] for each in (session, other)]
+    assert kept[0] is not kept[1] and kept[0].keys() == kept[1].keys() == {0, 1, 2}
     next(talk)
-    assert all(torch.equal(notebooks[0][layer][0], notebooks[1][layer][0]) for layer in range(3))
+    assert all(torch.equal(kept[0][layer][0], kept[1][layer][0]) for layer in range(3))
     session.undo()
     session.undo()
-    assert session.states[id(served.stack.prefill)] == {}
+    assert session.states["prefill:0"] == {}
 
 
 def test_static_lines_can_be_given(tmp_path: Path) -> None:

@@ -9,15 +9,15 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from loopserve.core.engine import TokenEngine
-from loopserve.core.interfaces import AttentionInputs, DecodeCompressor, Phase, Step
-from loopserve.core.registry import Registration
-from loopserve.core.sampling import Sampler, SamplingConfig
-from loopserve.core.session import Session
-from loopserve.core.stack import PolicyStack
-from loopserve.models.huggingface import HuggingFaceModel
+from loopserve.core.engine.engine import TokenEngine
+from loopserve.core.engine.sampling import Sampler, SamplingConfig
+from loopserve.core.engine.session import Session
+from loopserve.core.policy.interfaces import AttentionInputs, DecodeCompressor, Phase, Step
+from loopserve.core.policy.registry import Registration
+from loopserve.core.stack.stack import PolicyStack
+from loopserve.models.bridge import TransformersModel
 from loopserve.policies.decode.expected_attention import ExpectedAttentionDecode
-from loopserve.policies.decode.loopserve import LoopServeDecode
+from loopserve.policies.decode.loopserve.policy import LoopServeDecode
 from loopserve.policies.prefill.dense import DensePrefill
 from loopserve.testing.scripted import ScriptedConversation
 from tests.policies.conversations import DENSE, conversation, engine, model, prompts
@@ -46,7 +46,7 @@ def test_what_is_kept_for_undo_does_not_hold_old_answers(policy: Registration) -
         list(served.generate(session, prompt, SamplingConfig(max_new_tokens=6), frozenset()))
         held.append(tensor_bytes([start.states for start in session._starts], set()))
     if policy.name in REMEMBER:
-        assert held[-1] <= 8 * sum(len(session.tokens) for _ in held) * len(session.policies) * 4
+        assert held[-1] <= 8 * sum(len(session.tokens) for _ in held) * len(session.slots.by_layer) * 4
     else:
         assert held == [0] * len(held)
 
@@ -80,7 +80,7 @@ class Counting(DecodeCompressor[dict[str, int]]):
 
 def counted(**options: Any) -> tuple[TokenEngine, Session]:
     stack = PolicyStack("counting", DensePrefill(), Counting())
-    served = TokenEngine(HuggingFaceModel(model("llama")), stack, **options)
+    served = TokenEngine(TransformersModel(model("llama")), stack, **options)
     return served, served.session()
 
 
@@ -105,7 +105,7 @@ def test_each_turn_ends_once_whatever_happens_between() -> None:
     next(broken)
     broken.close()
     assert state_of(session) == {"read": 1, "ended": 1}
-    served.read(session, prompts(3, (12,))[0], room=4)  # never answered
+    served.prefill(session, prompts(3, (12,))[0], max_new_tokens=4)  # never answered
     assert state_of(session) == {"read": 2, "ended": 1}
     other = session.fork()
     say(served, session, seed=4)
@@ -124,12 +124,12 @@ def test_a_turn_that_waits_for_its_answer_survives_another_that_breaks_off(name:
         served = engine("llama", DENSE, spec(_named(name)))
         session = served.session()
         said = SamplingConfig(max_new_tokens=8)
-        logits = served.read(session, prompts(0, (41,))[0], room=8)
+        logits = served.prefill(session, prompts(0, (41,))[0], max_new_tokens=8)
         if broken:
             other = served.generate(session, prompts(1, (20,))[0], said, frozenset())
             next(other)
             other.close()
-        answered.append(list(served.answer(session, logits, Sampler(said), frozenset(), 8)))
+        answered.append(list(served.decode(session, logits, Sampler(said), frozenset(), 8)))
         assert session.stats.compressed_steps > 0
     assert answered[0] == answered[1]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from pydantic import ConfigDict, Field, field_validator
 
-from loopserve.core.interfaces import AttentionInputs, Capabilities, LayerType, PolicyConfig
-from loopserve.core.patterns import AttentionPattern
+from loopserve.core.policy.interfaces import AttentionInputs, Capabilities, LayerType, PolicyConfig
+from loopserve.core.policy.patterns import AttentionPattern
 from tests.testing.honest import EveryOtherKey
 
 
@@ -36,7 +36,7 @@ class AbleToDoMore(EveryOtherKey):
     """Claims, in an object, a layer type that its class does not declare."""
 
     @property
-    def able(self) -> Capabilities:
+    def effective_capabilities(self) -> Capabilities:
         return Capabilities(layer_types=frozenset(LayerType))
 
 

@@ -7,8 +7,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from loopserve.core.interfaces import AttentionInputs, KVSelection, Phase, Retention, Selections, Step
-from loopserve.core.scoring import ScoredState, best_held, from_columns, to_positions
+from loopserve.core.policy.interfaces import AttentionInputs, KVSelection, Phase, Retention, Selections, Step
+from loopserve.core.policy.scoring import ScoredState, best_held, from_columns, to_positions
 from tests.testing.honest import LargestKeys
 
 _EVERYTHING_FROM = 100  # output after which SwellsInALongAnswer selects all
@@ -21,7 +21,7 @@ def _uniform(selection: KVSelection, *parts: Tensor) -> KVSelection:
 class SmallIntegers(LargestKeys):
     """Gives positions as int32."""
 
-    def told(self, selection: KVSelection, step: Step) -> KVSelection:
+    def given(self, selection: KVSelection, step: Step) -> KVSelection:
         return replace(selection, indices=selection.indices.int())
 
 
@@ -36,14 +36,14 @@ class AnswersForOthers(LargestKeys):
 class LastFirst(LargestKeys):
     """Gives the last position first."""
 
-    def told(self, selection: KVSelection, step: Step) -> KVSelection:
+    def given(self, selection: KVSelection, step: Step) -> KVSelection:
         return replace(selection, indices=selection.indices.flip(1))
 
 
 class KeepsOneTwice(LargestKeys):
     """Keeps one position twice, on top of its budget."""
 
-    def told(self, selection: KVSelection, step: Step) -> KVSelection:
+    def given(self, selection: KVSelection, step: Step) -> KVSelection:
         kept = selection.indices
         return _uniform(selection, kept[:, :6], kept[:, 5:])
 
@@ -51,7 +51,7 @@ class KeepsOneTwice(LargestKeys):
 class BeyondTheEnd(LargestKeys):
     """Selects a token that has not been seen, on top of its budget."""
 
-    def told(self, selection: KVSelection, step: Step) -> KVSelection:
+    def given(self, selection: KVSelection, step: Step) -> KVSelection:
         beyond = torch.full((len(selection.indices), 1), selection.boundary + 3)
         return _uniform(selection, selection.indices, beyond)
 
@@ -59,7 +59,7 @@ class BeyondTheEnd(LargestKeys):
 class SparesFive(LargestKeys):
     """Keeps five pairs fewer than its budget."""
 
-    def told(self, selection: KVSelection, step: Step) -> KVSelection:
+    def given(self, selection: KVSelection, step: Step) -> KVSelection:
         kept = selection.indices
         return _uniform(selection, kept[:, :8], kept[:, 13:])
 
@@ -123,7 +123,7 @@ class TakesFillerForPairs(LargestKeys):
 class EvictsInTheThirdTurn(LargestKeys):
     """Declares that it keeps everything, and evicts from the third turn on."""
 
-    def told(self, selection: KVSelection, step: Step) -> KVSelection:
+    def given(self, selection: KVSelection, step: Step) -> KVSelection:
         return replace(selection, retention=Retention.EVICT) if step.turn >= 2 else selection
 
 
@@ -149,12 +149,12 @@ class HoldsOnToTheStore(LargestKeys):
     def after_attention(self, inputs: AttentionInputs, state: ScoredState) -> None:
         super().after_attention(inputs, state)
         if self.retention is Retention.EVICT:
-            state.notes[inputs.layer.index] = inputs.keys
+            state.statistics[inputs.layer.index] = inputs.keys
 
 
 BROKEN = {
     "selections_have_the_right_form": SmallIntegers,
-    "selections_are_for_ruled_layers": AnswersForOthers,
+    "selections_are_for_its_own_layers": AnswersForOthers,
     "selections_are_sorted": LastFirst,
     "selections_are_unique": KeepsOneTwice,
     "selections_are_in_range": BeyondTheEnd,

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loopserve.core.interfaces import AttentionInputs, Phase, Retention, Selections, Step
-from loopserve.core.scoring import ScoredState
+from loopserve.core.policy.interfaces import AttentionInputs, Phase, Retention, Selections, Step
+from loopserve.core.policy.scoring import ScoredState
 from tests.testing.honest import LargestKeys
 
 _CALLS = itertools.count()
@@ -40,7 +40,7 @@ class RemembersForEveryone(LargestKeys):
 
 @dataclass
 class _Forgetful(ScoredState):
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Forgetful:
+    def __deepcopy__(self, scratch: dict[int, Any]) -> _Forgetful:
         return _Forgetful()
 
 
@@ -53,26 +53,36 @@ class ForgetsWhenCopied(LargestKeys):
     def ranking(self, inputs: AttentionInputs, state: ScoredState, budget: int) -> Tensor:
         scores = self.score(inputs)
         if self.retention is Retention.KEEP:
-            state.notes[inputs.layer.index] = self.choose(inputs, -scores, budget)
+            state.statistics[inputs.layer.index] = self.choose(inputs, -scores, budget)
         return scores
 
     def after_forward(self, step: Step, state: ScoredState) -> Selections | None:
         if step.phase is Phase.DECODE and step.output_index == 3:
-            planned, state.notes = state.notes, {}
+            planned, state.statistics = state.statistics, {}
             return planned or None
         return super().after_forward(step, state)
+
+
+class PlansWithAFunction(LargestKeys):
+    """Keeps in its state the function that the next turn's ranking goes by, which no file can hold."""
+
+    def ranking(self, inputs: AttentionInputs, state: ScoredState, budget: int) -> Tensor:
+        chosen: Any = state.statistics.get(inputs.layer.index, torch.abs)
+        state.statistics[inputs.layer.index] = torch.square
+        ranks: Tensor = chosen(self.score(inputs))
+        return ranks
 
 
 class CountsTurnsElsewhere(LargestKeys):
     """Counts the turns of a session beside its state, where an undone one is not taken back, and ranks by the count."""
 
     def init_state(self) -> ScoredState:
-        return ScoredState(notes={_MINE: next(_SESSIONS)})
+        return ScoredState(statistics={_MINE: next(_SESSIONS)})
 
     def ranking(self, inputs: AttentionInputs, state: ScoredState, budget: int) -> Tensor:
         if inputs.layer.index == 0:
-            _TURNS[state.notes[_MINE]] = _TURNS.get(state.notes[_MINE], 0) + 1
-        return self.score(inputs) * (-1) ** _TURNS[state.notes[_MINE]]
+            _TURNS[state.statistics[_MINE]] = _TURNS.get(state.statistics[_MINE], 0) + 1
+        return self.score(inputs) * (-1) ** _TURNS[state.statistics[_MINE]]
 
 
 class SelectsAtEveryChunk(LargestKeys):
@@ -93,6 +103,7 @@ BROKEN = {
     "same_conversation_gives_the_same_selections": NeverTheSame,
     "interleaved_sessions_equal_solo_ones": RemembersForEveryone,
     "state_survives_a_fork": ForgetsWhenCopied,
+    "state_can_be_written_to_disk": PlansWithAFunction,
     "an_undone_turn_leaves_no_trace": CountsTurnsElsewhere,
     "a_prompt_may_come_in_chunks": SelectsAtEveryChunk,
     "held_bytes_are_a_number": OwesBytes,

@@ -8,8 +8,8 @@ import threading
 import torch
 from torch import Tensor
 
-from loopserve.core.interfaces import AttentionInputs
-from loopserve.core.patterns import AttentionPattern
+from loopserve.core.policy.interfaces import AttentionInputs
+from loopserve.core.policy.patterns import AttentionPattern
 from tests.testing.honest import EveryOtherKey, MaskPattern
 
 _CALLS = itertools.count()
@@ -161,10 +161,10 @@ class RemembersTheLastOne(EveryOtherKey):
 
 
 class KeepsALock(EveryOtherKey):
-    """Writes into its notebook what cannot be copied."""
+    """Writes into its state what cannot be copied."""
 
     def mask(self, inputs: AttentionInputs) -> Tensor:
-        inputs.notebook.setdefault("lock", threading.Lock())
+        inputs.state.setdefault("lock", threading.Lock())
         return super().mask(inputs)
 
 
@@ -178,7 +178,7 @@ class NeverQuiteDense(EveryOtherKey):
 
 
 class AsksTheGPU(EveryOtherKey):
-    """Reads a number from the device before it chooses; nobody notices on a CPU."""
+    """Reads a number from the device before it chooses; on a CPU it goes unnoticed."""
 
     def mask(self, inputs: AttentionInputs) -> Tensor:
         assert inputs.keys.max().item() > 0
@@ -199,7 +199,7 @@ BROKEN = {
     "filler_is_never_attended": ListensToFiller,
     "same_inputs_give_the_same_pattern": NeverTheSame,
     "rows_of_a_batch_are_independent": RemembersTheLastOne,
-    "notebook_survives_a_fork": KeepsALock,
+    "sparsifier_state_survives_a_fork": KeepsALock,
     "widest_setting_is_dense": NeverQuiteDense,
     "gpu_is_never_waited_for": AsksTheGPU,
 }

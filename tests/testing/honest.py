@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from loopserve.core.interfaces import (
+from loopserve.core.policy.interfaces import (
     AttentionInputs,
     Capabilities,
     KVSelection,
@@ -19,8 +19,8 @@ from loopserve.core.interfaces import (
     Selections,
     Step,
 )
-from loopserve.core.patterns import AttentionPattern
-from loopserve.core.scoring import ScoredCompressor, ScoredState
+from loopserve.core.policy.patterns import AttentionPattern
+from loopserve.core.policy.scoring import ScoredCompressor, ScoredState
 from loopserve.kernels.masked import masked_attention
 
 
@@ -106,10 +106,10 @@ class LargestKeys(Named, ScoredCompressor):
     def score(self, inputs: AttentionInputs) -> Tensor:
         return inputs.keys.norm(dim=-1)
 
-    def told(self, selection: KVSelection, step: Step) -> KVSelection:
+    def given(self, selection: KVSelection, step: Step) -> KVSelection:
         """What becomes of a selection before it is handed over."""
         return selection
 
     def after_forward(self, step: Step, state: ScoredState) -> Selections | None:
         chosen = super().after_forward(step, state)
-        return chosen and {layer: self.told(selection, step) for layer, selection in chosen.items()}
+        return chosen and {layer: self.given(selection, step) for layer, selection in chosen.items()}

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from loopserve.core.interfaces import DecodeCompressor, PrefillSparsifier
+from loopserve.core.policy.interfaces import DecodeCompressor, PrefillSparsifier
 from loopserve.testing.checks import CHECKS
 from tests.testing import broken_form, broken_selections, broken_sessions, broken_sparsifiers
 from tests.testing.broken_import import ImportsTransformers

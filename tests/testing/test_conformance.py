@@ -9,8 +9,8 @@ import pytest
 import torch
 from loopserve_keydiff import BareKeyDiffDecode
 
-from loopserve.core.interfaces import Retention
-from loopserve.core.registry import Kind
+from loopserve.core.policy.interfaces import Retention
+from loopserve.core.policy.registry import Kind
 from loopserve.testing import parametrize_with_policy_checks
 from loopserve.testing.recorded import held
 from loopserve.testing.subject import Subject

@@ -12,7 +12,7 @@ import pytest
 from pydantic import Field
 
 from loopserve.core.errors import ConfigError
-from loopserve.core.interfaces import PolicyConfig
+from loopserve.core.policy.interfaces import PolicyConfig
 from loopserve.testing import (
     MissingExtra,
     NotConforming,
@@ -34,8 +34,8 @@ SORTED, EXACT = "selections_are_sorted", "budget_is_exact"
 class BothFaults(SparesFive, LastFirst):
     """Keeps five pairs fewer than its budget, the last position first."""
 
-    def told(self, *told: Any) -> Any:
-        return LastFirst.told(self, SparesFive.told(self, *told), told[1])
+    def given(self, *given: Any) -> Any:
+        return LastFirst.given(self, SparesFive.given(self, *given), given[1])
 
 
 def test_check_policy_names_all_that_failed_and_nothing_else() -> None:

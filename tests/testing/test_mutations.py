@@ -15,7 +15,7 @@ from tests.testing.honest import EveryOtherKey, LargestKeys
 from tests.testing.mutations import BROKEN, renewed
 
 NEEDS_A_GPU = "gpu_is_never_waited_for"
-SKIPPED_BY_BOTH = {"docstring_gives_the_link", NEEDS_A_GPU, "notebook_survives_a_fork"}
+SKIPPED_BY_BOTH = {"docstring_gives_the_link", NEEDS_A_GPU, "sparsifier_state_survives_a_fork"}
 
 
 def test_every_check_has_a_name_of_its_own_and_says_one_sentence() -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from loopserve.bench.budget import budget_for, budget_of, room_for, with_budget
 from loopserve.bench.quality.records import Record
 from loopserve.core.errors import ConfigError
-from loopserve.core.stack import PolicyStack
+from loopserve.core.stack.stack import PolicyStack
 
 
 @dataclass(frozen=True)

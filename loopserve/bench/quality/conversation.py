@@ -12,9 +12,9 @@ from typing import Literal
 
 from torch import Tensor
 
-from loopserve.core.engine import TokenEngine
-from loopserve.core.sampling import Dictation, Sampler, SamplingConfig
-from loopserve.core.stats import TurnStats
+from loopserve.core.engine.engine import TokenEngine
+from loopserve.core.engine.sampling import Dictation, Sampler, SamplingConfig
+from loopserve.core.engine.stats import TurnStats
 from loopserve.models.chat import ChatTokenizer, Message
 
 History = Literal["gold", "generated"]
@@ -52,7 +52,7 @@ class Conversation:
         self.messages.append({"role": "user", "content": text})
         said = self.gold_tokens(gold) if gold is not None else []
         new_ids = self.tokenizer.turn_tokens(self.messages, self._stop_token())
-        logits = self.engine.read(self.session, new_ids, room=max(max_new_tokens, len(said)))
+        logits = self.engine.prefill(self.session, new_ids, max_new_tokens=max(max_new_tokens, len(said)))
         own = self.session
         answer: list[int] = []
         predictions: list[Tensor] = []
@@ -60,16 +60,16 @@ class Conversation:
             if gold is not None:
                 self.session = own.fork()
             watch = _Watch(Sampler(SamplingConfig(max_new_tokens=max_new_tokens)), said)
-            answer = list(self.engine.answer(own, logits, watch, self.stop_ids, max_new_tokens))
+            answer = list(self.engine.decode(own, logits, watch, self.stop_ids, max_new_tokens))
             predictions = watch.seen
         if gold is not None and answer == said:
             self.session = own  # nothing has to be decoded again
         elif said:
             watch = _Watch(Dictation(said), said)
-            for _ in self.engine.answer(self.session, logits, watch, frozenset(), len(said)):
+            for _ in self.engine.decode(self.session, logits, watch, frozenset(), len(said)):
                 pass
             predictions = watch.seen
-        spoken = self.tokenizer.decode(answer).strip()
+        spoken = self.tokenizer.read_answer(answer).text.strip()
         self.messages.append({"role": "assistant", "content": gold if gold is not None else spoken})
         return Answered(answer, spoken, bool(answer) and answer[-1] in self.stop_ids, own.stats, predictions)
 

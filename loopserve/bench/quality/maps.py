@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from loopserve.bench.figures import figure
+from loopserve.bench.figures import figure, per_cent
 
 
 def head_map(values: Sequence[Sequence[float | None]], title: str, label: str) -> Any:
-    """A cell per layer (row) and head (column), its number written in it. label: what the colours mean. None leaves a cell empty."""
+    """A cell per layer (row) and head (column), its share written in it. label: what the colours mean. None leaves a cell empty."""
     layers, heads = len(values), max(len(row) for row in values)
     numbers = [[float("nan") if value is None else value for value in row] for row in values]
     drawn = figure(1.6 + 0.62 * heads, 1.4 + 0.5 * layers)
@@ -23,12 +23,12 @@ def head_map(values: Sequence[Sequence[float | None]], title: str, label: str) -
                 axes.text(
                     head,
                     layer,
-                    f"{value:.3g}",
+                    f"{100 * value:.0f} %",
                     ha="center",
                     va="center",
                     fontsize=7,
                     color="white" if dark else "black",
                 )
     axes.set(title=title, xlabel="head", ylabel="layer", xticks=range(heads), yticks=range(layers))
-    drawn.colorbar(image, label=label)
+    per_cent(drawn.colorbar(image, label=label).ax.yaxis)
     return drawn

@@ -21,7 +21,8 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 75em; margin: 2em auto; 
 table { border-collapse: collapse; font-size: 13px; margin: .5em 0; }
 th, td { border-bottom: 1px solid #ddd; padding: .25em .8em; text-align: right; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
-figure { margin: 1em 0; overflow-x: auto; }
+figure { margin: 1em 0; }
+figure svg { max-width: 100%; height: auto; }
 .wide { overflow-x: auto; }
 .note, figcaption { color: #555; font-size: 13px; }
 pre { background: #f6f6f6; padding: 1em; overflow-x: auto; font-size: 12px; }

@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
-from loopserve.bench.figures import figure
+from loopserve.bench.figures import figure, label_ends, per_cent, series_style
 from loopserve.bench.quality.records import Record
 
 Cost = Literal["attended_fraction", "kv_share", "kv_share_with_observation"]
 _COSTS: Mapping[Cost, str] = {
-    "attended_fraction": "KV pairs attended, share of dense's",
-    "kv_share": "KV bytes read per output token, share of dense's",
-    "kv_share_with_observation": "KV bytes read per output token, observation included, share of dense's",
+    "attended_fraction": "KV pairs attended, of dense's",
+    "kv_share": "KV bytes read per output token, of dense's",
+    "kv_share_with_observation": "KV bytes read per output token, observation included, of dense's",
 }
-_MARKERS = "osD^vP*X<>dphH"
+_ACROSS = 2  # panels side by side: a page of 1,280 pixels holds no more that can be read
+_SHARES = frozenset({"coverage_realised", "prefill_tile_density", "score"})
 _SWEPT: Mapping[str, str] = {
     "coverage_realised": "realised coverage",
     "prefill_tile_density": "tiles computed",
@@ -30,23 +31,22 @@ def score_by_cost(rows: Sequence[Record], cost: Cost) -> Any:
     """
     positions = list(dict.fromkeys(row["position"] for row in rows))
     families = list(dict.fromkeys(row["family"] for row in rows))
-    drawn = figure(4.6 * len(positions), 4.4)
-    for axes, position in zip(drawn.subplots(1, len(positions), squeeze=False, sharey=True)[0], positions, strict=True):
+    drawn, panels = _panels(len(positions), 5.4, 4.2)
+    for axes, position in zip(panels, positions, strict=True):
         for number, family in enumerate(families):
             own = [
                 row for row in rows if (row["family"], row["position"]) == (family, position) and row[cost] is not None
             ]
             if own and all(row[cost] >= 0.9995 for row in own):  # it attends to everything: a level, not a point
-                axes.axhline(own[0]["score"], color="black", linestyle="--", linewidth=1, label=family)
+                axes.axhline(own[0]["score"], color="black", linestyle=(0, (1, 2)), linewidth=1, label=family)
             elif own:
                 _errors(axes, sorted(own, key=lambda row: row[cost]), lambda row: row[cost], family, number)
         axes.set(xlabel=_COSTS[cost], title=f"question at {position}" if position else "all questions")
         axes.set_xlim(left=0)
         axes.xaxis.label.set_fontsize(8)
-        _grid(axes)
-    first = drawn.axes[0]
-    first.set(ylabel="score", ylim=(-0.02, 1.02))
-    _legend(drawn)
+        axes.set(ylabel="score", ylim=(-0.02, 1.02))
+        per_cent(axes.xaxis, axes.yaxis)
+        _finish(axes)
     return drawn
 
 
@@ -57,8 +57,8 @@ def score_by_turn(rows: Sequence[Record]) -> Any:
     for number, (stack, own) in enumerate(_by(rows, "stack").items()):
         _errors(axes, own, lambda row: row["turn"] + 1, stack, number)
     axes.set(ylabel="score", ylim=(-0.02, 1.02))
+    per_cent(axes.yaxis)
     _turns(axes, rows)
-    _legend(drawn)
     return drawn
 
 
@@ -67,11 +67,12 @@ def ttft_by_turn(rows: Sequence[Record]) -> Any:
     drawn = figure(6.5, 4.4)
     axes = drawn.subplots()
     for number, (stack, own) in enumerate(_by(rows, "stack").items()):
-        axes.plot([row["turn"] + 1 for row in own], [row["ttft_ms"] for row in own], **_style(number), label=stack)
+        axes.plot(
+            [row["turn"] + 1 for row in own], [row["ttft_ms"] for row in own], **series_style(number), label=stack
+        )
     axes.set(ylabel="TTFT, ms")
     axes.set_ylim(bottom=0)
     _turns(axes, rows)
-    _legend(drawn)
     return drawn
 
 
@@ -81,17 +82,20 @@ def sweep(rows: Sequence[Record], setting: str, by: str = "family") -> Any:
     rows: of ``summarise``, each with the setting's value under its name; panels that no row has a figure for are left out.
     """
     shown = [name for name in _SWEPT if any(row.get(name) is not None for row in rows)]
-    drawn = figure(3.8 * len(shown), 3.8)
-    for axes, name in zip(drawn.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
+    drawn, panels = _panels(len(shown), 5.4, 3.8)
+    for axes, name in zip(panels, shown, strict=True):
         for number, (label, own) in enumerate(_by(rows, by).items()):
             known = sorted((row for row in own if row.get(name) is not None), key=lambda row: row[setting])
             if name == "score":
                 _errors(axes, known, lambda row: row[setting], label, number)
             else:
-                axes.plot([row[setting] for row in known], [row[name] for row in known], **_style(number), label=label)
+                axes.plot(
+                    [row[setting] for row in known], [row[name] for row in known], **series_style(number), label=label
+                )
         axes.set(xlabel=setting, title=_SWEPT[name])
-        _grid(axes)
-    _legend(drawn)
+        if name in _SHARES:
+            per_cent(axes.yaxis)
+        _finish(axes)
     return drawn
 
 
@@ -99,21 +103,35 @@ def _errors(axes: Any, rows: Sequence[Record], place: Callable[[Record], float],
     """A line with standard errors where they are known."""
     spread = [row["score_se"] or 0.0 for row in rows]
     axes.errorbar(
-        [place(row) for row in rows], [row["score"] for row in rows], spread, **_style(number), capsize=2, label=label
+        [place(row) for row in rows],
+        [row["score"] for row in rows],
+        spread,
+        **series_style(number),
+        capsize=2,
+        label=label,
     )
 
 
-def _style(number: int) -> dict[str, Any]:
-    return {"color": f"C{number % 10}", "marker": _MARKERS[number % len(_MARKERS)], "markersize": 5, "linewidth": 1.2}
+def _panels(count: int, width: float, height: float) -> tuple[Any, list[Any]]:
+    """A figure with that many panels, two side by side; each of that many inches."""
+    across = min(count, _ACROSS)
+    down = -(-count // across)
+    drawn = figure(width * across, height * down)
+    panels = list(drawn.subplots(down, across, squeeze=False).flatten())
+    for axes in panels[count:]:
+        axes.set_axis_off()
+    return drawn, panels[:count]
 
 
 def _turns(axes: Any, rows: Iterable[Record]) -> None:
     axes.set(xlabel="turn", xticks=sorted({row["turn"] + 1 for row in rows}))
-    _grid(axes)
+    _finish(axes)
 
 
-def _grid(axes: Any) -> None:
+def _finish(axes: Any) -> None:
+    """Grid and names, once all is drawn and the limits are set."""
     axes.grid(alpha=0.3)
+    label_ends(axes)
 
 
 def _by(rows: Iterable[Record], name: str) -> dict[str, list[Record]]:
@@ -121,12 +139,3 @@ def _by(rows: Iterable[Record], name: str) -> dict[str, list[Record]]:
     for row in rows:
         found.setdefault(row[name], []).append(row)
     return found
-
-
-def _legend(drawn: Any) -> None:
-    """One legend below all panels, each name once."""
-    handles: dict[str, Any] = {}
-    for axes in drawn.axes:
-        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-            handles.setdefault(label, handle)
-    drawn.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=4, fontsize=8)

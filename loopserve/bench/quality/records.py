@@ -1,7 +1,7 @@
 """Results of a run as lines of JSON: one line per sample, stack and turn, written sample by sample so that nothing is lost or doubled.
 
 A line has ``stack``, ``family``, ``digest``, ``task``, ``sample``, ``turn`` and ``turns`` (how many lines the sample has under the
-stack), and either ``error`` (``kind``: broken, failed or refused; ``why``) or the turn's figures: see ``turn_record``.
+stack), and either ``error`` (``kind``: broken, failed, slow or refused; ``why``) or the turn's figures: see ``turn_record``.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import Any, Literal
 
 from loopserve.bench.quality.conversation import Answered
 from loopserve.bench.samples import AskedTurn
+from loopserve.core.engine.stats import TurnStats
 from loopserve.core.errors import ConfigError
-from loopserve.core.stats import TurnStats
 
 Record = dict[str, Any]
 Key = tuple[str, str, str, str]  # stack, digest, task, sample
-Kind = Literal["broken", "failed", "refused"]
+Kind = Literal["broken", "failed", "slow", "refused"]
 FILE = "records.jsonl"
 TIMES = ("ttft_ms", "tpot_ms")
 _FIGURES = (
@@ -58,6 +58,11 @@ def error_record(stack: Record, task: str, sample: str, kind: Kind, why: str) ->
     stack: the fields ``stack``, ``family`` and ``digest``.
     """
     return {**stack, "task": task, "sample": sample, "turn": 0, "turns": 1, "error": {"kind": kind, "why": why}}
+
+
+def is_asked_again(record: Record) -> bool:
+    """Return whether a resumed run asks this sample again: a policy took too long, which the machine may be the reason for."""
+    return "error" in record and record["error"]["kind"] == "slow"
 
 
 def turn_record(turn: AskedTurn, answered: Answered) -> Record:
@@ -114,6 +119,8 @@ class RecordFile:
             os.fsync(self._file.fileno())
         except OSError as error:
             raise ConfigError(f"{self.path}: cannot be written ({error.strerror})") from error
+        again = {key_of(record) for record in records}
+        self.records = [each for each in self.records if not (is_asked_again(each) and key_of(each) in again)]
         self.records += records
 
     def close(self) -> None:
@@ -134,7 +141,10 @@ def turns(records: Iterable[Record]) -> Iterator[Record]:
 
 
 def _read(path: Path) -> tuple[list[Record], int]:
-    """The complete samples of a file, and how many bytes they take. Only the last sample may be cut off."""
+    """Return the complete samples of a file, and how many bytes they take. Only the last sample may be cut off.
+
+    Of a sample that was asked again, only what it gave the last time.
+    """
     lines = path.read_bytes().splitlines(keepends=True)
     found: list[tuple[Record, int]] = []  # with the length of its line
     for number, line in enumerate(lines, 1):
@@ -146,7 +156,7 @@ def _read(path: Path) -> tuple[list[Record], int]:
         found.append((record, len(line)))
     kept: list[Record] = []
     length = number = 0
-    for _, group in groupby(found, key=lambda each: key_of(each[0])):
+    for _, group in groupby(found, key=_sample_of):
         sample = list(group)
         number += len(sample)
         if [record["turn"] for record, _ in sample] != list(range(sample[0][0]["turns"])):
@@ -155,7 +165,15 @@ def _read(path: Path) -> tuple[list[Record], int]:
             break
         kept += [record for record, _ in sample]
         length += sum(size for _, size in sample)
-    return kept, length
+    last = {key_of(record): number for number, record in enumerate(kept)}
+    superseded = (is_asked_again(each) and last[key_of(each)] > number for number, each in enumerate(kept))
+    return [record for record, gone in zip(kept, superseded, strict=True) if not gone], length
+
+
+def _sample_of(line: tuple[Record, int]) -> tuple[Key, int]:
+    """Tell lines of two samples apart; one that is asked again stands before its next try, and is no part of it."""
+    record = line[0]
+    return key_of(record), id(record) if is_asked_again(record) else 0
 
 
 def _parsed(line: bytes) -> Record | None:

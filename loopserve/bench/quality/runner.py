@@ -28,15 +28,25 @@ from loopserve.bench.quality.agreement import Distributions
 from loopserve.bench.quality.contestants import Contestant, contestants
 from loopserve.bench.quality.conversation import Answered, Conversation, History
 from loopserve.bench.quality.manifest import claim, read_manifest
-from loopserve.bench.quality.records import FILE, Key, Record, RecordFile, error_record, key_of, turn_record
+from loopserve.bench.quality.records import (
+    FILE,
+    Key,
+    Kind,
+    Record,
+    RecordFile,
+    error_record,
+    is_asked_again,
+    key_of,
+    turn_record,
+)
 from loopserve.bench.quality.run import Run
 from loopserve.bench.quality.suite import Found, QualitySuite, suite_digest, suite_tasks
 from loopserve.bench.rows import provenance
 from loopserve.bench.samples import AskedTurn, BrokenSample, Sample, Task
 from loopserve.bench.tasks import fit
-from loopserve.core.engine import TokenEngine
-from loopserve.core.errors import ConfigError, InputError, LoopServeError
-from loopserve.core.stack import PolicyStack
+from loopserve.core.engine.engine import TokenEngine
+from loopserve.core.errors import ConfigError, Fault, InputError, LoopServeError, PolicyFault
+from loopserve.core.stack.stack import PolicyStack
 from loopserve.models.digest import model_digest
 from loopserve.models.loading import load
 
@@ -162,7 +172,8 @@ class Examiner:
                 Exception
             ) as error:  # whatever a plugin's policy, a kernel or a full memory raises must not end the run
                 if each in waiting:
-                    yield [error_record(each.fields(), sample.task, sample.id, "failed", _one_line(error))]
+                    kind: Kind = "slow" if isinstance(error, PolicyFault) and error.fault is Fault.SLOW else "failed"
+                    yield [error_record(each.fields(), sample.task, sample.id, kind, _one_line(error))]
                 continue
             if compared:
                 dense = [_Dense(answered, Distributions.of(answered.predictions)) for answered in answers]
@@ -182,13 +193,13 @@ class Examiner:
         return answers
 
     def _tokens(self, stack: PolicyStack) -> TokenEngine:
-        served = self.engine.tokens
+        served = self.engine.token_engine
         return TokenEngine(
             served.model, stack, chunk_tokens=served.chunk_tokens, measure_coverage=self.settings.coverage
         )
 
     def _fit(self, sample: Sample) -> Sample:
-        limit = self.engine.tokens.model.max_positions
+        limit = self.engine.token_engine.model.max_positions
         if limit is None:
             return sample
         tokenizer = self.engine.tokenizer
@@ -275,8 +286,9 @@ def run_suite(
         return Run(identity, [session], [record for records in examiner.run(asked, (), progress) for record in records])
     claim(directory, identity, session, resume=resume)
     file = RecordFile(directory / FILE)
+    done = {key_of(record) for record in file.records if not is_asked_again(record)}
     try:
-        for records in examiner.run(asked, {key_of(record) for record in file.records}, progress):
+        for records in examiner.run(asked, done, progress):
             file.append(records)
     finally:
         file.close()

@@ -1,4 +1,4 @@
-"""What a quality run asks, read from YAML: ``benchmarks/suites/*.yaml`` or a file of one's own.
+"""What a quality run asks, read from YAML: ``loopserve/bench/suites/*.yaml`` or a file of one's own.
 
 version: 1
 name: mine

@@ -12,9 +12,9 @@ from loopserve.api import load_stack
 from loopserve.bench.heads import Heads
 from loopserve.bench.rows import Row
 from loopserve.bench.speed.parity import Verdict
-from loopserve.core.interfaces import AttentionInputs, LayerSpec, LayerType, Phase
-from loopserve.core.patterns import AttentionPattern, BlockPattern, LinePattern
-from loopserve.core.stats import TurnStats
+from loopserve.core.engine.stats import TurnStats
+from loopserve.core.policy.interfaces import AttentionInputs, LayerSpec, LayerType, Phase
+from loopserve.core.policy.patterns import AttentionPattern, BlockPattern, LinePattern
 from loopserve.policies.prefill.loopserve import LoopServePrefill
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

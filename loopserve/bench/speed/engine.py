@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from loopserve.api import load_stack
-from loopserve.core.engine import TokenEngine
-from loopserve.core.sampling import SamplingConfig
-from loopserve.models.huggingface import IMPLEMENTATION, HuggingFaceModel, set_implementation, vocabulary_size
+from loopserve.core.engine.engine import TokenEngine
+from loopserve.core.engine.sampling import SamplingConfig
+from loopserve.models.bridge import IMPLEMENTATION, TransformersModel
+from loopserve.models.layers import set_implementation, vocabulary_size
 from loopserve.models.loading import load
 from loopserve.models.plain import converse
 
@@ -36,7 +37,7 @@ def run_engine_bench(
     answered with ``output_tokens``. Transformers keeps its cache over the turns as well.
     """
     loaded, _ = load(model)
-    engine = TokenEngine(HuggingFaceModel(loaded), load_stack(stack))
+    engine = TokenEngine(TransformersModel(loaded), load_stack(stack))
     prompts = _prompts(vocabulary_size(loaded), history, new_tokens)
     times: dict[str, list[float]] = {"engine": [], "transformers": []}
     answers: dict[str, list[int]] = {}

@@ -20,7 +20,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from loopserve.bench.heads import Heads
 from loopserve.bench.speed.candidates import Candidate, Case
 from loopserve.core.errors import ConfigError
-from loopserve.core.patterns import LinePattern
+from loopserve.core.policy.patterns import LinePattern
 
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,

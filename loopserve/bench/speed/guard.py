@@ -14,12 +14,14 @@ import torch
 
 from loopserve.api import load_stack
 from loopserve.bench.speed.engine import machine
-from loopserve.core import attention, buffers, engine
-from loopserve.core.engine import TokenEngine
-from loopserve.core.guard import Guard
-from loopserve.core.judging import check_selection
-from loopserve.core.sampling import SamplingConfig
-from loopserve.models.huggingface import IMPLEMENTATION, HuggingFaceModel, set_implementation, vocabulary_size
+from loopserve.core.engine import attention, turn
+from loopserve.core.engine.engine import TokenEngine
+from loopserve.core.engine.sampling import SamplingConfig
+from loopserve.core.guard.guard import Guard
+from loopserve.core.guard.validation import check_selection
+from loopserve.core.kv import buffers
+from loopserve.models.bridge import IMPLEMENTATION, TransformersModel
+from loopserve.models.layers import set_implementation, vocabulary_size
 from loopserve.models.loading import load
 
 SIDES = ("guarded", "bare")
@@ -71,7 +73,7 @@ def _looking(looks: bool) -> Iterator[None]:
     judge = check_selection if looks else lambda *_: None
     count = buffers.versions if looks else lambda *_: ()
     with ExitStack() as undo:
-        for module in (attention, engine):
+        for module in (attention, turn):
             undo.enter_context(patch.object(module, "check_selection", judge))
         undo.enter_context(patch.object(buffers, "versions", count))
         yield
@@ -99,7 +101,7 @@ def run_guard_bench(
     rows = []
     for stack in stacks:
         progress(f"guard: {stack}")
-        served = TokenEngine(HuggingFaceModel(loaded), load_stack(stack))
+        served = TokenEngine(TransformersModel(loaded), load_stack(stack))
         seconds: dict[str, list[float]] = {side: [] for side in SIDES}
         same = True
         for run in range(runs + 1):
@@ -154,7 +156,6 @@ def _answers(
     tokens: dict[str, list[int]] = {side: [] for side in SIDES}
     for step in range(output_tokens):
         for side in SIDES if step % 2 else reversed(SIDES):
-            served.guard = sessions[side].guard  # the loop asks the engine's
             with _looking(side == "guarded"):
                 started = time.perf_counter()
                 tokens[side].append(next(answers[side]))

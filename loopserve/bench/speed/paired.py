@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from loopserve.core.interfaces import DecodeCompressor
+from loopserve.core.policy.interfaces import DecodeCompressor
 from loopserve.kernels.backend import Operation
 
 Clock = Callable[[Callable[[], object]], float]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from loopserve.bench.heads import Heads
-from loopserve.core.patterns import TILE, BlockPattern, LinePattern
+from loopserve.core.policy.patterns import TILE, BlockPattern, LinePattern
 from loopserve.kernels import backend
 from loopserve.kernels.block_sparse import block_sparse
 from loopserve.kernels.dense_attention import dense_attention

@@ -9,8 +9,8 @@ from typing import ClassVar, Literal
 import torch
 
 from loopserve.bench.heads import Heads, planted_lines, structured_heads
-from loopserve.core.interfaces import AttentionInputs, PrefillSparsifier
-from loopserve.core.patterns import AttentionPattern, DensePattern, LinePattern
+from loopserve.core.policy.interfaces import AttentionInputs, PrefillSparsifier
+from loopserve.core.policy.patterns import AttentionPattern, DensePattern, LinePattern
 
 
 class PlantedSparsifier(PrefillSparsifier):
@@ -58,7 +58,7 @@ class PlantedSparsifier(PrefillSparsifier):
             made = structured_heads(*shape, device=str(inputs.keys.device))
             self._heads = {shape: made.to(inputs.keys.dtype)}  # of one length at a time
         heads = self._heads[shape]
-        return replace(inputs, queries=heads.queries, keys=heads.keys, scaling=heads.scaling, softcap=None, memo={})
+        return replace(inputs, queries=heads.queries, keys=heads.keys, scaling=heads.scaling, softcap=None, scratch={})
 
     def planted(self, inputs: AttentionInputs) -> LinePattern:
         """The pattern for such a call."""

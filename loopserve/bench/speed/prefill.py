@@ -19,9 +19,10 @@ from loopserve.bench.rows import Row, provenance, ratio, times
 from loopserve.bench.speed.planted import PlantedSparsifier
 from loopserve.bench.speed.sides import EngineSide, PlainSide, SharedModel
 from loopserve.bench.speed.suite import Conversation, Dtype, ModelShape, Prefill, Short, Suite, cases
-from loopserve.core.sampling import SamplingConfig
-from loopserve.core.stack import PolicyStack
-from loopserve.models.huggingface import IMPLEMENTATION, set_implementation
+from loopserve.core.engine.sampling import SamplingConfig
+from loopserve.core.stack.stack import PolicyStack
+from loopserve.models.bridge import IMPLEMENTATION
+from loopserve.models.layers import set_implementation
 
 Progress = Callable[[str], None]
 _PLAIN = "transformers, preallocated cache"

@@ -22,8 +22,8 @@ from loopserve.bench.speed.parity import (
 from loopserve.bench.speed.planted import PlantedSparsifier
 from loopserve.bench.speed.selection import check_selection, choose, of_kv_head, select
 from loopserve.bench.speed.suite import KernelPrefill
-from loopserve.core.interfaces import PrefillSparsifier
-from loopserve.core.patterns import TILE, AttentionPattern, BlockPattern, DensePattern, LinePattern
+from loopserve.core.policy.interfaces import PrefillSparsifier
+from loopserve.core.policy.patterns import TILE, AttentionPattern, BlockPattern, DensePattern, LinePattern
 from loopserve.kernels import backend
 from loopserve.kernels.block_sparse import block_sparse
 from loopserve.kernels.dense_attention import dense_attention

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from loopserve.bench.heads import Heads
 from loopserve.bench.speed.parity import Verdict
-from loopserve.core.patterns import LinePattern
+from loopserve.core.policy.patterns import LinePattern
 from loopserve.kernels import backend
 from loopserve.kernels.choose_lines import choose_lines
 from loopserve.kernels.line_scores import line_scores

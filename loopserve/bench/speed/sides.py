@@ -17,11 +17,12 @@ from loopserve.bench.speed.audit import audited
 from loopserve.bench.speed.candidates import DTYPES
 from loopserve.bench.speed.paired import watched
 from loopserve.bench.speed.suite import Dtype, ModelShape
-from loopserve.core.buffers import PairBuffer
-from loopserve.core.engine import TokenEngine
-from loopserve.core.sampling import SamplingConfig
-from loopserve.core.stack import PolicyStack
-from loopserve.models.huggingface import IMPLEMENTATION, HuggingFaceModel, set_implementation
+from loopserve.core.engine.engine import TokenEngine
+from loopserve.core.engine.sampling import SamplingConfig
+from loopserve.core.kv.buffers import PairBuffer
+from loopserve.core.stack.stack import PolicyStack
+from loopserve.models.bridge import IMPLEMENTATION, TransformersModel
+from loopserve.models.layers import set_implementation
 from loopserve.models.plain import forward, growing_cache, preallocated_cache
 from loopserve.models.random import random_llama
 
@@ -93,7 +94,7 @@ class EngineSide:
 
     def __init__(self, shared: SharedModel, stack: PolicyStack) -> None:
         self.shared = shared
-        self.engine = TokenEngine(HuggingFaceModel(shared.model), stack)
+        self.engine = TokenEngine(TransformersModel(shared.model), stack)
         self.session = self.engine.session()
         self.session.tokens = [0] * shared.tokens
         for layer, pairs in zip(self.session.cache.layers, shared.pairs, strict=False):
@@ -134,7 +135,7 @@ class EngineSide:
         answer = self._generate(outputs)
         next(answer)
         started = time.perf_counter()
-        with watched(type(each) for each in self.session.compressors.values()) as seen:
+        with watched(type(each) for each in self.session.slots.compressors.values()) as seen:
             for _ in answer:
                 pass
         shares = seen.shares(time.perf_counter() - started)

@@ -1,4 +1,4 @@
-"""What a speed benchmark measures, read from YAML: ``benchmarks/suites/*.yaml`` or a file of one's own.
+"""What a speed benchmark measures, read from YAML: ``loopserve/bench/suites/*.yaml`` or a file of one's own.
 
 Wherever a field takes a number or a list, a list stands for one case per number; several lists multiply.
 """
@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from loopserve.bench.suite_files import SuiteKind, read_suite
-from loopserve.core.config import mistake
+from loopserve.core.stack.config import mistake
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Data = Literal["structured", "model", "planted"]

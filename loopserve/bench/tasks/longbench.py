@@ -22,8 +22,8 @@ from loopserve.bench.tasks.longbench_sets import EARLIER, SETS, WHERE
 from loopserve.bench.tasks.options import POSITIONS, OneOrMore, Places, TaskOptions, several
 from loopserve.bench.tasks.placement import place
 from loopserve.bench.tasks.source import DataFile, Row, data_files, digest, gold_answers, open_zip, read_rows
-from loopserve.core.config import mistake
 from loopserve.core.errors import ConfigError
+from loopserve.core.stack.config import mistake
 
 VERSION = "1"
 REPOSITORY = "THUDM/LongBench"

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from loopserve.bench.tasks.source import SUFFIXES, Row, data_files, digest, read_rows
-from loopserve.core.config import parse_yaml
 from loopserve.core.errors import ConfigError, did_you_mean
+from loopserve.core.stack.config import parse_yaml
 
 DOWNLOAD = "hf download {repository} --repo-type dataset --local-dir {folder}"
 _SPLIT = re.compile(r"[-_.](train|test|validation)\b.*$")

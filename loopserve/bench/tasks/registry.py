@@ -13,8 +13,8 @@ from loopserve.bench.tasks.longbench import LongBenchOptions, LongBenchTask
 from loopserve.bench.tasks.longbench_sets import SETS
 from loopserve.bench.tasks.options import TaskOptions
 from loopserve.bench.tasks.published import PublishedOptions, PublishedTask
-from loopserve.core.config import Document
 from loopserve.core.errors import ConfigError, did_you_mean
+from loopserve.core.stack.config import Document
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from loopserve.bench.recall import HELD_OUT_SEED, LIST_ALL, MARKERS_PER_TURN, Re
 from loopserve.bench.samples import AskedTurn, Position, Sample
 from loopserve.bench.tasks.options import POSITIONS, OneOrMore, Places, TaskOptions, several
 from loopserve.bench.vocabulary import PLACES
-from loopserve.core.config import mistake
+from loopserve.core.stack.config import mistake
 
 VERSION = "1"
 SEEDS = 1_000_000  # dialogues of one seed; the next seed's begin after them
@@ -135,7 +135,7 @@ class Case:
         return 1 + options.turns * (MARKERS_PER_TURN + facts + answer + question)
 
     def trained(self, options: RecallOptions) -> bool:
-        """Whether the training of the bundled model drew dialogues like this (training/curriculum.py, its last stage)."""
+        """Whether the training of the bundled model drew dialogues like this (research/training/curriculum.py, its last stage)."""
         return (
             options.form == "plain"
             and not isinstance(options, ListAllOptions)

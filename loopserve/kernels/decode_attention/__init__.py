@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -64,3 +67,34 @@ def decode_attention(
         need_lse=need_lse,
     )
     return output, lse if need_lse else None
+
+
+class DecodeRequest(NamedTuple):
+    """Hold one session's arguments of ``decode_attention``; see there."""
+
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+    first_valid: Tensor | None = None
+    columns: Tensor | None = None
+    tail: int = 0
+
+
+def decode_attention_batch(
+    requests: Sequence[DecodeRequest], *, scaling: float, softcap: float | None = None, need_lse: bool = False
+) -> list[tuple[Tensor, Tensor | None]]:
+    """Return what ``decode_attention`` gives for each of several sessions, whose lengths and selections may differ."""
+    return [
+        decode_attention(
+            each.queries,
+            each.keys,
+            each.values,
+            scaling=scaling,
+            softcap=softcap,
+            first_valid=each.first_valid,
+            columns=each.columns,
+            tail=each.tail,
+            need_lse=need_lse,
+        )
+        for each in requests
+    ]

@@ -1,7 +1,7 @@
 """Builds the C sources into one shared library: several times over, once for each instruction set it may run on.
 
-Knows compilers and files, nothing of torch. Used when the package is installed (all instruction sets of the architecture) and
-at first use (this machine's only). Nothing is downloaded, and no header beyond the C library's is needed.
+Knows compilers and files, nothing of torch. Used at first use (this machine's instruction set only), by ``loopserve kernels build``
+and for a platform wheel (all of the architecture). Nothing is downloaded, and no header beyond the C library's is needed.
 """
 
 from __future__ import annotations
@@ -79,6 +79,11 @@ def find_compiler() -> str:
     raise BuildError(
         f"CC={wanted} is not found" if wanted else "no C compiler found (cc, gcc, clang); set CC to name one"
     )
+
+
+def compiler_version(compiler: str) -> str:
+    """The first line that a compiler says of itself. Raises BuildError."""
+    return _run([compiler, "--version"]).partition("\n")[0]
 
 
 def machine_level(compiler: str) -> Level:

@@ -1,13 +1,22 @@
 """The compiled library: found, or built at first use, and its functions by name.
 
-Looked for in this order: beside this file (built when the package was installed), in the cache folder (``$LOOPSERVE_CACHE``, else
-``$XDG_CACHE_HOME/loopserve``, else ``~/.cache/loopserve``), else built into the cache folder.
+Looked for in this order:
+
+1. beside this file, where a platform wheel has it;
+2. in the cache folder, as this machine's compiler builds it (the file's name is made of sources, compiler, flags and instruction set);
+3. built into the cache folder;
+4. without a working compiler: any library of the cache folder that was built of these sources with these flags and has an
+   instruction set of this processor. A second stage of a container image and a computer without development tools are served so.
+
+The cache folder is ``$LOOPSERVE_CACHE``, else ``$XDG_CACHE_HOME/loopserve``, else ``~/.cache/loopserve``. Beside each library
+stands a JSON record of what it was built by.
 """
 
 from __future__ import annotations
 
 import ctypes
 import hashlib
+import json
 import logging
 import os
 from collections.abc import Callable
@@ -35,13 +44,30 @@ def unavailable() -> str | None:
 
 
 def describe() -> dict[str, str]:
-    """Which library serves: keys path, level (its instruction set) and threads (openmp or one)."""
+    """Which library serves: keys path, level (its instruction set), threads (openmp or one) and, where recorded, compiler."""
     library = _load()
+    record = _record(Path(library._name))
     return {
         "path": library._name,
         "level": level(),
         "threads": "openmp" if library.ls_has_threads() else "one",
-    }
+    } | ({"compiler": record["compiler"]} if record is not None else {})
+
+
+def build_into_cache(*, every_level: bool = False) -> Path:
+    """Compile the kernels into the cache folder now; the library's path.
+
+    every_level: for all instruction sets of the architecture, as an image that runs on several machines needs; else for this
+    machine's. Raises BuildError.
+    """
+    compiler = build.find_compiler()
+    wanted = build.levels() if every_level else (build.machine_level(compiler),)
+    target = _target(compiler, wanted)
+    _build(target, wanted, compiler)
+    found = _open(target)
+    if isinstance(found, str):
+        raise build.BuildError(f"{target} was built but cannot be used here: {found}")
+    return target
 
 
 @cache
@@ -88,30 +114,68 @@ def _load() -> ctypes.CDLL:
     """Raises BuildError."""
     if INSTALLED.exists():
         library = _open(INSTALLED)
-        if library is not None and _usable(library):
+        if isinstance(library, ctypes.CDLL):
             return library
+    try:
+        return _own()
+    except build.BuildError as error:
+        found, refused = _any_cached()
+        if found is None:
+            raise build.BuildError("; ".join([str(error), *refused])) from error
+        return found
+
+
+def _own() -> ctypes.CDLL:
+    """The library as this machine's compiler makes it, from the cache or built now. Raises BuildError."""
     compiler = build.find_compiler()
-    target = cache_folder() / f"native-{_digest(compiler)}.so"
-    if target.exists():
-        library = _open(target)
-        if library is not None:
+    wanted = (build.machine_level(compiler),)
+    for levels in (wanted, build.levels()):
+        library = _open(_target(compiler, levels))
+        if isinstance(library, ctypes.CDLL):
             return library
-    build.build(target, (build.machine_level(compiler),), compiler)
+    target = _target(compiler, wanted)
+    _build(target, wanted, compiler)
     library = _open(target)
-    if library is None or not _usable(library):
-        raise build.BuildError(f"{target} was built but cannot be used here")
+    if isinstance(library, str):
+        raise build.BuildError(f"{target} was built but cannot be used here: {library}")
     return library
 
 
-def _open(path: Path) -> ctypes.CDLL | None:
-    """The library at a path, None if it is not one built from these sources."""
+def _any_cached() -> tuple[ctypes.CDLL | None, list[str]]:
+    """The library of the cache folder with the best instruction set for this processor; why those that would fit were refused."""
+    best: ctypes.CDLL | None = None
+    refused: list[str] = []
+    ranks = [each.name for each in build.levels()]
+    for path in sorted(cache_folder().glob("native-*.so")):
+        record = _record(path)
+        if record is None or record["sources"] != build.source_digest() or record["flags"] != list(build.extra_flags()):
+            continue
+        library = _open(path)
+        if isinstance(library, str):
+            refused.append(f"{path} cannot be used: {library}")
+        elif best is None or ranks.index(_usable(library)[0]) < ranks.index(_usable(best)[0]):
+            best = library
+    return best, refused
+
+
+def _open(path: Path) -> ctypes.CDLL | str:
+    """The library at a path, or why it is none for here: not there, other sources, or no instruction set of this processor."""
+    if not path.exists():
+        return "it is not there"
     try:
         library = ctypes.CDLL(str(path))
         library.ls_digest.restype = library.ls_levels.restype = ctypes.c_char_p
         library.ls_has_threads.restype = ctypes.c_int
-        return library if library.ls_digest().decode() == build.source_digest() else None
-    except (OSError, AttributeError):
-        return None
+        digest = library.ls_digest().decode()
+    except (OSError, AttributeError) as error:  # a missing libgomp, another C library, a file that is no library
+        return str(error)
+    if digest != build.source_digest():
+        return "it was built of other sources"
+    return (
+        library
+        if _usable(library)
+        else "it has no instruction set that this processor has and LOOPSERVE_CPU_LEVEL allows"
+    )
 
 
 def cache_folder() -> Path:
@@ -122,8 +186,38 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loopserve"
 
 
-def _digest(compiler: str) -> str:
-    """Changes with the sources, the compiler and the processor: a cache may be shared by machines."""
-    version = build._run([compiler, "--version"]).partition("\n")[0]
-    level = build.machine_level(compiler).name
-    return hashlib.sha256(f"{build.source_digest()} {version} {level} {build.extra_flags()}".encode()).hexdigest()[:16]
+def _target(compiler: str, levels: tuple[build.Level, ...]) -> Path:
+    """Where a library is kept. Changes with all that its record says: a cache may be shared by machines and versions."""
+    made_by = json.dumps(_made_by(compiler, levels), sort_keys=True)
+    return cache_folder() / f"native-{hashlib.sha256(made_by.encode()).hexdigest()[:16]}.so"
+
+
+def _made_by(compiler: str, levels: tuple[build.Level, ...]) -> dict[str, Any]:
+    return {
+        "sources": build.source_digest(),
+        "compiler": build.compiler_version(compiler),
+        "levels": [level.name for level in levels],
+        "flags": list(build.extra_flags()),
+    }
+
+
+def _build(target: Path, levels: tuple[build.Level, ...], compiler: str) -> None:
+    """Build a library and write its record. Raises BuildError."""
+    build.build(target, levels, compiler)
+    record = target.with_suffix(".json")
+    beside = record.with_name(f"{record.name}.{os.getpid()}")  # a reader never sees half a record
+    try:
+        beside.write_text(json.dumps(_made_by(compiler, levels), indent=1) + "\n", encoding="utf-8")
+        os.replace(beside, record)
+    except OSError as error:
+        raise build.BuildError(f"cannot write {record}: {error.strerror}") from error
+
+
+def _record(path: Path) -> dict[str, Any] | None:
+    """What a library was built by; None where no record stands beside it."""
+    try:
+        found = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    whole = isinstance(found, dict) and found.keys() >= {"sources", "compiler", "levels", "flags"}
+    return found if whole else None

@@ -1,1 +1,1 @@
-"""Decode policies: which stored pairs the answer attends to."""
+"""Hold the decode policies: which stored pairs the answer attends to."""

@@ -1,4 +1,4 @@
-"""AdaKV: one budget for all heads of a layer, spent where the scores are."""
+"""Implement AdaKV: one budget for all heads of a layer, spent where the scores are."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from loopserve.core.interfaces import AttentionInputs, Capabilities, KVSelection, Retention
-from loopserve.core.nesting import ScoredWrapper, WrapperConfig
-from loopserve.core.scoring import best_held, from_columns
+from loopserve.core.policy.interfaces import AttentionInputs, Capabilities, KVSelection, Retention
+from loopserve.core.policy.scoring import best_held, from_columns
+from loopserve.core.policy.wrappers import ScoredWrapper, WrapperConfig
 
 
 class AdaKVDecode(ScoredWrapper):
-    """Gives each KV head of a layer its own share of the layer's budget, by comparing scores across heads (AdaKV).
+    """Give each KV head of a layer its own share of the layer's budget, by comparing scores across heads (AdaKV).
 
     Paper: https://arxiv.org/abs/2407.11550. Variant, as in kvpress: every head first keeps its ``safeguard`` share of the
     budget; the rest of the layer's ``Hkv * budget`` pairs goes to the best scores of all heads taken together. Wraps any

@@ -1,4 +1,4 @@
-"""ChunkKV: whole runs of tokens instead of single ones."""
+"""Implement ChunkKV: whole runs of tokens instead of single ones."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from loopserve.core.interfaces import AttentionInputs, Capabilities, Retention
-from loopserve.core.nesting import ScoredWrapper, WrapperConfig
-from loopserve.core.scoring import ScoredState
+from loopserve.core.policy.interfaces import AttentionInputs, Capabilities, Retention
+from loopserve.core.policy.scoring import ScoredState
+from loopserve.core.policy.wrappers import ScoredWrapper, WrapperConfig
 
 
 class ChunkKVDecode(ScoredWrapper):
-    """Keeps or passes over neighbouring tokens together, by the mean score of their chunk (ChunkKV).
+    """Keep or drop neighbouring tokens together, by the mean score of their chunk (ChunkKV).
 
     Paper: https://arxiv.org/abs/2502.00299. Variant, as in kvpress: scores are summed over the KV heads, then averaged over
     chunks of ``chunk`` columns; the last chunk may be shorter. All heads of a layer keep the same chunks.
@@ -42,12 +42,12 @@ class ChunkKVDecode(ScoredWrapper):
 
 
 def _aligned(inputs: AttentionInputs) -> bool:
-    """Whether a column holds the same token in every head."""
+    """Return whether a column holds the same token in every head."""
     return inputs.positions.dim() == 1 or bool((inputs.positions == inputs.positions[:1]).all())
 
 
 def chunked(scores: Tensor, holds: Tensor, chunk: int, *, shared: bool) -> Tensor:
-    """Each column's chunk's mean score ``[Hkv, Tk]``, of scores summed over the heads if these share their choice."""
+    """Return the mean score of each column's chunk ``[Hkv, Tk]``, of scores summed over the heads if these share their choice."""
     heads, total = scores.shape
     if shared:
         scores, holds = scores.sum(0, keepdim=True), holds[:1]

@@ -1,4 +1,4 @@
-"""CriticalKV: scores weighed by what a pair's value does to the layer's output."""
+"""Implement CriticalKV: scores weighed by the effect of a pair's value on the layer's output."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from loopserve.core.interfaces import AttentionInputs, Capabilities, Need, Retention
-from loopserve.core.nesting import ScoredWrapper, WrapperConfig
-from loopserve.core.scoring import ScoredState, best_held
+from loopserve.core.policy.interfaces import AttentionInputs, Capabilities, Need, Retention
+from loopserve.core.policy.scoring import ScoredState, best_held
+from loopserve.core.policy.wrappers import ScoredWrapper, WrapperConfig
 
 _TOKENS = 512  # tokens whose projected values are held at once
 
 
 class CriticalKVDecode(ScoredWrapper):
-    """Keeps the best-scored pairs, then those whose score times the size of their projected value is largest (CriticalKV).
+    """Keep the best-scored pairs, then those whose score times the size of their projected value is largest (CriticalKV).
 
     Paper: https://arxiv.org/abs/2502.03805. Variant, as in kvpress: a ``first_stage`` share of the budget goes by the inner
     policy's scores; the rest by ``(s + epsilon) * |V W_o|_1``, the norm taken per query head and averaged over the group.
@@ -59,7 +59,7 @@ class CriticalKVDecode(ScoredWrapper):
 
 
 def projected_norms(inputs: AttentionInputs) -> Tensor:
-    """L1 norm of each value in the model's width, mean over the group: float32 ``[Hkv, Tk]``."""
+    """Return the L1 norm of each value in the model's width, mean over the group: float32 ``[Hkv, Tk]``."""
     assert inputs.layer.parts is not None, "a stack without an output weight is refused when the model is loaded"
     weight = inputs.layer.parts.output_weight().float()  # [Hq, D, E]
     heads, total, _ = inputs.values.shape

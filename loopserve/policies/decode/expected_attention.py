@@ -1,4 +1,4 @@
-"""Expected attention: what queries yet to come will look at, from the distribution of those seen."""
+"""Implement Expected Attention: rank pairs by the attention of later queries, from the distribution of those seen."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from loopserve.core.interfaces import AttentionInputs, Capabilities, LayerParts, Need, Phase, Retention
-from loopserve.core.scoring import ScoredCompressor, ScoredConfig, ScoredState
+from loopserve.core.policy.interfaces import AttentionInputs, Capabilities, LayerParts, Need, Phase, Retention
+from loopserve.core.policy.scoring import ScoredCompressor, ScoredConfig, ScoredState
 
 _POSITIONS = 128  # future positions whose rotation matrices are held at once
 
 
 @dataclass
 class QueryStatistics:
-    """Mean ``[Hq, D]`` and summed outer products of deviations ``[Hq, D, D]`` of queries as before their rotation."""
+    """Hold mean ``[Hq, D]`` and summed outer products of deviations ``[Hq, D, D]`` of queries as before their rotation."""
 
     count: int
     mean: Tensor
@@ -25,13 +25,13 @@ class QueryStatistics:
 
     @classmethod
     def of(cls, queries: Tensor) -> QueryStatistics:
-        """From queries ``[Hq, T, D]``."""
+        """Return the statistics of queries ``[Hq, T, D]``."""
         mean = queries.mean(1)
         centred = queries - mean[:, None]
         return cls(queries.shape[1], mean, centred.transpose(1, 2) @ centred)
 
     def joined(self, other: QueryStatistics) -> QueryStatistics:
-        """Of both samples together."""
+        """Return the statistics of both samples together."""
         count = self.count + other.count
         shift = other.mean - self.mean
         between = shift[:, :, None] * shift[:, None] * (self.count * other.count / count)
@@ -39,8 +39,7 @@ class QueryStatistics:
 
 
 class ExpectedAttentionDecode(ScoredCompressor):
-    """Keeps the pairs that the next queries are expected to look at, weighed by the length of their values (Expected
-    Attention).
+    """Keep the pairs that the next queries are expected to attend to, weighed by the length of their values (Expected Attention).
 
     Paper: https://arxiv.org/abs/2510.00636. Variant, as in kvpress: queries before rotation are taken as Gaussian with
     the turn's mean and covariance; both are turned by the mean rotation of the next ``future`` positions; the expected
@@ -59,6 +58,7 @@ class ExpectedAttentionDecode(ScoredCompressor):
     name: ClassVar[str] = "expected_attention"
     paper: ClassVar[str] = "https://arxiv.org/abs/2510.00636"
     capabilities: ClassVar[Capabilities] = Capabilities(retentions=frozenset(Retention), needs=frozenset({Need.ROTARY}))
+    state_types: ClassVar[tuple[type, ...]] = (QueryStatistics,)
 
     class Config(ScoredConfig):
         future: int = Field(512, gt=0, description="Next positions whose queries are expected.")
@@ -69,20 +69,20 @@ class ExpectedAttentionDecode(ScoredCompressor):
     config: Config
 
     def end_turn(self, state: ScoredState) -> None:
-        for layer, note in list(state.notes.items()):
-            if isinstance(note, QueryStatistics):  # the next turn's queries are others; a wrapper's notes are not ours
-                del state.notes[layer]
+        for layer, found in list(state.statistics.items()):
+            if isinstance(found, QueryStatistics):  # the next turn has its own queries; a wrapper's statistics stay
+                del state.statistics[layer]
 
     def observe(self, inputs: AttentionInputs, state: ScoredState) -> None:
         if inputs.phase is not Phase.PREFILL:
             return
         found = self._statistics(inputs)
-        held = state.notes.get(inputs.layer.index)
+        held = state.statistics.get(inputs.layer.index)
         if found is not None:
-            state.notes[inputs.layer.index] = found if held is None else held.joined(found)
+            state.statistics[inputs.layer.index] = found if held is None else held.joined(found)
 
     def ranking(self, inputs: AttentionInputs, state: ScoredState, budget: int) -> Tensor:
-        return self._score(inputs, state.notes.get(inputs.layer.index))
+        return self._score(inputs, state.statistics.get(inputs.layer.index))
 
     def score(self, inputs: AttentionInputs) -> Tensor:
         return self._score(inputs, self._statistics(inputs))
@@ -119,7 +119,7 @@ class ExpectedAttentionDecode(ScoredCompressor):
         return spread.masked_fill(~ranked, float("inf"))
 
     def _mean_rotation(self, inputs: AttentionInputs) -> Tensor:
-        """Mean rotation ``[D, D]`` of the positions to come, acting on column vectors."""
+        """Return the mean rotation ``[D, D]`` of the positions to come, acting on column vectors."""
         device, dim = inputs.keys.device, inputs.keys.shape[2]
         basis = torch.eye(dim, dtype=torch.float32, device=device)[:, None]
         total = torch.zeros(dim, dim, dtype=torch.float32, device=device)

@@ -1,14 +1,14 @@
-"""Full decoding: every stored pair is attended."""
+"""Implement full decoding: every stored pair is attended."""
 
 from __future__ import annotations
 
 from typing import ClassVar
 
-from loopserve.core.interfaces import Capabilities, DecodeCompressor
+from loopserve.core.policy.interfaces import Capabilities, DecodeCompressor
 
 
 class FullDecode(DecodeCompressor[None]):
-    """Attends to every stored pair in each decode step: the yardstick for every other policy.
+    """Attend to every stored pair in each decode step: the baseline for every other policy.
 
     Multi-turn: the store only grows; nothing is selected and nothing is ever evicted.
     """

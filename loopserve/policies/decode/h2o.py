@@ -1,4 +1,4 @@
-"""H2O: the pairs that all queries so far have attended to most, and the last ones."""
+"""Implement H2O: the pairs that all queries so far have attended to most, and the last ones."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import pad
 
-from loopserve.core.interfaces import AttentionInputs, Capabilities, Phase, Retention
-from loopserve.core.scoring import ScoredState
-from loopserve.policies.attended import attended, attention_over, received
+from loopserve.core.policy.interfaces import AttentionInputs, Capabilities, Phase, Retention
+from loopserve.core.policy.scoring import ScoredState
+from loopserve.policies.attended import attention_over, received
 from loopserve.policies.decode.rolling import RollingCompressor, RollingConfig
 
 
 class H2ODecode(RollingCompressor):
-    """Keeps the recent window and the heavy hitters: pairs with most attention from all queries so far (H2O).
+    """Keep the recent window and the heavy hitters: pairs with most attention from all queries so far (H2O).
 
     Paper: https://arxiv.org/abs/2306.14048. Variant: attention is summed over every query of the prompt and every output,
     half of the budget goes to the last tokens and half to the heavy hitters, and with each output the least pair goes,
@@ -48,7 +48,7 @@ class H2ODecode(RollingCompressor):
 
     @property
     def limits(self) -> RollingConfig:
-        """The configuration with the recent window that the share gives."""
+        """Return the configuration with the recent window that the share gives."""
         config = self.config
         recent = config.budget - math.ceil(config.budget * config.heavy_share)
         forced = min(max(recent, config.recent_window), config.budget - config.sink_tokens)
@@ -63,15 +63,15 @@ class H2ODecode(RollingCompressor):
         if inputs.phase is Phase.OBSERVE:
             return
         decoding = inputs.phase is Phase.DECODE
-        fresh = attention_over(inputs, attended(inputs)) if decoding else received(inputs)
+        fresh = attention_over(inputs, inputs.attended(inputs.selection)) if decoding else received(inputs)
         heads, length = len(fresh), inputs.length
-        held = state.notes.get(inputs.layer.index, fresh.new_zeros(heads, 0))
+        held = state.statistics.get(inputs.layer.index, fresh.new_zeros(heads, 0))
         sums = pad(held, (0, length - held.shape[1]))
         positions = inputs.positions.expand(heads, -1).clamp(min=0)
-        state.notes[inputs.layer.index] = sums.scatter_add(1, positions, fresh * inputs.holds)
+        state.statistics[inputs.layer.index] = sums.scatter_add(1, positions, fresh * inputs.holds)
 
     def ranking(self, inputs: AttentionInputs, state: ScoredState, budget: int) -> Tensor:
-        sums: Tensor = state.notes[inputs.layer.index]
+        sums: Tensor = state.statistics[inputs.layer.index]
         if self.config.normalise:
             sums = sums / torch.arange(sums.shape[1], 0, -1, device=sums.device)
         return sums.gather(1, inputs.positions.expand(len(sums), -1).clamp(min=0))

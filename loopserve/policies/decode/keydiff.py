@@ -1,4 +1,4 @@
-"""KeyDiff: keys unlike the others."""
+"""Implement KeyDiff: keep keys unlike the others."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import ClassVar
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
-from loopserve.core.interfaces import AttentionInputs, Capabilities, Retention
-from loopserve.core.scoring import ScoredCompressor
+from loopserve.core.policy.interfaces import AttentionInputs, Capabilities, Retention
+from loopserve.core.policy.scoring import ScoredCompressor
 
 
 class KeyDiffDecode(ScoredCompressor):
-    """Keeps the pairs whose keys differ most from the average key; asks no query and computes no attention (KeyDiff).
+    """Keep the pairs whose keys differ most from the average key; reads no query and computes no attention (KeyDiff).
 
     Paper: https://arxiv.org/abs/2504.15364. Variant, as in kvpress: ``s = -cos(K, mean(K / |K|))`` per KV head, on
     rotated keys.

@@ -1,4 +1,4 @@
-"""Key norms: small keys attract attention."""
+"""Implement key norms: small keys attract attention."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from loopserve.core.interfaces import AttentionInputs, Capabilities, Retention
-from loopserve.core.scoring import ScoredCompressor
+from loopserve.core.policy.interfaces import AttentionInputs, Capabilities, Retention
+from loopserve.core.policy.scoring import ScoredCompressor
 
 
 class KnormDecode(ScoredCompressor):
-    """Keeps the pairs with the smallest keys; asks no query and computes no attention (L2-norm compression).
+    """Keep the pairs with the smallest keys; reads no query and computes no attention (L2-norm compression).
 
     Paper: https://arxiv.org/abs/2406.11430. Variant, as in kvpress: ``s = -|K|`` per KV head, norms in float32.
 

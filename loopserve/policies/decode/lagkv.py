@@ -1,4 +1,4 @@
-"""LagKV: how a token's key and value stand out against the range of the partition that follows."""
+"""Implement LagKV: compare a token's key and value with the range of the partition that follows."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from loopserve.core.interfaces import AttentionInputs, Capabilities, Retention
-from loopserve.core.scoring import ScoredCompressor, ScoredConfig
+from loopserve.core.policy.interfaces import AttentionInputs, Capabilities, Retention
+from loopserve.core.policy.scoring import ScoredCompressor, ScoredConfig
 
 
 class LagKVDecode(ScoredCompressor):
-    """Keeps, in each partition, the tokens whose keys and values vary most relative to the next partition's range (LagKV).
+    """Keep, in each partition, the tokens whose keys and values vary most relative to the next partition's range (LagKV).
 
     Paper: https://arxiv.org/abs/2504.04704. Variant, as in kvpress: after the sinks, partitions of ``lag`` tokens; keys and
     values are scaled by the minimum and maximum of each channel in the next partition, the standard deviation over the
@@ -49,7 +49,7 @@ class LagKVDecode(ScoredCompressor):
         return scores
 
     def _score(self, keys: Tensor, values: Tensor) -> Tensor:
-        """Scores ``[H, T]`` of keys and values ``[H, T, D]`` without filler."""
+        """Return scores ``[H, T]`` of keys and values ``[H, T, D]`` without filler."""
         heads, total, _ = keys.shape
         sinks, lag = self.config.sink_tokens, self.config.lag
         scores = torch.ones(heads, total, dtype=torch.float32, device=keys.device)
@@ -66,7 +66,7 @@ class LagKVDecode(ScoredCompressor):
 
 
 def _deviation(vectors: Tensor, lag: int) -> Tensor:
-    """Softmax within each partition but the last of the deviation over channels: ``[H, P - 1, lag]``."""
+    """Return the softmax within each partition but the last of the deviation over channels: ``[H, P - 1, lag]``."""
     parts = vectors.view(vectors.shape[0], -1, lag, vectors.shape[2])
     low, high = parts[:, 1:].amin(2, keepdim=True), parts[:, 1:].amax(2, keepdim=True)
     span = high - low

@@ -1,4 +1,4 @@
-"""PyramidKV: more pairs in low layers, fewer in high ones."""
+"""Implement PyramidKV: more pairs in low layers, fewer in high ones."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from typing import ClassVar
 from pydantic import Field
 from torch import Tensor
 
-from loopserve.core.interfaces import AttentionInputs, Capabilities, KVSelection, Retention
-from loopserve.core.nesting import ScoredWrapper, WrapperConfig
-from loopserve.core.scoring import ScoredState
+from loopserve.core.policy.interfaces import AttentionInputs, Capabilities, KVSelection, Retention
+from loopserve.core.policy.scoring import ScoredState
+from loopserve.core.policy.wrappers import ScoredWrapper, WrapperConfig
 
 
 class PyramidKVDecode(ScoredWrapper):
-    """Gives low layers more of the budget and high layers less, in equal steps (PyramidKV).
+    """Give low layers more of the budget and high layers less, in equal steps (PyramidKV).
 
     Paper: https://arxiv.org/abs/2406.02069. Variant, as in kvpress: with n pairs per head on the average, the last layer
     gets ``n / beta`` and the first ``2 n`` less that; where the first would exceed all but ``window`` of the tokens so far,
     both move towards the mean; where a layer would fall below ``window``, all get n. Rounded to whole pairs, so the mean
     over the layers can be off by half a pair. The inner policy (SnapKV in the paper) chooses within each layer.
 
-    Deviations: layers are counted among those that this policy rules, so sliding-window layers and layers that the stack
+    Deviations: layers are counted among those that this policy selects for, so sliding-window layers and layers that the stack
     excepts do not distort the pyramid. The authors' code adds the window on top of the budget.
 
     Multi-turn: the pyramid is the same in every turn once the conversation is longer than its base; what a layer passes
@@ -43,18 +43,18 @@ class PyramidKVDecode(ScoredWrapper):
 
     @property
     def most_pairs(self) -> int | None:
-        """The first layer's part: never more than twice the mean."""
+        """Return the first layer's part: never more than twice the mean."""
         mean = self.inner.most_pairs
         return None if mean is None else 2 * mean
 
     def layer_budget(self, inputs: AttentionInputs) -> int:
         mean = self.inner.layer_budget(inputs)
-        ruled = [each.index for each in inputs.ruled]
+        layers = [each.index for each in inputs.compressor_layers]
         # By the length of the conversation, which all layers share: after an eviction they hold different numbers.
-        if inputs.layer.index not in ruled or inputs.length <= mean:
+        if inputs.layer.index not in layers or inputs.length <= mean:
             return mean
         window = self.config.window or max(1, self.limits.always_kept)
-        return pyramid(inputs.length, mean, window, self.config.beta, len(ruled))[ruled.index(inputs.layer.index)]
+        return pyramid(inputs.length, mean, window, self.config.beta, len(layers))[layers.index(inputs.layer.index)]
 
     def ranking(self, inputs: AttentionInputs, state: ScoredState, budget: int) -> Tensor:
         return self.inner.ranking(inputs, state, budget)
@@ -64,7 +64,7 @@ class PyramidKVDecode(ScoredWrapper):
 
 
 def pyramid(total: int, mean: int, window: int, beta: int, layers: int) -> list[int]:
-    """Budgets of ``layers`` layers, the first first, for ``total`` tokens so far and a mean budget."""
+    """Return the budgets of ``layers`` layers, the first first, for ``total`` tokens so far and a mean budget."""
     least = mean / beta
     most = 2 * mean - least
     if most >= total - window:

@@ -1,4 +1,4 @@
-"""Quest: pages of keys, ranked by an upper bound for the current query, anew in every step."""
+"""Implement Quest: pages of keys, ranked by an upper bound for the current query, anew in every step."""
 
 from __future__ import annotations
 
@@ -7,21 +7,20 @@ from typing import ClassVar
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor
 
-from loopserve.core.interfaces import AttentionInputs, DecodeCompressor, KVSelection, PolicyConfig
-from loopserve.core.pages import PageSummaries
+from loopserve.core.kv.key_summaries import KeySummaries, best_pages
+from loopserve.core.policy.interfaces import AttentionInputs, DecodeCompressor, KVSelection, PolicyConfig
 
 
 @dataclass
 class QuestState:
-    """The page bounds of each layer's keys; a copy starts empty and is filled from the store."""
+    """Hold the page bounds of each layer's keys; a copy starts empty and is filled from the store."""
 
-    pages: dict[int, PageSummaries] = field(default_factory=dict)
+    key_summaries: dict[int, KeySummaries] = field(default_factory=dict)
 
 
 class QuestDecode(DecodeCompressor[QuestState]):
-    """In each step attends to the pages of keys that could hold the largest logits of the current query (Quest).
+    """Attend in each step to the pages of keys that could hold the largest logits of the current query (Quest).
 
     Paper: https://arxiv.org/abs/2406.10774. Variant: per page and channel the smallest and largest key; a page's bound is
     the sum over channels of the larger of the query times either; the page under way is always attended. Page size 16 as
@@ -59,31 +58,16 @@ class QuestDecode(DecodeCompressor[QuestState]):
         return QuestState()
 
     def held_bytes(self, state: QuestState) -> int:
-        return sum(each.nbytes for each in state.pages.values() if each.columns)
+        return sum(each.nbytes for each in state.key_summaries.values() if each.columns)
 
     def before_attention(self, inputs: AttentionInputs, state: QuestState) -> KVSelection | None:
         if inputs.total_tokens <= self.config.budget:
             return None
-        pages = state.pages.setdefault(inputs.layer.index, PageSummaries(self.config.page))
-        pages.update(inputs.keys)
-        inputs.record.read("summaries", pages.nbytes)
+        summaries = state.key_summaries.setdefault(inputs.layer.index, KeySummaries(self.config.page))
+        summaries.update(inputs.keys)
+        inputs.record.read("summaries", summaries.nbytes)
         boundary = (inputs.total_tokens - 1) // self.config.page * self.config.page  # the page of the current token
-        bounds = pages.scores(inputs.queries, inputs.scaling)[:, : boundary // self.config.page]
+        bounds = summaries.scores(inputs.queries, inputs.scaling)[:, : boundary // self.config.page]
         free = torch.ones(len(bounds), boundary, dtype=torch.bool, device=bounds.device)
         taken = best_pages(bounds, free, self.config.page, self.config.budget - (inputs.total_tokens - boundary))
         return KVSelection.uniform(taken.nonzero()[:, 1].view(len(taken), -1), boundary, fleeting=True)
-
-
-def best_pages(bounds: Tensor, free: Tensor, page: int, budget: int) -> Tensor:
-    """``budget`` free columns per head, page by page in the order of the bounds: bool ``[Hkv, Tk]``.
-
-    bounds ``[Hkv, P]``, free bool ``[Hkv, P * page or fewer]``. Equal bounds: the lowest page first. The last page that
-    fits gives its first columns; a head with fewer free columns gives all.
-    """
-    heads, total = free.shape
-    padded = free.new_zeros(heads, bounds.shape[1] * page)
-    padded[:, :total] = free
-    order = bounds.argsort(dim=1, descending=True, stable=True)[..., None].expand(-1, -1, page)
-    ranked = padded.view(heads, -1, page).gather(1, order)
-    taken = ranked & (ranked.flatten(1).cumsum(1).view_as(ranked) <= budget)
-    return torch.zeros_like(ranked).scatter_(1, order, taken).flatten(1)[:, :total]

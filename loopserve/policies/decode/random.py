@@ -1,4 +1,4 @@
-"""Random selection: the floor that a method must clear."""
+"""Implement random selection: the floor that a method must exceed."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from loopserve.core.interfaces import AttentionInputs, Capabilities, Retention
-from loopserve.core.scoring import ScoredCompressor, ScoredConfig
+from loopserve.core.policy.interfaces import AttentionInputs, Capabilities, Retention
+from loopserve.core.policy.scoring import ScoredCompressor, ScoredConfig
 from loopserve.policies.draws import generator
 
 
 class RandomDecode(ScoredCompressor):
-    """Keeps sinks, the recent window and otherwise pairs drawn at random: what any selection must beat at the same
-    budget.
+    """Keep sinks, the recent window and otherwise pairs drawn at random: what any selection must exceed at the same budget.
 
     No paper. The draw depends on seed, turn, layer and length alone, so it can be repeated.
 

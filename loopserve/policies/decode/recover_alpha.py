@@ -1,4 +1,4 @@
-"""Alpha recovery in decoding: per head the fewest pairs that hold a share of the attention."""
+"""Implement alpha recovery in decoding: per head the fewest pairs that hold a share of the attention."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from loopserve.core.interfaces import (
+from loopserve.core.policy.interfaces import (
     AttentionInputs,
     DecodeCompressor,
     KVSelection,
@@ -22,7 +22,7 @@ from loopserve.core.interfaces import (
 
 @dataclass
 class RecoverState:
-    """Per layer: where the turn's input ends, the last output queries ``[Hq, D]``, and a selection not yet handed over."""
+    """Hold per layer the end of the turn's input, the last output queries ``[Hq, D]``, and a selection not yet returned."""
 
     ends: dict[int, int] = field(default_factory=dict)
     queries: dict[int, list[Tensor]] = field(default_factory=dict)
@@ -30,8 +30,8 @@ class RecoverState:
 
 
 class RecoverAlphaDecode(DecodeCompressor[RecoverState]):
-    """Attends, per KV head, to the fewest pairs that recover a share ``alpha`` of the attention: the decode twin of
-    LoopServe's prefill.
+    """Attend, per KV head, to the fewest pairs that recover a share ``alpha`` of the attention: LoopServe's prefill rule in
+    decoding.
 
     Paper: https://arxiv.org/abs/2507.13681 for the rule (its phase one), applied to stored pairs instead of lines. The
     attention of the last ``window`` queries, mean over rows and group, is sorted; pairs are taken until they, sinks, recent
@@ -98,7 +98,7 @@ class RecoverAlphaDecode(DecodeCompressor[RecoverState]):
 
 
 def fewest(mass: Tensor, held: Tensor, forced: Tensor, alpha: float, least: int, most: int | None) -> Tensor:
-    """The fewest columns per head that bring ``held`` ``[H]`` to ``alpha`` of the total: bool ``[H, n]``.
+    """Return the fewest columns per head that bring ``held`` ``[H]`` to ``alpha`` of the total: bool ``[H, n]``.
 
     mass ``[H, n]``, forced bool ``[n]`` columns come first. Equal masses: the lowest column first.
     """

@@ -1,4 +1,4 @@
-"""RocketKV in its multi-turn form: a coarse filter once per turn, a fine choice of pages in every step."""
+"""Implement RocketKV in its multi-turn form: a coarse filter once per turn, a fine choice of pages in every step."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn.functional import max_pool1d
 
-from loopserve.core.interfaces import AttentionInputs, DecodeCompressor, KVSelection, Phase, PolicyConfig
+from loopserve.core.kv.key_summaries import best_pages
+from loopserve.core.policy.interfaces import AttentionInputs, DecodeCompressor, KVSelection, Phase, PolicyConfig
 from loopserve.kernels.page_bounds import page_bounds
 from loopserve.kernels.top_columns import top_columns
-from loopserve.policies.decode.quest import best_pages
 
 
 @dataclass(frozen=True)
 class Filtered:
-    """What one turn's filter lets through in a layer: columns int64 ``[Hkv, F]`` before ``end``, and their pages' bounds."""
+    """Hold the columns that one turn's filter passes in a layer, int64 ``[Hkv, F]`` before ``end``, and the bounds of their pages."""
 
     columns: Tensor
     low: Tensor  # [Hkv, P, D]
@@ -33,8 +33,8 @@ class RocketState:
 
 
 class RocketKVMTDecode(DecodeCompressor[RocketState]):
-    """Filters the history once per turn by the last queries, then attends in each step to the filtered pages that the
-    current query could need (RocketKV-MT).
+    """Filter the history once per turn by the last queries, then attend in each step to the filtered pages that the current query
+    could need (RocketKV-MT).
 
     Paper: https://arxiv.org/abs/2502.14051; written from the paper alone. Stage one: attention of the last ``window``
     queries, maximum over ``kernel`` neighbours, the best ``filter_budget`` pairs per KV head. Stage two: bounds of the
@@ -119,7 +119,7 @@ class RocketKVMTDecode(DecodeCompressor[RocketState]):
         return KVSelection.uniform(found.columns[taken].view(heads, -1), found.end, fleeting=True)
 
     def _bounds(self, inputs: AttentionInputs, found: Filtered) -> Tensor:
-        """Upper bounds of the current query's products with each filtered page, on the largest channels ``[Hkv, P]``."""
+        """Return upper bounds of the current query's products with each filtered page, on the largest channels ``[Hkv, P]``."""
         heads, pages, dim = found.low.shape
         queries = inputs.queries[:, -1].view(heads, -1, dim).float()
         count = min(self.config.channels or max(1, dim // 2), dim)

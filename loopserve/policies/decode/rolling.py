@@ -1,18 +1,17 @@
-"""The general work of methods that let a pair go with every output, so that outputs and input share one budget."""
+"""Drop a pair with every output, so that outputs and input share one budget."""
 
 from __future__ import annotations
 
 from pydantic import Field
 from torch import Tensor
 
-from loopserve.core.interfaces import AttentionInputs, KVSelection, Phase, Retention
-from loopserve.core.scoring import ScoredCompressor, ScoredConfig, ScoredState, from_columns, sound
+from loopserve.core.policy.interfaces import AttentionInputs, KVSelection, Phase, Retention
+from loopserve.core.policy.scoring import ScoredCompressor, ScoredConfig, ScoredState, from_columns, sound
 from loopserve.kernels.top_columns import top_columns
-from loopserve.policies.attended import attended
 
 
 class RollingConfig(ScoredConfig):
-    """Options of a method that goes on choosing while the answer is written."""
+    """Define the options of a method that goes on choosing during the answer."""
 
     rolling: bool = Field(
         True,
@@ -21,14 +20,14 @@ class RollingConfig(ScoredConfig):
 
 
 class RollingCompressor(ScoredCompressor):
-    """Chooses at the end of a turn's prefill, and after each output once more among the pairs still attended.
+    """Choose at the end of a turn's prefill, and after each output once more among the pairs still attended.
 
     What is let go does not come back within the turn. With retention ``keep`` the next turn's prefill sees everything;
     with ``evict`` it is gone.
     """
 
     class Config(RollingConfig):
-        """Options of a method that goes on choosing while the answer is written."""
+        """Take the options of a method that goes on choosing during the answer."""
 
     config: RollingConfig
 
@@ -43,7 +42,7 @@ class RollingCompressor(ScoredCompressor):
         self.observe(inputs, state)
         if not self.config.rolling:
             return
-        here = attended(inputs)
+        here = inputs.attended(inputs.selection)
         budget = self.layer_budget(inputs)
         if int(here.sum(1).max()) <= budget:
             return
@@ -54,7 +53,7 @@ class RollingCompressor(ScoredCompressor):
 def among(
     limits: ScoredConfig, ranking: Tensor, here: Tensor, budget: int, inputs: AttentionInputs, retention: Retention
 ) -> KVSelection:
-    """The best ``budget`` of the columns ``here``, bool ``[Hkv, Tk]``, of each head (all, where fewer are there)."""
+    """Return the best ``budget`` of the columns ``here``, bool ``[Hkv, Tk]``, of each head (all, where fewer are there)."""
     heads = []
     for row, inside in zip(ranking, here, strict=True):
         columns = inside.nonzero().flatten()

@@ -1,4 +1,4 @@
-"""SnapKV: what the last tokens of the prompt attend to."""
+"""Implement SnapKV: keep what the last tokens of the prompt attend to."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn.functional import avg_pool1d, pad
 
-from loopserve.core.interfaces import AttentionInputs, Capabilities, Retention
-from loopserve.core.scoring import ScoredCompressor, ScoredConfig
+from loopserve.core.policy.interfaces import AttentionInputs, Capabilities, Retention
+from loopserve.core.policy.scoring import ScoredCompressor, ScoredConfig
 
 
 class SnapKVDecode(ScoredCompressor):
-    """Keeps the observation window and the pairs that its queries attend to most (SnapKV).
+    """Keep the observation window and the pairs that its queries attend to most (SnapKV).
 
     Paper: https://arxiv.org/abs/2404.14469. Variant, as in kvpress: ``s`` = mean over the window's queries of their
     softmax over all keys; average pooling over neighbouring keys before the window (zeros beyond the edges count); mean

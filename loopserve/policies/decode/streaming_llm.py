@@ -1,4 +1,4 @@
-"""StreamingLLM: attention sinks and a rolling window."""
+"""Implement StreamingLLM: attention sinks and a rolling window."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from pydantic import Field, model_validator
 
-from loopserve.core.interfaces import (
+from loopserve.core.policy.interfaces import (
     AttentionInputs,
     Capabilities,
     DecodeCompressor,
@@ -23,13 +23,13 @@ from loopserve.core.interfaces import (
 
 @dataclass
 class StreamingState:
-    """Number of KV heads and device of each layer, as seen in its attention calls."""
+    """Hold the number of KV heads and the device of each layer, as seen in its attention calls."""
 
     layers: dict[int, tuple[int, torch.device]] = field(default_factory=dict)
 
 
 class StreamingLLMDecode(DecodeCompressor[StreamingState]):
-    """Attends to the first tokens of the conversation and to a rolling window of its last tokens (StreamingLLM).
+    """Attend to the first tokens of the conversation and to a rolling window of its last tokens (StreamingLLM).
 
     Paper: https://arxiv.org/abs/2309.17453. Variant: each step attends to exactly ``min(budget, length)`` pairs, the
     current token and this turn's outputs included, so the window slides by one with each output.
@@ -58,7 +58,7 @@ class StreamingLLMDecode(DecodeCompressor[StreamingState]):
         def _window_is_left(self) -> StreamingLLMDecode.Config:
             if self.sink_tokens >= self.budget:
                 raise ValueError(
-                    f"sink_tokens ({self.sink_tokens}) must leave room for a window in the budget ({self.budget})"
+                    f"sink_tokens ({self.sink_tokens}) must leave a part of the budget to the window; the budget is ({self.budget})"
                 )
             return self
 

@@ -1,4 +1,4 @@
-"""TOVA: what the last token attends to."""
+"""Implement TOVA: keep what the last token attends to."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import ClassVar
 from pydantic import Field
 from torch import Tensor
 
-from loopserve.core.interfaces import AttentionInputs, Capabilities, Phase, Retention
-from loopserve.core.scoring import ScoredState
-from loopserve.policies.attended import attended, attention_over
+from loopserve.core.policy.interfaces import AttentionInputs, Capabilities, Phase, Retention
+from loopserve.core.policy.scoring import ScoredState
+from loopserve.policies.attended import attention_over
 from loopserve.policies.decode.rolling import RollingCompressor, RollingConfig
 
 
 class TOVADecode(RollingCompressor):
-    """Keeps the pairs that the last token attends to most, and lets the least one go with each output (TOVA).
+    """Keep the pairs that the last token attends to most, and drop the least one with each output (TOVA).
 
     Paper: https://arxiv.org/abs/2401.06104. Variant, as in kvpress at the end of a prompt: the softmax of the last query,
     mean over all query heads of the layer, one choice for all KV heads; the last token is kept. While the answer is
@@ -43,12 +43,12 @@ class TOVADecode(RollingCompressor):
 
     def ranking(self, inputs: AttentionInputs, state: ScoredState, budget: int) -> Tensor:
         if inputs.phase is Phase.DECODE:
-            return _over_heads(inputs, attention_over(inputs, attended(inputs)))
+            return _over_heads(inputs, attention_over(inputs, inputs.attended(inputs.selection)))
         return self.score(inputs)
 
 
 def _over_heads(inputs: AttentionInputs, scores: Tensor) -> Tensor:
-    """The mean over the KV heads ``[Hkv, Tk]``, where all hold the same pairs; else each head's own scores.
+    """Return the mean over the KV heads ``[Hkv, Tk]``, where all hold the same pairs; else each head's own scores.
 
     Heads hold the same pairs unless a wrapper gave each its own budget.
     """

@@ -1,1 +1,1 @@
-"""Prefill policies: which cells of a new turn's attention are computed."""
+"""Hold the prefill policies: which cells of a new turn's attention are computed."""

@@ -1,4 +1,4 @@
-"""A-shape prefill: the first tokens and a local window."""
+"""Implement A-shape prefill: the first tokens and a local window."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from loopserve.core.interfaces import AttentionInputs, PolicyConfig, PrefillSparsifier
-from loopserve.core.patterns import AttentionPattern, DensePattern, LinePattern
+from loopserve.core.policy.interfaces import AttentionInputs, PolicyConfig, PrefillSparsifier
+from loopserve.core.policy.patterns import AttentionPattern, DensePattern, LinePattern
 from loopserve.policies.lines import sink_lines
 
 
 class AShapePrefill(PrefillSparsifier):
-    """Each new token attends to the first tokens of the conversation and to a window of the tokens right before it.
+    """Attend from each new token to the first tokens of the conversation and to a window of the tokens right before it.
 
     The static pattern that StreamingLLM (https://arxiv.org/abs/2309.17453) explains and that MInference's and SCBench's
     code call A-shape. Variant: lines of exact length, one vertical per sink token and one slash per offset.

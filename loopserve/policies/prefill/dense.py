@@ -1,15 +1,15 @@
-"""Dense prefill: every causal cell is computed."""
+"""Implement dense prefill: every causal cell is computed."""
 
 from __future__ import annotations
 
 from typing import ClassVar
 
-from loopserve.core.interfaces import AttentionInputs, Capabilities, PrefillSparsifier
-from loopserve.core.patterns import AttentionPattern, DensePattern
+from loopserve.core.policy.interfaces import AttentionInputs, Capabilities, PrefillSparsifier
+from loopserve.core.policy.patterns import AttentionPattern, DensePattern
 
 
 class DensePrefill(PrefillSparsifier):
-    """Computes the whole causal attention matrix of a turn: the yardstick for every other policy.
+    """Compute the whole causal attention matrix of a turn: the baseline for every other policy.
 
     Multi-turn: each new token attends to the whole stored history and to the new tokens before it. After an eviction it
     attends to the survivors; nothing comes back.

@@ -1,4 +1,4 @@
-"""FlexPrefill: each head picks its kind of pattern, then as much of it as holds a share of the attention."""
+"""Implement FlexPrefill: each head picks its kind of pattern, then as much of it as holds a share of the attention."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import pad
 
-from loopserve.core.interfaces import AttentionInputs, PolicyConfig, PrefillSparsifier
-from loopserve.core.patterns import AttentionPattern, BlockPattern
+from loopserve.core.policy.interfaces import AttentionInputs, PolicyConfig, PrefillSparsifier
+from loopserve.core.policy.patterns import AttentionPattern, BlockPattern
 from loopserve.policies.blocks import block_attention, first_and_last, largest_share, pooled, visible_blocks
 
 
 class FlexPrefillPrefill(PrefillSparsifier):
-    """Per head: query-aware blocks where pooled attention tells the truth, else vertical and slash lines; of either as much
-    as holds a share ``gamma`` of the estimated attention (FlexPrefill).
+    """Choose per head query-aware blocks where pooled attention is accurate, else vertical and slash lines, as much of either as
+    holds a share ``gamma`` of the estimated attention (FlexPrefill).
 
     Paper: https://arxiv.org/abs/2502.20766. Variant: gamma 0.9, tau 0.1, blocks of 128, as in its README. The last block of
     queries attends to all keys; if the square root of the Jensen-Shannon divergence between its attention by blocks and
@@ -62,7 +62,7 @@ class FlexPrefillPrefill(PrefillSparsifier):
         return BlockPattern(blocks, inputs.new_tokens, inputs.total_tokens, config.block)
 
     def _query_aware(self, inputs: AttentionInputs, probabilities: Tensor, query: Tensor) -> Tensor:
-        """Which heads' pooled estimate agrees with their last block's attention: bool ``[Hq]``."""
+        """Return which heads' pooled estimate agrees with their last block's attention: bool ``[Hq]``."""
         block = self.config.block
         true = pad(probabilities, (0, -inputs.total_tokens % block)).unflatten(-1, (-1, block)).sum((1, 3))
         true = true / true.sum(-1, keepdim=True).clamp(min=1e-30)
@@ -72,7 +72,7 @@ class FlexPrefillPrefill(PrefillSparsifier):
         return divergence.clamp(min=0).sqrt() < self.config.tau
 
     def _lines(self, inputs: AttentionInputs, vertical: Tensor, slash: Tensor) -> Tensor:
-        """Blocks that the chosen lines touch: bool ``[Hq, query blocks, key blocks]``."""
+        """Return the blocks that the chosen lines touch: bool ``[Hq, query blocks, key blocks]``."""
         config = self.config
         verticals = largest_share(vertical, config.gamma, config.min_budget)
         slashes = largest_share(slash, config.gamma, config.min_budget)
@@ -84,7 +84,7 @@ def _relative_entropy(one: Tensor, other: Tensor) -> Tensor:
 
 
 def blocks_of_lines(verticals: Tensor, slashes: Tensor, new: int, block: int) -> Tensor:
-    """Blocks in which a line has a causal cell; verticals and slashes bool ``[Hq, n]``."""
+    """Return the blocks in which a line has a causal cell; verticals and slashes bool ``[Hq, n]``."""
     heads, total = verticals.shape
     rows, columns = -(-new // block), -(-total // block)
     padded = pad(verticals, (0, columns * block - total)).view(heads, columns, block).any(2)

@@ -1,4 +1,4 @@
-"""The file that names lines per head, for ``static_lines``."""
+"""Read the file that names lines per head, for ``static_lines``."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 
-from loopserve.core.config import read_yaml
 from loopserve.core.errors import ConfigError
+from loopserve.core.stack.config import read_yaml
 
 
 class HeadLines(BaseModel):
-    """Lines of one query head."""
+    """Hold the lines of one query head."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -30,7 +30,7 @@ GivenLines = Mapping[int, Sequence[HeadLines]]
 
 
 def read_lines(path: str) -> GivenLines:
-    """Lines per head by layer. ConfigError, with the place, for a file that is none."""
+    """Return lines per head by layer. Raises ConfigError, with the place, for a file that has another form."""
     document = read_yaml(Path(path))  # JSON is YAML
     if document.problems:
         raise ConfigError("\n".join(map(str, document.problems)))

@@ -1,4 +1,4 @@
-"""Numbers of lines per head: the file that ``minference`` reads, and the search that finds them for a model."""
+"""Read the numbers of lines per head that ``minference`` uses, and search them for a model."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 from torch import Tensor
 
-from loopserve.core.config import read_yaml
 from loopserve.core.errors import ConfigError
-from loopserve.core.interfaces import AttentionInputs, PolicyConfig, PrefillSparsifier
-from loopserve.core.patterns import DensePattern, LinePattern
+from loopserve.core.policy.interfaces import AttentionInputs, PolicyConfig, PrefillSparsifier
+from loopserve.core.policy.patterns import DensePattern, LinePattern
+from loopserve.core.stack.config import read_yaml
 from loopserve.kernels.line_scores import LineScores
 from loopserve.policies.lines import heaviest, sink_lines
 
@@ -33,7 +33,7 @@ class _SizesFile(BaseModel):
 
 
 def read_sizes(path: str) -> LineSizes:
-    """Sizes per head by layer. ConfigError, with the place, for a file that is none."""
+    """Return sizes per head by layer. Raises ConfigError, with the place, for a file that has another form."""
     document = read_yaml(Path(path))  # JSON is YAML
     if document.problems:
         raise ConfigError("\n".join(map(str, document.problems)))
@@ -48,7 +48,7 @@ def read_sizes(path: str) -> LineSizes:
 
 
 def write_sizes(path: str, sizes: LineSizes, model: str) -> None:
-    """ConfigError if the file cannot be written."""
+    """Write sizes per head by layer. Raises ConfigError if the file cannot be written."""
     body = {"model": model, "layers": {str(layer): [list(each) for each in heads] for layer, heads in sizes.items()}}
     try:
         Path(path).write_text(json.dumps(body) + "\n", encoding="utf-8")
@@ -57,7 +57,7 @@ def write_sizes(path: str, sizes: LineSizes, model: str) -> None:
 
 
 class SizeSearch(PrefillSparsifier):
-    """Computes everything and finds out on the way which sizes would have held most of each head's attention.
+    """Compute everything, and find which sizes would have held most of each head's attention.
 
     Paper: https://arxiv.org/abs/2407.02490. Per head, candidates of equal work compete: ``share`` of the causal cells in
     different mixtures of vertical and slash lines, each chosen by the last rows and judged on rows that had no say. Keeps
@@ -112,7 +112,7 @@ class SizeSearch(PrefillSparsifier):
         return inputs.row_attention(torch.arange(first, end, device=inputs.keys.device))
 
     def found(self) -> dict[int, list[tuple[int, int]]]:
-        """The best sizes of each head by layer, for the length searched last. ConfigError if nothing was computed."""
+        """Return the best sizes of each head by layer, for the length searched last. Raises ConfigError if nothing was computed."""
         if not self._covered:
             raise ConfigError("the search saw no full-attention layer")
         best = {layer: covered.argmax(0).tolist() for layer, covered in self._covered.items()}
@@ -120,7 +120,7 @@ class SizeSearch(PrefillSparsifier):
 
 
 def scaled(new: int, total: int, share: float) -> list[tuple[int, int]]:
-    """The candidates' mixtures, each scaled so that its lines have about ``share`` of a block's causal cells."""
+    """Return the candidates' mixtures, each scaled so that its lines have about ``share`` of a block's causal cells."""
     cells = share * (new * (total - new) + new * (new + 1) / 2)
     sizes = []
     for vertical, slash in CANDIDATES:
@@ -131,7 +131,7 @@ def scaled(new: int, total: int, share: float) -> list[tuple[int, int]]:
 
 
 def describe(sizes: LineSizes) -> dict[str, Any]:
-    """How often each pair of sizes was found."""
+    """Return how often each pair of sizes was found."""
     counts: dict[str, int] = {}
     for heads in sizes.values():
         for vertical, slash in heads:

@@ -1,4 +1,4 @@
-"""LoopServe, phase one: online prefill sparsification."""
+"""Implement LoopServe, phase one: online prefill sparsification."""
 
 from __future__ import annotations
 
@@ -10,27 +10,24 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from loopserve.core.interfaces import AttentionInputs, PolicyConfig, PrefillSparsifier
-from loopserve.core.patterns import AttentionPattern, DensePattern, LinePattern
-from loopserve.kernels.line_scores import line_scores
+from loopserve.core.policy.interfaces import AttentionInputs, PolicyConfig, PrefillSparsifier
+from loopserve.core.policy.patterns import AttentionPattern, DensePattern, LinePattern
 from loopserve.kernels.select_lines import MOST_TILE, select_lines
 from loopserve.policies.draws import SAMPLED_ROWS, Sampling, generator, sample_rows, uniform_rows
 from loopserve.policies.lines import lines_counted_apart, sink_lines
 
-_MEASURED_ROWS = 128  # rows per step when coverage is measured over all rows
 _HELD_OUT = 1  # second draw of a call, independent of the first
 
 
 class RowWeights(StrEnum):
-    """What a sampled row counts in the coverage target."""
+    """Name the weight of a sampled row in the coverage target."""
 
     EQUAL = "equal"
     FAR = "far"  # by the share of its mass beyond sinks and local window: rows that look far carry the answer
 
 
 class LoopServePrefill(PrefillSparsifier):
-    """Computes, per query head, the vertical and slash lines that hold a share ``alpha`` of the new turn's attention
-    (LoopServe).
+    """Compute, per query head, the vertical and slash lines that hold a share ``alpha`` of the new turn's attention (LoopServe).
 
     Paper: https://arxiv.org/abs/2507.13681. For a block of m new queries over n keys: the softmax of a few sampled rows
     gives the mass of each of the 2n lines; lines are taken greedily by gain per cost, cells that two lines share
@@ -105,7 +102,7 @@ class LoopServePrefill(PrefillSparsifier):
     config: Config
 
     def sparsify(self, inputs: AttentionInputs) -> AttentionPattern:
-        """The lines of each head, or everything where sparsity does not pay; each such fallback is counted."""
+        """Return the lines of each head, or everything where sparsity does not pay; each such fallback is counted."""
         reason = self._dense_reason(inputs)
         if reason is not None:
             inputs.record.count(f"fallback:{reason}")
@@ -114,7 +111,7 @@ class LoopServePrefill(PrefillSparsifier):
             )
             return DensePattern(inputs.queries.shape[0], inputs.new_tokens, inputs.total_tokens)
         rows = self._rows(inputs)
-        inputs.memo[SAMPLED_ROWS] = rows
+        inputs.scratch[SAMPLED_ROWS] = rows
         pattern, coverage = self._choose(inputs, rows)
         inputs.record.mean("coverage_estimated", coverage)
         if self.config.held_out_rows:
@@ -131,13 +128,13 @@ class LoopServePrefill(PrefillSparsifier):
         return None
 
     def _rows(self, inputs: AttentionInputs) -> Tensor:
-        """Rows of this call whose attention is computed, the same for all heads: sorted int64 ``[r]``."""
+        """Return the rows of this call whose attention is computed, the same for all heads: sorted int64 ``[r]``."""
         source = generator(self.config.seed, inputs.turn, inputs.layer.index, inputs.total_tokens)
         rows = sample_rows(inputs.new_tokens, self.config.sample_rows, self.config.sampling, source)
         return rows.to(inputs.queries.device)
 
     def _choose(self, inputs: AttentionInputs, rows: Tensor) -> tuple[LinePattern, Tensor]:
-        """The pattern, and the coverage of the sample per head ``[Hq]``."""
+        """Return the pattern, and the coverage of the sample per head ``[Hq]``."""
         config = self.config
         verticals = sink_lines(inputs, config.sink_tokens)
         offsets = torch.arange(inputs.total_tokens, device=inputs.keys.device)
@@ -179,7 +176,9 @@ class LoopServePrefill(PrefillSparsifier):
         return pattern, coverage
 
     def _most_cost(self, inputs: AttentionInputs) -> float:
-        """What the lines of a head may cost before dense attention is the better choice, with some room for lines that overlap."""
+        """Return the most that the lines of a head may cost before dense attention is cheaper, with a margin for lines that
+        overlap.
+        """
         if self.config.dense_above >= 1:
             return math.inf
         new, total = inputs.new_tokens, inputs.total_tokens
@@ -187,7 +186,9 @@ class LoopServePrefill(PrefillSparsifier):
         return 1.1 * self.config.dense_above * (per_row if self.config.cost == "tile" else per_row * new)
 
     def _weights(self, inputs: AttentionInputs, rows: Tensor, probabilities: Tensor | None) -> Tensor | None:
-        """What each sampled row counts ``[r]``; None when all count alike. probabilities: needed for ``row_weights: far``."""
+        """Return the weight of each sampled row ``[r]``, or None when all are equal. probabilities: needed for ``row_weights:
+        far``.
+        """
         config = self.config
         if config.row_weights is RowWeights.EQUAL and config.last_rows_weight == 1.0:
             return None
@@ -201,26 +202,10 @@ class LoopServePrefill(PrefillSparsifier):
         return torch.where(last, weights * config.last_rows_weight, weights)
 
     def _measure_held_out(self, inputs: AttentionInputs, pattern: LinePattern, rows: Tensor) -> None:
-        """Coverage on rows that had no say; on the very rows that chose the lines it looks better than it is."""
+        """Measure coverage on rows that did not choose the lines; on the rows that did, it is biased upwards."""
         unused = torch.ones(inputs.new_tokens, dtype=torch.bool, device="cpu")
         unused[rows.cpu()] = False
         source = generator(self.config.seed, inputs.turn, inputs.layer.index, inputs.total_tokens, _HELD_OUT)
         held_out = uniform_rows(unused.nonzero().flatten(), self.config.held_out_rows, source)
         if len(held_out):
-            inputs.record.mean("coverage_held_out", _coverage(inputs, pattern, held_out.to(rows.device)))
-
-
-def _coverage(inputs: AttentionInputs, pattern: LinePattern, rows: Tensor) -> Tensor:
-    """Share of the rows' attention mass inside the pattern, per head ``[Hq]``; a few rows at a time."""
-    mass = torch.zeros(inputs.queries.shape[0], dtype=torch.float32, device=inputs.queries.device)
-    for part in torch.split(rows, _MEASURED_ROWS):
-        found = line_scores(
-            inputs.queries[:, part],
-            inputs.keys,
-            inputs.columns[part],
-            scaling=inputs.scaling,
-            softcap=inputs.softcap,
-            first_valid=inputs.first_valid,
-        )
-        mass += pattern.coverage(found.probabilities, inputs.columns[part]) * len(part)
-    return mass / len(rows)
+            inputs.record.mean("coverage_held_out", inputs.coverage(pattern, held_out.to(rows.device)))

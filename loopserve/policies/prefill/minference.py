@@ -1,4 +1,4 @@
-"""MInference: as many vertical and slash lines per head as a search has found to be enough."""
+"""Implement MInference: as many vertical and slash lines per head as a search has found to be enough."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from typing import ClassVar
 import torch
 from pydantic import Field
 
-from loopserve.core.interfaces import AttentionInputs, LayerSpec, PolicyConfig, PrefillSparsifier
-from loopserve.core.patterns import AttentionPattern, LinePattern
+from loopserve.core.policy.interfaces import AttentionInputs, LayerSpec, PolicyConfig, PrefillSparsifier
+from loopserve.core.policy.patterns import AttentionPattern, LinePattern
 from loopserve.policies.lines import heaviest, sink_lines
 from loopserve.policies.prefill.line_sizes import LineSizes, read_sizes
 
 
 class MInferencePrefill(PrefillSparsifier):
-    """Computes a number of vertical and slash lines per head that is fixed beforehand; which ones, the last rows of the
-    turn say (MInference, vertical-slash).
+    """Compute a number of vertical and slash lines per head that is fixed beforehand; the last rows of the turn choose which
+    (MInference, vertical-slash).
 
     Paper: https://arxiv.org/abs/2407.02490. Variant: the softmax of the last 64 rows gives each line its mass; the heaviest
     ``vertical_size`` and ``slash_size`` are taken, the first 30 columns and last 100 offsets forced among them, as in the

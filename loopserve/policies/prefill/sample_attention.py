@@ -1,4 +1,4 @@
-"""SampleAttention: columns that a sample of rows looks at, and a local window."""
+"""Implement SampleAttention: columns that a sample of rows attends to, and a local window."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import ClassVar
 import torch
 from pydantic import Field
 
-from loopserve.core.interfaces import AttentionInputs, PolicyConfig, PrefillSparsifier
-from loopserve.core.patterns import AttentionPattern, LinePattern
+from loopserve.core.policy.interfaces import AttentionInputs, PolicyConfig, PrefillSparsifier
+from loopserve.core.policy.patterns import AttentionPattern, LinePattern
 from loopserve.policies.blocks import largest_share
 from loopserve.policies.lines import sink_lines
 
 
 class SampleAttentionPrefill(PrefillSparsifier):
-    """Computes a local window and, per head, the fewest columns that hold a share ``alpha`` of a sample of rows' attention
+    """Compute a local window and, per head, the fewest columns that hold a share ``alpha`` of a sample of rows' attention
     (SampleAttention).
 
     Paper: https://arxiv.org/abs/2406.15486. Variant: rows at even steps, 5 % of them, the last one among them; the window is

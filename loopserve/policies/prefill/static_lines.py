@@ -1,4 +1,4 @@
-"""Static lines: chosen on the first turn and kept; what LoopServe's choice in every turn is measured against."""
+"""Implement static lines: chosen in the first turn and kept, a baseline for LoopServe's choice in every turn."""
 
 from __future__ import annotations
 
@@ -9,8 +9,15 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import pad
 
-from loopserve.core.interfaces import AttentionInputs, Capabilities, LayerSpec, Need, PolicyConfig, PrefillSparsifier
-from loopserve.core.patterns import AttentionPattern, LinePattern
+from loopserve.core.policy.interfaces import (
+    AttentionInputs,
+    Capabilities,
+    LayerSpec,
+    Need,
+    PolicyConfig,
+    PrefillSparsifier,
+)
+from loopserve.core.policy.patterns import AttentionPattern, LinePattern
 from loopserve.kernels.select_lines import select_lines
 from loopserve.policies.draws import Sampling, generator, sample_rows
 from loopserve.policies.lines import sink_lines
@@ -18,8 +25,8 @@ from loopserve.policies.prefill.given_lines import GivenLines, read_lines
 
 
 class StaticLinesPrefill(PrefillSparsifier):
-    """Keeps the vertical and slash lines of the first turn, or of a file, for the whole conversation: LoopServe's choice,
-    but not online.
+    """Keep the vertical and slash lines of the first turn, or of a file, for the whole conversation: LoopServe's choice, but not
+    online.
 
     Paper: https://arxiv.org/abs/2507.13681, the ablation of its first phase. The first turn chooses lines as ``loopserve``
     does (sampled rows, gain per cost, overlap counted once, until ``alpha``); later turns compute the same columns and
@@ -73,9 +80,9 @@ class StaticLinesPrefill(PrefillSparsifier):
         if self.given:
             verticals, slashes = self._as_given(inputs)
         else:
-            if inputs.turn == 0 or inputs.layer.index not in inputs.notebook:
-                inputs.notebook[inputs.layer.index] = self._choose(inputs)
-            kept: tuple[Tensor, Tensor] = inputs.notebook[inputs.layer.index]
+            if inputs.turn == 0 or inputs.layer.index not in inputs.state:
+                inputs.state[inputs.layer.index] = self._choose(inputs)
+            kept: tuple[Tensor, Tensor] = inputs.state[inputs.layer.index]
             verticals, slashes = (pad(each, (0, total - each.shape[1])) for each in kept)
         near, sinks = self._forced(inputs)
         return LinePattern(verticals | sinks, slashes | near, inputs.new_tokens)

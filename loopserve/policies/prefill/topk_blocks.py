@@ -1,4 +1,4 @@
-"""Block top-p: blocks ranked by pooled queries and pooled keys."""
+"""Implement block top-p: blocks ranked by pooled queries and pooled keys."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from loopserve.core.interfaces import AttentionInputs, PolicyConfig, PrefillSparsifier
-from loopserve.core.patterns import AttentionPattern, BlockPattern
+from loopserve.core.policy.interfaces import AttentionInputs, PolicyConfig, PrefillSparsifier
+from loopserve.core.policy.patterns import AttentionPattern, BlockPattern
 from loopserve.policies.blocks import block_attention, first_and_last, largest_share, pooled, visible_blocks
 
 
 class TopKBlocksPrefill(PrefillSparsifier):
-    """Computes, per block of queries, the key blocks that hold a share of the attention between block means.
+    """Compute, per block of queries, the key blocks that hold a share of the attention between block means.
 
     Paper: https://arxiv.org/abs/2502.18137 (SpargeAttn), its first stage. Variant: mean-pooled queries and keys, softmax over
     the key blocks seen, per row the fewest blocks that hold ``top_p``, at least ``least_blocks`` and, if set, at most
@@ -60,7 +60,7 @@ class TopKBlocksPrefill(PrefillSparsifier):
         return BlockPattern(blocks, inputs.new_tokens, inputs.total_tokens, config.block)
 
     def _unlike(self, inputs: AttentionInputs) -> Tensor:
-        """Key blocks whose mean does not speak for them: bool ``[Hq, key blocks]``."""
+        """Return the key blocks whose mean does not represent them: bool ``[Hq, key blocks]``."""
         block, keys = self.config.block, inputs.keys.float()
         means = pooled(inputs.keys, block, inputs.holds)
         own = means.repeat_interleave(block, dim=1)[:, : inputs.total_tokens]

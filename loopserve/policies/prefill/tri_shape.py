@@ -1,4 +1,4 @@
-"""Tri-shape prefill: the A-shape, and the last rows whole."""
+"""Implement tri-shape prefill: the A-shape, and the last rows whole."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from loopserve.core.interfaces import AttentionInputs, PolicyConfig, PrefillSparsifier
-from loopserve.core.patterns import AttentionPattern, DensePattern, LinePattern
-from loopserve.core.row_groups import RowGroups
+from loopserve.core.policy.interfaces import AttentionInputs, PolicyConfig, PrefillSparsifier
+from loopserve.core.policy.patterns import AttentionPattern, DensePattern, LinePattern
+from loopserve.core.policy.row_groups import RowGroups
 from loopserve.policies.lines import sink_lines
 
 
 class TriShapePrefill(PrefillSparsifier):
-    """The A-shape (first tokens and a local window), while the last rows of a turn attend to everything (Tri-shape).
+    """Compute the A-shape (first tokens and a local window), and the last rows of a turn over everything (Tri-shape).
 
     Paper: https://arxiv.org/abs/2412.10319 (SCBench). Variant: 100 last rows, as in its code; those rows usually hold the
     question and produce the first token.

@@ -1,4 +1,4 @@
-"""XAttention: blocks ranked by the antidiagonals they hold."""
+"""Implement XAttention: blocks ranked by the antidiagonals they hold."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn.functional import pad
 
-from loopserve.core.interfaces import AttentionInputs, PolicyConfig, PrefillSparsifier
-from loopserve.core.patterns import AttentionPattern, BlockPattern
+from loopserve.core.policy.interfaces import AttentionInputs, PolicyConfig, PrefillSparsifier
+from loopserve.core.policy.patterns import AttentionPattern, BlockPattern
 from loopserve.policies.blocks import capped, first_and_last, largest_share, visible_blocks
 
 
 class XAttentionPrefill(PrefillSparsifier):
-    """Computes, per block of queries, the key blocks whose antidiagonals hold a share of the attention (XAttention).
+    """Compute, per block of queries, the key blocks whose antidiagonals hold a share of the attention (XAttention).
 
     Paper: https://arxiv.org/abs/2503.16428. Variant: stride 8, threshold 0.9, blocks of 128, as in the authors' code: each
     ``stride`` x ``stride`` square is scored by the mean of the products on its antidiagonal, which crosses every vertical
@@ -58,7 +58,7 @@ class XAttentionPrefill(PrefillSparsifier):
         return BlockPattern(blocks, inputs.new_tokens, inputs.total_tokens, config.block)
 
     def _block_mass(self, inputs: AttentionInputs, head: int, per_block: int) -> Tensor:
-        """Estimated attention of one head by blocks: ``[query blocks, key blocks]``."""
+        """Return the estimated attention of one head by blocks: ``[query blocks, key blocks]``."""
         stride, holds = self.config.stride, inputs.holds[head // inputs.group]
         keys = inputs.keys[head // inputs.group].float() * holds[:, None]
         # Row r of a square meets key stride - 1 - r: laid end to end, one product sums an antidiagonal.
@@ -76,5 +76,5 @@ class XAttentionPrefill(PrefillSparsifier):
 
 
 def _squares(rows: Tensor, stride: int) -> Tensor:
-    """``[T, D]`` in runs of ``stride``, the last filled with zeros: ``[ceil(T / stride), stride, D]``."""
+    """Return ``[T, D]`` in runs of ``stride``, the last filled with zeros: ``[ceil(T / stride), stride, D]``."""
     return pad(rows, (0, 0, 0, -len(rows) % stride)).view(-1, stride, rows.shape[1])

@@ -1,6 +1,6 @@
-"""The checks of the conformance kit, one function and one sentence each; about thirty are asked of a policy."""
+"""Collect the checks of the conformance kit, one function and one sentence each; about thirty apply to a policy."""
 
-from loopserve.core.interfaces import DecodeCompressor, PrefillSparsifier
+from loopserve.core.policy.interfaces import DecodeCompressor, PrefillSparsifier
 from loopserve.testing.checks import compressor, form, serving, sessions, sparsifier
 from loopserve.testing.subject import Check
 

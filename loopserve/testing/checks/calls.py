@@ -1,4 +1,4 @@
-"""The call that most checks make of a sparsifier: a first turn of 48 tokens with structure in its attention."""
+"""Make the call that most checks make of a sparsifier: a first turn of 48 tokens with structure in its attention."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from loopserve.core.interfaces import AttentionInputs
-from loopserve.core.patterns import AttentionPattern
+from loopserve.core.policy.interfaces import AttentionInputs
+from loopserve.core.policy.patterns import AttentionPattern
 from loopserve.testing.inputs import make_inputs
 
 NEW = 48
@@ -18,7 +18,7 @@ def first_turn(seed: int = 0) -> AttentionInputs:
 
 
 def attended(pattern: AttentionPattern, inputs: AttentionInputs, **options: Any) -> tuple[Tensor, Tensor | None]:
-    """What attention gives through a pattern: (output ``[Hq, Tq, D]``, log-sum-exp if asked for)."""
+    """Return the attention through a pattern: output ``[Hq, Tq, D]``, and the log-sum-exp with ``need_lse``."""
     return pattern.attend(
         inputs.queries,
         inputs.keys,

@@ -1,4 +1,4 @@
-"""What a decode compressor promises of its selections: their form, their budget, and what is forced in or gone."""
+"""Check a decode compressor's selections: their form, their budget, and what is forced in or gone."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loopserve.core.interfaces import DecodeCompressor, KVSelection, Observation, Phase, Retention, Step
-from loopserve.core.scoring import ScoredCompressor
+from loopserve.core.policy.interfaces import DecodeCompressor, KVSelection, Observation, Phase, Retention, Step
+from loopserve.core.policy.scoring import ScoredCompressor
 from loopserve.testing.inputs import make_inputs
 from loopserve.testing.recorded import RecordedConversation, held
 from loopserve.testing.subject import NotApplicable, Subject
@@ -25,7 +25,7 @@ def _budget(subject: Subject) -> int:
 
 
 def _evicting(subject: Subject) -> DecodeCompressor[Any]:
-    if Retention.EVICT not in subject.policy.able.retentions:
+    if Retention.EVICT not in subject.policy.effective_capabilities.retentions:
         raise NotApplicable("it does not evict")
     found = evicting(subject.compressor)
     if found is None:
@@ -40,35 +40,35 @@ def selections_have_the_right_form(subject: Subject) -> None:
     talk.well_formed()
 
 
-def selections_are_for_ruled_layers(subject: Subject) -> None:
-    """Selections are given only for layers that the compressor was told it rules."""
+def selections_are_for_its_own_layers(subject: Subject) -> None:
+    """Selections are given only for the layers of the compressor."""
     talk = RecordedConversation(subject.compressor, *subject.script()).run(subject.steps)
     assert not talk.strangers, f"it answered for layer {talk.strangers[0]}, the model has {len(talk.layers)}"
 
 
 def selections_are_sorted(subject: Subject) -> None:
     """The positions of each head are in ascending order."""
-    for told in held(subject).told:
-        for kept in told.heads:
-            assert not (kept[1:] < kept[:-1]).any(), f"layer {told.layer}, turn {told.turn}: {kept.tolist()[:12]}"
+    for given in held(subject).given:
+        for kept in given.heads:
+            assert not (kept[1:] < kept[:-1]).any(), f"layer {given.layer}, turn {given.turn}: {kept.tolist()[:12]}"
 
 
 def selections_are_unique(subject: Subject) -> None:
     """No head keeps a position twice."""
-    for told in held(subject).told:
-        for kept in told.heads:
+    for given in held(subject).given:
+        for kept in given.heads:
             twice = kept.numel() - kept.unique().numel()
-            assert not twice, f"layer {told.layer}, turn {told.turn}: {twice} positions are there twice"
+            assert not twice, f"layer {given.layer}, turn {given.turn}: {twice} positions are there twice"
 
 
 def selections_are_in_range(subject: Subject) -> None:
     """Positions lie from 0 to below the boundary, and the boundary within the tokens seen."""
-    for told in held(subject).told:
-        boundary = told.selection.boundary
-        assert 0 <= boundary <= told.length, f"boundary {boundary} is outside the {told.length} tokens seen"
-        for kept in told.heads:
+    for given in held(subject).given:
+        boundary = given.selection.boundary
+        assert 0 <= boundary <= given.length, f"boundary {boundary} is outside the {given.length} tokens seen"
+        for kept in given.heads:
             wrong = kept[(kept < 0) | (kept >= boundary)]
-            assert not len(wrong), f"layer {told.layer}, turn {told.turn}: {wrong.tolist()} outside [0, {boundary})"
+            assert not len(wrong), f"layer {given.layer}, turn {given.turn}: {wrong.tolist()} outside [0, {boundary})"
 
 
 def budget_is_exact(subject: Subject) -> None:
@@ -88,7 +88,7 @@ def nothing_is_selected_within_the_budget(subject: Subject) -> None:
         raise NotApplicable(f"a budget of {budget} is too small to stay within")
     talk = RecordedConversation(subject.compressor, *subject.script())
     talk.run((("prefill", budget - 4), ("decode", 2)))
-    assert not talk.told, f"{budget - 4} tokens, a budget of {budget}, and yet {len(talk.told)} selections"
+    assert not talk.given, f"{budget - 4} tokens, a budget of {budget}, and yet {len(talk.given)} selections"
 
 
 def a_thousand_outputs_stay_in_budget(subject: Subject) -> None:
@@ -108,12 +108,12 @@ def sinks_are_kept(subject: Subject) -> None:
     sinks = forced_of(subject.compressor, "sink_tokens")
     if not sinks:
         raise NotApplicable("it has no sink_tokens")
-    for told in held(subject).told:
+    for given in held(subject).given:
         _assert_kept(
             torch.arange(sinks, device="cpu"),
-            told.heads,
-            told.selection.boundary,
-            f"turn {told.turn}, layer {told.layer}",
+            given.heads,
+            given.selection.boundary,
+            f"turn {given.turn}, layer {given.layer}",
         )
 
 
@@ -122,14 +122,14 @@ def recent_window_is_kept(subject: Subject) -> None:
     recent = forced_of(subject.compressor, "recent_window")
     if not recent:
         raise NotApplicable("it has no recent_window")
-    for told in held(subject).told:
-        if told.output_index == 0:
-            wanted = torch.arange(max(told.input_end - recent, 0), told.input_end, device="cpu")
-            _assert_kept(wanted, told.heads, told.selection.boundary, f"turn {told.turn}, layer {told.layer}")
+    for given in held(subject).given:
+        if given.output_index == 0:
+            wanted = torch.arange(max(given.input_end - recent, 0), given.input_end, device="cpu")
+            _assert_kept(wanted, given.heads, given.selection.boundary, f"turn {given.turn}, layer {given.layer}")
 
 
 def _assert_kept(wanted: Tensor, heads: list[Tensor], boundary: int, where: str) -> None:
-    """Every head keeps the positions, or they lie behind the boundary and are attended anyway."""
+    """Assert that every head keeps the positions, or that they lie behind the boundary and are attended anyway."""
     for number, kept in enumerate(heads):
         missing = wanted[~torch.isin(wanted, kept) & (wanted < boundary)]
         assert not len(missing), f"{where}, head {number}: positions {missing.tolist()} are left out"
@@ -160,14 +160,14 @@ def filler_is_never_selected(subject: Subject) -> None:
 def retention_is_as_declared(subject: Subject) -> None:
     """Every selection says the retention that the policy declares, and its capabilities allow it."""
     variants = [subject.compressor]
-    if Retention.EVICT in subject.policy.able.retentions:
+    if Retention.EVICT in subject.policy.effective_capabilities.retentions:
         variants += [each for each in [evicting(subject.compressor)] if each is not None]
     for compressor in variants:
         declared = compressor.retention
-        assert declared in compressor.able.retentions, f"{declared} is not among its capabilities"
-        for told in held(subject, compressor=compressor).told:
-            said = told.selection.retention
-            assert said is declared, f"declares {declared}, but a selection of turn {told.turn} says {said}"
+        assert declared in compressor.effective_capabilities.retentions, f"{declared} is not among its capabilities"
+        for given in held(subject, compressor=compressor).given:
+            said = given.selection.retention
+            assert said is declared, f"declares {declared}, but a selection of turn {given.turn} says {said}"
 
 
 def evicted_pairs_stay_gone(subject: Subject) -> None:
@@ -189,7 +189,7 @@ def evicted_bytes_are_freed(subject: Subject) -> None:
 
 
 class _Keepsake(RecordedConversation):
-    """Holds on to every store that a selection ends, so that its address is not given out anew."""
+    """Hold on to every store that a selection ends, so that its address is not given out anew."""
 
     def __init__(self, compressor: DecodeCompressor[Any], queries: Tensor, keys: Tensor) -> None:
         super().__init__(compressor, queries, keys)
@@ -203,7 +203,7 @@ class _Keepsake(RecordedConversation):
 
 
 def tensors(value: Any, known: set[int] | None = None) -> list[Tensor]:
-    """Every tensor that a state holds, however deep."""
+    """Return every tensor that a state holds, however deep."""
     known = set() if known is None else known
     if id(value) in known:
         return []
@@ -222,7 +222,7 @@ def tensors(value: Any, known: set[int] | None = None) -> list[Tensor]:
 
 CHECKS = (
     selections_have_the_right_form,
-    selections_are_for_ruled_layers,
+    selections_are_for_its_own_layers,
     selections_are_sorted,
     selections_are_unique,
     selections_are_in_range,

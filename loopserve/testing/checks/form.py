@@ -1,4 +1,4 @@
-"""What every policy promises before it serves: its name, its documentation, its options."""
+"""Check what every policy promises before it serves: its name, its documentation, its options."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from loopserve.core.config import parse_strictly, parse_yaml, to_yaml
-from loopserve.core.interfaces import Capabilities, DecodeCompressor
-from loopserve.core.nesting import written
+from loopserve.core.policy.interfaces import Capabilities, DecodeCompressor
+from loopserve.core.policy.wrappers import written
+from loopserve.core.stack.config import parse_strictly, parse_yaml, to_yaml
 from loopserve.testing.subject import NotApplicable, Subject
 from loopserve.testing.variants import AnyPolicy
 
@@ -48,8 +48,8 @@ def docstring_gives_the_link(subject: Subject) -> None:
 
 
 def capabilities_are_declared(subject: Subject) -> None:
-    """Capabilities and `able` are Capabilities, and an object is able to do no more than its class declares."""
-    able, declared = subject.policy.able, subject.policy.capabilities
+    """Capabilities and `effective_capabilities` are Capabilities, and an object can do no more than its class declares."""
+    able, declared = subject.policy.effective_capabilities, subject.policy.capabilities
     for each in (able, declared):
         assert isinstance(each, Capabilities), f"expected Capabilities, got {each!r}"
     assert able.layer_types <= declared.layer_types, "the object serves layer types that the class does not declare"
@@ -85,7 +85,7 @@ def options_are_described(subject: Subject) -> None:
 
 
 class _Inside:
-    """Gives back the inner policies of a wrapper, from what they are written as (``core.nesting.Maker``)."""
+    """Return the inner policies of a wrapper, from what they are written as (``core.policy.wrappers.Maker``)."""
 
     def __init__(self, policy: AnyPolicy) -> None:
         self.known: dict[str, Any] = {}
@@ -123,7 +123,7 @@ def import_needs_no_transformers(subject: Subject) -> None:
 
 
 def _imported(body: list[ast.stmt]) -> list[tuple[int, str]]:
-    """(line, module) of each import that runs when a module is imported; not those inside functions."""
+    """Return (line, module) of each import that runs when a module is imported; not those inside functions."""
     found: list[tuple[int, str]] = []
     for each in body:
         if isinstance(each, ast.Import):

@@ -1,4 +1,4 @@
-"""What every policy promises while it serves: it changes nothing that is not its session's own."""
+"""Check that a policy changes nothing but its session's state while it serves."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loopserve.core.interfaces import (
+from loopserve.core.policy.interfaces import (
     AttentionInputs,
     DecodeCompressor,
     KVSelection,
@@ -68,15 +68,15 @@ def _serve(subject: Subject) -> None:
 
 
 class _Watched(DecodeCompressor[Any]):
-    """Hands every call on to a compressor and sees to it that no tensor of the call is written to."""
+    """Pass every call on to a compressor and assert that no tensor of the call is written to."""
 
     def __init__(self, watched: DecodeCompressor[Any]) -> None:
         super().__init__(watched.config)
         self.watched = watched
 
     @property
-    def unwatched_pairs(self) -> int:
-        return self.watched.unwatched_pairs
+    def dense_below_tokens(self) -> int:
+        return self.watched.dense_below_tokens
 
     def init_state(self) -> Any:
         return self.watched.init_state()
@@ -97,7 +97,7 @@ class _Watched(DecodeCompressor[Any]):
 
 
 def snapshot(value: Any, above: tuple[int, ...] = ()) -> Any:
-    """What a value holds, as something that stays the same and can be compared, whatever happens to the value."""
+    """Return what a value holds in a form that stays the same and can be compared, whatever happens to the value."""
     if id(value) in above:
         return "a value that holds itself"
     above = (*above, id(value))

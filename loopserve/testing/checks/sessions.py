@@ -1,24 +1,26 @@
-"""What a decode compressor promises of its state: sessions apart, forks alike, undone turns without a trace."""
+"""Check a decode compressor's state: sessions apart, forks alike, undone turns without a trace."""
 
 from __future__ import annotations
 
 import copy
+import json
+from typing import Any
 
-from loopserve.core.interfaces import Retention
+from loopserve.core.policy.interfaces import Policy, Retention
 from loopserve.testing.recorded import RecordedConversation, difference, held
 from loopserve.testing.subject import NotApplicable, Subject
 
 
 def same_conversation_gives_the_same_selections(subject: Subject) -> None:
     """Equal conversations get equal selections, unless the policy declares that it is not deterministic."""
-    if not subject.policy.able.deterministic:
+    if not subject.policy.effective_capabilities.deterministic:
         raise NotApplicable("it declares that it is not deterministic")
     found = difference(held(subject), held(subject))
     assert found is None, found
 
 
 def _alone(subject: Subject, seed: int = 0) -> RecordedConversation:
-    """A conversation of its own. NotApplicable if a second one differs, since then no comparison says anything."""
+    """Return a conversation of its own. Raises NotApplicable if a second one differs, since then no comparison says anything."""
     alone = held(subject, seed)
     if difference(alone, held(subject, seed)) is not None:
         raise NotApplicable("it is not deterministic, so a difference would say nothing")
@@ -45,12 +47,29 @@ def state_survives_a_fork(subject: Subject) -> None:
     assert found is None, found
 
 
+def state_can_be_written_to_disk(subject: Subject) -> None:
+    """A state is written as JSON and tensors after each step of a conversation, and what is read goes on as the state itself would."""
+    alone = _alone(subject)
+    written = RecordedConversation(subject.compressor, *subject.script())
+    for step in subject.steps:
+        written.run((step,))
+        written.state = written_and_read(subject.policy, written.state)
+    found = difference(alone, written)
+    assert found is None, found
+
+
+def written_and_read(policy: Policy, state: Any) -> Any:
+    """Return what a policy reads of its own state after it went through a file."""
+    tree, tensors = policy.pack_state(state)
+    return policy.unpack_state((json.loads(json.dumps(tree, allow_nan=False)), tensors))
+
+
 def an_undone_turn_leaves_no_trace(subject: Subject) -> None:
     """A turn taken back, with state and cache as they were before it, does not show in what follows."""
     plain = _alone(subject)
     undone = RecordedConversation(subject.compressor, *subject.script()).run(subject.steps[:2])
     undone.cache.release()
-    before, seen, told = copy.deepcopy(undone.state), undone.cache.seen, len(undone.told)
+    before, seen, given = copy.deepcopy(undone.state), undone.cache.seen, len(undone.given)
     kept = undone.cache.fork() if subject.compressor.retention is Retention.EVICT else None  # as a session does it
     queries = undone.queries
     undone.queries = queries.flip(2)
@@ -61,7 +80,7 @@ def an_undone_turn_leaves_no_trace(subject: Subject) -> None:
     else:
         undone.cache = kept
     undone.state, undone.turn = before, 0
-    del undone.told[told:]
+    del undone.given[given:]
     found = difference(plain, undone.run(subject.steps[2:]))
     assert found is None, found
 
@@ -73,23 +92,24 @@ def a_prompt_may_come_in_chunks(subject: Subject) -> None:
     prompt = subject.steps[0][1]
     talk.prefill(prompt, [prompt // 3, prompt // 3, prompt - 2 * (prompt // 3)])
     talk.decode()
-    early = [told.length for told in talk.told if told.length < prompt]
+    early = [given.length for given in talk.given if given.length < prompt]
     assert not early, f"a selection after {early[0]} of {prompt} tokens of the turn"
-    assert talk.told or talk.malformed, "no selection after the last chunk, though there is one without chunks"
+    assert talk.given or talk.malformed, "no selection after the last chunk, though there is one without chunks"
 
 
 def held_bytes_are_a_number(subject: Subject) -> None:
-    """What the state holds beside the store is told as a whole number of bytes, from 0 up, at any time."""
+    """The bytes that the state holds beside the store are a whole number, from 0 up, at any time."""
     talk = RecordedConversation(subject.compressor, *subject.script())
     for steps in (subject.steps[:0], subject.steps[:2]):
-        told = subject.compressor.held_bytes(talk.run(steps).state)
-        assert isinstance(told, int) and told >= 0, f"held_bytes says {told!r}"
+        given = subject.compressor.held_bytes(talk.run(steps).state)
+        assert isinstance(given, int) and given >= 0, f"held_bytes says {given!r}"
 
 
 CHECKS = (
     same_conversation_gives_the_same_selections,
     interleaved_sessions_equal_solo_ones,
     state_survives_a_fork,
+    state_can_be_written_to_disk,
     an_undone_turn_leaves_no_trace,
     a_prompt_may_come_in_chunks,
     held_bytes_are_a_number,

@@ -1,4 +1,4 @@
-"""What a prefill sparsifier promises. Most checks look at a first turn; histories and evictions have checks of their own."""
+"""Check a prefill sparsifier. Most checks use a first turn; histories and evictions have checks of their own."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from loopserve.core.interfaces import AttentionInputs, Need
-from loopserve.core.patterns import AttentionPattern
+from loopserve.core.policy.interfaces import AttentionInputs, Need
+from loopserve.core.policy.patterns import AttentionPattern
 from loopserve.testing.checks.calls import attended, first_turn
+from loopserve.testing.checks.sessions import written_and_read
 from loopserve.testing.inputs import make_inputs
 from loopserve.testing.subject import NotApplicable, Subject
 from loopserve.testing.variants import leaves_something_out, widest
@@ -21,7 +22,7 @@ _LOUD = 50.0  # what filler is replaced with, to see whether anything listens
 
 
 def _masked_scores(mask: Tensor, inputs: AttentionInputs) -> Tensor:
-    """Scores ``[Hq, Tq, Tk]`` with minus infinity outside the mask; a row without any cell is NaN after a softmax."""
+    """Return scores ``[Hq, Tq, Tk]`` with minus infinity outside the mask; a row without any cell is NaN after a softmax."""
     keys = inputs.keys.repeat_interleave(inputs.group, 0)
     return (inputs.queries @ keys.mT * inputs.scaling).masked_fill(~mask, float("-inf"))
 
@@ -92,14 +93,14 @@ def density_counts_the_mask(subject: Subject) -> None:
     inputs = first_turn()
     pattern = subject.sparsifier.sparsify(inputs)
     counted = _usable_mask(pattern, inputs).tril().sum((1, 2)).float() / pattern.causal_pairs
-    told, tiles = pattern.cell_density(), pattern.tile_density()
-    assert torch.allclose(told, counted, atol=1e-5), f"says {told.tolist()}, the mask says {counted.tolist()}"
+    stated, tiles = pattern.cell_density(), pattern.tile_density()
+    assert torch.allclose(stated, counted, atol=1e-5), f"says {stated.tolist()}, the mask says {counted.tolist()}"
     assert bool(((tiles > 0) & (tiles <= 1)).all()), f"tile density is {tiles.tolist()}"
 
 
 def sparsity_is_in_effect(subject: Subject) -> None:
     """Of a turn of 48 tokens something is left out, unless it is declared passive: dense patterns prove nothing."""
-    if subject.policy.able.passive:
+    if subject.policy.effective_capabilities.passive:
         raise NotApplicable("it declares that it leaves every layer as it is")
     assert leaves_something_out(subject.sparsifier), (
         "it computes nearly all of 48 tokens: give an object with smaller options, or declare it passive"
@@ -119,7 +120,7 @@ def gaps_in_positions_are_accepted(subject: Subject) -> None:
 
 
 def _require_evictions(subject: Subject) -> None:
-    if Need.FULL_HISTORY in subject.policy.able.needs:
+    if Need.FULL_HISTORY in subject.policy.effective_capabilities.needs:
         raise NotApplicable("it needs the whole history, so nothing is ever evicted before it")
 
 
@@ -151,7 +152,7 @@ def filler_is_never_attended(subject: Subject) -> None:
 
 def same_inputs_give_the_same_pattern(subject: Subject) -> None:
     """Equal inputs and seed give equal patterns, unless the policy declares that it is not deterministic."""
-    if not subject.policy.able.deterministic:
+    if not subject.policy.effective_capabilities.deterministic:
         raise NotApplicable("it declares that it is not deterministic")
     one, two = (subject.sparsifier.sparsify(first_turn()).to_mask() for _ in range(2))
     assert torch.equal(one, two), "two calls with equal inputs gave two patterns"
@@ -166,18 +167,19 @@ def rows_of_a_batch_are_independent(subject: Subject) -> None:
     assert torch.equal(alone, subject.sparsifier.sparsify(first_turn()).to_mask()), "another conversation shows through"
 
 
-def notebook_survives_a_fork(subject: Subject) -> None:
-    """What the policy writes into its notebook can be deep-copied, and the copy serves the next turn alike."""
+def sparsifier_state_survives_a_fork(subject: Subject) -> None:
+    """What the policy writes into its state can be copied and written to disk, and the copies serve the next turn alike."""
     inputs = first_turn()
     subject.sparsifier.sparsify(inputs)
-    if not inputs.notebook:
-        raise NotApplicable("it keeps no notebook")
+    if not inputs.state:
+        raise NotApplicable("it keeps no state")
     masks = []
-    for notebook in (copy.deepcopy(inputs.notebook), inputs.notebook):
+    for state in (copy.deepcopy(inputs.state), written_and_read(subject.policy, inputs.state), inputs.state):
         later = make_inputs(new_tokens=20, total_tokens=68, turn=1)
-        later.notebook.update(notebook)
+        later.state.update(state)
         masks.append(subject.sparsifier.sparsify(later).to_mask())
-    assert torch.equal(*masks), "the copy of the notebook leads to another pattern"
+    assert torch.equal(masks[0], masks[2]), "the copy of the state leads to another pattern"
+    assert torch.equal(masks[1], masks[2]), "the state read from disk leads to another pattern"
 
 
 def widest_setting_is_dense(subject: Subject) -> None:
@@ -202,7 +204,7 @@ def gpu_is_never_waited_for(subject: Subject) -> None:
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        again = replace(inputs, memo={}, notebook={})  # what the first call computed must not help the second
+        again = replace(inputs, scratch={}, state={})  # what the first call computed must not help the second
         attended(subject.sparsifier.sparsify(again), again)
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -227,7 +229,7 @@ CHECKS = (
     filler_is_never_attended,
     same_inputs_give_the_same_pattern,
     rows_of_a_batch_are_independent,
-    notebook_survives_a_fork,
+    sparsifier_state_survives_a_fork,
     widest_setting_is_dense,
     gpu_is_never_waited_for,
 )

@@ -1,9 +1,8 @@
-"""kvpress-style scorers as loopserve decode policies: objects with a ``score`` method, run as they are."""
+"""Run kvpress-style scorers as loopserve decode policies: objects with a ``score`` method, called as they are."""
 
 from __future__ import annotations
 
-from loopserve.core.hookspecs import hookimpl
-from loopserve.core.registry import Registry
+from loopserve import Registry, hookimpl
 from loopserve_kvpress.policy import KVPressDecode, ScorerDecode
 from loopserve_kvpress.scorers import Scorer
 

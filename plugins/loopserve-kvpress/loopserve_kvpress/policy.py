@@ -1,4 +1,4 @@
-"""The adapter: one call of a scorer per layer and turn, its scores handed to loopserve's template."""
+"""Call a scorer once per layer and turn, and pass its scores to loopserve's ScoredCompressor."""
 
 from __future__ import annotations
 
@@ -11,15 +11,24 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from loopserve.core.errors import ConfigError, PolicyError
-from loopserve.core.interfaces import AttentionInputs, Capabilities, LayerSpec, Need, Retention
-from loopserve.core.scoring import ScoredCompressor, ScoredConfig, ScoredState
+from loopserve import (
+    AttentionInputs,
+    Capabilities,
+    ConfigError,
+    LayerSpec,
+    Need,
+    PolicyError,
+    Retention,
+    ScoredCompressor,
+    ScoredConfig,
+    ScoredState,
+)
 from loopserve_kvpress.scorers import Option, Scorer, make_scorer
 from loopserve_kvpress.stand_in import StandInModule, cos_and_sin, parts_of, rotates_by_halves
 
 
 class ScorerConfig(ScoredConfig):
-    """Budget, forced pairs and retention are loopserve's; a scorer's own ratio is set from the budget in every call."""
+    """Take loopserve's budget, forced pairs and retention; a scorer's own ratio is set from the budget in every call."""
 
     reads_queries: bool = Field(
         True,
@@ -31,7 +40,7 @@ class ScorerConfig(ScoredConfig):
 
 
 class ScorerDecode(ScoredCompressor):
-    """Keeps the pairs that a kvpress-style scorer ranks highest; a subclass says which scorer.
+    """Keep the pairs that a kvpress-style scorer ranks highest; a subclass says which scorer.
 
     The scorer sees one conversation as a batch of one, the queries of the turn's last prefill call and the whole store.
     Sinks and a recent window are kept besides; set both to 0 for the scorer's choice alone.
@@ -40,7 +49,7 @@ class ScorerDecode(ScoredCompressor):
     capabilities: ClassVar[Capabilities] = Capabilities(retentions=frozenset(Retention))
 
     class Config(ScorerConfig):
-        """The scorer is the subclass's."""
+        """Take the scorer of the subclass."""
 
     config: ScorerConfig
 
@@ -49,14 +58,14 @@ class ScorerDecode(ScoredCompressor):
         return False  # nothing says that a scorer's answers are positive
 
     @property
-    def able(self) -> Capabilities:
+    def effective_capabilities(self) -> Capabilities:
         needs = frozenset({Need.ROTARY}) if self.config.reads_queries else frozenset()
         return replace(self.capabilities, needs=self.capabilities.needs | needs)
 
     @property
     @abstractmethod
     def scorer(self) -> Scorer:
-        """The object whose ``score`` is called. It is shared by all sessions; loopserve calls a copy."""
+        """Return the object whose ``score`` is called. It is shared by all sessions; loopserve calls a copy."""
 
     def refuses(self, layer: LayerSpec) -> str | None:
         if not self.config.reads_queries or layer.lacks(Need.ROTARY) is not None or layer.parts is None:
@@ -102,7 +111,7 @@ class ScorerDecode(ScoredCompressor):
         return found[0].float()
 
     def _states(self, inputs: AttentionInputs, own: slice) -> tuple[Tensor | None, dict[str, Any]]:
-        """The queries as hidden states ``[1, T, heads * D]``, and the rotation that takes them to their positions."""
+        """Return the queries as hidden states ``[1, T, heads * D]``, and the rotation that takes them to their positions."""
         if not self.config.reads_queries:
             return None, {}
         parts, positions = parts_of(inputs), inputs.head_positions(0)[inputs.columns]
@@ -123,7 +132,7 @@ class ScorerDecode(ScoredCompressor):
 
 
 def _with_ratio(scorer: Scorer, ratio: float) -> Scorer:
-    """A copy that removes this share of the pairs, for scorers that look at it; the one given stays as it is."""
+    """Return a copy that removes this share of the pairs, for scorers that read it; the one given stays as it is."""
     if not hasattr(scorer, "compression_ratio"):
         return scorer
     own = copy.deepcopy(scorer)
@@ -132,7 +141,7 @@ def _with_ratio(scorer: Scorer, ratio: float) -> Scorer:
 
 
 class KVPressDecode(ScorerDecode):
-    """Keeps the pairs that a scorer of kvpress, or one with the same interface, ranks highest; named in the stack file.
+    """Keep the pairs that a scorer of kvpress, or one with the same interface, ranks highest; named in the stack file.
 
     The package: https://arxiv.org/abs/2510.00636 (KVPress, with Expected Attention). Variant: a press's ``score`` is called as it
     is, with an attention module made of the queries; its ``compress``, its hooks and its ratio are not used.

@@ -1,4 +1,4 @@
-"""What a kvpress-style scorer is, and where one is found by name. Knows nothing of what it is run on."""
+"""Define a kvpress-style scorer, and find one by name."""
 
 from __future__ import annotations
 
@@ -9,23 +9,24 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from loopserve.core.errors import ConfigError, did_you_mean
+from loopserve import ConfigError
+from loopserve.core.errors import did_you_mean
 
 GROUP = "loopserve_kvpress"  # entry points of this group name scorers of other distributions
 Option = bool | int | float | str | None
 
 
 class Scorer(Protocol):
-    """The interface of ``kvpress.ScorerPress`` that this adapter calls; nothing else of a press is used."""
+    """Describe the interface of ``kvpress.ScorerPress`` that this adapter calls; nothing else of a press is used."""
 
     def score(
         self, module: Any, hidden_states: Tensor, keys: Tensor, values: Tensor, attentions: Tensor | None, kwargs: Any
     ) -> Tensor:
-        """Importance of each pair, ``[1, Hkv, Tk]``, of keys and values ``[1, Hkv, Tk, D]``; larger is kept."""
+        """Return the importance of each pair, ``[1, Hkv, Tk]``, of keys and values ``[1, Hkv, Tk, D]``; larger is kept."""
 
 
 def find_scorer(name: str) -> type[Scorer]:
-    """The class of a scorer: an entry point of the group ``loopserve_kvpress``, else a class of the package kvpress.
+    """Return the class of a scorer: an entry point of the group ``loopserve_kvpress``, else a class of the package kvpress.
 
     ConfigError if there is none of that name, or it has no ``score``.
     """
@@ -53,7 +54,7 @@ def _of_kvpress(name: str, entries: Mapping[str, Any]) -> Any:
 
 
 def make_scorer(name: str, options: Mapping[str, Option]) -> Scorer:
-    """A scorer with its options. ConfigError if it does not take them."""
+    """Return a scorer with its options. Raises ConfigError if it does not take them."""
     kind = find_scorer(name)
     if "compression_ratio" in options:
         raise ConfigError("compression_ratio is not needed: the policy's budget says how many pairs are kept")

@@ -1,4 +1,4 @@
-"""What a scorer is given in place of a transformers attention module: as much of one as queries and keys can make up.
+"""Stand in for a transformers attention module, as far as queries and keys allow.
 
 kvpress reads queries as ``q_proj(hidden_states)`` and rotates them itself. So the hidden states handed over ARE the queries of
 the call, turned back to before their position, and ``q_proj`` leaves them as they are. True hidden states are not to be had;
@@ -13,15 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loopserve.core.errors import PolicyError
-from loopserve.core.interfaces import AttentionInputs
-from loopserve.core.layers import LayerParts
+from loopserve import AttentionInputs, LayerParts, PolicyError
 
 _PROBED = (0, 1, 300)
 
 
 class Same:
-    """A projection that changes nothing; ``weight`` for scorers that multiply by it themselves."""
+    """Project nothing; ``weight`` is for scorers that multiply by it themselves."""
 
     def __init__(self, width: int, like: Tensor) -> None:
         self._width, self._like = width, like
@@ -35,7 +33,7 @@ class Same:
 
 
 class StandInModule:
-    """Stands for one attention module in one call; ``kv_heads`` of its heads are looked at."""
+    """Stand for one attention module in one call; a scorer sees ``kv_heads`` of its heads."""
 
     def __init__(self, inputs: AttentionInputs, kv_heads: int, reads_queries: bool) -> None:
         heads, dim = kv_heads * inputs.group, inputs.keys.shape[2]
@@ -48,7 +46,7 @@ class StandInModule:
             num_attention_heads=heads,
             num_key_value_heads=kv_heads,
             head_dim=dim,
-            num_hidden_layers=len(inputs.ruled) or inputs.layer.index + 1,
+            num_hidden_layers=len(inputs.compressor_layers) or inputs.layer.index + 1,
         )
         if reads_queries:
             self._inputs = inputs
@@ -56,7 +54,7 @@ class StandInModule:
             self.rotary_emb = self._rotation_of_what_comes
 
     def _rotation_of_what_comes(self, vectors: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin ``[1, n, D]``. A scorer counts positions from the call's first query; those of a later turn come after
+        """Return cos and sin ``[1, n, D]``. A scorer counts positions from the call's first query; those of a later turn come after
         the whole conversation.
         """
         before = self._inputs.length - self._inputs.new_tokens
@@ -76,7 +74,7 @@ def parts_of(inputs: AttentionInputs) -> LayerParts:
 
 
 def cos_and_sin(parts: LayerParts, positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-    """The rotation by halves at positions ``[n]``, cos and sin ``[1, n, D]`` as transformers' rotary modules give them."""
+    """Return the rotation by halves at positions ``[n]``, cos and sin ``[1, n, D]`` as transformers' rotary modules give them."""
     dim = like.shape[-1]
     probe = torch.zeros(1, len(positions), dim, dtype=like.dtype, device=like.device)
     probe[..., : dim // 2] = 1  # x * cos + rotate_half(x) * sin of (1, 0) is (cos, sin)
@@ -86,7 +84,7 @@ def cos_and_sin(parts: LayerParts, positions: Tensor, like: Tensor) -> tuple[Ten
 
 
 def rotates_by_halves(parts: LayerParts, dim: int) -> bool:
-    """Whether a layer rotates as kvpress's scorers take for granted: x * cos + rotate_half(x) * sin, over all channels."""
+    """Return whether a layer rotates as kvpress's scorers assume: x * cos + rotate_half(x) * sin, over all channels."""
     vectors = torch.randn(
         1, len(_PROBED), dim, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu"
     )

@@ -15,7 +15,7 @@ import torch
 from loopserve_kvpress import KVPressDecode
 
 from loopserve.core.errors import LoopServeError
-from loopserve.core.interfaces import AttentionInputs, LayerSpec, LayerType, Phase
+from loopserve.core.policy.interfaces import AttentionInputs, LayerSpec, LayerType, Phase
 from loopserve.testing.parts import PlainParts
 from loopserve.testing.records import FakeRecord
 from tests.oracle.make_fixtures import LAYER, MODELS, SEED, capture, queries_of, tiny

@@ -15,9 +15,9 @@ from loopserve_kvpress.stand_in import StandInModule, cos_and_sin
 from safetensors.torch import load_file
 
 from loopserve.core.errors import ConfigError, PolicyError
-from loopserve.core.interfaces import AttentionInputs, LayerSpec, LayerType, Need, Phase
-from loopserve.core.registry import Kind, Registry
-from loopserve.core.stack import load_stack
+from loopserve.core.policy.interfaces import AttentionInputs, LayerSpec, LayerType, Need, Phase
+from loopserve.core.policy.registry import Kind, Registry
+from loopserve.core.stack.stack import resolve_stack
 from loopserve.policies import loopserve_register_policies as built_in
 from loopserve.testing import parametrize_with_policy_checks
 from loopserve.testing.inputs import make_inputs
@@ -106,8 +106,8 @@ def test_the_ratio_is_the_one_that_the_budget_leaves() -> None:
 
 def test_another_scaling_than_the_root_of_d_is_the_models() -> None:
     inputs, _ = frozen_inputs()
-    sharper = AttentionInputs(**{**vars(inputs), "scaling": inputs.scaling * 2, "memo": {}, "notebook": {}})
-    louder = AttentionInputs(**{**vars(inputs), "queries": inputs.queries * 2, "memo": {}, "notebook": {}})
+    sharper = AttentionInputs(**{**vars(inputs), "scaling": inputs.scaling * 2, "scratch": {}, "state": {}})
+    louder = AttentionInputs(**{**vars(inputs), "queries": inputs.queries * 2, "scratch": {}, "state": {}})
     made = policy("WindowScorer")
     torch.testing.assert_close(made.score(sharper), made.score(louder))
 
@@ -161,9 +161,9 @@ def registry() -> Registry:
 
 def test_it_stands_in_a_stack_file_and_inside_a_wrapper(registry: Registry) -> None:
     inner = {"policy": "kvpress", "press": "WindowScorer", "options": {"window_size": 8}, "budget": 64}
-    stack = load_stack({"prefill": {"policy": "dense"}, "decode": {"policy": "adakv", "inner": inner}}, registry)
-    assert load_stack(stack.describe(), registry) == stack
-    assert stack.decode.able.needs == {Need.ROTARY}
+    stack = resolve_stack({"prefill": {"policy": "dense"}, "decode": {"policy": "adakv", "inner": inner}}, registry)
+    assert resolve_stack(stack.describe(), registry) == stack
+    assert stack.decode.effective_capabilities.needs == {Need.ROTARY}
     assert registry.get(Kind.DECODE, "kvpress").paper
 
 
@@ -179,7 +179,7 @@ def test_it_stands_in_a_stack_file_and_inside_a_wrapper(registry: Registry) -> N
 )
 def test_what_cannot_be_made_is_refused_at_load(registry: Registry, fields: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
-        load_stack({"prefill": {"policy": "dense"}, "decode": {"policy": "kvpress", **fields}}, registry)
+        resolve_stack({"prefill": {"policy": "dense"}, "decode": {"policy": "kvpress", **fields}}, registry)
 
 
 def test_without_kvpress_it_says_what_to_do(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,7 +187,9 @@ def test_without_kvpress_it_says_what_to_do(registry: Registry, monkeypatch: pyt
     with pytest.raises(
         ConfigError, match=r"kvpress cannot be imported .* as an entry point of the group 'loopserve_kvpress'"
     ):
-        load_stack({"prefill": {"policy": "dense"}, "decode": {"policy": "kvpress", "press": "SnapKVPress"}}, registry)
+        resolve_stack(
+            {"prefill": {"policy": "dense"}, "decode": {"policy": "kvpress", "press": "SnapKVPress"}}, registry
+        )
 
 
 class Interleaved(PlainParts):

@@ -1,9 +1,8 @@
-"""Star Attention as a loopserve plugin: a sparsifier with a pattern and kernels of its own."""
+"""Implement Star Attention as a loopserve plugin: a sparsifier with a pattern and kernels of its own."""
 
 from __future__ import annotations
 
-from loopserve.core.hookspecs import hookimpl
-from loopserve.core.registry import Registry
+from loopserve import Registry, hookimpl
 from loopserve_star.pattern import StarPattern
 from loopserve_star.policy import StarPrefill
 

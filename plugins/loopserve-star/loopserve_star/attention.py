@@ -1,4 +1,4 @@
-"""Star attention, block by block: each block is a small dense attention over the anchor's keys and its own.
+"""Compute star attention block by block: each block is a small dense attention over the anchor's keys and its own.
 
 On a GPU with Triton one kernel does all blocks at once (``triton_attention``).
 """
@@ -26,7 +26,8 @@ def star_attention(
     softcap: float | None = None,
     first_valid: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(output ``[Hq, T, D]``, log-sum-exp float32 ``[Hq, T]``) of queries ``[Hq, T, D]``, the last T of keys ``[Hkv, n, D]``.
+    """Return output ``[Hq, T, D]`` and log-sum-exp float32 ``[Hq, T]`` of queries ``[Hq, T, D]``, the last T of keys ``[Hkv, n,
+    D]``.
 
     block, anchor, whole: as in ``StarPattern``. first_valid ``[Hkv]``: columns before it are filler and never attended.
     """
@@ -52,7 +53,7 @@ def in_blocks(
     softcap: float | None = None,
     first_valid: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The same on any device, one call of dense attention per block."""
+    """Return the same on any device, by one call of dense attention per block."""
     total = keys.shape[1]
     history = total - queries.shape[1]
     outputs, sums = [], []
@@ -81,7 +82,7 @@ def in_blocks(
 
 
 def _pieces(history: int, total: int, block: int, anchor: int, whole: int) -> Iterator[tuple[int, int, int]]:
-    """The rows from column ``first`` to ``end`` see the anchor and the columns from ``begin`` on; 0 = everything."""
+    """Yield rows from column ``first`` to ``end`` that see the anchor and the columns from ``begin`` on; 0 = everything."""
     border = max(total - whole, history)
     first = history
     while first < border:

@@ -1,4 +1,4 @@
-"""Which cells a star has, what they cost, and how it attends. Knows no policy."""
+"""Define the cells of a star, their cost, and their attention."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loopserve.core.patterns import TILE, AttentionPattern
+from loopserve.core.policy.patterns import TILE, AttentionPattern
 from loopserve_star.attention import star_attention
 
 
 @dataclass(frozen=True)
 class StarPattern(AttentionPattern):
-    """Blocks of ``block`` columns that see themselves and the first ``anchor`` columns; the last ``whole`` rows see all.
+    """Divide the columns into blocks of ``block``, which see themselves and the first ``anchor`` columns; the last ``whole`` rows
+    see all.
 
     Blocks are counted from column 0, so a turn may begin and end within one. ValueError for sizes that make no pattern.
     """
@@ -55,7 +56,7 @@ class StarPattern(AttentionPattern):
 
     @cached_property
     def _cells(self) -> int:
-        """A row sees all columns up to its own, but for those between anchor and block."""
+        """Count the cells: a row sees all columns up to its own, but for those between anchor and block."""
         first = self.total_tokens - self.new_tokens
         columns = torch.arange(first, max(self.total_tokens - self.whole, first), device="cpu")
         between = (columns // self.block * self.block - self.anchor).clamp(min=0)
@@ -63,7 +64,7 @@ class StarPattern(AttentionPattern):
 
     @cached_property
     def _tile_density(self) -> float:
-        """Tiles of 64 keys that tiles of 64 rows walk: those of the anchor, and those from their first row's block on."""
+        """Count tiles of 64 keys that tiles of 64 rows compute: those of the anchor, and those from their first row's block on."""
         computed = dense = 0
         for first in range(self.total_tokens - self.new_tokens, self.total_tokens, TILE):
             end = min(first + TILE, self.total_tokens)

@@ -1,4 +1,4 @@
-"""The sparsifier: says which blocks there are, measures nothing."""
+"""Choose the blocks of Star Attention."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from loopserve.core.interfaces import AttentionInputs, PolicyConfig, PrefillSparsifier
-from loopserve.core.patterns import AttentionPattern
+from loopserve import AttentionInputs, AttentionPattern, PolicyConfig, PrefillSparsifier
 from loopserve_star.pattern import StarPattern
 
 
 class StarPrefill(PrefillSparsifier):
-    """Each block of tokens attends to itself and to the conversation's first tokens; a turn's last tokens to everything.
+    """Attend from each block of tokens to itself and to the conversation's first tokens; from a turn's last tokens to everything.
 
     Star Attention (https://arxiv.org/abs/2411.17116). Variant: its two phases in one call, the context in blocks behind
     an anchor and the query over everything; the paper's anchor is as long as a block.

@@ -1,4 +1,4 @@
-"""Star attention as one Triton kernel: a tile of rows walks the anchor's keys, then those from its first row's block on."""
+"""Compute star attention in one Triton kernel: a tile of rows reads the anchor's keys, then those from its first row's block on."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _walk(
     PADDED: tl.constexpr,
     SOFTCAP: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """The running softmax (base 2) of a tile of rows, carried over the keys from ``begin`` to ``end``."""
+    """Carry the running softmax (base 2) of a tile of rows over the keys from ``begin`` to ``end``."""
     channel = tl.arange(0, PADDED)
     for start in range(begin, end, KEYS):
         key = start + tl.arange(0, KEYS)

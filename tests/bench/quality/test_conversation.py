@@ -11,7 +11,7 @@ from loopserve.api import Engine
 from loopserve.bench.quality.agreement import Distributions
 from loopserve.bench.quality.conversation import Conversation
 from loopserve.core.errors import ModelError
-from loopserve.models.huggingface import set_implementation
+from loopserve.models.layers import set_implementation
 from tests.bench.quality.small import SNAPKV, random_model
 
 GOLD = ("amber falcon river .", "stone .")
@@ -20,7 +20,7 @@ TEXTS = ("the code of lisbon is amber falcon river . what is the code of lisbon 
 
 def talk(stack: object = "dense") -> Conversation:
     engine = Engine(*random_model(), stack)  # type: ignore[arg-type]
-    return Conversation(engine.tokens, engine.tokenizer, engine.stop_ids)
+    return Conversation(engine.token_engine, engine.tokenizer, engine.stop_ids)
 
 
 def test_the_history_is_what_a_template_makes_of_gold_answers() -> None:

@@ -24,8 +24,8 @@ from loopserve.bench.speed.prefill_ops import prefill_case
 from loopserve.bench.speed.suite import KernelPrefill, load_suite
 from loopserve.cli import main
 from loopserve.core.errors import ConfigError
-from loopserve.core.interfaces import DecodeCompressor
-from loopserve.core.patterns import LinePattern
+from loopserve.core.policy.interfaces import DecodeCompressor
+from loopserve.core.policy.patterns import LinePattern
 from loopserve.kernels.backend import Operation
 from loopserve.policies.decode.full import FullDecode
 from tests.bench.speed.small import by_op, suite

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 
+import loopserve
 from loopserve.bench.speed.suite import KernelPrefill, cases, load_suite
 from loopserve.bench.suite_files import SuiteKind, suite_files
 from loopserve.cli import main
 from loopserve.core.errors import ConfigError
 
-SUITES = Path(__file__).parents[3] / "benchmarks" / "suites"
+SUITES = Path(loopserve.__file__).parent / "bench" / "suites"
 
 
 @pytest.mark.parametrize("name", suite_files(SuiteKind.SPEED))
@@ -25,6 +26,17 @@ def test_the_two_kinds_of_suites_are_told_apart() -> None:
     assert speed | quality == shipped and not speed & quality and "cpu" in speed and "synthetic-small" in quality
     with pytest.raises(ConfigError, match="this is a suite of quality: give it to loopserve bench run"):
         load_suite(str(SUITES / "synthetic-small.yaml"))
+
+
+def test_a_suite_of_the_current_directory_is_found_by_name_and_wins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "benchmarks" / "suites"
+    folder.mkdir(parents=True)
+    for name in ("cpu.yaml", "v1.5.yml"):
+        (folder / name).write_text("version: 1\nname: mine\n")
+    monkeypatch.chdir(tmp_path)
+    assert load_suite("cpu").name == load_suite("v1.5").name == "mine" and load_suite("gpu").name == "gpu"
 
 
 def test_lists_multiply() -> None:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from loopserve.core.pages import PageSummaries
+from loopserve.core.kv.key_summaries import KeySummaries
 from loopserve.kernels import backend
 from loopserve.kernels.key_codes import BITS, code_jumps
 from loopserve.kernels.top_columns import top_columns
@@ -135,7 +135,7 @@ def test_jumps_are_the_first_of_equals_and_never_the_base() -> None:
     queries[2, 0, 0] = 1.0
     base = torch.tensor([[3, 63, 64, 70]])
     with backend.use("reference"):
-        pages = PageSummaries(1, 2)  # pages of one key: codes are exact
+        pages = KeySummaries(1, 2)  # pages of one key: codes are exact
         pages.update(keys)
         wanted = [pages.jumps(queries, base, 75, budget, 1.0) for budget in (0, 1, 20, 71)]
     with backend.use("triton"):

@@ -1,0 +1,1 @@
+"""Drive forward passes: sessions, turns, attention, sampling and statistics."""

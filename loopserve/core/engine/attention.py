@@ -1,0 +1,336 @@
+"""Compute one layer's attention for every session of a forward pass: the only caller of a policy's per-layer methods.
+
+The bridge hands over rotated queries of sessions whose new pairs are stored; what comes back is the layer's attention output.
+Knows no model family.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from loopserve.core.engine.forward import ForwardContext
+from loopserve.core.engine.session import Session
+from loopserve.core.engine.slots import LayerPolicies
+from loopserve.core.engine.stats import LayerRecord
+from loopserve.core.errors import Fault, ModelError
+from loopserve.core.guard.faults import FAULTS
+from loopserve.core.guard.validation import check_output, check_pattern, check_selection
+from loopserve.core.policy.interfaces import AttentionInputs, LayerType, Phase
+from loopserve.core.policy.patterns import AttentionPattern, DensePattern
+from loopserve.kernels.decode_attention import DecodeRequest, decode_attention_batch
+from loopserve.kernels.dense_attention import dense_attention
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """Hold what one layer of the model asks for, equal for all sessions of a pass.
+
+    window: sliding window in tokens, own token included. sinks ``[Hq]``: logits of a virtual key without value that only takes
+    mass (gpt-oss).
+    """
+
+    layer: int
+    scaling: float
+    softcap: float | None = None
+    window: int | None = None
+    sinks: Tensor | None = None
+
+
+def attend(contexts: Sequence[ForwardContext], call: LayerCall, queries: Sequence[Tensor]) -> list[Tensor]:
+    """Return one layer's attention output ``[Hq, T, D]`` per session, for its rotated queries ``[Hq, T, D]``.
+
+    The decode steps of all sessions go through one kernel call. An error of one session among several is kept in its context,
+    and its output is zero from there on.
+    """
+    outputs: list[Tensor | None] = [None] * len(contexts)
+    steps: list[tuple[int, _DecodeStep]] = []
+    for index, (context, rows) in enumerate(zip(contexts, queries, strict=True)):
+        with _kept_apart(context) as takes_part:
+            if not takes_part:
+                continue
+            policies = context.session.slots.by_layer[call.layer]
+            plain = policies.spec.type is not LayerType.FULL or call.window is not None
+            shown = not plain and _shows(context, policies)
+            if plain:
+                outputs[index] = _with_sinks(call, *_as_the_model_defines(context, call, rows))
+            elif context.phase is Phase.DECODE:
+                steps.append((index, _select(context, call, policies, rows, shown)))
+            else:
+                outputs[index] = _with_sinks(call, *_many_rows(context, call, policies, rows, shown))
+    if steps:
+        found = decode_attention_batch(
+            [step.request for _, step in steps],
+            scaling=call.scaling,
+            softcap=call.softcap,
+            need_lse=call.sinks is not None,
+        )
+        for (index, step), (output, lse) in zip(steps, found, strict=True):
+            outputs[index] = _with_sinks(call, output, lse)
+            with _kept_apart(contexts[index]) as takes_part:
+                if takes_part and step.observes:
+                    _observe_step(contexts[index], call, step)
+    return [
+        torch.zeros_like(rows) if output is None or context.error is not None else output
+        for context, rows, output in zip(contexts, queries, outputs, strict=True)
+    ]
+
+
+def _shows(context: ForwardContext, policies: LayerPolicies) -> bool:
+    """Decide whether a layer's compressor is called in this pass; note the slot if it is."""
+    slot = policies.decode_slot
+    stored = context.session.cache.layers[policies.spec.index].stored
+    if not (policies.shows(stored) and context.session.is_enabled(slot) and context.observer in (None, slot)):
+        return False
+    context.shown.add(slot)
+    return True
+
+
+@contextmanager
+def _kept_apart(context: ForwardContext) -> Iterator[bool]:
+    """Keep an error of an isolated session in its context. Yields whether the session still takes part in the pass."""
+    try:
+        yield context.error is None
+    except Exception as error:
+        if not context.isolated:
+            raise
+        context.error = error
+
+
+def _with_sinks(call: LayerCall, output: Tensor, lse: Tensor | None) -> Tensor:
+    """Take the mass of the virtual keys out of an output ``[Hq, T, D]``."""
+    if call.sinks is None:
+        return output
+    assert lse is not None
+    return output * torch.sigmoid(lse - call.sinks.float()[:, None])[..., None].to(output.dtype)
+
+
+def _inputs(context: ForwardContext, call: LayerCall, policies: LayerPolicies, queries: Tensor) -> AttentionInputs:
+    session, index = context.session, policies.spec.index
+    cache = session.cache.layers[index]
+    assert cache.store is not None
+    total = cache.stored
+    if context.phase is Phase.OBSERVE:
+        columns = _columns_of(context.positions, cache.positions())
+    else:
+        columns = cache.counted(total - queries.shape[1], total, queries.device)
+    return AttentionInputs(
+        queries=queries,
+        keys=cache.store.keys,
+        values=cache.store.values,
+        columns=columns,
+        positions=cache.positions(),
+        first_valid=cache.first_valid,
+        layer=policies.spec,
+        phase=context.phase,
+        turn=session.stats.turn,
+        turn_start=session.turn_start,
+        output_index=session.output_index,
+        final=context.final,
+        scaling=call.scaling,
+        softcap=call.softcap,
+        record=LayerRecord(session.stats, index),
+        selection=cache.active.selection if cache.active is not None else None,
+        scratch=context.scratch.setdefault(index, {}),
+        state=session.states[policies.prefill_slot],
+        compressor_layers=session.slots.layers_of(policies.decode_slot),
+        strict=session.guard.strict,
+    )
+
+
+def _columns_of(positions: Tensor, stored: Tensor) -> Tensor:
+    """Columns of positions of this turn, which every head holds at the same places."""
+    row = stored if stored.dim() == 1 else stored[0]
+    return torch.searchsorted(row, positions)
+
+
+def _many_rows(
+    context: ForwardContext, call: LayerCall, policies: LayerPolicies, queries: Tensor, shown: bool
+) -> tuple[Tensor, Tensor | None]:
+    need_lse = call.sinks is not None
+    inputs = _inputs(context, call, policies, queries)
+    if context.phase is Phase.OBSERVE:
+        output, lse = _dense(inputs, need_lse, columns=inputs.columns)
+        pair = inputs.keys.shape[2] + inputs.values.shape[2]
+        stored = inputs.keys.shape[0] * inputs.keys.shape[1]
+        context.session.stats.read("observation", stored * pair * inputs.keys.element_size())
+    else:
+        output, lse = _sparse(context, policies, inputs, need_lse) or _plain(context, inputs, need_lse)
+    if shown:
+        _after(context, policies, inputs)
+    return output, lse
+
+
+def _sparse(
+    context: ForwardContext, policies: LayerPolicies, inputs: AttentionInputs, need_lse: bool
+) -> tuple[Tensor, Tensor | None] | None:
+    """Attention on what the sparsifier chooses; None if it may not choose, or broke its contract."""
+    session, sparsifier = context.session, policies.sparsifier
+    assert sparsifier is not None
+    if not session.is_enabled(policies.prefill_slot):
+        return None
+    moment = "sparsify"
+    try:
+        pattern = session.guard.ask(sparsifier, sparsifier.sparsify, inputs)
+        check_pattern(pattern, inputs)
+        moment = "the attend of its pattern"
+        found = check_output(pattern, session.guard.attend(sparsifier, pattern, inputs, need_lse), inputs, need_lse)
+        _report(context, inputs, pattern)
+    except FAULTS as error:
+        _failed(session, policies.prefill_slot, error, moment, inputs)
+        return None
+    return found
+
+
+def _failed(session: Session, slot: str, error: BaseException, moment: str, inputs: AttentionInputs) -> None:
+    """Deal with a policy's fault, unless what it was given were no numbers."""
+    if getattr(error, "fault", None) is not Fault.WROTE and not bool(inputs.queries.isfinite().all()):
+        raise ModelError(
+            f"the model's queries of layer {inputs.layer.index} are not finite numbers: its weights are damaged or its dtype "
+            "overflows; load it in another dtype"
+        ) from error
+    session.failed(slot, error, moment, inputs.layer.index)
+
+
+def _plain(context: ForwardContext, inputs: AttentionInputs, need_lse: bool) -> tuple[Tensor, Tensor | None]:
+    """Attention on everything, in place of a sparsifier."""
+    _report(context, inputs, DensePattern(inputs.queries.shape[0], inputs.new_tokens, inputs.total_tokens))
+    return _dense(inputs, need_lse)
+
+
+def _dense(inputs: AttentionInputs, need_lse: bool, columns: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    return dense_attention(
+        inputs.queries,
+        inputs.keys,
+        inputs.values,
+        scaling=inputs.scaling,
+        softcap=inputs.softcap,
+        columns=columns,
+        first_valid=inputs.first_valid,
+        need_lse=need_lse,
+    )
+
+
+def _after(context: ForwardContext, policies: LayerPolicies, inputs: AttentionInputs) -> None:
+    """Let the compressor observe."""
+    session, compressor = context.session, policies.compressor
+    if not policies.observes_after or not session.is_enabled(policies.decode_slot):
+        return
+    assert compressor is not None
+    try:
+        session.guard.ask(compressor, compressor.after_attention, inputs, session.states[policies.decode_slot])
+    except FAULTS as error:
+        _failed(session, policies.decode_slot, error, "after_attention", inputs)
+
+
+def _before(context: ForwardContext, policies: LayerPolicies, inputs: AttentionInputs) -> bool:
+    """Let the compressor select for this very step. True if it did, so that what the inputs say of the selection, and after an
+    eviction of the store, is no longer true.
+    """
+    session, compressor = context.session, policies.compressor
+    assert compressor is not None
+    cache = session.cache.layers[inputs.layer.index]
+    try:
+        selection = session.guard.ask(
+            compressor, compressor.before_attention, inputs, session.states[policies.decode_slot]
+        )
+        if selection is None:
+            return False
+        check_selection(selection, cache, policies.retention, policies.most_pairs, session.output_index + 1)
+        cache.select(selection)
+        context.reselected = True
+    except FAULTS as error:
+        _failed(session, policies.decode_slot, error, "before_attention", inputs)
+    return True
+
+
+def _report(context: ForwardContext, inputs: AttentionInputs, pattern: AttentionPattern) -> None:
+    rows, total = inputs.new_tokens, inputs.total_tokens
+    causal = rows * (total - rows) + rows * (rows + 1) // 2
+    started = time.perf_counter()
+    stats = context.session.stats
+    stats.pattern(inputs.layer.index, pattern, causal)
+    if context.measure:
+        inputs.record.mean("coverage_realised", _realised(inputs, pattern))
+    stats.measuring_s += time.perf_counter() - started
+
+
+def _realised(inputs: AttentionInputs, pattern: AttentionPattern) -> Tensor:
+    """Share of the attention mass inside the pattern over all rows, per head ``[Hq]``."""
+    if isinstance(pattern, DensePattern):
+        return torch.ones(inputs.queries.shape[0], dtype=torch.float32, device="cpu")
+    return inputs.coverage(pattern, torch.arange(inputs.new_tokens, device=inputs.queries.device))
+
+
+@dataclass
+class _DecodeStep:
+    """Hold one session's decode step of one layer while the kernel works on the steps of all sessions."""
+
+    policies: LayerPolicies
+    request: DecodeRequest
+    inputs: AttentionInputs | None  # what the compressor was shown, if it made no selection
+    observes: bool
+
+
+def _select(
+    context: ForwardContext, call: LayerCall, policies: LayerPolicies, queries: Tensor, shown: bool
+) -> _DecodeStep:
+    """Let the compressor select for this step, and say which pairs the queries attend to."""
+    session, index = context.session, policies.spec.index
+    cache = session.cache.layers[index]
+    assert cache.store is not None
+    inputs = None
+    if policies.selects_before and shown:
+        inputs = _inputs(context, call, policies, queries)
+        if _before(context, policies, inputs):
+            inputs = None
+    store = cache.store
+    active, pairs, first_valid, columns, tail = cache.active, store, cache.first_valid, None, 0
+    if active is None:
+        attended = store.heads * store.length - (int(first_valid.sum()) if first_valid is not None else 0)
+    else:
+        attended = active.attended(cache.seen)
+        if active.pairs is not None:
+            pairs, first_valid = active.pairs, active.first_valid
+        else:  # in place: nothing was evicted, so positions are columns
+            columns, tail = active.selection.indices, active.selection.boundary
+    context.compressed |= attended < store.heads * cache.seen
+    session.stats.attended(attended, store.heads * cache.seen, store.pair_bytes)
+    request = DecodeRequest(queries, pairs.keys, pairs.values, first_valid, columns, tail)
+    return _DecodeStep(policies, request, inputs, observes=policies.observes_after and shown)
+
+
+def _observe_step(context: ForwardContext, call: LayerCall, step: _DecodeStep) -> None:
+    """Let the compressor see a decode step that is done."""
+    _after(context, step.policies, step.inputs or _inputs(context, call, step.policies, step.request.queries))
+
+
+def _as_the_model_defines(context: ForwardContext, call: LayerCall, queries: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Compute a layer that no policy touches: dense within its window."""
+    store, window = context.session.cache.layers[call.layer].store, call.window
+    assert store is not None
+    columns = (
+        context.positions if context.phase is Phase.OBSERVE else None
+    )  # nothing is evicted here: column = position
+    keys, values = store.keys, store.values
+    if window is not None and columns is None:
+        reach = window - 1 + queries.shape[1]
+        keys, values = keys[:, -reach:], values[:, -reach:]
+    output: Tensor
+    lse: Tensor | None
+    output, lse = dense_attention(
+        queries,
+        keys,
+        values,
+        scaling=call.scaling,
+        softcap=call.softcap,
+        window=window,
+        columns=columns,
+        need_lse=call.sinks is not None,
+    )
+    return output, lse

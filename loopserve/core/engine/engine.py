@@ -1,0 +1,314 @@
+"""Run the turns of sessions through one model under one stack. Knows tokens, no text."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loopserve.core.engine.answer import AnswerPlan, StopCheck, plan_answer
+from loopserve.core.engine.forward import ForwardBatch, ForwardContext, Model
+from loopserve.core.engine.sampling import Choose, LogitsProcessor, SamplingConfig
+from loopserve.core.engine.session import UNDO_DEPTH, Session
+from loopserve.core.engine.slots import Slots
+from loopserve.core.engine.turn import Turn, complete, observation_context
+from loopserve.core.errors import POLICY_TIMEOUT_S, ConfigError, InputError, ModelError, OnPolicyFault, PolicyChecks
+from loopserve.core.guard.guard import Guard
+from loopserve.core.kv.recording import plain_tensors
+from loopserve.core.policy.interfaces import Phase
+from loopserve.core.stack.stack import PolicyStack
+
+CHUNK_TOKENS = 4096
+
+
+class TokenEngine:
+    """Run sessions of one model under one stack.
+
+    One thread at a time runs a forward pass; turns of other threads wait for it between two passes.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        stack: PolicyStack,
+        *,
+        chunk_tokens: int = CHUNK_TOKENS,
+        measure_coverage: bool = False,
+        policy_checks: PolicyChecks | str = PolicyChecks.CHEAP,
+        on_policy_fault: OnPolicyFault | str = OnPolicyFault.RAISE,
+        policy_timeout_s: float | None = POLICY_TIMEOUT_S,
+        undo_depth: int = UNDO_DEPTH,
+    ) -> None:
+        """chunk_tokens: longest piece of a prefill. measure_coverage: realised coverage over all rows, for reports.
+        policy_checks, on_policy_fault, policy_timeout_s: how policies are checked, see ``core.guard``. undo_depth: turns that can
+        be taken back without computing the conversation anew. ConfigError for what the stack or the values do not allow.
+        """
+        if chunk_tokens < 1:
+            raise ConfigError(f"chunk_tokens must be at least 1, got {chunk_tokens}")
+        if undo_depth < 1:
+            raise ConfigError(f"undo_depth must be at least 1, got {undo_depth}")
+        stack.check(model.layers)
+        self.model = model
+        self.stack = stack
+        self.chunk_tokens = chunk_tokens
+        self.measure_coverage = measure_coverage
+        self.undo_depth = undo_depth
+        self._guarding: dict[str, Any] = {
+            "checks": policy_checks,
+            "on_fault": on_policy_fault,
+            "timeout_s": policy_timeout_s,
+        }
+        self.guard = Guard(**self._guarding, owners=stack.owners)
+        self.slots = Slots(model.layers, stack)
+        self._others: dict[PolicyStack, tuple[Slots, Guard]] = {}
+        self._lock = threading.Lock()
+
+    def session(self, stack: PolicyStack | None = None) -> Session:
+        """Open a conversation, under another stack than the engine's if one is given.
+
+        Sessions under different stacks share forward passes. ConfigError if the model cannot be served under the stack.
+        """
+        if stack is None or stack is self.stack:
+            return Session(self.slots, self.guard, self.undo_depth)
+        if stack not in self._others:
+            stack.check(self.model.layers)
+            guard = Guard(**self._guarding, owners=stack.owners)
+            self._others[stack] = (Slots(self.model.layers, stack), guard)
+        return Session(*self._others[stack], self.undo_depth)
+
+    def generate(
+        self,
+        session: Session,
+        new_tokens: Sequence[int],
+        sampling: SamplingConfig | Choose,
+        stop_ids: frozenset[int] = frozenset(),
+        max_new_tokens: int | None = None,
+        *,
+        stop_check: StopCheck | None = None,
+        logits_processors: Sequence[LogitsProcessor] = (),
+    ) -> Iterator[int]:
+        """Answer one turn, token by token, the stop token included. The arguments are those of ``begin``.
+
+        A turn that is not finished (an error, Ctrl-C, a consumer that walks away) is taken back whole.
+        """
+        turn = self.begin(
+            session,
+            new_tokens,
+            sampling,
+            stop_ids=stop_ids,
+            stop_check=stop_check,
+            max_new_tokens=max_new_tokens,
+            logits_processors=logits_processors,
+        )
+        yield from self.finish(turn)
+
+    def prefill(self, session: Session, new_tokens: Sequence[int], *, max_new_tokens: int = 0) -> Tensor:
+        """Begin a turn and compute its tokens; return the logits ``[vocabulary]`` of the answer's first token.
+
+        max_new_tokens: tokens that the answer may have. The session rests afterwards: it can be forked, and the turn answered
+        twice.
+        """
+        turn = self.begin(session, new_tokens, None, max_new_tokens=max_new_tokens)
+        for _ in self.finish(turn):
+            pass
+        assert turn.logits is not None
+        return turn.logits
+
+    def decode(
+        self,
+        session: Session,
+        logits: Tensor,
+        sampling: SamplingConfig | Choose,
+        stop_ids: frozenset[int] = frozenset(),
+        max_new_tokens: int | None = None,
+        *,
+        stop_check: StopCheck | None = None,
+        logits_processors: Sequence[LogitsProcessor] = (),
+    ) -> Iterator[int]:
+        """Answer the turn that ``prefill`` gave these logits for, token by token; left unfinished, the turn is taken back whole.
+
+        The arguments are those of ``begin``.
+        """
+        self._own(session)
+        session.require_rest()
+        plan = plan_answer(
+            session.tokens,
+            self.model.max_positions,
+            sampling,
+            stop_ids=stop_ids,
+            stop_check=stop_check,
+            max_new_tokens=max_new_tokens,
+            logits_processors=logits_processors,
+        )
+        yield from self.finish(self._turn(session, None, plan, logits))
+
+    def plan(
+        self, session: Session, new_tokens: Sequence[int], sampling: SamplingConfig | Choose | None, **options: Any
+    ) -> AnswerPlan:
+        """Return how ``begin``, called with the same arguments, would answer a turn. Raises what ``begin`` would raise.
+
+        A session that is busy is no error here.
+        """
+        self._own(session)
+        if not new_tokens:
+            raise InputError("a turn needs at least one token")
+        return self.check_fit([*session.tokens, *new_tokens], sampling, **options)
+
+    def check_fit(self, tokens: Sequence[int], sampling: SamplingConfig | Choose | None, **options: Any) -> AnswerPlan:
+        """Return how an answer after all ``tokens`` of a conversation would be given. InputError if they do not fit the model."""
+        limit = self.model.max_positions
+        if limit is not None and len(tokens) + 1 > limit:
+            raise InputError(
+                f"the conversation would be {len(tokens) + 1} tokens long, the model takes {limit}: shorten the message, "
+                "undo a turn, or start a new session"
+            )
+        return plan_answer(tokens, limit, sampling, **options)
+
+    def begin(
+        self,
+        session: Session,
+        new_tokens: Sequence[int],
+        sampling: SamplingConfig | Choose | None,
+        *,
+        stop_ids: frozenset[int] = frozenset(),
+        stop_check: StopCheck | None = None,
+        max_new_tokens: int | None = None,
+        logits_processors: Sequence[LogitsProcessor] = (),
+    ) -> Turn:
+        """Begin a turn; nothing is computed before ``run``.
+
+        sampling: settings, a function from logits ``[vocabulary]`` to a token, or None to stop after the prefill. stop_ids:
+        tokens that end the answer, unless the settings ignore them. stop_check: see ``AnswerPlan``; needed where the settings
+        name stop strings, since the engine knows no text. max_new_tokens: those of the settings unless given; if these do not give
+        them either, the answer ends at the model's window. logits_processors: see ``Sampler``; only beside settings.
+
+        Raises InputError for a turn that does not fit the model, ConfigError for options that do not fit each other.
+        """
+        plan = self.plan(
+            session,
+            new_tokens,
+            sampling,
+            stop_ids=stop_ids,
+            stop_check=stop_check,
+            max_new_tokens=max_new_tokens,
+            logits_processors=logits_processors,
+        )
+        session.require_rest()
+        return self._turn(session, new_tokens, plan, None)
+
+    def _turn(
+        self, session: Session, new_tokens: Sequence[int] | None, plan: AnswerPlan, logits: Tensor | None
+    ) -> Turn:
+        return Turn(
+            session,
+            new_tokens,
+            plan,
+            model=self.model,
+            logits=logits,
+            chunk_tokens=self.chunk_tokens,
+            measure=self.measure_coverage,
+        )
+
+    @plain_tensors()
+    def run(self, turns: Sequence[Turn], prefill_tokens: Sequence[int | None] | None = None) -> None:
+        """Run one forward pass with what each of these turns needs next; ``error`` of a turn says what ended it.
+
+        prefill_tokens: per turn, the most prompt tokens that it may compute in this pass; None = as many as its pieces have.
+        """
+        with self._lock:
+            limits = prefill_tokens or [None] * len(turns)
+            going_on = {turn: limit for turn, limit in zip(turns, limits, strict=True) if not _ended_by_close(turn)}
+            contexts = [turn.step(limit) for turn, limit in going_on.items()]
+            if not contexts:
+                return
+            started = time.perf_counter()
+            try:
+                logits: Sequence[Tensor | None] = list(self.model.forward(ForwardBatch(contexts)))
+            except Exception as error:
+                for context in contexts:  # an error of the pass as a whole ends every turn in it
+                    context.error = context.error or error
+                logits = [None] * len(contexts)
+            seconds = time.perf_counter() - started
+            for turn, context, row in zip(going_on, contexts, logits, strict=True):
+                turn.take(context, row, seconds)
+
+    @plain_tensors()
+    def compute_anew(self, session: Session, rotation: int) -> None:
+        """Compute a conversation's stored tokens again, rotated for another length, for a caller who runs the passes himself."""
+        _require_repeatable(session, "it has to be computed again")
+        session.stats.count("computed_anew")
+        session.begin_anew()
+        session.rotation = rotation
+        end = len(session.tokens)
+        for start in range(0, end, self.chunk_tokens):
+            piece = session.tokens[start : start + self.chunk_tokens]
+            positions = torch.arange(start, start + len(piece), device=self.model.device)
+            session.enter(Phase.PREFILL)
+            context = ForwardContext(
+                session,
+                Phase.PREFILL,
+                piece,
+                positions,
+                stored_after=start + len(piece),
+                rotation=rotation,
+                final=start + len(piece) == end,
+            )
+            self.model.forward(ForwardBatch([context]))
+            self.complete([context])
+
+    @plain_tensors()
+    def complete(self, contexts: Sequence[ForwardContext]) -> None:
+        """Complete a pass that the caller has run himself, and run the observations that compressors ask for."""
+        for context in contexts:
+            waiting = deque(complete(context))
+            while waiting:
+                _require_repeatable(context.session, "a policy asks for rows of it once more")
+                observing = observation_context(context.session, *waiting.popleft(), self.model.device)
+                self.model.forward(ForwardBatch([observing]))
+                waiting.extend(complete(observing))
+            context.session.enter(context.phase)
+            context.session.look_for_references()
+
+    def finish(self, turn: Turn) -> Iterator[int]:
+        """Run a turn to its end and yield its tokens. It is taken back unless its last token was taken by the consumer."""
+        given, done = 0, False
+        try:
+            while True:
+                if turn.error is not None:
+                    raise turn.error
+                while given < len(turn.output):
+                    given += 1
+                    yield turn.output[given - 1]
+                if turn.finished:
+                    break
+                self.run([turn])
+            done = True
+        finally:
+            if turn.finished and turn.error is None and not done:
+                turn.take_back()
+            turn.close()
+            turn.error = None  # its traceback would keep the session's store alive
+
+    def _own(self, session: Session) -> None:
+        if session.slots is not self.slots and not any(session.slots is each for each, _ in self._others.values()):
+            raise InputError("this session belongs to another engine: open one with this engine's session()")
+
+
+def _require_repeatable(session: Session, why: str) -> None:
+    if not session.repeatable:
+        raise ModelError(
+            f"this conversation holds images or sound, which its tokens do not show, and {why}: choose a stack whose policies "
+            "need no observation (full, snapkv), or give text only"
+        )
+
+
+def _ended_by_close(turn: Turn) -> bool:
+    """End a turn whose session was closed in the midst of it; return whether it was."""
+    if turn.session.closed and not turn.finished:
+        turn.fail(InputError("the session was closed before its answer was complete"))
+    return turn.session.closed

@@ -1,0 +1,239 @@
+"""Serve many sessions at once: continuous batching with chunked prefill, a bounded queue and a limit on memory.
+
+Knows no transport. ``step`` runs one forward pass; whoever calls it owns the model's passes. ``submit`` and ``cancel`` may be
+called from any thread.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from loopserve.core.engine.engine import TokenEngine
+from loopserve.core.engine.ledger import Ledger
+from loopserve.core.engine.sampling import Choose, SamplingConfig
+from loopserve.core.engine.session import Session
+from loopserve.core.engine.turn import Turn
+from loopserve.core.errors import CancelledTurn, CapacityError, ConfigError, InputError
+
+
+class Request:
+    """Follow one turn through the scheduler."""
+
+    def __init__(self, session: Session, new_tokens: Sequence[int], begin: Callable[[], Turn], needed: int) -> None:
+        self.session = session
+        self.new_tokens = list(new_tokens)
+        self.turn: Turn | None = None
+        self.error: BaseException | None = None
+        self.cancelled = False
+        self.done = threading.Event()
+        self.listener: Callable[[Request], None] | None = None  # called after each pass that brought news
+        self.needed = needed  # bytes
+        self._begin = begin
+
+    @property
+    def output(self) -> list[int]:
+        """The tokens so far."""
+        return self.turn.output if self.turn is not None else []
+
+    def result(self, timeout: float | None = None) -> list[int]:
+        """Wait for the turn's end; return its tokens or raise what ended it. TimeoutError after ``timeout`` seconds."""
+        if not self.done.wait(timeout):
+            raise TimeoutError("the turn is still under way")
+        if self.error is not None:
+            raise self.error
+        return self.output
+
+    def begin(self) -> None:
+        """Begin the turn."""
+        self.turn = self._begin()
+
+    def finish(self, error: BaseException | None = None) -> None:
+        """Say that the turn is over."""
+        self.error = error
+        self.done.set()
+
+
+class Scheduler:
+    """Run the turns of many sessions of one engine.
+
+    Each pass holds one token of every turn that decodes, and up to ``max_batched_tokens`` tokens of prefill. Half of these go to
+    the oldest prompt, so that none waits for ever; the rest goes to the shortest prompts first, so that a short message does not
+    wait behind a long one.
+    """
+
+    def __init__(
+        self,
+        engine: TokenEngine,
+        *,
+        max_sessions: int = 16,
+        max_batched_tokens: int = 512,
+        max_queued: int = 256,
+        kv_memory: int | None = None,
+    ) -> None:
+        """max_sessions: turns under way at once. max_batched_tokens: prefill tokens of a pass. max_queued: requests that may wait.
+        kv_memory: bytes of stores, active sets and policy states of all sessions; None = no limit. ConfigError for values below 1.
+        """
+        for name, value in (("max_sessions", max_sessions), ("max_batched_tokens", max_batched_tokens)):
+            if value < 1:
+                raise ConfigError(f"{name} must be at least 1, got {value}")
+        if max_queued < 0:
+            raise ConfigError(f"max_queued must be at least 0, got {max_queued}")
+        self.engine = engine
+        self.max_sessions, self.max_batched_tokens, self.max_queued = max_sessions, max_batched_tokens, max_queued
+        self.ledger = Ledger(kv_memory, engine.model.dtype.itemsize * 2)
+        self._waiting: deque[Request] = deque()
+        self._running: list[Request] = []
+        self._changed = threading.Condition()
+
+    # From any thread.
+
+    def submit(
+        self,
+        session: Session,
+        new_tokens: Sequence[int],
+        sampling: SamplingConfig | Choose,
+        stop_ids: frozenset[int] = frozenset(),
+        max_new_tokens: int | None = None,
+        listener: Callable[[Request], None] | None = None,
+        **options: Any,
+    ) -> Request:
+        """Queue a turn. listener: called, by the thread that calls ``step``, after each pass that brought tokens or the end.
+        options: further ones of ``TokenEngine.begin``.
+
+        Raises InputError for a turn that can never be served and CapacityError if the queue is full.
+        """
+        options |= {"stop_ids": stop_ids, "max_new_tokens": max_new_tokens}
+        most = self.engine.plan(session, new_tokens, sampling, **options).max_new_tokens
+        needed = self.ledger.needed(session, len(new_tokens), most)
+        if self.ledger.limit is not None and needed > self.ledger.limit:
+            raise InputError(
+                f"the turn may need {needed} bytes of KV memory, the limit is {self.ledger.limit}: shorten the message, lower "
+                "max_new_tokens, or raise the limit"
+            )
+        request = Request(
+            session,
+            new_tokens,
+            lambda: self.engine.begin(session, new_tokens, sampling, **options | {"max_new_tokens": most}),
+            needed,
+        )
+        request.listener = listener
+        with self._changed:
+            if any(each.session is session for each in [*self._waiting, *self._running]):
+                raise InputError("a turn of this session is under way or queued: wait for its end or cancel it first")
+            if len(self._waiting) >= self.max_queued and len(self._running) >= self.max_sessions:
+                raise CapacityError(f"{len(self._waiting)} requests are waiting already: try again later")
+            self._waiting.append(request)
+            self._changed.notify_all()
+        return request
+
+    def cancel(self, request: Request) -> None:
+        """End a turn at the next pass, queued or under way, and take it back. A turn that is over stays as it is."""
+        with self._changed:
+            request.cancelled = True
+            self._changed.notify_all()
+
+    def wait_for_work(self, timeout: float | None = None) -> bool:
+        """Wait until a request is there; return whether one is."""
+        with self._changed:
+            return self._changed.wait_for(lambda: bool(self._waiting or self._running), timeout)
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait to begin."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """Turns under way."""
+        return len(self._running)
+
+    # From the thread that runs the model.
+
+    def step(self) -> bool:
+        """Run one pass; return whether there was anything to do."""
+        self._drop_cancelled()
+        self._admit()
+        plan = self._plan()
+        if not plan:
+            if self._waiting:  # for a session that another thread uses
+                time.sleep(0.001)
+            return bool(self._waiting)
+        try:
+            self.engine.run(list(plan), list(plan.values()))
+        except BaseException as error:  # Ctrl-C in mid-pass: the sessions hold parts of it
+            for request in list(self._running):
+                self._end(request, error)
+            raise
+        for request in list(self._running):
+            turn = request.turn
+            assert turn is not None
+            if turn.finished:
+                self._end(request, turn.error)
+            elif request.listener is not None and turn.output:
+                request.listener(request)
+        return True
+
+    def run(self) -> None:
+        """Run passes until no request is left."""
+        while self.step():
+            pass
+
+    def close(self) -> None:
+        """Cancel every request and end it."""
+        for request in [*self._waiting, *self._running]:
+            request.cancelled = True
+        self._drop_cancelled()
+
+    def _drop_cancelled(self) -> None:
+        with self._changed:
+            gone = [each for each in [*self._waiting, *self._running] if each.cancelled]
+        for request in gone:
+            self._end(request, CancelledTurn("the turn was cancelled and is taken back"))
+
+    def _end(self, request: Request, error: BaseException | None) -> None:
+        """Take a request out; a turn that is not finished is taken back."""
+        if request.turn is not None:
+            request.turn.close()
+        self.ledger.settle(request.session)
+        with self._changed:
+            if request in self._waiting:
+                self._waiting.remove(request)
+            if request in self._running:
+                self._running.remove(request)
+        request.finish(error)
+        if request.listener is not None:
+            request.listener(request)
+
+    def _admit(self) -> None:
+        """Begin the oldest waiting turns as far as sessions and memory allow. Nobody overtakes one that waits for memory."""
+        while self._waiting and len(self._running) < self.max_sessions:
+            request = self._waiting[0]
+            if not self.ledger.admit(request.session, request.needed):
+                return
+            with self._changed:
+                self._waiting.remove(request)
+                self._running.append(request)
+            try:
+                request.begin()
+            except Exception as error:
+                self._end(request, error)
+
+    def _plan(self) -> dict[Turn, int | None]:
+        """Return the turns of the next pass, each with the prompt tokens it may compute (None for one that decodes)."""
+        turns = [each.turn for each in self._running if each.turn is not None]
+        plan: dict[Turn, int | None] = {turn: None for turn in turns if turn.waiting == 0}
+        prompts = [turn for turn in turns if turn.waiting > 0]
+        left = self.max_batched_tokens
+        shares = dict.fromkeys(prompts, 0)
+        if prompts:
+            shares[prompts[0]] = min(prompts[0].waiting, -(-left // 2))
+            left -= shares[prompts[0]]
+        for turn in sorted(prompts, key=lambda turn: turn.waiting):
+            more = min(turn.waiting - shares[turn], left)
+            shares[turn] += more
+            left -= more
+        return plan | {turn: share for turn, share in shares.items() if share}

@@ -1,0 +1,365 @@
+"""Keep one conversation as tokens: its cache, the states of its policies, its turns. Knows no text and runs no model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from loopserve.core.engine.slots import Slots
+from loopserve.core.engine.stats import TurnStats
+from loopserve.core.errors import CacheError, Fault, InputError, ModelError, PolicyError
+from loopserve.core.guard.faults import FAULTS
+from loopserve.core.guard.guard import Guard
+from loopserve.core.guard.strict_checks import holds, storages
+from loopserve.core.kv.cache import ActiveSet, KVCache
+from loopserve.core.kv.recording import plain_tensors
+from loopserve.core.policy.interfaces import DecodeCompressor, Phase
+from loopserve.core.policy.state import PackedState
+
+UNDO_DEPTH = 8
+
+
+@dataclass
+class TurnStart:
+    """Hold what a turn began with, so that it can be taken back."""
+
+    tokens: int
+    cached: int
+    ended: bool
+    states: dict[str, Any] | None  # None: dropped, the turn lies deeper than the session's undo depth
+    disabled: frozenset[str]
+    active: list[ActiveSet | None]  # by layer, where the turn before it waits for its answer
+    cache: KVCache | None = None  # a copy, only where the stack evicts: an eviction cannot be undone otherwise
+
+
+@dataclass(eq=False, repr=False)
+class Session:
+    """Hold the tokens, cache, policy states and turns of one conversation. Two sessions share nothing that changes.
+
+    undo_depth: turns whose policy states are kept to go back to. Taking back more drops the cache: the next turn computes the
+    conversation anew from its tokens.
+    """
+
+    slots: Slots
+    guard: Guard = field(default_factory=Guard)
+    undo_depth: int = UNDO_DEPTH
+    tokens: list[int] = field(default_factory=list)
+    turns: list[TurnStats] = field(default_factory=list)
+    states: dict[str, Any] = field(default_factory=dict)  # by slot, made with the first turn
+    disabled: set[str] = field(default_factory=set)  # slots that this turn is served without, after a fault
+    output_index: int = 0
+    turn_start: int = 0
+    position_offset: int = (
+        0  # what the model's positions are ahead of ours: a caller's left padding, counted by columns
+    )
+    rotation: int = 0  # how the stored pairs are rotated: what ``Model.rotation`` said when they were computed
+    ended: bool = True  # the compressors know that the last turn is over
+    busy: bool = False  # a turn is under way: no other may begin, end or be copied
+    damaged: bool = False  # stored pairs were written to by somebody else
+    repeatable: bool = True  # False: its tokens alone do not say what was computed (images)
+    closed: bool = False
+    state_bytes: int = 0  # what the policies report of their states
+
+    def __post_init__(self) -> None:
+        self.cache = KVCache(len(self.slots.by_layer))
+        self._starts: list[TurnStart] = []
+
+    def __repr__(self) -> str:
+        return f"<Session of {len(self.turns)} turns, {len(self.tokens)} tokens>"
+
+    @property
+    def stats(self) -> TurnStats:
+        """Figures of the turn under way, or of the last one."""
+        return self.turns[-1]
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Bytes taken from the machine: cache, copies kept for undo, and what the policies report of their states."""
+        copies = sum(start.cache.allocated_bytes for start in self._starts if start.cache is not None)
+        return self.cache.allocated_bytes + copies + self.state_bytes
+
+    def require_rest(self) -> None:
+        """Raise InputError while a turn is under way, or once the session is closed."""
+        if self.closed:
+            raise InputError("the session is closed: open a new one")
+        if self.busy:
+            raise InputError("an answer is still being written: read it to its end, or close its stream, first")
+
+    def close(self) -> None:
+        """Free the cache and the states at once. The tokens and figures stay readable."""
+        self.closed = True
+        self.release_store()
+        self._starts = []
+
+    def release_store(self) -> None:
+        """Free the cache and the policy states; the next turn computes the conversation anew from its tokens."""
+        self.cache.clear()
+        self.states, self.damaged = {}, False
+        self.turn_start = self.state_bytes = 0
+        for start in self._starts:
+            start.states, start.cached, start.cache = None, 0, None
+            start.active = [None] * len(start.active)
+
+    @plain_tensors()
+    def begin_anew(self) -> None:
+        """Drop what is stored and the policies' states in the midst of a turn, whose tokens are then computed again."""
+        self.release_store()
+        self.output_index = 0
+        for slot in self.slots.policies:
+            self.states[slot] = {}
+            if self.is_enabled(slot):
+                try:
+                    self.states[slot] = self._fresh(slot)
+                except FAULTS as error:
+                    self.failed(slot, error, "init_state")
+
+    @plain_tensors()
+    def begin_turn(self, new_tokens: Sequence[int], *, undoable: bool = True) -> None:
+        """Take in the tokens that a turn adds; they are not computed yet.
+
+        undoable: keep copies of the states and, under an evicting stack, of the survivors, so that the turn can be taken back.
+        """
+        self.require_rest()
+        reused = len(self.tokens) if self.cache.seen else 0  # nothing is, where a deep undo dropped the cache
+        stats = TurnStats(len(self.turns), prompt_tokens=len(new_tokens), reused_tokens=reused)
+        states, copies, disabled = self._begin_states(stats, undoable)  # first: it may raise
+        active = [layer.active if undoable and not self.ended else None for layer in self.cache.layers]
+        self.cache.release()
+        kept = self.cache.fork() if self.slots.evicts and undoable else None
+        self._starts.append(
+            TurnStart(len(self.tokens), self.cache.seen, self.ended, copies, frozenset(self.disabled), active, kept)
+        )
+        self._limit_undo()
+        self.states, self.disabled, self.ended = states, disabled, False
+        self.turns.append(stats)
+        self.tokens.extend(new_tokens)
+        self.turn_start = self.cache.seen
+        self.output_index = 0
+
+    @plain_tensors()
+    def end_turn(self) -> None:
+        """Tell the compressors that the turn is complete. Until now the turn before could be taken back as well."""
+        for slot, compressor in self.slots.compressors.items():
+            if self.is_enabled(slot):
+                try:
+                    self.guard.ask(compressor, compressor.end_turn, self.states[slot])
+                except FAULTS as error:
+                    self.failed(slot, error, "end_turn")
+        self.ended = True
+        for start in self._starts[:-1]:
+            start.cache, start.active = None, [None] * len(start.active)  # one copy at rest, to save memory
+
+    @plain_tensors()
+    def undo(self) -> None:
+        """Take back the last turn, complete or not: tokens, pairs, states and figures are as before it.
+
+        Where the state before it is no longer kept, the cache is dropped and the next turn computes the conversation anew.
+        """
+        self.require_rest()
+        if not self._starts:
+            raise CacheError("nothing to undo: the conversation has no turn yet")
+        start = self._starts.pop()
+        self.turns.pop()
+        del self.tokens[start.tokens :]
+        self.output_index = 0
+        self.turn_start = self._starts[-1].cached if self._starts else 0
+        self.ended, self.disabled = start.ended, set(start.disabled)
+        if start.states is None or self.damaged or (self.slots.evicts and start.cache is None):
+            self.disabled = set()
+            self.release_store()
+            return
+        self.states = start.states
+        if start.cache is not None:
+            self.cache = start.cache
+        else:
+            self.cache.truncate(start.cached)
+        for layer, active in zip(self.cache.layers, start.active, strict=True):
+            layer.active = active
+
+    @plain_tensors()
+    def fork(self) -> Session:
+        """Return an independent copy, to try two answers. Policies are shared (they never change), nothing else is."""
+        self.require_rest()
+        other = replace(
+            self,
+            tokens=list(self.tokens),
+            turns=copy.deepcopy(self.turns),
+            states=self._copied(self.states),
+            disabled=set(self.disabled),
+        )
+        other.cache = self.cache.fork()
+        other._starts = [
+            replace(
+                start,
+                states=None if start.states is None else self._copied(start.states),
+                active=[each.copy() if each else None for each in start.active],
+                cache=start.cache.fork() if start.cache else None,
+            )
+            for start in self._starts
+        ]
+        return other
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Session:
+        return self.fork()
+
+    # States on disk.
+
+    def pack_states(self) -> tuple[dict[str, PackedState], dict[str, str]]:
+        """Return each policy's state by slot as a JSON-able tree and tensors, and by slot why a state cannot be written.
+
+        A slot in neither begins anew with the next turn, as does one that cannot be written. Raises InputError while a turn is under
+        way.
+        """
+        self.require_rest()
+        packed: dict[str, PackedState] = {}
+        problems: dict[str, str] = {}
+        for slot, policy in self.slots.policies.items():
+            if slot not in self.states or not self.is_enabled(slot):
+                continue
+            try:
+                packed[slot] = self.guard.ask(policy, policy.pack_state, self.states[slot])
+            except FAULTS as error:
+                problems[slot] = self._named(slot, error)
+        return packed, problems
+
+    def restore_states(self, packed: Mapping[str, PackedState], device: torch.device | None = None) -> dict[str, str]:
+        """Take over states that ``pack_states`` wrote, their tensors on ``device``. Return by slot why a state cannot be read.
+
+        The policy of such a slot, and of one that ``packed`` does not name, begins anew with the next turn. The cache must hold the
+        tokens that it held when the states were written. Raises InputError while a turn is under way.
+        """
+        self.require_rest()
+        problems: dict[str, str] = {}
+        self.states, self.disabled = {}, set()
+        for slot, each in packed.items():
+            policy = self.slots.policies.get(slot)
+            try:
+                if policy is None:
+                    raise PolicyError(f"this session has no slot {slot!r}; it has {', '.join(self.slots.policies)}")
+                self.states[slot] = self.guard.ask(policy, policy.unpack_state, each, device)
+            except FAULTS as error:
+                problems[slot] = self._named(slot, error)
+        return problems
+
+    def _named(self, slot: str, error: BaseException) -> str:
+        policy = self.slots.policies.get(slot)
+        said = str(error) if isinstance(error, PolicyError) else f"it raised {type(error).__name__}: {error}"
+        return said if policy is None else f"{slot} ({policy.name}): {said}"
+
+    # Policies that break their contract.
+
+    def is_enabled(self, slot: str) -> bool:
+        """Return whether the policy of a slot takes part in this turn."""
+        return slot not in self.disabled
+
+    def failed(self, slot: str, error: BaseException, moment: str, layer: int | None = None) -> None:
+        """Deal with a policy's fault: raise PolicyFault, or serve the rest of this turn without the policy, its layers dense.
+
+        A fault that damaged the store is raised in any case: only the engine can repair it.
+        """
+        if getattr(error, "fault", None) is not Fault.WROTE:
+            self._require_numbers(error)
+        policy = self.slots.policies[slot]
+        fault = self.guard.note(policy, error, moment=moment, layer=layer, phase=self.stats.phase)
+        self.damaged |= fault.damaged
+        if self.guard.raises:
+            raise fault from error
+        self.stats.count(f"fault:{fault.fault}")
+        self.disabled.add(slot)
+        for each in self.slots.layers_of(slot):
+            self.cache.layers[each.index].release()
+        if fault.damaged:
+            raise fault from error
+
+    def _require_numbers(self, error: BaseException) -> None:
+        """Raise ModelError if the model gave keys or values that are no numbers: what a policy makes of them is not its fault."""
+        for index, layer in enumerate(self.cache.layers):
+            if layer.store is None:
+                continue
+            if not all(bool(part.isfinite().all()) for part in (layer.store.keys, layer.store.values)):
+                raise ModelError(
+                    f"the model's keys or values of layer {index} are not finite numbers: its weights are damaged or its dtype "
+                    "overflows; load it in another dtype"
+                ) from error
+
+    def look_for_references(self) -> None:
+        """After a pass, find the policy whose state still holds a part of the store. Done under strict checks only."""
+        if not self.guard.strict:
+            return
+        stores = [layer.store for layer in self.cache.layers if layer.store is not None]
+        places = storages([part for store in stores for part in (store.keys, store.values)])
+        for slot in self.slots.policies:
+            if self.is_enabled(slot) and holds(self.states[slot], places):
+                kept = PolicyError("its state keeps a reference to the session's store after the pass", Fault.KEPT)
+                self.failed(slot, kept, "its state")
+
+    def serve_dense(self) -> None:
+        """Drop every stored pair and serve the rest of this turn without any policy; all begin anew with the next turn."""
+        self.cache.clear()
+        self.disabled = set(self.slots.policies)
+        self.damaged = False
+
+    def enter(self, phase: Phase) -> None:
+        """Say which phase the figures that follow belong to."""
+        self.stats.phase = phase
+
+    def _limit_undo(self) -> None:
+        for start in self._starts[: -self.undo_depth]:
+            start.states = None
+
+    def _begin_states(self, stats: TurnStats, undoable: bool) -> tuple[dict[str, Any], dict[str, Any], set[str]]:
+        """Return the states that a turn begins with, copies to go back to, and the slots that it is served without.
+
+        A policy that has no state yet, or was disabled in the last turn and missed a part of it, gets a fresh one. The state of a
+        policy that this turn is served without is kept as it is, to go back to.
+        """
+        states: dict[str, Any] = {}
+        copies: dict[str, Any] = {}
+        disabled: set[str] = set()
+        for slot, policy in self.slots.policies.items():
+            if self.guard.skips(policy):
+                stats.count("breaker_open")
+                disabled.add(slot)
+                continue
+            moment = "init_state"
+            try:
+                kept = slot in self.states and slot not in self.disabled
+                states[slot] = self.states[slot] if kept else self._fresh(slot)
+                moment = "a copy of its state"
+                if undoable:
+                    copies[slot] = copy.deepcopy(states[slot])
+                if kept and not self.ended and isinstance(policy, DecodeCompressor):
+                    moment = "end_turn"  # the last turn got no answer, or nobody said that it was complete
+                    self.guard.ask(policy, policy.end_turn, states[slot])
+            except FAULTS as error:
+                fault = self.guard.note(policy, error, moment=moment)
+                if self.guard.raises:
+                    self.states |= {each: before for each, before in copies.items() if each in self.states}
+                    raise fault from error
+                stats.count(f"fault:{fault.fault}")
+                disabled.add(slot)
+        for slot in disabled:
+            states[slot] = {}
+            if slot in self.states:
+                copies.setdefault(slot, self.states[slot])
+        return states, copies, disabled
+
+    def _fresh(self, slot: str) -> Any:
+        policy = self.slots.policies[slot]
+        return self.guard.ask(policy, policy.init_state)
+
+    def _copied(self, states: dict[str, Any]) -> dict[str, Any]:
+        """Return copies that share nothing. A state that cannot be copied is left out, so that its policy begins anew."""
+        copies = {}
+        for slot, state in states.items():
+            try:
+                copies[slot] = copy.deepcopy(state)
+            except FAULTS as error:
+                fault = self.guard.note(self.slots.policies[slot], error, moment="a copy of its state")
+                if self.guard.raises:
+                    raise fault from error
+        return copies

@@ -1,0 +1,104 @@
+"""How a policy's fault is told: which policy of which distribution, where, what it did, what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from pydantic import ValidationError
+from pydantic_core import PydanticCustomError
+
+from loopserve.core.errors import Fault, LoopServeError, PolicyError, PolicyFault
+from loopserve.core.policy.interfaces import DecodeCompressor, PrefillSparsifier
+
+Policy = PrefillSparsifier | DecodeCompressor[Any]
+Owners = Mapping[type, str]  # by policy class, the distribution that brings it and its version
+
+FAULTS = (Exception, SystemExit)  # what a policy's code may raise; Ctrl-C is the user's
+
+_UNKNOWN = "registered by no plugin"
+_REMEDIES = {
+    Fault.SLOW: "choose another policy, or give it more time (policy_timeout_s)",
+    Fault.WROTE: "it must copy what it wants to change; the conversation is computed anew from its tokens",
+    Fault.KEPT: "it must copy what it wants to keep",
+    Fault.HIDDEN: "what changes belongs into the state that the session hands it",
+    Fault.BUDGET: "it must keep to its budget, or say another one in most_pairs",
+}
+_REMEDY = "choose another policy or tell its author"
+
+
+def kind_of(policy: Policy) -> str:
+    return "prefill" if isinstance(policy, PrefillSparsifier) else "decode"
+
+
+def chain(policy: Policy) -> list[Policy]:
+    """A policy, then what it wraps, from the outside in."""
+    found = [policy]
+    while isinstance(inner := getattr(found[-1].config, "inner", None), PrefillSparsifier | DecodeCompressor):
+        found.append(inner)
+    return found
+
+
+def policy_fault(
+    policy: Policy,
+    error: BaseException,
+    *,
+    moment: str,
+    owners: Owners,
+    layer: int | None = None,
+    phase: str | None = None,
+) -> PolicyFault:
+    """The fault that an error raised in or about a policy's call stands for."""
+    ours = isinstance(error, PolicyError)
+    fault = error.fault if isinstance(error, PolicyError) else Fault.RAISED
+    links = chain(policy)
+    owned = [owners.get(type(each), _UNKNOWN) for each in links]
+    said = " around ".join(f"{each.name!r} ({owner})" for each, owner in zip(links, owned, strict=True))
+    where = moment if layer is None else f"{moment} of layer {layer}"
+    where += f" ({phase})" if phase is not None else ""
+    did = " ".join(str(error).split()) if ours else _raised(error)
+    return PolicyFault(
+        f"{kind_of(policy)} policy {said}, {where}: {did}; {_REMEDIES.get(fault, _REMEDY)}",
+        fault,
+        policy=policy.name,
+        distribution=owned[-1],
+        moment=moment,
+        layer=layer,
+        phase=phase,
+    )
+
+
+@contextmanager
+def blamed(policy: Policy, moment: str, owners: Owners, layer: int | None = None) -> Iterator[None]:
+    """What a policy raises in this block, while a stack is loaded, becomes a PolicyFault; loopserve's own errors pass."""
+    try:
+        yield
+    except LoopServeError:
+        raise
+    except FAULTS as error:
+        raise policy_fault(policy, error, moment=moment, owners=owners, layer=layer) from error
+
+
+@contextmanager
+def constructing(kind: str, name: str, distribution: str) -> Iterator[None]:
+    """What a policy's constructor, or its options, raise in this block becomes a PolicyFault. Complaints about what a user wrote
+    pass: loopserve's own errors, and pydantic's.
+    """
+    try:
+        yield
+    except (LoopServeError, ValidationError, PydanticCustomError):
+        raise
+    except FAULTS as error:
+        raise PolicyFault(
+            f"{kind} policy {name!r} ({distribution}), its constructor: {_raised(error)}; {_REMEDY}",
+            Fault.RAISED,
+            policy=name,
+            distribution=distribution,
+            moment="constructor",
+        ) from error
+
+
+def _raised(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return f"it raised {f'{type(error).__name__}: {text}'.rstrip(': ')}"

@@ -1,0 +1,1 @@
+"""Store the KV pairs of one session and the selections made from them."""

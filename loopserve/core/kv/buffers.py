@@ -1,0 +1,95 @@
+"""Keys and values of one layer in memory, in a buffer that grows."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from loopserve.kernels.memory import large_pages
+
+ACTIVE_SLACK = 64  # room for outputs behind a gathered selection before the buffer must grow
+
+
+def versions(*tensors: Tensor) -> tuple[int, ...]:
+    """Counts of the writes into tensors, which their views share. Tensors made in inference mode do not count: always ()."""
+    try:
+        return tuple([tensor._version for tensor in tensors])
+    except RuntimeError:
+        return ()
+
+
+class PairBuffer:
+    """Keys and values ``[Hkv, capacity, D]`` that grow by half, so appending one token copies one token."""
+
+    def __init__(self, keys: Tensor, values: Tensor, slack: int) -> None:
+        """Start from existing pairs ``[Hkv, T, D]`` with room for ``slack`` more."""
+        self.length = 0
+        heads, tokens = keys.shape[0], keys.shape[1]
+        self._keys = large_pages(keys.new_empty(heads, tokens + slack, keys.shape[2]))
+        self._values = large_pages(values.new_empty(heads, tokens + slack, values.shape[2]))
+        self._versions = versions(self._keys, self._values)
+        self.append(keys, values)
+
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        end = self.length + keys.shape[1]
+        self.reserve(end)
+        self._keys[:, self.length : end] = keys
+        self._values[:, self.length : end] = values
+        self.length = end
+        self._versions = versions(self._keys, self._values)
+
+    def reserve(self, length: int) -> None:
+        """Make room for ``length`` pairs now, so that no later append has to."""
+        if length > self._keys.shape[1]:
+            self._grow(max(length, self._keys.shape[1] * 3 // 2))
+
+    def _grow(self, capacity: int) -> None:
+        for name in ("_keys", "_values"):
+            old: Tensor = getattr(self, name)
+            new = large_pages(old.new_empty(old.shape[0], capacity, old.shape[2]))
+            new[:, : self.length] = old[:, : self.length]
+            setattr(self, name, new)
+        self._versions = versions(self._keys, self._values)
+
+    @property
+    def intact(self) -> bool:
+        """Nobody but this buffer has written into it."""
+        return versions(self._keys, self._values) == self._versions
+
+    @property
+    def keys(self) -> Tensor:
+        return self._keys[:, : self.length]
+
+    @property
+    def values(self) -> Tensor:
+        return self._values[:, : self.length]
+
+    @property
+    def device(self) -> torch.device:
+        return self._keys.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._keys.dtype
+
+    @property
+    def heads(self) -> int:
+        return self._keys.shape[0]
+
+    @property
+    def pair_bytes(self) -> int:
+        """Bytes of one head's key and value."""
+        return sum(part.shape[-1] * part.element_size() for part in (self._keys, self._values))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the pairs held (room not yet used is not counted)."""
+        return self.keys.numel() * self.keys.element_size() + self.values.numel() * self.values.element_size()
+
+    @property
+    def allocated_nbytes(self) -> int:
+        """Bytes really taken from the machine, unused room included."""
+        return sum(buffer.untyped_storage().nbytes() for buffer in (self._keys, self._values))
+
+    def copy(self) -> PairBuffer:
+        return PairBuffer(self.keys, self.values, slack=ACTIVE_SLACK)

@@ -1,0 +1,145 @@
+"""Short notes on the keys, kept up to date as a store grows, so that a query can rank pages or tokens at a fraction of the
+keys' bytes.
+
+A page is a run of neighbouring columns. Its bounds are the smallest and the largest value of each key channel; from both
+follows an upper bound of any query's logit with any key of the page (Quest, https://arxiv.org/abs/2406.10774). Within
+the bounds each key can be kept as a code of a few bits per channel; from it follows the logit itself, nearly.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loopserve.kernels.key_codes import BITS, code_jumps, code_logits, summarise_pages
+from loopserve.kernels.key_codes.layout import KeyCodes
+from loopserve.kernels.page_bounds import page_scores
+
+CODE_BITS = (0, *BITS)
+
+
+class KeySummaries:
+    """Per-page bounds of one layer's keys and, if wanted, a code of each key.
+
+    Everything in it can be had again from the store's keys. A copy (a fork, or the snapshot that an undo restores)
+    therefore starts empty and is filled at its next ``update``: snapshots stay small and can never disagree with a
+    truncated store.
+    """
+
+    def __init__(self, page: int, bits: int = 0) -> None:
+        """page: columns per page, at least 1. bits: per channel of a key's code, one of ``CODE_BITS``; 0 = no codes."""
+        if page < 1 or bits not in CODE_BITS:
+            raise ValueError(f"KeySummaries: page={page} must be at least 1 and bits={bits} one of {CODE_BITS}")
+        self.page = page
+        self.bits = bits
+        self.columns = 0  # columns of the store summarised so far
+        self._parts: dict[
+            str, Tensor
+        ] = {}  # low, high [Hkv, capacity, D]; codes uint8 [Hkv, capacity, page, D * bits / 8]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> KeySummaries:
+        return KeySummaries(self.page, self.bits)
+
+    def pack(self) -> tuple[int, int]:
+        """Return what an empty one is made from; it is filled from the store like a copy (``core.policy.state``)."""
+        return self.page, self.bits
+
+    @classmethod
+    def unpack(cls, packed: Any) -> KeySummaries:
+        page, bits = packed
+        return cls(page, bits)
+
+    @property
+    def pages(self) -> int:
+        return -(-self.columns // self.page)
+
+    @property
+    def low(self) -> Tensor:
+        """Smallest value per channel ``[Hkv, pages, D]``."""
+        return self._part("low")
+
+    @property
+    def high(self) -> Tensor:
+        """Largest value per channel ``[Hkv, pages, D]``."""
+        return self._part("high")
+
+    @property
+    def codes(self) -> Tensor:
+        """Packed codes ``[Hkv, pages, page, bytes]``; those behind the last column mean nothing."""
+        return self._part("codes")
+
+    def _part(self, name: str) -> Tensor:
+        assert name in self._parts, "update() first"
+        return self._parts[name][:, : self.pages]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, and read whenever everything is ranked."""
+        heads, _, dim = self._parts["low"].shape
+        bounds = 2 * heads * self.pages * dim * self._parts["low"].element_size()
+        return bounds + heads * self.columns * dim * self.bits // 8
+
+    def update(self, keys: Tensor) -> None:
+        """Take in the store's keys ``[Hkv, Tk, D]``: only the last, unfinished page and new pages are computed.
+
+        A store that became shorter (truncated, or evicted from) is summarised afresh; columns taken in before are assumed
+        not to have changed otherwise.
+        """
+        total = keys.shape[1]
+        if total == self.columns:
+            return
+        if total < self.columns:
+            self.columns = 0
+        first = self.columns // self.page
+        heads, _, dim = keys.shape
+        pages = -(-total // self.page)
+        low, high = (self._reserve(name, pages, keys, (heads, dim), keys.dtype) for name in ("low", "high"))
+        codes = None
+        if self.bits:
+            codes = self._reserve("codes", pages, keys, (heads, self.page, dim * self.bits // 8), torch.uint8)
+        summarise_pages(keys, self.page, first, low, high, codes, self.bits)
+        self.columns = total
+
+    def _reserve(self, name: str, pages: int, keys: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """The buffer of a part ``[Hkv, capacity, ...]`` with room for all pages; it grows by half."""
+        held = self._parts.get(name)
+        if held is None or held.shape[1] < pages:
+            grown = torch.empty(shape[0], pages + pages // 2 + 8, *shape[1:], dtype=dtype, device=keys.device)
+            if held is not None:
+                grown[:, : held.shape[1]] = held
+            self._parts[name] = held = grown
+        return held
+
+    def scores(self, queries: Tensor, scaling: float) -> Tensor:
+        """Upper bound of the logits of each page for queries ``[Hq, r, D]``, per KV head: float32 ``[Hkv, pages]``."""
+        return page_scores(queries, self.low, self.high, scaling=scaling)
+
+    def logits(self, queries: Tensor, scaling: float) -> Tensor:
+        """Nearly the logits of all keys, from their codes, for queries ``[Hq, r, D]``: float32 ``[Hkv, group * r, columns]``."""
+        return code_logits(queries, self._codes(), scaling=scaling)
+
+    def jumps(
+        self, queries: Tensor, base: Tensor, tail: int, budget: int, scaling: float, observed: Tensor | None = None
+    ) -> Tensor:
+        """Base columns ``[Hkv, S]`` and the ``budget`` best others before ``tail``, by the codes; see ``code_jumps``."""
+        return code_jumps(queries, self._codes(), base, tail, budget, scaling=scaling, observed=observed)
+
+    def _codes(self) -> KeyCodes:
+        return KeyCodes(self.low, self.high, self.codes, self.bits, self.columns)
+
+
+def best_pages(bounds: Tensor, free: Tensor, page: int, budget: int) -> Tensor:
+    """Take up to ``budget`` free columns per head, page by page in the order of the bounds: bool ``[Hkv, Tk]``.
+
+    bounds ``[Hkv, P]``, free bool ``[Hkv, P * page or fewer]``. Equal bounds: the lowest page first. The last page that
+    fits gives its first columns; a head with fewer free columns gives all.
+    """
+    heads, total = free.shape
+    padded = free.new_zeros(heads, bounds.shape[1] * page)
+    padded[:, :total] = free
+    order = bounds.argsort(dim=1, descending=True, stable=True)[..., None].expand(-1, -1, page)
+    ranked = padded.view(heads, -1, page).gather(1, order)
+    taken = ranked & (ranked.flatten(1).cumsum(1).view_as(ranked) <= budget)
+    return torch.zeros_like(ranked).scatter_(1, order, taken).flatten(1)[:, :total]

@@ -1,0 +1,1 @@
+"""Define the interfaces that policies implement, their registry and the patterns they return."""

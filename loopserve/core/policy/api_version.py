@@ -1,0 +1,29 @@
+"""State the version of what plugins build on: the hook, the two contracts and the objects that they pass.
+
+A higher major number breaks policies that were written before it; a higher minor number only adds. A plugin says which it
+was written for: its module by ``LOOPSERVE_API = (1, 0)``, a policy class by ``api_version = (1, 0)``.
+"""
+
+from __future__ import annotations
+
+from loopserve.core.errors import PluginError
+
+ApiVersion = tuple[int, int]
+
+API_VERSION: ApiVersion = (1, 0)
+FIRST_API: ApiVersion = (1, 0)  # what a plugin is taken for that does not say: it was the only one before anyone could
+
+
+def require_api(declared: object, what: str) -> None:
+    """Raise PluginError, naming ``what``, unless it was written for this API version or an older minor one."""
+    if not (isinstance(declared, tuple) and len(declared) == 2 and all(type(each) is int for each in declared)):
+        raise PluginError(f"{what} declares API version {declared!r}: write two numbers, such as {API_VERSION}")
+    (major, minor), (own_major, own_minor) = declared, API_VERSION
+    if major == own_major and minor <= own_minor:
+        return
+    newer = (major, minor) > (own_major, own_minor)
+    remedy = "update loopserve, or install an older version of it" if newer else "install a newer version of it"
+    raise PluginError(
+        f"{what} is written for version {major}.{minor} of loopserve's plugin API, this loopserve has "
+        f"{own_major}.{own_minor}: {remedy}"
+    )

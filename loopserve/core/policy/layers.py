@@ -1,0 +1,61 @@
+"""Describe an attention layer to a policy, and the parts of it that a policy may use.
+
+Knows no model family: the bridge supplies ``LayerParts``, or says why it cannot.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Protocol
+
+from torch import Tensor
+
+
+class LayerType(StrEnum):
+    FULL = "full_attention"
+    SLIDING = "sliding_attention"
+
+
+class Need(StrEnum):
+    """Name what a policy uses beyond queries, keys and values. A stack is refused where a layer does not have it."""
+
+    ROTARY = "rotary"  # to turn queries back to before their position, and on to later ones
+    OUTPUT_WEIGHT = "output_weight"  # the weight that maps a head's output into the model
+    FULL_HISTORY = "full_history"  # every pair of the conversation: the decode policy beside it must not evict
+
+
+class LayerParts(Protocol):
+    """Give a policy parts of the layer itself; supplied by the bridge (``models.layer_parts``)."""
+
+    def lacks(self, need: Need) -> str | None:
+        """Return why this layer does not have ``need``, or None if it has it."""
+
+    def rotate(self, vectors: Tensor, positions: Tensor, *, back: bool = False) -> Tensor:
+        """Return vectors ``[H, T, D]`` rotated to ``positions`` int64 ``[T]``, or ``back`` from them, as the model rotates."""
+
+    def output_weight(self) -> Tensor:
+        """Return ``[Hq, D, E]``, which maps the output of each query head into the model's width E."""
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """Describe one attention layer of a model. ``index`` is its place in the model's list of layers."""
+
+    index: int
+    type: LayerType
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+    window: int | None = None
+    parts: LayerParts | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def group(self) -> int:
+        return self.query_heads // self.kv_heads
+
+    def lacks(self, need: Need) -> str | None:
+        """Return why a policy cannot have ``need`` here, or None if it can."""
+        if need is Need.FULL_HISTORY:
+            return None  # a matter between two policies, not of the layer
+        return "this model's bridge does not supply it" if self.parts is None else self.parts.lacks(need)

@@ -1,0 +1,157 @@
+"""Put a policy inside a policy: the type of a wrapper's option ``inner``, and what every wrapper does.
+
+Written ``inner: {policy: NAME, option: value}``. The validation of a wrapper's options gets a ``Maker`` as context, which
+knows the registry; in Python, a policy object is taken as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Protocol
+
+from pydantic import Field, PlainSerializer, PlainValidator, ValidationInfo, WithJsonSchema, model_validator
+from torch import Tensor
+
+from loopserve.core.policy.interfaces import (
+    AttentionInputs,
+    Capabilities,
+    DecodeCompressor,
+    KVSelection,
+    LayerSpec,
+    PolicyConfig,
+    Retention,
+)
+from loopserve.core.policy.scoring import ScoredCompressor, ScoredConfig, ScoredState
+from loopserve.core.stack.config import mistake, mistake_at
+
+MAX_NESTING = 4
+_EXAMPLE = "such as {policy: snapkv}"
+
+
+class Maker(Protocol):
+    """Make policies of what a stack file says."""
+
+    def inner(self, written: Mapping[str, Any]) -> DecodeCompressor[Any]:
+        """Return the decode policy written one level further inside."""
+
+
+def written(policy: Any) -> dict[str, Any]:
+    """Return a policy as a stack file says it, every option spelt out."""
+    return {"policy": policy.name, **policy.config.model_dump(mode="json")}
+
+
+def _scored(value: Any, info: ValidationInfo) -> ScoredCompressor:
+    policy = value
+    if isinstance(value, dict):
+        if info.context is None:
+            raise mistake(
+                "a policy written as a mapping is made by load_stack; in Python give the policy object itself"
+            )
+        policy = info.context.inner(value)
+    if not isinstance(policy, DecodeCompressor):
+        raise mistake(f"must name a policy, {_EXAMPLE}")
+    if not isinstance(policy, ScoredCompressor):
+        reason = f"decode policy {policy.name!r} gives no score per pair, so it cannot be wrapped"
+        raise mistake_at(("policy",), reason, policy.name)
+    return policy
+
+
+ScoredInner = Annotated[
+    ScoredCompressor,
+    PlainValidator(_scored),
+    PlainSerializer(written, return_type=dict[str, Any]),
+    WithJsonSchema(
+        {
+            "type": "object",
+            "properties": {"policy": {"type": "string", "description": "Name of a scored decode policy."}},
+            "required": ["policy"],
+        }
+    ),
+]
+
+
+class WrapperConfig(PolicyConfig):
+    """Take the options of every policy that changes what another one does with its scores."""
+
+    inner: ScoredInner = Field(
+        description="The policy wrapped, written as {policy: NAME, ...}; it says budget, forced pairs and retention."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _wraps_something(cls, fields: Any) -> Any:
+        if isinstance(fields, dict) and "inner" not in fields:
+            raise mistake_at(
+                ("inner",), f"this policy wraps another one, which is missing: name it, {_EXAMPLE}", fields
+            )
+        return fields
+
+
+class ScoredWrapper(ScoredCompressor):
+    """Wrap a scored policy; each step is the inner policy's unless a wrapper changes it.
+
+    Budget, sinks, recent window and retention are the innermost policy's, so wrappers can stand around each other in any
+    order. Outputs come on top of the budget, whatever the inner policy does with them alone.
+    """
+
+    class Config(WrapperConfig):
+        """Take the policy inside."""
+
+    config: WrapperConfig  # type: ignore[assignment]  # it has no limits of its own, see ``limits``
+
+    @property
+    def inner(self) -> ScoredCompressor:
+        return self.config.inner
+
+    @property
+    def can_be_weighed(self) -> bool:
+        return self.inner.can_be_weighed
+
+    @property
+    def limits(self) -> ScoredConfig:
+        return self.inner.limits
+
+    @property
+    def retention(self) -> Retention:
+        return self.inner.retention
+
+    @property
+    def most_pairs(self) -> int | None:
+        return self.inner.most_pairs
+
+    @property
+    def effective_capabilities(self) -> Capabilities:
+        """Return what both can do, with the needs of either."""
+        own, within = self.capabilities, self.inner.effective_capabilities
+        return Capabilities(
+            layer_types=own.layer_types & within.layer_types,
+            retentions=own.retentions & within.retentions,
+            deterministic=own.deterministic and within.deterministic,
+            batched=own.batched and within.batched,
+            needs=own.needs | within.needs,
+        )
+
+    @property
+    def effective_state_types(self) -> tuple[type, ...]:
+        return (*self.state_types, *self.inner.effective_state_types)
+
+    def refuses(self, layer: LayerSpec) -> str | None:
+        return self.inner.refuses(layer)
+
+    def end_turn(self, state: ScoredState) -> None:
+        self.inner.end_turn(state)
+
+    def score(self, inputs: AttentionInputs) -> Tensor:
+        return self.inner.score(inputs)
+
+    def observe(self, inputs: AttentionInputs, state: ScoredState) -> None:
+        self.inner.observe(inputs, state)
+
+    def ranking(self, inputs: AttentionInputs, state: ScoredState, budget: int) -> Tensor:
+        return self.inner.ranking(inputs, state, budget)
+
+    def layer_budget(self, inputs: AttentionInputs) -> int:
+        return self.inner.layer_budget(inputs)
+
+    def choose(self, inputs: AttentionInputs, ranking: Tensor, budget: int) -> KVSelection | None:
+        return self.inner.choose(inputs, ranking, budget)

@@ -1,0 +1,1 @@
+"""Turn a preset, a YAML file or a dictionary into one sparsifier and one compressor per layer."""

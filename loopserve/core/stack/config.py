@@ -1,0 +1,324 @@
+"""Reads YAML safely and says of every mistake where it stands. Knows files, fields and models, no stack.
+
+All mistakes of a document are collected and raised as one ``InvalidDocument``, one line each::
+
+    my.yaml:3: decode.budget: Input should be greater than 0 (got -3)
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import InitErrorDetails, PydanticCustomError, to_json
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.events import CollectionEndEvent, CollectionStartEvent, NodeEvent
+from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
+from ruamel.yaml.reader import ReaderError
+
+from loopserve.core.errors import ConfigError, did_you_mean, foreign_letters
+
+# A mistaken file is refused before much work is done on it: what is read in vain stays well below a second.
+MAX_BYTES = 1 << 18
+MAX_VALUES = 20_000  # in the file, and again after aliases are followed: a few nested ones could stand for billions
+MAX_DEPTH = 32
+MAX_PROBLEMS = 50  # named one by one
+MAX_INTEGER = 2**63 - 1
+
+Location = tuple[str | int, ...]
+KnownOptions = Callable[[Location], Iterable[str] | None]
+Model = TypeVar("Model", bound=BaseModel)
+
+_TAG = "tag:yaml.org,2002:"
+_PLAIN_SCALARS = frozenset(_TAG + name for name in ("str", "int", "float", "bool", "null"))
+_SHOWN = 60  # characters of a wrong value quoted in a message
+_WHOLE = frozenset({"value_error", "mistake"})  # kinds of error whose message says it all
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One mistake: the document, the line (None without a file), the dotted field (may be empty), what is wrong."""
+
+    source: str
+    line: int | None
+    field: str
+    message: str
+
+    def __str__(self) -> str:
+        where = self.source if self.line is None else f"{self.source}:{self.line}"
+        return ": ".join(part for part in (where, self.field, self.message) if part)
+
+
+class InvalidDocument(ConfigError):
+    """Every mistake of one document."""
+
+    def __init__(self, problems: Iterable[Problem], more: int = 0) -> None:
+        """more: how many mistakes there are beyond those given."""
+        found = sorted(problems, key=lambda each: each.line or 0)
+        more += max(len(found) - MAX_PROBLEMS, 0)
+        if more:
+            rest = f"and {more:,} more mistakes; is this the right file?"
+            found = [*found[:MAX_PROBLEMS], Problem(found[0].source, None, "", rest)]
+        self.problems = tuple(found)
+        super().__init__("\n".join(map(str, self.problems)))
+
+
+@dataclass(frozen=True)
+class Document:
+    """Plain data with its origin; ``lines`` tells where each field stands, as far as there is a file."""
+
+    data: Any
+    source: str
+    lines: Mapping[Location, int] = field(default_factory=dict)
+    problems: tuple[Problem, ...] = ()  # found in reading, reported together with what validation finds
+
+    def problem(self, at: Location, message: str) -> Problem:
+        """A mistake in the field ``at``; a field that is missing is placed where its parent stands."""
+        line = next((self.lines[at[:end]] for end in range(len(at), -1, -1) if at[:end] in self.lines), None)
+        return Problem(self.source, line, dotted(at), message)
+
+    def parse(
+        self,
+        model: type[Model],
+        *,
+        context: Any = None,
+        known_options: KnownOptions | None = None,
+    ) -> Model:
+        """The data as ``model``, without guessing (``"8"`` and ``true`` are no numbers). InvalidDocument if it is not.
+
+        known_options: the names allowed inside the field at a location (None = not known), for suggestions.
+        """
+        problems = [*self.problems, *self._oversized(self.data, ())]
+        more = 0
+        try:
+            parsed = parse_strictly(model, self.data, context)
+            if not problems:
+                return parsed
+        except ValidationError as error:
+            reported = {(each.field, each.line) for each in problems}
+            mistakes = error.errors(include_url=False)
+            more = max(len(mistakes) - MAX_PROBLEMS, 0)
+            explained = [self._explain(each, known_options) for each in mistakes[:MAX_PROBLEMS]]
+            problems += [each for each in explained if (each.field, each.line) not in reported]
+        except ValueError as error:  # from to_json: no plain data
+            problems.append(self.problem((), f"holds a value that is no plain data: {error}"))
+        raise InvalidDocument(problems, more)
+
+    def _oversized(self, value: Any, at: Location) -> Iterable[Problem]:
+        """Integers that neither JSON's readers nor tensors hold."""
+        if isinstance(value, int) and not -MAX_INTEGER <= value <= MAX_INTEGER:
+            yield self.problem(at, f"must be between -{MAX_INTEGER:,} and {MAX_INTEGER:,} (got {shown(value)})")
+        if len(at) <= MAX_DEPTH and isinstance(value, Mapping | list | tuple):
+            entries = value.items() if isinstance(value, Mapping) else enumerate(value)
+            for key, each in entries:
+                yield from self._oversized(each, (*at, key if isinstance(key, int) else str(key)))
+
+    def _explain(self, error: Any, known_options: KnownOptions | None) -> Problem:
+        at: Location = error["loc"]
+        kind, value, message = error["type"], error["input"], error["msg"].removeprefix("Value error, ")
+        if kind == "extra_forbidden":
+            known = known_options(at[:-1]) if known_options is not None else None
+            return self.problem(at, "unknown key" + (did_you_mean(str(at[-1]), known) if known is not None else ""))
+        if kind == "missing":
+            return self.problem(at, "this key is required")
+        if kind not in _WHOLE and not isinstance(value, Mapping | list):
+            letters = foreign_letters(value) if isinstance(value, str) else ""
+            message += f" (got {shown(value)}{f': it holds {letters}' if letters else ''})"
+        return self.problem(at, message)
+
+
+def mistake(message: str) -> PydanticCustomError:
+    """What a validator raises when its message says all there is to say."""
+    return PydanticCustomError("mistake", "{message}", {"message": message})
+
+
+def mistake_at(at: Location, message: str, value: Any) -> ValidationError:
+    """The same for a field inside the value that is validated."""
+    details = InitErrorDetails(type=mistake(message), loc=at, input=value)
+    return ValidationError.from_exception_data("mistake", [details])
+
+
+def parse_strictly(model: type[Model], data: Any, context: Any = None) -> Model:
+    """Validate as JSON is: names for enums, lists for tuples are welcome; no number is made of a string or a bool."""
+    return model.model_validate_json(to_json(data, inf_nan_mode="constants"), strict=True, context=context)
+
+
+def dotted(at: Location) -> str:
+    """``layers[0].decode.budget``"""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{_one_line(part)}" for part in at).removeprefix(".")
+
+
+def _one_line(text: str) -> str:
+    """A text as it may stand in a message: cut, and without what a terminal would obey."""
+    cut = text if len(text) <= _SHOWN else text[:_SHOWN] + "..."
+    return cut if cut.isprintable() else "".join(each if each.isprintable() else ascii(each)[1:-1] for each in cut)
+
+
+def shown(value: Any) -> str:
+    """A wrong value as a message quotes it: one short line."""
+    try:
+        return _one_line(repr(value))
+    except ValueError:  # an integer of thousands of digits
+        return f"an integer of {value.bit_length()} bits"
+
+
+def read_yaml(path: Path, source: str | None = None) -> Document:
+    """A YAML file as a document. ConfigError if it cannot be read, InvalidDocument if it is no clean YAML."""
+    source = source or str(path)
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(f"{source}: cannot be read: {error.strerror or error}") from error
+    if len(content) > MAX_BYTES:
+        raise ConfigError(
+            f"{source}: larger than {MAX_BYTES >> 10} KiB: loopserve reads no such file; is it the right one?"
+        )
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        remedy = "it starts as UTF-16 does: " if content[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
+        raise ConfigError(f"{source}:{line}: not UTF-8 text (byte {error.start}): {remedy}save it as UTF-8") from error
+    return parse_yaml(text, source)
+
+
+def parse_yaml(text: str, source: str) -> Document:
+    """YAML text as a document. What is no YAML is refused; duplicate keys and the like are noted in ``problems``."""
+
+    def broken(line: int | None, message: str) -> InvalidDocument:
+        return InvalidDocument([Problem(source, line, "", message)])
+
+    try:
+        _require_modest(text, broken)
+        root = YAML(typ="safe", pure=True).compose(io.StringIO(text))
+    except ReaderError as error:
+        character = error.character if isinstance(error.character, str) else chr(error.character)
+        line = text.count("\n", 0, max(text.find(character), 0)) + 1
+        raise broken(line, f"broken YAML: {foreign_letters(character)} may not stand in a file of text") from error
+    except MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        reason = _one_line_of(", ".join(str(part) for part in (error.context, error.problem) if part))
+        if "'\\t'" in reason:
+            reason += ": indent with spaces"
+        if mark and (letters := _invisible(text.split("\n")[mark.line : mark.line + 1])):
+            reason += f"; the line holds {letters}"
+        raise broken(mark.line + 1 if mark else None, f"broken YAML: {reason}") from error
+    except YAMLError as error:
+        raise broken(None, f"broken YAML: {_one_line_of(str(error))}") from error
+    if root is None:
+        raise broken(None, "the file is empty")
+    reader = _Reader(source)
+    data = reader.value(root, ())
+    return Document(data, source, reader.lines, tuple(reader.problems))
+
+
+def _require_modest(text: str, broken: Callable[[int | None, str], InvalidDocument]) -> None:
+    """Refuse a text with too many values or levels while its parts are read one by one, before a tree is made of them."""
+    values = depth = 0
+    for event in YAML(typ="safe", pure=True).parse(io.StringIO(text)):
+        values += isinstance(event, NodeEvent)
+        depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
+        if values > MAX_VALUES or depth > MAX_DEPTH:
+            limit = (
+                f"nested deeper than {MAX_DEPTH} levels"
+                if depth > MAX_DEPTH
+                else f"holds more than {MAX_VALUES:,} values"
+            )
+            raise broken(event.start_mark.line + 1, f"{limit}: loopserve reads no such file; is it the right one?")
+
+
+def _invisible(lines: Iterable[str]) -> str:
+    """Characters between the words of a line that an editor does not show, or shows as a blank."""
+    return foreign_letters("".join(each for line in lines for each in line if each != "\t" and not each.isprintable()))
+
+
+def _reason(error: Exception) -> str:
+    reason = _one_line_of(str(error))
+    return "it has thousands of digits" if "integer string conversion" in reason else reason
+
+
+def _one_line_of(text: str) -> str:
+    return " ".join(text.split())
+
+
+def to_yaml(data: Any) -> str:
+    """Plain data as YAML text, keys in the order given."""
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]  # ruamel declares it as None
+    text = io.StringIO()
+    yaml.dump(data, text)
+    return text.getvalue()
+
+
+class _Reader:
+    """Turns YAML nodes into plain data, noting lines and mistakes on the way."""
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+        self.lines: dict[Location, int] = {}
+        self.problems: list[Problem] = []
+        self._constructor = YAML(typ="safe", pure=True).constructor
+        self._values = 0
+        self._around: list[Node] = []  # what the value that is being read stands in
+
+    def value(self, node: Node, at: Location) -> Any:
+        if any(node is each for each in self._around):
+            endless = "refers to itself: an alias may not stand inside what it names"
+            raise InvalidDocument(
+                [Problem(self.source, self.lines.get(at, node.start_mark.line + 1), dotted(at), endless)]
+            )
+        self._around.append(node)
+        found = self._content(node, at)
+        self._around.pop()
+        return found
+
+    def _content(self, node: Node, at: Location) -> Any:
+        self._values += 1
+        self.lines.setdefault(at, node.start_mark.line + 1)
+        if self._values > MAX_VALUES or len(at) > MAX_DEPTH:
+            limit = f"holds more than {MAX_VALUES:,} values or {MAX_DEPTH} levels, with aliases followed"
+            raise InvalidDocument([Problem(self.source, node.start_mark.line + 1, "", limit)])
+        tag = str(node.tag)
+        if isinstance(node, MappingNode) and tag == _TAG + "map":
+            return self._mapping(node, at)
+        if isinstance(node, SequenceNode) and tag == _TAG + "seq":
+            return [self.value(item, (*at, index)) for index, item in enumerate(node.value)]
+        if isinstance(node, ScalarNode) and tag in _PLAIN_SCALARS:
+            return self._scalar(node, at)
+        self._note(
+            node, at, f"a value of type {shown(tag.removeprefix(_TAG))} has no place here; quote it if it is text"
+        )
+        return None
+
+    def _mapping(self, node: MappingNode, at: Location) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        first: dict[str, int] = {}
+        for key_node, value_node in node.value:
+            line = key_node.start_mark.line + 1
+            if not isinstance(key_node, ScalarNode):
+                self._note(key_node, at, "a key must be a single word")
+                continue
+            key = key_node.value
+            if key in found:
+                self._note(key_node, (*at, key), f"duplicate key, first given in line {first[key]}")
+                continue
+            first[key] = self.lines[*at, key] = line
+            found[key] = self.value(value_node, (*at, key))
+        return found
+
+    def _scalar(self, node: ScalarNode, at: Location) -> Any:
+        try:
+            return self._constructor.construct_object(node)
+        except (YAMLError, ValueError) as error:
+            self._note(node, at, f"not a {str(node.tag).removeprefix(_TAG)}: {_reason(error)}")
+            return None
+
+    def _note(self, node: Node, at: Location, message: str) -> None:
+        self.problems.append(Problem(self.source, node.start_mark.line + 1, dotted(at), message))

@@ -1,0 +1,57 @@
+"""Turn the tokens of an answer into text as they arrive, up to the first stop string."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from loopserve.core.engine.stop_strings import StopStrings
+from loopserve.models.chat import ChatTokenizer, StreamDecoder
+
+
+class AnswerText:
+    """Collect the text of one answer. ``push`` is a ``StopCheck`` of the engine.
+
+    A stop string is looked for in the text that a reader sees, which holds no special tokens. One that is itself the text of a
+    special token ends the answer at that token.
+    """
+
+    def __init__(
+        self, tokenizer: ChatTokenizer, stop: Sequence[str] = (), decoder: StreamDecoder | None = None
+    ) -> None:
+        """stop: strings that end the answer; none of them is a part of its text. decoder: a fresh one, if not a plain one."""
+        self.stop_string: str | None = None
+        self._decoder = decoder or StreamDecoder(tokenizer)
+        self._stops = StopStrings(stop)
+        self._special = {
+            token: str(added) for token, added in tokenizer.tokenizer.added_tokens_decoder.items() if str(added) in stop
+        }
+        self._given: list[str] = []  # pieces that were taken
+        self._ready = ""
+
+    def push(self, token: int) -> str | None:
+        """Add a token; return the stop string that ends the answer with it."""
+        self._add(self._decoder.push(token))
+        if self.stop_string is None and token in self._special:
+            self.stop_string = self._special[token]
+        return self.stop_string
+
+    def take(self) -> str:
+        """Return the text that has become certain since the last call."""
+        piece, self._ready = self._ready, ""
+        self._given.append(piece)
+        return piece
+
+    def close(self) -> None:
+        """Say that the answer is over: what was held back is text, and so is a character cut off in its middle."""
+        if self._stops.matched is None:
+            self._add(self._decoder.rest())
+        self._ready += self._stops.flush()
+
+    @property
+    def text(self) -> str:
+        """The whole answer as it was streamed; complete once it is closed."""
+        return "".join(self._given) + self._ready
+
+    def _add(self, piece: str) -> None:
+        self._ready += self._stops.push(piece)
+        self.stop_string = self.stop_string or self._stops.matched

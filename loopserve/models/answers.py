@@ -1,0 +1,102 @@
+"""Tell the answer of a model from its reasoning and its channels, in its tokens and as they arrive. Knows no template."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+# Blocks that hold a reasoning, as models write them: at the beginning of an answer, or opened by the template already.
+REASONING_BLOCKS = (
+    ("<think>", "</think>"),
+    ("[THINK]", "[/THINK]"),
+    ("<seed:think>", "</seed:think>"),
+    ("<|START_THINKING|>", "<|END_THINKING|>"),
+)
+CHANNEL, MESSAGE = "<|channel|>", "<|message|>"  # the harmony format
+_FRAME = ("<|START_RESPONSE|>", "<|END_RESPONSE|>")  # say where the answer stands, and no more
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Hold one answer: its text, its reasoning (None: no such block), and the whole as the model wrote it.
+
+    tokens: those of the answer, without the token that ended it. raw: their text, special tokens included.
+    """
+
+    text: str
+    reasoning: str | None
+    raw: str
+    tokens: tuple[int, ...]
+
+
+Piece = tuple[bool, str]  # (a special token, its text), or (False, plain text)
+
+
+def split_answer(pieces: Sequence[Piece], opened: str = "", *, over: bool = True) -> tuple[str, str | None]:
+    """Return (text, reasoning) of an answer. opened: the text that the model went on from. over: nothing follows."""
+    if any(special and text == CHANNEL for special, text in pieces):
+        return _channels(pieces)
+    whole = "".join(text for special, text in pieces if not (special and text in _FRAME))
+    for begin, end in REASONING_BLOCKS:
+        before = opened.rstrip().endswith(begin)
+        if before or whole.lstrip().startswith(begin):
+            inside = whole if before else whole.lstrip()[len(begin) :]
+            reasoning, _, text = inside.partition(end)
+            return text.lstrip(), reasoning.strip()
+        if not over and whole.strip() and begin.startswith(whole.strip()):
+            return "", None  # a block may be beginning; the rest is still to come
+    return whole, None
+
+
+def _channels(pieces: Sequence[Piece]) -> tuple[str, str | None]:
+    """Read the harmony format: the channel ``final`` is the answer, what stands in others is reasoning."""
+    spoken: list[str] = []
+    thought: list[str] = []
+    channel, place, text = "", "header", ""
+    for special, piece in [*pieces, (True, "")]:
+        if not special:
+            text += piece
+            continue
+        if place == "name":
+            channel = text.split()[0] if text.split() else ""
+        elif place == "body":
+            (spoken if channel == "final" else thought).append(text)
+        text = ""
+        place = {CHANNEL: "name", MESSAGE: "body"}.get(piece, "header")
+    return "".join(spoken), "\n".join(each.strip() for each in thought) if thought else None
+
+
+class Reader(Protocol):
+    def read_answer(self, ids: Sequence[int], opened: str = "", *, over: bool = True) -> Answer: ...
+
+
+class StreamDecoder:
+    """Text pieces of an answer as its tokens arrive, without its reasoning; a character that is not complete yet waits."""
+
+    def __init__(self, tokenizer: Reader, opened: str = "") -> None:
+        """opened: the text that the model goes on from, which may have opened a reasoning block."""
+        self._tokenizer = tokenizer
+        self._opened = opened
+        self._ids: list[int] = []
+        self._said = ""
+
+    def push(self, token: int) -> str:
+        """Return the text that one more token adds; may be empty."""
+        self._ids.append(token)
+        text = self._text().rstrip("\ufffd")
+        if not text.startswith(self._said):
+            return ""
+        piece = text[len(self._said) :]
+        self._said = text
+        return piece
+
+    def rest(self) -> str:
+        """Return what still waits when the answer is over: a character cut off in its middle."""
+        return self._text(over=True).removeprefix(self._said)
+
+    def _text(self, *, over: bool = False) -> str:
+        return self._tokenizer.read_answer(self._ids, self._opened, over=over).text
+
+
+__all__ = ["Answer", "StreamDecoder", "split_answer"]

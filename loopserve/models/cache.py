@@ -1,0 +1,211 @@
+"""Give transformers a cache whose pairs live in loopserve's sessions, and lay a pass out in its rows and columns."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+from loopserve.core.engine.forward import ForwardContext
+from loopserve.core.engine.session import Session
+from loopserve.core.errors import ModelError
+
+_thread = threading.local()
+
+
+def last_stored(layer: int) -> Pass | None:
+    """Return the pass under way in this thread: the one that the layer has just put its keys and values into."""
+    reference = getattr(_thread, "last", None)
+    found: Pass | None = None if reference is None else reference()
+    return found if found is not None and layer in found.stored else None
+
+
+def computed_in(tensor: Tensor) -> Tensor:
+    """Return a tensor in the dtype that autocast computes attention in; as it is outside autocast.
+
+    Rotated keys are float32 there and values are not: torch's own attention casts both.
+    """
+    kind = tensor.device.type
+    return tensor.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Span:
+    """Say where one session's tokens lie in a ``[B, T]`` grid: a row, and a slice or a mask bool ``[T]`` of its columns."""
+
+    context: ForwardContext
+    row: int
+    columns: slice | Tensor
+
+
+@dataclass(eq=False)
+class Pass:
+    """Lay one forward pass out: which cells of the grid are whose. Cells of no session are padding."""
+
+    spans: Sequence[Span]
+    stored: dict[int, tuple[Tensor, Tensor]] = field(
+        default_factory=dict
+    )  # by layer: what the cache was given and returned
+
+    @property
+    def contexts(self) -> list[ForwardContext]:
+        """The contexts of the pass, in the order of the spans."""
+        return [span.context for span in self.spans]
+
+    def split(self, tensor: Tensor) -> list[Tensor]:
+        """Return each session's part ``[H, t, D]`` of a tensor ``[B, H, T, D]``."""
+        return [tensor[span.row][:, span.columns] for span in self.spans]
+
+    def join(self, parts: Sequence[Tensor], like: Tensor) -> Tensor:
+        """Return ``[B, T, H, D]`` from each session's part ``[H, t, D]``; padding is zero."""
+        if len(parts) == 1 and parts[0].shape[1] == like.shape[0] * like.shape[2]:
+            return parts[0].transpose(0, 1).unsqueeze(0)
+        joined = like.new_zeros(like.shape[0], like.shape[2], like.shape[1], parts[0].shape[-1])
+        for span, part in zip(self.spans, parts, strict=True):
+            joined[span.row, span.columns] = part.transpose(0, 1)
+        return joined
+
+    def rotations(self, rows: int, columns: int) -> Tensor:
+        """Return the rotation of each cell's conversation, int64 ``[rows, columns]``; 0 in padding."""
+        found = torch.zeros(rows, columns, dtype=torch.long, device="cpu")
+        for span in self.spans:
+            chosen = span.columns.cpu() if isinstance(span.columns, Tensor) else span.columns
+            found[span.row, chosen] = span.context.rotation
+        return found
+
+    def store(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        """Hand each session its new pairs of a layer."""
+        self.stored[layer] = (keys, values)
+        _thread.last = weakref.ref(self)
+        keys, values = computed_in(keys), computed_in(values)
+        for span, own_keys, own_values in zip(self.spans, self.split(keys), self.split(values), strict=True):
+            span.context.append(layer, own_keys, own_values)
+
+    def require_stored(self, layer: int, module: str, keys: Tensor, values: Tensor) -> None:
+        """Raise ModelError unless a layer attends to the very keys and values that it put into the cache in this pass."""
+        kept = self.stored.pop(layer, None)
+        if kept is None:
+            raise ModelError(
+                f"layer {layer} ({module}) did not put its keys and values into the cache; "
+                "layers that share another layer's cache are not supported"
+            )
+        for before, now, what in ((kept[0], keys, "keys"), (kept[1], values, "values")):
+            same = now is before or (now.data_ptr() == before.data_ptr() and now.shape == before.shape)
+            if not same or now.stride() != before.stride():
+                raise ModelError(
+                    f"layer {layer} ({module}) changes its {what} after they were put into the cache; "
+                    "loopserve would attend to the unchanged ones, so this model is not supported"
+                )
+
+
+class CacheRows:
+    """Hold the sessions behind one transformers cache, one per row."""
+
+    def __init__(self, sessions: Sequence[Session], owner: object = None) -> None:
+        """owner: the engine whose sessions they are."""
+        self.sessions = list(sessions)
+        self.owner = owner
+        self.columns = 0  # columns that the caller has fed so far, padding included
+        self.valid: Tensor | None = None  # bool [B, columns]: which of them held tokens; None = all
+        self.prompt_open = False  # the last pass was a piece of a prompt that goes on
+        self.kept = True  # False where the caller wants no cache: the rows serve one pass
+        self.under_way: Pass | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CacheRows:
+        other = CacheRows([session.fork() for session in self.sessions], self.owner)
+        other.columns, other.valid = self.columns, self.valid
+        return other
+
+    def choose(self, rows: Sequence[int]) -> None:
+        """Make the rows copies of the chosen rows (beam search)."""
+        chosen, taken = [], set()
+        for row in rows:
+            chosen.append(self.sessions[row].fork() if row in taken else self.sessions[row])
+            taken.add(row)
+        self.sessions = chosen
+        if self.valid is not None:
+            self.valid = self.valid[torch.tensor(rows, dtype=torch.long, device=self.valid.device)]
+
+
+class SessionCacheLayer(DynamicLayer):
+    """One layer of a transformers cache. The pairs it is given go to each row's session; it returns them unchanged.
+
+    Transformers works on a cache layer by layer; what concerns the rows as a whole is done by layer 0.
+    """
+
+    is_croppable = False
+
+    def __init__(self, rows: CacheRows, index: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.rows = rows
+        self.index = index
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Store the new pairs ``[B, Hkv, T, D]``."""
+        if key_states.requires_grad:
+            raise ModelError("loopserve is for inference: run the model under torch.no_grad() or model.generate()")
+        if self.rows.under_way is None:
+            raise ModelError("this cache holds loopserve sessions: go on with it inside loopserve.apply(model, stack)")
+        self.rows.under_way.store(self.index, key_states, value_states)
+        return key_states, value_states
+
+    def get_seq_length(self) -> int:
+        """Return the columns fed so far, padding included."""
+        return self.rows.columns
+
+    def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
+        """Return (columns after this pass, 0)."""
+        return self.rows.columns + int(query_length), 0
+
+    def get_max_length(self) -> int:
+        """Return -1: there is no limit."""
+        return -1
+
+    def reset(self) -> None:
+        """Refuse: a session is not emptied in place."""
+        raise ModelError("a loopserve cache cannot be reset in place; start a new session")
+
+    def crop(self, *_: Any) -> None:
+        """Refuse: a policy's state cannot follow."""
+        raise ModelError(
+            "assisted and speculative generation take back single tokens, which a policy's state cannot follow"
+        )
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Make the rows copies of the chosen rows (beam search)."""
+        if self.index == 0:
+            self.rows.choose(beam_idx.tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row."""
+        if self.index == 0:
+            self.rows.choose([row for row in range(len(self.rows.sessions)) for _ in range(repeats)])
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the chosen rows."""
+        if self.index == 0:
+            self.rows.choose(indices.tolist())
+
+
+def cache_over(rows: CacheRows, layers: int) -> Cache:
+    """Return a transformers cache over the sessions of some rows."""
+    return Cache(layers=[SessionCacheLayer(rows, index) for index in range(layers)])
+
+
+def rows_of(cache: Cache) -> CacheRows | None:
+    """Return the rows behind a cache; None if it is not one over sessions."""
+    first = cache.layers[0] if cache.layers else None
+    return first.rows if isinstance(first, SessionCacheLayer) else None
+
+
+def adopt(cache: Cache, rows: CacheRows, layers: int) -> None:
+    """Turn an empty cache of the caller's into one over the sessions of some rows, so that the caller's own object fills."""
+    cache.layers = [SessionCacheLayer(rows, index) for index in range(layers)]
+    cache.layer_class_to_replicate = None  # every layer is there already

@@ -1,0 +1,35 @@
+"""Read what a model's own ``generation_config`` says about answers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_TAKEN = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
+
+def stop_ids(model: PreTrainedModel) -> frozenset[int]:
+    """Return the tokens that end an answer of the model."""
+    found = getattr(model.generation_config, "eos_token_id", None)
+    if found is None:
+        return frozenset()
+    return frozenset(found if isinstance(found, list) else [found])
+
+
+def model_sampling(model: PreTrainedModel) -> dict[str, Any]:
+    """Return the sampling options that the model's ``generation_config`` sets, by the names of ``SamplingConfig``.
+
+    A model that does not set ``do_sample`` is greedy, as in transformers; one that does draws at temperature 1 where it sets none.
+    The values are not checked.
+    """
+    config = model.generation_config
+    if config is None:
+        return {}
+    found = {name: getattr(config, name) for name in _TAKEN if getattr(config, name, None) is not None}
+    if not config.do_sample:
+        found["temperature"] = 0.0
+    else:
+        found.setdefault("temperature", 1.0)
+    return found

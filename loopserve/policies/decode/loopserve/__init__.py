@@ -1,0 +1,1 @@
+"""Implement LoopServe, phase two: progressive KV compression."""

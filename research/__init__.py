@@ -1,0 +1,1 @@
+"""Evidence behind the defaults and training of the bundled model; not part of the wheel."""
