@@ -173,11 +173,12 @@ class Engine:
         read_sampling(defaults, "the model's generation_config")
         return read_sampling(defaults | given, also=("sampling",))
 
-    def session(self, system: str | None = None, *, messages: Sequence[Message] | None = None) -> ChatSession:
+    def session(self, system: str | None = None, *, messages: Sequence[Mapping[str, Any]] | None = None) -> ChatSession:
         """Open a conversation.
 
         messages: complete turns held elsewhere, dictionaries of role and content, to go on with; they are computed with the next
-        message. Raises InputError for messages that are no turns, or that bring a system message beside ``system``.
+        message. ``token_ids`` beside an answer are taken for its tokens if they say what its content says. Raises InputError for
+        messages that are no turns, or that bring a system message beside ``system``.
         """
         if messages is None:
             return ChatSession(self, system)
@@ -186,7 +187,7 @@ class Engine:
             raise InputError(f"messages: {problem}")
         if system is not None and begun and begun[0]["role"] in ("system", "developer"):
             raise InputError("messages: they begin with a system message already; leave system out")
-        return ChatSession(self, system, begun)
+        return ChatSession(self, system, begun, _token_ids(messages, first=0 if system is None else 1))
 
     def load_session(self, path: str | Path) -> ChatSession:
         """A conversation saved by ``ChatSession.save``, under this engine's stack; its cache is computed anew with the next message."""
@@ -197,12 +198,8 @@ class Engine:
             messages = as_messages(saved["messages"])
             if problem := _no_turns(messages):
                 raise ValueError(f"its {problem}")
-            tokens = {
-                number: each["token_ids"] for number, each in enumerate(saved["messages"]) if each.get("token_ids")
-            }
-            if not all(isinstance(each, list) and all(map(_is_token, each)) for each in tokens.values()):
-                raise ValueError("its token_ids are no lists of token numbers")
-        except (OSError, ValueError, KeyError, TypeError, InputError) as error:
+            tokens = _token_ids(saved["messages"])
+        except (OSError, ValueError, KeyError, TypeError, RecursionError, InputError) as error:
             raise ConfigError(f"{path}: not a saved conversation ({error})") from error
         return ChatSession(self, messages=messages, token_ids=tokens)
 
@@ -213,6 +210,14 @@ def _no_turns(messages: Sequence[Message]) -> str | None:
     if roles != ["user", "assistant"] * (len(roles) // 2):
         return "messages are not turns of user and assistant"
     return None
+
+
+def _token_ids(messages: Sequence[Mapping[str, Any]], first: int = 0) -> dict[int, list[int]]:
+    """Return the tokens that stand beside answers, by number of the message; the first message has the number ``first``."""
+    tokens = {number: each["token_ids"] for number, each in enumerate(messages, first) if each.get("token_ids")}
+    if not all(isinstance(each, list) and all(map(_is_token, each)) for each in tokens.values()):
+        raise InputError("token_ids of messages are lists of token numbers")
+    return tokens
 
 
 def _is_token(value: object) -> bool:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 from weakref import WeakValueDictionary
 
+from loopserve.core.atomic_file import write_atomically
+from loopserve.core.engine.engine import Progress
 from loopserve.core.engine.sampling import FinishReason, LogitsProcessor, SamplingConfig
 from loopserve.core.engine.session import Session
 from loopserve.core.engine.stats import TurnStats
@@ -169,14 +171,22 @@ class ChatSession:
         """Say something, get the whole answer. The arguments are those of ``stream``."""
         return self._whole(self.stream(text, logits_processors=logits_processors, **options))
 
-    def stream(self, text: str, *, logits_processors: Sequence[LogitsProcessor] = (), **options: Any) -> Iterator[str]:
+    def stream(
+        self,
+        text: str,
+        *,
+        logits_processors: Sequence[LogitsProcessor] = (),
+        progress: Progress | None = None,
+        **options: Any,
+    ) -> Iterator[str]:
         """Give the answer piece by piece, without its reasoning; ``last_reply`` holds the whole once it is over.
 
         options: those of ``SamplingConfig``, and ``sampling`` to choose other defaults than the engine's (see ``Engine``).
         logits_processors: functions from ``(input_ids [1, T], scores [1, V])`` to scores, as those of transformers. No piece
-        holds a part of a stop string. Raises ConfigError for a wrong option, InputError for a message that cannot be asked.
+        holds a part of a stop string. progress: called before each pass of the prefill with the tokens that are computed and
+        those of the whole prefill. Raises ConfigError for a wrong option, InputError for a message that cannot be asked.
         """
-        return self._begin(self._message(text), logits_processors, options)
+        return self._begin(self._message(text), logits_processors, options, progress)
 
     def complete(
         self, messages: Sequence[Message], *, logits_processors: Sequence[LogitsProcessor] = (), **options: Any
@@ -219,12 +229,16 @@ class ChatSession:
         return self.last_reply
 
     def _begin(
-        self, asked: Callable[[], list[Message]], processors: Sequence[LogitsProcessor], options: dict[str, Any]
+        self,
+        asked: Callable[[], list[Message]],
+        processors: Sequence[LogitsProcessor],
+        options: dict[str, Any],
+        progress: Progress | None = None,
     ) -> Iterator[str]:
         config = self.engine.sampling_config(options)
         self.open_session.require_rest()
         prompt = self._transcript.prompt(asked())  # what cannot be asked is refused at once
-        return self._answer(asked, self.messages, prompt, config, processors)
+        return self._answer(asked, self.messages, prompt, config, processors, progress)
 
     def _answer(
         self,
@@ -233,6 +247,7 @@ class ChatSession:
         prompt: Prompt,
         config: SamplingConfig,
         processors: Sequence[LogitsProcessor],
+        progress: Progress | None,
     ) -> Iterator[str]:
         engine, session = self.engine.token_engine, self.open_session
         session.require_rest()
@@ -241,7 +256,7 @@ class ChatSession:
             prompt = self._transcript.prompt(asked)
         pending = PendingAnswer(self, asked, prompt, config)
         turn = engine.begin(session, pending.new_tokens, config, logits_processors=processors, **pending.options)
-        for _ in engine.finish(turn):
+        for _ in engine.finish(turn, progress):
             if piece := pending.piece(turn):
                 yield piece
         pending.conclude(turn)
@@ -286,12 +301,18 @@ class ChatSession:
 
         options: those of ``stream``.
         """
+        return self._whole(self.stream_retry(**options))
+
+    def stream_retry(self, **options: Any) -> Iterator[str]:
+        """Like ``retry``, piece by piece."""
         kept = self.fork()
+        done = False
         try:
-            return self.send(self.undo()["content"], **options)
-        except BaseException:
-            self._become(kept)
-            raise
+            yield from self.stream(self.undo()["content"], **options)
+            done = True
+        finally:
+            if not done:
+                self._become(kept)
 
     def fork(self) -> ChatSession:
         """An independent copy of the conversation, to try two answers."""
@@ -320,12 +341,16 @@ class ChatSession:
         """Write the messages as JSON, with the stack for the record; ``Engine.load_session`` reads the messages.
 
         The tokens of the model's own answers are written beside them, so that the conversation goes on from the very same ones.
+        The file is replaced as a whole. Raises InputError if that fails; what it held before is unchanged then.
         """
         body = {"version": 1, "stack": self.engine.stack.describe(), "messages": self._transcript.saved()}
         try:
-            Path(path).write_text(json.dumps(body, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise InputError(f"{path}: cannot save the conversation ({error.strerror})") from error
+            write_atomically(path, json.dumps(body, indent=2, ensure_ascii=False) + "\n")
+        except (OSError, ValueError) as error:  # ValueError: a name with a null byte
+            reason = getattr(error, "strerror", None) or str(error)
+            raise InputError(
+                f"{path}: cannot save the conversation ({reason}); what the file held before is unchanged"
+            ) from error
 
 
 def _unpickled(key: str, transcript: Transcript, last_reply: Reply | None) -> ChatSession:

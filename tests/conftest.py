@@ -1,7 +1,9 @@
-"""Shared by all tests: repeatable hypothesis runs, one thread per worker, a pipe's width."""
+"""Shared by all tests: repeatable hypothesis runs, one thread per worker, a pipe's width, a data folder of their own."""
 
 import os
+from collections.abc import Iterator
 
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
@@ -14,3 +16,12 @@ settings.register_profile(
 settings.load_profile("repeatable")
 torch.set_num_threads(1)
 os.environ.pop("COLUMNS", None)  # workers are told 80; what is written to a pipe has no width
+os.environ.pop("LOOPSERVE_LOG", None)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Conversations of tests are not logged beside the user's own."""
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("XDG_DATA_HOME", str(tmp_path_factory.mktemp("data")))
+        yield

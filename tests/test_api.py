@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
+import os
 import shutil
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -213,6 +216,115 @@ def test_what_is_no_conversation_is_refused(engine: Engine, tmp_path: Path) -> N
     for spec in (None, 1, []):
         with pytest.raises(ConfigError, match="a stack is a preset's name"):
             load_stack(spec)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("messages", "says"),
+    [
+        ([{"role": "user", "content": None}, {"role": "assistant", "content": "a"}], r"messages\[0\] has no content"),
+        ([{"role": "user", "content": 5}], r"messages\[0\]: "),
+        ([{"role": "human", "content": "a"}], r"messages\[0\]: role 'human' is not known"),
+        (["hello"], r"messages\[0\] is a dictionary"),
+        ({}, "messages are a list"),
+        (None, "messages are a list"),
+    ],
+)
+def test_messages_that_are_no_text_are_named(engine: Engine, tmp_path: Path, messages: Any, says: str) -> None:
+    file = tmp_path / "talk.json"
+    file.write_text(json.dumps({"version": 1, "messages": messages}))
+    with pytest.raises(ConfigError, match=says):
+        engine.load_session(file)
+
+
+def test_a_file_that_holds_something_else_is_refused(engine: Engine, tmp_path: Path) -> None:
+    file = tmp_path / "talk.json"
+    for text in ("", "[]", "5", "null", "{}", '{"version": 1', "\x00", "[" * 100_000):
+        file.write_text(text)
+        with pytest.raises(ConfigError, match="not a saved conversation"):
+            engine.load_session(file)
+    file.write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match="not a saved conversation"):
+        engine.load_session(file)
+
+
+def test_turns_of_a_loaded_conversation_can_be_taken_back(engine: Engine, tmp_path: Path) -> None:
+    file = tmp_path / "talk.json"
+    with engine.session() as chat:
+        first = chat.send(f"{TOLD} what is the code of oslo ?").text
+        second = chat.send("what is the code of lisbon ?").text
+        chat.save(file)
+    with engine.load_session(file) as chat:
+        assert chat.retry().text == second  # a turn that is not computed yet
+        chat.send("what is the code of oslo ?")
+        taken = [chat.undo()["content"] for _ in range(3)]
+        assert taken == [
+            "what is the code of oslo ?",
+            "what is the code of lisbon ?",
+            f"{TOLD} what is the code of oslo ?",
+        ]
+        assert chat.messages == []
+        with pytest.raises(InputError, match="nothing to undo"):
+            chat.undo()
+        assert chat.send(f"{TOLD} what is the code of oslo ?").text == first
+    with engine.load_session(file) as chat:
+        chat.undo()
+        assert chat.send("what is the code of lisbon ?").text == second
+        assert len(chat.messages) == 4
+
+
+def test_a_retry_whose_stream_is_closed_keeps_the_old_answer(engine: Engine) -> None:
+    with engine.session() as chat:
+        chat.send(f"{TOLD} what is the code of oslo ?")
+        messages = list(chat.messages)
+        pieces = chat.stream_retry()
+        next(iter(pieces))
+        pieces.close()  # type: ignore[attr-defined]
+        assert chat.messages == messages
+        assert chat.send("what is the code of lisbon ?").text == "lisbon is amber falcon river ."
+
+
+def test_a_conversation_goes_on_from_messages_held_elsewhere(engine: Engine) -> None:
+    held = [
+        {"role": "user", "content": f"{TOLD} what is the code of oslo ?"},
+        {"role": "assistant", "content": "unknown"},
+    ]
+    with engine.session(messages=held) as chat:
+        assert chat.send("what is the code of lisbon ?").text == "lisbon is amber falcon river ."
+    with pytest.raises(InputError, match="not turns of user and assistant"):
+        engine.session(messages=held[:1])
+    with pytest.raises(InputError, match="leave system out"):
+        engine.session("be kind", messages=[{"role": "system", "content": "be brief"}, *held])
+
+
+def test_the_prefill_says_how_far_it_is() -> None:
+    engine = Engine.from_pretrained("demo", stack="dense", chunk_tokens=16)
+    seen: list[tuple[int, int]] = []
+    with engine.session() as chat:
+        for _ in chat.stream("hello " * 40, progress=lambda done, total: seen.append((done, total)), max_new_tokens=2):
+            pass
+        total = chat.last_reply.usage.prompt_tokens if chat.last_reply else 0
+    assert seen[0] == (0, total) and len(seen) == -(-total // 16)
+    assert [done for done, _ in seen] == sorted({done for done, _ in seen})
+
+
+def test_a_full_disk_does_not_cost_the_conversation_saved_before(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "talk.json"
+    with engine.session() as chat:
+        chat.send(f"{TOLD} what is the code of oslo ?")
+        chat.save(file)
+        before = file.read_bytes()
+        chat.send("what is the code of lisbon ?")
+
+        def full(*arguments: Any) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(os, "write", full)
+        with pytest.raises(InputError, match=r"No space left on device\); what the file held before is unchanged"):
+            chat.save(file)
+        monkeypatch.undo()
+    assert file.read_bytes() == before
 
 
 def test_bad_requests_are_one_line_and_lose_nothing(chat: ChatSession) -> None:

@@ -1,3 +1,4 @@
+import io
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -5,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from loopserve.cli.reader import ReadingProgress
 from loopserve.cli.repl import Repl
 from loopserve.core.errors import InputError
 
@@ -25,6 +27,8 @@ FIGURES = {
 
 class Conversation:
     """Echoes; 'interrupt' stops it after its first piece, 'fail' is refused. A turn that breaks off leaves nothing."""
+
+    last_reply = None
 
     def __init__(self) -> None:
         self.said: list[str] = []
@@ -56,10 +60,14 @@ class Conversation:
             raise InputError("nothing to undo")
         return {"role": "user", "content": self.said.pop()}
 
-    def retry(self, **sampling: Any) -> Any:
+    def stream_retry(self, **sampling: Any) -> Iterator[str]:
+        self.sampling = sampling
         if not self.said:
             raise InputError("nothing to undo")
-        return SimpleNamespace(text=f"again {self.said[-1]}")
+        yield "again "
+        if self.said[-1] == "interrupt the second":
+            raise KeyboardInterrupt
+        yield self.said[-1]
 
     def save(self, path: str | Path) -> None:
         self.saved = Path(path)
@@ -145,22 +153,23 @@ def test_an_error_is_printed_and_the_conversation_goes_on():
 
 def test_unknown_commands_get_a_hint():
     printed = talk("/sats", "/quux", "/")[1]
-    assert "no command '/sats'; did you mean '/stats'? (known: /exit, /help, " in printed
+    assert "no command '/sats'; did you mean '/stats'? (known: /exit, /file, /help, " in printed
     assert "no command '/quux' (known: " in printed
     assert "no command '/' (known: " in printed
 
 
 def test_help_names_every_command():
     printed = talk("/help")[1]
-    for command in ("/help", "/stats", "/stack", "/undo", "/retry", "/save FILE", "/exit"):
+    for command in ("/help", "/stats", "/stack", "/undo", "/retry", "/save FILE", "/exit", "/file PATH", "/set", '"""'):
         assert command in printed
 
 
 def test_undo_and_retry():
     code, printed, conversation = talk("one", "two", "/undo", "/retry", "/undo", "/undo", "/retry")
     assert code == 0 and conversation.said == []
-    assert "took back: two\nagain one\n\ntook back: one\nerror: nothing to undo\nerror: nothing to undo\n" in (
-        printed.replace("again one\n", "again one\n\n", 1)
+    note = "(temperature 0.7 for this answer: else it would be the same)\n"
+    assert printed.endswith(
+        f"took back: two\n{note}again one\ntook back: one\nerror: nothing to undo\nerror: nothing to undo\n"
     )
 
 
@@ -187,3 +196,122 @@ def test_stats_and_stack():
 
 def test_verbose_prints_figures_after_each_answer():
     assert talk("one", "two", "/retry", verbose=True)[1].count("TTFT") == 3
+
+
+def test_a_message_that_got_no_answer_is_what_retry_sends():
+    code, printed, conversation = talk("one", "interrupt", "/retry", "two")
+    assert code == 0 and conversation.said == ["one", "two"]
+    assert printed.count("you said ") == 4 and "again one" not in printed
+    _, printed, conversation = talk("one", "fail", "/retry")
+    assert conversation.said == ["one"] and printed.count("error: too long") == 2
+
+
+def test_after_an_answer_retry_is_about_that_answer():
+    _, printed, conversation = talk("one", "interrupt", "two", "/retry")
+    assert "again two" in printed and conversation.said == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("given", "used", "says"),
+    [
+        ({}, {"temperature": 0.7}, "(temperature 0.7 for this answer"),
+        ({"temperature": 0.0, "seed": 3}, {"temperature": 0.7}, "(temperature 0.7, no seed for this answer"),
+        ({"temperature": 1.2, "seed": 3}, {"temperature": 1.2}, "(no seed for this answer"),
+        ({"temperature": 1.2, "top_k": 1}, {"temperature": 1.2}, "(no top_k for this answer"),
+        ({"temperature": 1.2, "top_k": 5}, {"temperature": 1.2, "top_k": 5}, ""),
+    ],
+)
+def test_another_answer_is_not_the_same_one(given: dict[str, Any], used: dict[str, Any], says: str):
+    _, printed, conversation = talk("one", "/retry", sampling=given)
+    assert conversation.sampling == used and says in printed and bool(says) == ("for this answer" in printed)
+    assert talk("one", "/retry", "two", sampling=given)[2].sampling == given, "for that one answer only"
+
+
+def test_sampling_options_are_listed_and_set():
+    printed = talk("/set")[1]
+    assert "max_new_tokens = 256" in printed and "temperature = 0.0" in printed and "seed = none" in printed
+    _, printed, conversation = talk("/set max_new_tokens 60", "/set top-k 5", "one", sampling={"seed": 3})
+    assert conversation.sampling == {"max_new_tokens": 60, "top_k": 5, "seed": 3}
+    assert printed.startswith("max_new_tokens = 60")
+    conversation = talk(
+        "/set seed none", "/set max_new_tokens default", "one", sampling={"seed": 3, "max_new_tokens": 7}
+    )[2]
+    assert conversation.sampling == {"seed": None}
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("/set max_new_token 60", "no option 'max_new_token'; did you mean 'max_new_tokens'?"),
+        ("/set top_q", "no option 'top_q'"),
+        ("/set max_new_tokens many", "error: max_new_tokens: "),
+        ("/set max_new_tokens 0", "error: max_new_tokens: Input should be greater than 0 (got 0)"),
+        ("/set temperature NaN", "error: temperature: "),
+        ("/set seed []", "error: seed: "),
+    ],
+)
+def test_a_wrong_option_changes_nothing(line: str, says: str):
+    code, printed, conversation = talk(line, "one", sampling={"seed": 3})
+    assert code == 0 and says in printed and conversation.sampling == {"seed": 3}
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (('"""one', "", "  two", 'three"""'), "one\n\n  two\nthree"),
+        (('"""', "/help", '"""'), "/help"),
+        (('"""/usr/bin is a folder"""',), "/usr/bin is a folder"),
+        (('"""one', "two"), "one\ntwo"),  # the end of the input closes it
+        (("one\ntwo\n",), "one\ntwo"),  # pasted
+        (("/usr/bin\n/usr/lib",), "/usr/bin\n/usr/lib"),
+        (('"""pasted\nwhole"""',), "pasted\nwhole"),
+    ],
+)
+def test_several_lines_are_one_message(lines: tuple[str, ...], message: str):
+    code, _, conversation = talk(*lines)
+    assert code == 0 and conversation.said == [message]
+
+
+def test_ctrl_c_drops_a_block_that_is_being_typed():
+    code, printed, conversation = talk('"""one', KeyboardInterrupt, "two")
+    assert code == 0 and conversation.said == ["two"] and "stopped" not in printed
+
+
+def test_a_file_is_a_message(tmp_path: Path):
+    file = tmp_path / "my text.txt"
+    file.write_bytes("\ufeffone\nzwölf\n".encode())
+    assert talk(f"/file {file}")[2].said == ["one\nzwölf\n"]
+    (tmp_path / "bytes").write_bytes(b"\xff\xfe\x00")
+    for path, says in (
+        (tmp_path / "bytes", "is no UTF-8 text (byte 0)"),
+        (tmp_path, "is no file"),
+        (tmp_path / "nowhere", "cannot be read (No such file or directory)"),
+        ("/dev/null", "is no file"),
+    ):
+        code, printed, conversation = talk(f"/file {path}")
+        assert code == 0 and says in printed and conversation.said == []
+    assert "say which: /file PATH" in talk("/file")[1]
+
+
+def test_a_pipe_that_failed_ends_with_1_and_its_errors_are_apart():
+    errors: list[str] = []
+    code, printed, conversation = talk("one", "fail", "two", interactive=False, warn=errors.append)
+    assert (code, conversation.said) == (1, ["one", "two"])
+    assert errors == ["error: too long: shorten it\n", "error: or undo a turn\n"] and "error" not in printed
+    assert talk("one", interactive=False)[0] == 0
+
+
+def test_the_line_that_shows_the_reading_is_removed_before_the_answer():
+    events: list[str] = []
+    options: dict[str, Any] = {"progress": lambda done, total: None, "answering": lambda: events.append("removed")}
+    _, _, conversation = talk("one", "fail", "interrupt", "/retry", **options)
+    assert "progress" in conversation.sampling and events == ["removed"] * 4
+    shown = io.StringIO()
+    progress = ReadingProgress(shown)
+    progress(0, 20)
+    assert shown.getvalue() == ""
+    progress(4096, 32768)
+    assert shown.getvalue() == "\rreading: 4,096 of 32,768 tokens"
+    progress.clear()
+    progress.clear()
+    assert shown.getvalue().endswith("\r" + " " * 31 + "\r") and shown.getvalue().count("\r") == 3

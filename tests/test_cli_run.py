@@ -2,7 +2,9 @@
 
 import io
 import json
+import logging
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +15,7 @@ import pytest
 
 from loopserve.cli import demo as demo_command
 from loopserve.cli import main
+from loopserve.core.errors import InputError
 
 FIGURES = {
     "turn": 0,
@@ -53,10 +56,12 @@ class Chat:
 
     def stream(self, text: str, **sampling: Any) -> Iterator[str]:
         self.notes |= {"text": text, "sampling": sampling}
+        if text == "fail":
+            raise InputError("too long")
         stats = SimpleNamespace(as_dict=lambda: FIGURES)
         self.turns.append(stats)
         self.last_reply = SimpleNamespace(
-            text=text.upper(), token_ids=(1, 2), usage=Usage(), timings=Usage(), stats=stats
+            text=text.upper(), reasoning=None, token_ids=(1, 2), usage=Usage(), timings=Usage(), stats=stats
         )
         yield from text.upper().split(" ")
 
@@ -289,21 +294,86 @@ def test_a_saved_conversation_goes_on_at_the_command_line(cli: Cli, tmp_path: Pa
     file = tmp_path / "talk.json"
     told = "the code of lisbon is amber falcon river . what is the code of lisbon ?"
     assert cli("chat", "demo", "--stack", "dense", stdin=f"{told}\n/save {file}\n")[0] == 0
-    code, out, _ = cli(
-        "chat", "demo", "--stack", "dense", "--continue", str(file), stdin="what is the code of lisbon ?\n"
-    )
+    code, out, _ = cli("chat", "demo", "--stack", "dense", "--load", str(file), stdin="what is the code of lisbon ?\n")
     assert (code, out.strip()) == (0, "lisbon is amber falcon river .")
-    code, _, err = cli(
-        "chat", "demo", "--stack", "dense", "--continue", str(tmp_path / "nowhere.json"), stdin="hello\n"
-    )
+    code, _, err = cli("chat", "demo", "--stack", "dense", "--load", str(tmp_path / "nowhere.json"), stdin="hello\n")
     assert code == 2 and "not a saved conversation" in err
-    code, _, err = cli("chat", "demo", "--continue", str(file), "--system", "be kind", stdin="hello\n")
+    code, _, err = cli("chat", "demo", "--load", str(file), "--system", "be kind", stdin="hello\n")
     assert code == 2 and "keeps its own system message" in err
     file.write_text(file.read_text().replace('"version": 1', '"version": 9', 1))
-    code, _, err = cli("chat", "demo", "--stack", "dense", "--continue", str(file), stdin="hello\n")
+    code, _, err = cli("chat", "demo", "--stack", "dense", "--load", str(file), stdin="hello\n")
     assert code == 2 and "not a saved conversation (version 9, known is 1)" in err
 
 
 def test_a_wrong_dtype_is_not_taken_for_a_damaged_model(cli: Cli):
     code, _, err = cli("run", "demo", "hello", "--dtype", "int7")
     assert code == 2 and "unknown dtype 'int7'" in err and "damaged" not in err
+
+
+@pytest.mark.parametrize("lines", ["fail\n", "one\nfail\n", "/sats\n", "/file /nowhere/at/all\n", "/set top_q 1\n"])
+def test_a_line_of_a_pipe_that_fails_makes_the_exit_code_1(cli: Cli, notes: dict[str, Any], lines: str):
+    code, out, err = cli("chat", "demo", "--stack", "dense", stdin=lines)
+    assert code == 1 and err.startswith("error: ") and "error" not in out
+    assert ("ONE" in out) == ("one" in lines)
+
+
+def test_a_failed_message_from_a_pipe_with_the_real_engine(cli: Cli):
+    code, out, err = cli("chat", "demo", "--stack", "dense", stdin="word " * 20_000)
+    assert (code, out) == (1, "") and "the model takes" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says", "kind", "code"),
+    [
+        (["run", "demo", ""], "the prompt is empty", "InputError", 2),
+        (["run", "demo", "x", "--stack", "snapk"], "did you mean 'snapkv'", "ConfigError", 2),
+        (["run", "/nowhere/at/all", "x", "--stack", "dense"], "cannot load model", "ModelError", 1),
+        (["run", "demo", "x", "--stack", "dense", "--max-new-tokens", "1000000"], "max_new_tokens", "InputError", 2),
+        (["policies", "show", "snapk"], "did you mean 'snapkv'", "ConfigError", 2),
+        (["stack", "show", "snapk"], "did you mean 'snapkv'", "ConfigError", 2),
+        (["bench", "report", "/nowhere/at/all.jsonl"], "/nowhere", "ConfigError", 2),
+    ],
+)
+def test_an_error_is_json_where_json_is_asked_for(cli: Cli, arguments: list[str], says: str, kind: str, code: int):
+    ended, out, err = cli(*arguments, "--format", "json")
+    found = json.loads(out)
+    assert ended == code and says in found["error"] and found["type"] == kind
+    assert err.startswith("error: ") and says in err
+    assert cli(*arguments)[1] == "", "no JSON where none is asked for"
+
+
+def test_an_unexpected_error_is_json_as_well(cli: Cli, notes: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
+    def broken(*arguments: Any, **options: Any) -> Iterator[str]:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(Chat, "stream", broken)
+    code, out, _ = cli("run", "demo", "x", "--stack", "dense", "--format", "json")
+    assert code == 1 and json.loads(out)["type"] == "RuntimeError"
+
+
+@pytest.mark.parametrize("command", [["run", "m", "x"], ["chat", "m"]])
+def test_options_that_are_not_given_are_the_engines_to_choose(cli: Cli, notes: dict[str, Any], command: list[str]):
+    assert cli(*command, "--stack", "dense", stdin="hello\n")[0] == 0
+    assert notes["sampling"] == {}
+    assert cli(*command, "--stack", "dense", "--temperature", "0", "--top-k", "4", stdin="hello\n")[0] == 0
+    assert notes["sampling"] == {"temperature": 0.0, "top_k": 4}
+
+
+def test_libraries_show_no_warnings_and_no_progress_bars(
+    cli: Cli, notes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+):
+    from transformers.utils import logging as transformers_logging
+
+    logger = transformers_logging.get_logger("transformers.models.llama")
+
+    def noisy(self: Chat, text: str, **sampling: Any) -> Iterator[str]:
+        warnings.warn("use something else", FutureWarning, stacklevel=1)
+        logger.warning("past_key_values gives way to cache")
+        logging.getLogger("huggingface_hub.file_download").warning("no token")
+        list(transformers_logging.tqdm(range(3)))
+        yield "quiet"
+
+    monkeypatch.setattr(Chat, "stream", noisy)
+    before = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    assert cli("chat", "demo", "--stack", "dense", stdin="hello\n") == (0, "quiet\n", "")
+    assert (transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()) == before

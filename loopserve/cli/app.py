@@ -10,9 +10,9 @@ from typing import Annotated
 import typer
 
 from loopserve import __version__
-from loopserve.cli import bench, chat, demo, env, kernels, policies, run, stack
+from loopserve.cli import bench, chat, demo, env, kernels, logs, policies, run, stack
 from loopserve.cli.options import Settings
-from loopserve.cli.output import unexpected
+from loopserve.cli.output import print_error, remember_json, unexpected
 from loopserve.core.errors import LoopServeError
 
 app = typer.Typer(
@@ -26,6 +26,7 @@ app = typer.Typer(
 app.command()(demo.demo)
 app.command()(chat.chat)
 app.command()(run.run)
+app.add_typer(logs.app, name="logs")
 app.add_typer(policies.app, name="policies")
 app.add_typer(stack.app, name="stack")
 app.add_typer(bench.app, name="bench")
@@ -56,16 +57,16 @@ def _options(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 1 failed, 2 used wrongly, 130 stopped by Ctrl-C."""
+    remember_json(False)
     try:
         app(args=arguments, prog_name="loopserve")
     except LoopServeError as error:
         if os.environ.get("LOOPSERVE_TRACEBACK"):
             raise
-        for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
+        print_error(str(error), type(error).__name__)
         sys.exit(error.exit_code)
     except Exception as error:
         if os.environ.get("LOOPSERVE_TRACEBACK"):
             raise
-        print(f"error: {unexpected(error)} (LOOPSERVE_TRACEBACK=1 shows where)", file=sys.stderr)
+        print_error(f"{unexpected(error)} (LOOPSERVE_TRACEBACK=1 shows where)", type(error).__name__)
         sys.exit(1)

@@ -11,7 +11,8 @@ import typer
 
 from loopserve.cli import quality
 from loopserve.cli.options import Format, FormatOption, Settings
-from loopserve.cli.output import console, print_json, table
+from loopserve.cli.output import print_json
+from loopserve.cli.tables import print_table
 from loopserve.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -253,10 +254,8 @@ def _show_result(result: dict[str, Any], format: Format) -> None:
         print_json(result)
         return
     for row in result["rows"]:
-        figures = table("figure", "value")
-        for name, value in row.items():
-            figures.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
-        console().print(figures)
+        figures = [(name, f"{value:.4g}" if isinstance(value, float) else str(value)) for name, value in row.items()]
+        print_table(("figure", "value"), figures)
 
 
 def _suite(spec: str) -> Suite:
@@ -293,9 +292,6 @@ def _print_rows(rows: Iterable[dict[str, Any]]) -> None:
     from loopserve.bench.speed import table as speed
 
     rows = list(rows)
-    figures = table(*speed.COLUMNS)
-    for cells in speed.table(rows):
-        figures.add_row(*cells)
-    console().print(figures)
+    print_table(speed.COLUMNS, speed.table(rows), keys=4, prose=("case", "note"))
     for said in speed.break_even(rows):
         print(f"break-even with SDPA, first turn: {said}")

@@ -3,107 +3,140 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from loopserve.cli.options import (
-    ChecksOption,
-    DeviceOption,
-    DtypeOption,
-    FaultOption,
-    MaxNewTokensOption,
-    ModelArgument,
-    RevisionOption,
-    SeedOption,
-    Settings,
-    StackOption,
-    SystemOption,
-    TemperatureOption,
-    TimeoutOption,
-    TopKOption,
-    TopPOption,
-    TrustOption,
-    VerboseOption,
+from loopserve.cli.chat_log import ChatLog, LoggedConversation, TurnState
+from loopserve.cli.options import ModelOptions, Settings, with_model_options
+from loopserve.cli.reader import ReadingProgress, at_terminal, reader
+from loopserve.cli.recorder import Recorder
+
+if TYPE_CHECKING:
+    from loopserve.api import Engine
+    from loopserve.chat_session import ChatSession
+
+_HINT = (
+    "the bundled model knows only what you give it; try: the code of lisbon is amber falcon river . "
+    "what is the code of lisbon ?"
 )
-from loopserve.core.errors import POLICY_TIMEOUT_S, OnPolicyFault, PolicyChecks
 
 
+@with_model_options
 def chat(
     context: typer.Context,
-    model: ModelArgument,
-    stack: StackOption = "loopserve",
-    system: SystemOption = None,
-    resume: Annotated[
-        Path | None, typer.Option("--continue", metavar="FILE", help="Go on with a conversation that /save wrote.")
+    options: ModelOptions,
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[MODEL]", help="A hub id, a local directory, or 'demo'; with --continue, that of the conversation."
+        ),
     ] = None,
-    verbose: VerboseOption = False,
-    dtype: DtypeOption = "auto",
-    device: DeviceOption = "auto",
-    revision: RevisionOption = None,
-    trust_remote_code: TrustOption = False,
-    max_new_tokens: MaxNewTokensOption = 256,
-    temperature: TemperatureOption = 0.0,
-    top_p: TopPOption = 1.0,
-    top_k: TopKOption = 0,
-    seed: SeedOption = None,
-    policy_checks: ChecksOption = PolicyChecks.CHEAP,
-    on_policy_fault: FaultOption = OnPolicyFault.DENSE,
-    policy_timeout: TimeoutOption = POLICY_TIMEOUT_S,
+    last: Annotated[
+        bool, typer.Option("--continue", "-c", help="Go on with the last conversation of the log.")
+    ] = False,
+    number: Annotated[
+        int | None, typer.Option("--id", metavar="N", help="Go on with conversation N of the log, see loopserve logs.")
+    ] = None,
+    load: Annotated[
+        Path | None, typer.Option("--load", metavar="FILE", help="Go on with a conversation that /save wrote.")
+    ] = None,
+    log: Annotated[
+        bool, typer.Option("--log/--no-log", envvar="LOOPSERVE_LOG", help="Log the conversation as it goes.")
+    ] = True,
 ) -> None:
-    """Talk to a model. Inside: /help /stats /stack /undo /retry /save /exit."""
+    """Talk to a model. Inside, /help lists the commands; the conversation is logged, see `loopserve logs`."""
     from loopserve.cli.repl import Repl
     from loopserve.core.stack.config import to_yaml
 
     settings: Settings = context.obj
-    if resume is not None and system is not None:
+    if sum((last, number is not None, load is not None)) > 1:
+        raise typer.BadParameter("--continue, --id and --load name different conversations: give one of them")
+    goes_on = last or number is not None
+    if options.system is not None and (goes_on or load is not None):
         raise typer.BadParameter("a conversation that goes on keeps its own system message: leave --system out")
-    resolved = settings.stack(stack)
-    from loopserve.api import Engine
-
-    engine = Engine.from_pretrained(
-        model,
-        resolved,
-        dtype=dtype,
-        device=device,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        policy_checks=policy_checks,
-        on_policy_fault=on_policy_fault,
-        policy_timeout_s=policy_timeout or None,
-    )
-    if _at_terminal():
-        print(f"{model} under the stack {resolved.name}; /help lists the commands, /exit leaves")
-    sampling = {
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "top_p": top_p,
-        "top_k": top_k,
-        "seed": seed,
-    }
-    with engine.load_session(resume) if resume else engine.session(system) as conversation:
+    chats = ChatLog()
+    held = (chats.last() if number is None else chats.conversation(number)) if goes_on else None
+    if model is None and held is None:
+        raise typer.BadParameter("no model: give a hub id, a local directory, or 'demo'")
+    conversation = _conversation(context, options, model, held)
+    stack = settings.stack(conversation.stack)
+    with (
+        options.engine(conversation.model, stack, revision=conversation.revision) as engine,
+        _session(engine, conversation, load) as session,
+    ):
+        person = at_terminal()
+        if person:
+            _greet(conversation, stack.name, going_on=held is not None or load is not None)
+        recorder = Recorder(chats if log else None, conversation, _warn)
+        progress = ReadingProgress() if person and sys.stderr.isatty() else None
         repl = Repl(
-            conversation,
-            stack=to_yaml(resolved.describe()),
-            read=_reader(),
+            session,
+            stack=to_yaml(stack.describe()),
+            read=reader(),
             write=lambda piece: print(piece, end="", flush=True),
-            sampling=sampling,
-            verbose=verbose or settings.verbose,
+            sampling=options.sampling,
+            verbose=options.verbose or settings.verbose,
+            interactive=person,
+            warn=None if person else lambda line: print(line, end="", file=sys.stderr, flush=True),
+            recorder=recorder,
+            progress=progress,
+            answering=progress.clear if progress else lambda: None,
         )
-        raise typer.Exit(repl.run())
+        code = repl.run()
+        if person and (farewell := recorder.farewell()):
+            print(farewell)
+        raise typer.Exit(code)
 
 
-def _at_terminal() -> bool:
-    return sys.stdin.isatty() and sys.stdout.isatty()
+def _conversation(
+    context: typer.Context, options: ModelOptions, model: str | None, held: LoggedConversation | None
+) -> LoggedConversation:
+    """The conversation that begins, or goes on with the model and the stack it had unless others are given."""
+    new = LoggedConversation(_absolute(model or ""), _absolute(options.stack), options.system, options.revision)
+    if held is None:
+        return new
+    if model is not None:
+        held.model, held.revision = new.model, new.revision
+    elif options.revision is not None:
+        held.revision = options.revision
+    source = context.get_parameter_source("stack")
+    if source is not None and source.name != "DEFAULT":
+        held.stack = new.stack
+    return held
 
 
-def _reader() -> Callable[[], str]:
-    """Prompts and line editing at a terminal; bare lines from a pipe."""
-    if not _at_terminal():
-        return lambda: input()
-    with suppress(ImportError):  # not on every platform
-        import readline  # noqa: F401  # its import alone gives input() history and editing
-    return lambda: input("> ")
+def _session(engine: Engine, conversation: LoggedConversation, load: Path | None) -> ChatSession:
+    """Open the session that begins or goes on with a conversation."""
+    if load is not None:
+        session = engine.load_session(load)
+        conversation.take_over(session.messages)
+        return session
+    return engine.session(messages=conversation.messages) if conversation.turns else engine.session(conversation.system)
+
+
+def _absolute(spec: str) -> str:
+    """A directory or file as it is found from anywhere; names stay names."""
+    with suppress(OSError):
+        if spec and ("/" in spec or spec.endswith((".yaml", ".yml"))) and Path(spec).expanduser().exists():
+            return str(Path(spec).expanduser().absolute())
+    return spec
+
+
+def _greet(conversation: LoggedConversation, stack: str, *, going_on: bool) -> None:
+    from loopserve.models.demo import is_bundled
+
+    print(f"{conversation.model} under the stack {stack}; /help lists the commands, /exit leaves")
+    if going_on:
+        turns = len([turn for turn in conversation.turns if turn.state is TurnState.ANSWERED])
+        print(f"going on after {turns} turn{'' if turns == 1 else 's'}; /undo and /retry reach back into them")
+        if conversation.unanswered is not None:
+            print("the last message got no answer: /retry sends it again")
+    elif is_bundled(conversation.model):
+        print(_HINT)
+
+
+def _warn(line: str) -> None:
+    print(f"warning: {line}", file=sys.stderr, flush=True)

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from loopserve.cli.options import Format, FormatOption, Settings
-from loopserve.cli.output import console, print_json, table
+from loopserve.cli.output import console, print_json
+from loopserve.cli.tables import print_table
 from loopserve.core.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
@@ -108,12 +109,9 @@ def _print(kind: str, name: str, results: Sequence[Result], *, report: bool) -> 
     counts = Counter(str(each.outcome) for each in results)
     out = console()
     if report:
-        from rich.markup import escape
-
-        rows = table("check", "what it says", "result", "why", title=f"{kind} policy {name}")
-        for each in results:
-            rows.add_row(each.check.name, escape(each.check.summary), str(each.outcome), escape(each.reason))
-        out.print(rows)
+        rows = [(each.check.name, each.check.summary, str(each.outcome), each.reason) for each in results]
+        columns = ("check", "what it says", "result", "why")
+        print_table(columns, rows, title=f"{kind} policy {name}", prose=("what it says", "why"))
     else:
         for each in results:
             if each.outcome == "failed":

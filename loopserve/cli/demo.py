@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,12 +10,12 @@ from typing import Annotated, Any
 import typer
 
 from loopserve.cli.options import Format, FormatOption, Settings
-from loopserve.cli.output import console, milliseconds, number, percent, print_json, size, table
+from loopserve.cli.output import console, milliseconds, number, percent, print_json, size
+from loopserve.cli.progress import progress
+from loopserve.cli.tables import print_table
 from loopserve.core.errors import ConfigError
 
 STACKS = ("dense", "loopserve", "loopserve-paper", "snapkv", "streaming_llm")
-
-Progress = Callable[[str, int, int], None]
 
 
 def demo(
@@ -43,8 +41,8 @@ def demo(
     settings.stacks(stacks)  # a misspelt stack is refused before any work
     from loopserve.bench.demo import run_demo
 
-    with _progress() as progress:
-        result = run_demo(stacks=stacks, seed=seed, tokens=tokens, turns=turns, dialogues=dialogues, progress=progress)
+    with progress(lines=True) as report:
+        result = run_demo(stacks=stacks, seed=seed, tokens=tokens, turns=turns, dialogues=dialogues, progress=report)
     if format is Format.JSON:
         print_json(result)
     else:
@@ -64,47 +62,27 @@ def _can_plot(path: Path) -> None:
         raise ConfigError(f"--plot {path}: there is no directory {path.absolute().parent}")
 
 
-@contextmanager
-def _progress() -> Iterator[Progress]:
-    """A bar on stderr at a terminal, nothing elsewhere."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
-        tasks: dict[str, Any] = {}
-
-        def report(label: str, done: int, total: int) -> None:
-            if label not in tasks:
-                tasks[label] = bar.add_task(label, total=total)
-            bar.update(tasks[label], completed=done, total=total)
-
-        yield report
-
-
 def render(result: Mapping[str, Any]) -> None:
     """One table per turn, one over all turns, and the sentence that says what was seen."""
     stacks: Mapping[str, Mapping[str, Any]] = result["stacks"]
-    out = console()
     for turn in range(max((len(each["turns"]) for each in stacks.values()), default=0)):
         rows = {name: each["turns"][turn] for name, each in stacks.items() if turn < len(each["turns"])}
-        out.print(_figures(f"turn {turn + 1}", rows, out.width))
-    out.print(_figures("all turns", stacks, out.width))
+        _print_figures(f"turn {turn + 1}", rows)
+    _print_figures("all turns", stacks)
     if all("positions" in each for each in stacks.values()):
-        out.print(_positions(stacks))
+        _print_positions(stacks)
     if summary := result.get("summary"):
-        out.print(summary, markup=False)
+        console().print(summary, markup=False)
 
 
-def _positions(stacks: Mapping[str, Mapping[str, Any]]) -> Any:
+def _print_positions(stacks: Mapping[str, Mapping[str, Any]]) -> None:
     """Answers right by where the question stands in its turn."""
     places = next(iter(stacks.values()))["positions"]
-    answers = table("stack", title="right, by place of the question")
-    for place in places:
-        answers.add_column(place, justify="right")
-    for name, row in stacks.items():
-        answers.add_row(name, *(f"{each['right']}/{each['asked']}" for each in row["positions"].values()))
-    return answers
+    rows = [
+        (name, *(f"{each['right']}/{each['asked']}" for each in row["positions"].values()))
+        for name, row in stacks.items()
+    ]
+    print_table(("stack", *places), rows, title="right, by place of the question", right=True)
 
 
 _COLUMNS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
@@ -121,18 +99,8 @@ _COLUMNS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "store": lambda row: size(row.get("store_bytes")),
     "active": lambda row: size(row.get("active_bytes")),
 }
-_WIDE = 140  # columns of a terminal that holds a line per stack; a narrower one gets a line per figure
 
 
-def _figures(title: str, rows: Mapping[str, Mapping[str, Any]], width: int) -> Any:
-    lines = [
-        ["stack", *_COLUMNS],
-        *([name, *(write(row) for write in _COLUMNS.values())] for name, row in rows.items()),
-    ]
-    heading, *body = lines if width >= _WIDE else zip(*lines, strict=True)
-    figures = table(heading[0], title=title)
-    for each in heading[1:]:
-        figures.add_column(each, justify="right")
-    for line in body:
-        figures.add_row(*line)
-    return figures
+def _print_figures(title: str, rows: Mapping[str, Mapping[str, Any]]) -> None:
+    lines = [(name, *(write(row) for write in _COLUMNS.values())) for name, row in rows.items()]
+    print_table(("stack", *_COLUMNS), lines, title=title, right=True)

@@ -10,7 +10,18 @@ import typer
 from loopserve.cli.options import Format, FormatOption, Settings
 from loopserve.cli.output import print_json
 
-_PACKAGES = ("torch", "transformers", "triton", "safetensors", "pydantic", "pluggy", "ruamel.yaml", "typer", "rich")
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "triton",
+    "safetensors",
+    "pydantic",
+    "pluggy",
+    "ruamel.yaml",
+    "typer",
+    "rich",
+    "prompt_toolkit",
+)
 
 
 def env(context: typer.Context, format: FormatOption = Format.HUMAN) -> None:

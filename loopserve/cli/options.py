@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import MISSING, dataclass, fields
 from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from loopserve.core.errors import OnPolicyFault, PolicyChecks
+from loopserve.cli.output import remember_json
+from loopserve.core.errors import POLICY_TIMEOUT_S, OnPolicyFault, PolicyChecks
 
 if TYPE_CHECKING:
+    from loopserve.api import Engine
     from loopserve.core.stack.stack import PolicyStack
     from loopserve.plugins import LoadedPlugins
 
@@ -49,7 +53,14 @@ class Settings:
         return [resolve_stack(spec, registry) for spec in specs]
 
 
-FormatOption = Annotated[Format, typer.Option("--format", help="Tables and text, or one JSON object.")]
+def _remember(format: Format) -> Format:
+    remember_json(format is Format.JSON)
+    return format
+
+
+FormatOption = Annotated[
+    Format, typer.Option("--format", callback=_remember, help="Tables and text, or one JSON object.")
+]
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A hub id, a local directory, or 'demo'.")]
 StackOption = Annotated[str, typer.Option(help="A preset's name or a YAML file.")]
 SystemOption = Annotated[str | None, typer.Option(help="System message the conversation begins with.")]
@@ -60,10 +71,10 @@ DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]
 TrustOption = Annotated[bool, typer.Option(help="Run code that comes with the model.")]
 
-MaxNewTokensOption = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
-TemperatureOption = Annotated[float, typer.Option(min=0.0, help="0 = greedy.")]
-TopPOption = Annotated[float, typer.Option(max=1.0, help="Keep this probability mass.")]
-TopKOption = Annotated[int, typer.Option(min=0, help="Keep this many tokens; 0 = all.")]
+MaxNewTokensOption = Annotated[int | None, typer.Option(min=1, help="Longest answer, in tokens. [default: 256]")]
+TemperatureOption = Annotated[float | None, typer.Option(min=0.0, help="0 = greedy. [default: 0]")]
+TopPOption = Annotated[float | None, typer.Option(max=1.0, help="Keep this probability mass. [default: 1]")]
+TopKOption = Annotated[int | None, typer.Option(min=0, help="Keep this many tokens; 0 = all. [default: 0]")]
 ChecksOption = Annotated[
     PolicyChecks, typer.Option("--policy-checks", help="cheap, or strict: every check of a policy there is; slow.")
 ]
@@ -76,3 +87,73 @@ TimeoutOption = Annotated[
 ]
 
 SeedOption = Annotated[int | None, typer.Option(help="Makes a drawn answer repeatable.")]
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """The options of every command that has a model answer; ``with_model_options`` adds each field to a command as an option."""
+
+    stack: StackOption = "loopserve"
+    system: SystemOption = None
+    verbose: VerboseOption = False
+    dtype: DtypeOption = "auto"
+    device: DeviceOption = "auto"
+    revision: RevisionOption = None
+    trust_remote_code: TrustOption = False
+    max_new_tokens: MaxNewTokensOption = None
+    temperature: TemperatureOption = None
+    top_p: TopPOption = None
+    top_k: TopKOption = None
+    seed: SeedOption = None
+    policy_checks: ChecksOption = PolicyChecks.CHEAP
+    on_policy_fault: FaultOption = OnPolicyFault.DENSE
+    policy_timeout: TimeoutOption = POLICY_TIMEOUT_S
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """The sampling options that were given; the engine knows the defaults of the others."""
+        names = ("max_new_tokens", "temperature", "top_p", "top_k", "seed")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+    @contextmanager
+    def engine(self, model: str, stack: PolicyStack, revision: str | None = None) -> Iterator[Engine]:
+        """Load a model; inside the block the libraries below show no warnings and no progress bars."""
+        from loopserve.api import Engine
+        from loopserve.models.quiet import quiet_libraries
+
+        with quiet_libraries():
+            yield Engine.from_pretrained(
+                model,
+                stack,
+                dtype=self.dtype,
+                device=self.device,
+                revision=revision or self.revision,
+                trust_remote_code=self.trust_remote_code,
+                policy_checks=self.policy_checks,
+                on_policy_fault=self.on_policy_fault,
+                policy_timeout_s=self.policy_timeout or None,
+            )
+
+
+def with_model_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Return a command whose parameter ``options`` (ModelOptions) is made of one option per field."""
+    hints = get_type_hints(ModelOptions, include_extras=True)
+    parameters: list[inspect.Parameter] = []
+    for parameter in inspect.signature(command, eval_str=True).parameters.values():
+        if parameter.name != "options":
+            parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+            continue
+        for each in fields(ModelOptions):
+            default = inspect.Parameter.empty if each.default is MISSING else each.default
+            kind = inspect.Parameter.KEYWORD_ONLY
+            parameters.append(inspect.Parameter(each.name, kind, default=default, annotation=hints[each.name]))
+    own = {each.name for each in fields(ModelOptions)}
+
+    def spread(**values: Any) -> None:
+        options = ModelOptions(**{name: value for name, value in values.items() if name in own})
+        command(options=options, **{name: value for name, value in values.items() if name not in own})
+
+    spread.__name__, spread.__doc__ = command.__name__, command.__doc__
+    spread.__annotations__ = {each.name: each.annotation for each in parameters}
+    spread.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # typer reads it
+    return spread

@@ -6,11 +6,11 @@ import json
 import os
 import sys
 from collections.abc import Mapping
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
 
 _PIPE_WIDTH = 200  # a pipe has no width of its own; cells should not be cut there
 
@@ -23,17 +23,24 @@ def console() -> Console:
     return Console(highlight=False, width=None if narrow else _PIPE_WIDTH)
 
 
-def table(*columns: str, title: str | None = None) -> Table:
-    from rich import box
-    from rich.table import Table
-
-    made = Table(*columns, title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    made.columns[0].no_wrap = True  # the name of a row stays whole on a narrow terminal
-    return made
-
-
 def print_json(value: Any) -> None:
     print(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+
+
+_json_wanted = ContextVar("json_wanted", default=False)
+
+
+def remember_json(wanted: bool) -> None:
+    """Note whether this run of the command line prints JSON, so that an error does as well."""
+    _json_wanted.set(wanted)
+
+
+def print_error(text: str, kind: str) -> None:
+    """Print an error on stderr, a line each, and as a JSON object on stdout where the command was to print JSON."""
+    for line in text.splitlines():
+        print(f"error: {line}", file=sys.stderr)
+    if _json_wanted.get():
+        print_json({"error": text, "type": kind})
 
 
 def percent(value: float | None) -> str:

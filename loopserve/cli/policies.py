@@ -10,7 +10,8 @@ import typer
 
 from loopserve.cli import check, scaffold
 from loopserve.cli.options import DeviceOption, DtypeOption, Format, FormatOption, ModelArgument, Settings
-from loopserve.cli.output import console, print_json, table
+from loopserve.cli.output import console, print_json
+from loopserve.cli.tables import print_table
 from loopserve.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -35,10 +36,9 @@ def list_policies(context: typer.Context, format: FormatOption = Format.HUMAN) -
             }
         )
         return
-    rows = table("kind", "name", "from", "what it does", "paper")
-    for each in loaded.registry:
-        rows.add_row(each.kind, each.name, str(each.owner), each.summary, each.paper)
-    console().print(rows)
+    rows = [(each.kind, each.name, str(each.owner), each.summary, each.paper) for each in loaded.registry]
+    columns = ("kind", "name", "from", "what it does", "paper")
+    print_table(columns, rows, keys=2, prose=("from", "what it does"))
 
 
 @app.command("show")
@@ -63,7 +63,7 @@ def show_policy(
         out.print(f"retention: {', '.join(sorted(able.retentions))}" if each.kind == "decode" else "", markup=False)
         if able.needs:
             out.print(f"needs: {', '.join(sorted(able.needs))}", markup=False)
-        out.print(_options(each))
+        _print_options(each)
 
 
 @app.command()
@@ -90,12 +90,12 @@ def matrix(context: typer.Context, format: FormatOption = Format.HUMAN) -> None:
         )
         return
     columns = list(dict.fromkeys(each.prefill for each in found))
-    rows = table("decode \\ prefill", "rest", *columns)
+    rows = []
     for decode, retention in dict.fromkeys((each.decode, each.retention) for each in found):
         cells = [each.reason for each in found if (each.decode, each.retention) == (decode, retention)]
-        rows.add_row(decode, retention, *("works" if reason is None else "refused" for reason in cells))
+        rows.append((decode, retention, *("works" if reason is None else "refused" for reason in cells)))
+    print_table(("decode \\ prefill", "rest", *columns), rows, keys=2)
     out = console()
-    out.print(rows)
     for reason in dict.fromkeys(each.reason for each in found if each.reason is not None):
         out.print(f"refused: {reason}", markup=False)
 
@@ -124,10 +124,8 @@ def search_minference(
     from loopserve.policies.prefill.line_sizes import describe, write_sizes
 
     write_sizes(output, sizes, model)
-    rows = table("sizes", "heads", title=f"written to {output}")
-    for each, count in describe(sizes).items():
-        rows.add_row(each, str(count))
-    console().print(rows)
+    rows = [(each, str(count)) for each, count in describe(sizes).items()]
+    print_table(("sizes", "heads"), rows, title=f"written to {output}")
 
 
 def _described(each: Registration) -> dict[str, Any]:
@@ -150,13 +148,16 @@ def _described(each: Registration) -> dict[str, Any]:
     }
 
 
-def _options(each: Registration) -> Any:
+def _print_options(each: Registration) -> None:
     schema = each.config.model_json_schema()
-    rows = table("option", "values", "default", "meaning")
+    rows = []
     for name, option in schema.get("properties", {}).items():
         default = repr(option["default"]) if "default" in option else "required"
-        rows.add_row(name, _values(option, schema.get("$defs", {})), default, option.get("description", ""))
-    return rows if rows.row_count else "no options"
+        rows.append((name, _values(option, schema.get("$defs", {})), default, option.get("description", "")))
+    if rows:
+        print_table(("option", "values", "default", "meaning"), rows, prose=("values", "meaning"))
+    else:
+        print("no options")
 
 
 _BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,11 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from loopserve.cli.options import DeviceOption, DtypeOption, Format, FormatOption, Settings
-from loopserve.cli.output import console, print_json, table
+from loopserve.cli.output import print_json
+from loopserve.cli.progress import progress
+from loopserve.cli.tables import print_table
 
 if TYPE_CHECKING:
     from loopserve.bench.quality.run import Run
-    from loopserve.bench.quality.runner import Step
     from loopserve.bench.quality.tables import Table
 
 
@@ -70,7 +70,7 @@ def run(
     loaded = load_suite(suite) if source is None else with_source(load_suite(suite), source)
     stacks = settings.stacks(stack or loaded.stacks)  # a misspelt stack is refused before any work
     directory = output_dir or Path("runs") / f"{loaded.name}-{Path(model).name}"
-    with _progress() as progress:
+    with progress() as report:
         found = run_suite(
             loaded,
             model=model,
@@ -86,7 +86,7 @@ def run(
             resume=resume,
             device=device,
             dtype=dtype,
-            progress=progress,
+            progress=lambda step: report(f"{step.task} {step.stack}", step.done, step.total),
         )
     for task, lines in found.identity["suite"]["found"].items():
         for line in lines:  # what had to be found out of its data
@@ -117,14 +117,12 @@ def ls(context: typer.Context, format: FormatOption = Format.HUMAN) -> None:
             }
         )
         return
-    shown = table("suite", "tasks", "stacks", "what for")
-    for name, suite in suites.items():
-        shown.add_row(name, ", ".join(_task_names(suite.tasks)), ", ".join(suite.stacks), suite.description)
-    console().print(shown)
-    shown = table("task", "what it asks")
-    for name, kind in tasks.items():
-        shown.add_row(name, kind.about)
-    console().print(shown)
+    rows = [
+        (name, ", ".join(_task_names(suite.tasks)), ", ".join(suite.stacks), suite.description)
+        for name, suite in suites.items()
+    ]
+    print_table(("suite", "tasks", "stacks", "what for"), rows, prose=("tasks", "stacks", "what for"))
+    print_table(("task", "what it asks"), [(name, kind.about) for name, kind in tasks.items()], prose=("what it asks",))
     print(f"stacks: {', '.join(preset_names())}")
     print(f"suites of speed: {', '.join(suite_files(SuiteKind.SPEED))}")
 
@@ -195,47 +193,11 @@ def show_run(found: Run, by: Sequence[str], format: Format) -> None:
 
 
 def _print(shown: Table) -> None:
-    out = console()
     if shown.rows:
-        figures = table(*shown.columns, title=shown.title)
-        for column in figures.columns[1:]:
-            column.justify = "right"
-        for row in shown.rows:
-            figures.add_row(*row)
-        out.print(figures)
+        print_table(shown.columns, shown.rows, title=shown.title, right=True)
     else:
-        out.print(f"{shown.title}: {shown.note}")
+        print(f"{shown.title}: {shown.note}")
 
 
 def _task_names(entries: Sequence[dict[str, Any]]) -> list[str]:
     return [str(entry.get("name") or entry.get("task")) for entry in entries]
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[Step], None]]:
-    """A bar on stderr at a terminal, with the time left; nothing elsewhere."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left:"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
-        line = bar.add_task("loading", total=None)
-
-        def report(step: Step) -> None:
-            bar.update(line, description=f"{step.task} {step.stack}", completed=step.done, total=step.total)
-
-        yield report

@@ -1,7 +1,7 @@
 """The chat loop: lines in, answers out. Knows a conversation and a terminal, no model.
 
 Ctrl-C in mid-answer stops the answer, and the conversation stays at its last complete turn. A second Ctrl-C in a row
-leaves with 130; the end of input leaves with 0.
+leaves with 130; the end of input leaves with 0, or with 1 if a line of a pipe failed.
 """
 
 from __future__ import annotations
@@ -13,42 +13,54 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 from loopserve.cli.output import turn_line, unexpected
-from loopserve.core.errors import LoopServeError, did_you_mean
+from loopserve.cli.recorder import Recorder
+from loopserve.cli.settings import describe_sampling, other_sampling, set_sampling
+from loopserve.core.errors import InputError, LoopServeError, did_you_mean
 
 LEFT_BY_INTERRUPT = 130
+BLOCK = '"""'
 
 _HELP = {
     "/help": "these commands",
+    "/file PATH": "send a text file as the message",
+    "/set": "the sampling options; /set max_new_tokens 60 changes one, /set temperature default resets it",
     "/stats": "figures of every turn so far",
     "/stack": "the policies at work",
     "/undo": "take back the last turn",
-    "/retry": "take back the last answer and give another",
+    "/retry": "answer again: the message that got no answer, else the last one",
     "/save FILE": "write the conversation as JSON",
     "/exit": "leave (so does the end of input)",
+    BLOCK: f"begins and ends a message of several lines; {BLOCK}/text{BLOCK} sends a message that begins with /",
 }
-_COMMANDS = [name.split()[0] for name in _HELP]
+_COMMANDS = [name.split()[0] for name in _HELP if name.startswith("/")]
 
 
 class Turn(Protocol):
     def as_dict(self) -> dict[str, Any]: ...
 
 
-class Answer(Protocol):
+class Reply(Protocol):
     @property
-    def text(self) -> str: ...
+    def token_ids(self) -> Sequence[int]: ...
+
+    @property
+    def reasoning(self) -> str | None: ...
 
 
 class Conversation(Protocol):
     """What the loop needs of ``loopserve.ChatSession``."""
 
     @property
+    def last_reply(self) -> Reply | None: ...
+
+    @property
     def turns(self) -> Sequence[Turn]: ...
 
     def stream(self, text: str, **sampling: Any) -> Iterator[str]: ...
 
-    def undo(self) -> Mapping[str, str]: ...
+    def stream_retry(self, **sampling: Any) -> Iterator[str]: ...
 
-    def retry(self, **sampling: Any) -> Answer: ...
+    def undo(self) -> Mapping[str, str]: ...
 
     def save(self, path: str | Path) -> None: ...
 
@@ -57,9 +69,18 @@ class _Leave(Exception):
     """/exit was typed."""
 
 
+def _nothing() -> None:
+    """Do nothing."""
+
+
 @dataclass
 class Repl:
-    """read: gives the next line, like ``input``. write: prints a piece without a line end."""
+    """read: gives the next line, like ``input``; more: the next line of a block. write: prints a piece without a line end.
+
+    interactive: a person is at the other end; else lines come from a pipe, and one that fails makes the exit code 1. warn:
+    prints an error. recorder: notes the conversation. progress: called with the tokens read and those of the whole message.
+    answering: called when the first piece of an answer comes, or none will.
+    """
 
     conversation: Conversation
     stack: str
@@ -67,44 +88,110 @@ class Repl:
     write: Callable[[str], None]
     sampling: Mapping[str, Any] = field(default_factory=dict)
     verbose: bool = False
+    interactive: bool = True
+    more: Callable[[], str] | None = None
+    warn: Callable[[str], None] | None = None
+    recorder: Recorder | None = None
+    progress: Callable[[int, int], None] | None = None
+    answering: Callable[[], None] = _nothing
+
+    def __post_init__(self) -> None:
+        self._unanswered = self.recorder.unanswered if self.recorder else None  # a message that /retry sends
+        self._busy = False  # an answer is being computed or written
+        self._failed = False
+        self._unsaved = False
+        self._said_so = False  # that leaving drops what is not logged
 
     def run(self) -> int:
         """Until the person leaves; the exit code."""
         interrupts = 0  # in a row: a line that was entered begins a new count
         while True:
-            answering = False
             try:
                 line = self.read().strip()
-                interrupts, answering = 0, True
+                interrupts = 0
                 self._take(line)
-            except EOFError:
-                return 0
-            except _Leave:
-                return 0
+            except (EOFError, _Leave):
+                if self._may_leave():
+                    return int(self._failed and not self.interactive)
             except KeyboardInterrupt:
                 interrupts += 1
-                if interrupts == 2:
+                if interrupts >= 2 and self._may_leave():
                     self.write("\n")
                     return LEFT_BY_INTERRUPT
-                stopped = "stopped; the conversation stands at its last complete turn. " if answering else ""
-                self._say(f"\n{stopped}Ctrl-C again leaves")
+                self._say_stopped()
             except LoopServeError as error:
-                for reason in str(error).splitlines():
-                    self._say(f"error: {reason}")
+                self._error(str(error))
             except Exception as error:  # out of memory, a broken plugin: the turn was taken back, the talk goes on
-                self._say(
-                    f"error: {unexpected(error)}; the conversation stands at its last complete turn, /save keeps it"
-                )
+                self._error(f"{unexpected(error)}; the conversation stands at its last complete turn, /save keeps it")
 
     def _take(self, line: str) -> None:
-        if line.startswith("/"):
+        if line.startswith(BLOCK):
+            self._ask(self._block(line))
+        elif line.startswith("/") and "\n" not in line:
             self._command(*line.split(maxsplit=1))
         elif line:
-            # Closed at once when interrupted: that is what takes the unfinished turn back.
-            with closing(cast(Any, self.conversation.stream(line, **self.sampling))) as pieces:
+            self._ask(line)
+
+    def _block(self, line: str) -> str:
+        """The message that a line begins; more lines are read until one ends with the mark."""
+        text = line.removeprefix(BLOCK)
+        while not text.rstrip().endswith(BLOCK):
+            try:
+                text += "\n" + (self.more or self.read)()
+            except EOFError:  # what was sent counts
+                return text.strip("\n")
+        return text.rstrip().removesuffix(BLOCK).strip("\n")
+
+    def _ask(self, message: str) -> None:
+        said: list[str] = []
+        self._unanswered = message
+        if self.recorder:
+            self.recorder.asked(message)
+        try:
+            self._print(self.conversation.stream(message, **self._options(self.sampling)), said)
+        except KeyboardInterrupt:
+            if self.recorder:
+                self.recorder.stopped("".join(said))
+            raise
+        except Exception as error:
+            if self.recorder:
+                self.recorder.failed(unexpected(error))
+            raise
+        self._unanswered = None
+        if self.recorder:
+            self.recorder.answered("".join(said).strip(), **self._details())
+        self._answered()
+
+    def _ask_again(self) -> None:
+        """Another answer to the last message; the old one stays if that breaks off."""
+        said: list[str] = []
+        sampling, changed = other_sampling(self.sampling)
+        note = f"({changed} for this answer: else it would be the same)\n" if changed else ""
+        try:
+            self._print(self.conversation.stream_retry(**self._options(sampling)), said, note)
+        except BaseException:
+            if self.recorder:
+                self.recorder.stopped_again("".join(said))
+            raise
+        if self.recorder:
+            self.recorder.answered_again("".join(said).strip(), **self._details())
+        self._answered()
+
+    def _print(self, pieces: Iterator[str], said: list[str], note: str = "") -> None:
+        """Print an answer as it comes; an interrupted one is closed at once, which takes the unfinished turn back."""
+        self._busy = True
+        try:
+            with closing(cast(Any, pieces)):
                 for piece in pieces:
+                    if not said:
+                        self.answering()
+                        self.write(note)
+                    said.append(piece)
                     self.write(piece)
-            self._answered()
+        finally:
+            if not said:
+                self.answering()
+        self._busy = False
 
     def _command(self, name: str, argument: str = "") -> None:
         match name:
@@ -118,25 +205,84 @@ class Repl:
                     self._say("no turn yet")
             case "/stack":
                 self._say(self.stack.rstrip())
+            case "/set" if argument:
+                self.sampling = set_sampling(self.sampling, *argument.split(maxsplit=1))
+                self._say(describe_sampling(self.sampling, argument.split()[0]))
+            case "/set":
+                self._say(describe_sampling(self.sampling))
             case "/undo":
                 self._say(f"took back: {self.conversation.undo()['content']}")
+                self._unsaved = True
+                if self.recorder:
+                    self.recorder.undone()
+            case "/retry" if self._unanswered is not None:
+                self._ask(self._unanswered)
             case "/retry":
-                self.write(self.conversation.retry(**self.sampling).text)
-                self._answered()
+                self._ask_again()
+            case "/file" if argument:
+                self._ask(_text_of(argument))
+            case "/file":
+                self._say("say which: /file PATH")
             case "/save" if argument:
                 self.conversation.save(Path(argument.strip()).expanduser())
+                self._unsaved = False
                 self._say(f"saved to {argument.strip()}")
             case "/save":
                 self._say("say where: /save FILE")
             case "/exit":
                 raise _Leave
             case _:
-                self._say(f"no command {name!r}{did_you_mean(name, _COMMANDS)}")
+                hint = did_you_mean(name, _COMMANDS)
+                raise InputError(f"no command {name!r}{hint}; {BLOCK}{name}{BLOCK} sends it as a message")
+
+    def _options(self, sampling: Mapping[str, Any]) -> dict[str, Any]:
+        return {**sampling, **({} if self.progress is None else {"progress": self.progress})}
+
+    def _details(self) -> dict[str, Any]:
+        """What the log keeps of an answer beside its text."""
+        found: dict[str, Any] = {"stats": self.conversation.turns[-1].as_dict()} if self.conversation.turns else {}
+        if reply := self.conversation.last_reply:
+            found |= {"token_ids": list(reply.token_ids), "reasoning": reply.reasoning or ""}
+        return found
 
     def _answered(self) -> None:
+        self._unsaved = True
         self._say("")
         if self.verbose:
             self._say(turn_line(self.conversation.turns[-1].as_dict()))
 
+    def _say_stopped(self) -> None:
+        stopped = "stopped; the conversation stands at its last complete turn. " if self._busy else ""
+        self._busy = False
+        self._say(f"\n{stopped}Ctrl-C again leaves")
+
+    def _may_leave(self) -> bool:
+        """False, once and with a warning, where leaving would drop what the log was meant to hold."""
+        problem = self.recorder.problem if self.recorder else None
+        if not self.interactive or self._said_so or problem is None or not self._unsaved:
+            return True
+        self._said_so = True
+        self._error(f"the conversation is in no file: the log cannot be written ({problem})")
+        self._say("/save FILE keeps it; leaving again drops it")
+        return False
+
+    def _error(self, reasons: str) -> None:
+        self._failed, self._busy = True, False
+        for reason in reasons.splitlines():
+            (self.warn or self.write)(f"error: {reason}\n")
+
     def _say(self, text: str) -> None:
         self.write(f"{text}\n")
+
+
+def _text_of(argument: str) -> str:
+    """The text of a file. Raises InputError if there is none."""
+    path = Path(argument.strip()).expanduser()
+    try:
+        if path.exists() and not path.is_file():
+            raise InputError(f"{path}: is no file; give the path of a text file")
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: is no UTF-8 text (byte {error.start}); convert it first") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error

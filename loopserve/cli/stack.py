@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from loopserve.cli.options import Format, FormatOption, RevisionOption, Settings, TrustOption
-from loopserve.cli.output import console, print_json, table
+from loopserve.cli.output import print_json
+from loopserve.cli.tables import print_table
 from loopserve.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -32,10 +33,8 @@ def list_presets(context: typer.Context, format: FormatOption = Format.HUMAN) ->
     if format is Format.JSON:
         print_json([each.describe() for each in stacks])
         return
-    rows = table("name", "prefill", "decode", "what it is for")
-    for each in stacks:
-        rows.add_row(each.name, each.prefill.name, each.decode.name, each.description)
-    console().print(rows)
+    rows = [(each.name, each.prefill.name, each.decode.name, each.description or "") for each in stacks]
+    print_table(("name", "prefill", "decode", "what it is for"), rows, prose=("what it is for",))
 
 
 @app.command()

@@ -22,22 +22,21 @@ def check(
 
     Without ``columns`` the queries are the last of the keys, so they cannot be more.
     """
-    if queries.dim() != 3 or keys.dim() != 3 or 0 in queries.shape or 0 in keys.shape:
+    rows, held = queries.shape, keys.shape
+    if len(rows) != 3 or len(held) != 3 or 0 in rows or 0 in held:
         raise ValueError(f"{op}: {_both(queries, keys)} must be non-empty [Hq, Tq, D] and [Hkv, Tk, D]")
-    if queries.shape[2] != keys.shape[2] or queries.shape[0] % keys.shape[0]:
+    if rows[2] != held[2] or rows[0] % held[0]:
         raise ValueError(f"{op}: {_both(queries, keys)} do not fit: D must agree and Hkv divide Hq")
-    if values is not None and (values.dim() != 3 or values.shape[:2] != keys.shape[:2]):
-        raise ValueError(f"{op}: values {list(values.shape)} do not fit keys {list(keys.shape)}")
+    if values is not None and (values.dim() != 3 or values.shape[:2] != held[:2]):
+        raise ValueError(f"{op}: values {list(values.shape)} do not fit keys {list(held)}")
+    kind, device = queries.dtype, queries.device
     for name, other in (("keys", keys), ("values", values)):
-        if other is not None and (other.dtype != queries.dtype or other.device != queries.device):
-            raise ValueError(
-                f"{op}: queries are {queries.dtype} on {queries.device}, {name} {other.dtype} on {other.device}"
-            )
-    if columns is None:
-        if queries.shape[1] > keys.shape[1]:
-            raise ValueError(f"{op}: {queries.shape[1]} queries cannot be the last of {keys.shape[1]} keys")
-    else:
-        check_columns(op, columns, queries.shape[1], keys.shape[1], queries.device)
+        if other is not None and (other.dtype is not kind or other.device != device):
+            raise ValueError(f"{op}: queries are {kind} on {device}, {name} {other.dtype} on {other.device}")
+    if columns is not None:
+        check_columns(op, columns, rows[1], held[1], device)
+    elif rows[1] > held[1]:
+        raise ValueError(f"{op}: {rows[1]} queries cannot be the last of {held[1]} keys")
     if first_valid is not None:
         check_first_valid(op, first_valid, keys)
 
@@ -73,13 +72,13 @@ def check_device(op: str, name: str, tensor: Tensor, device: torch.device) -> No
         raise ValueError(f"{op}: {name} are on {tensor.device}, the rest is on {device}")
 
 
-def check_range(what: str, indices: Tensor, total: int) -> None:
-    """Raise ValueError unless all indices lie in ``[0, total)``."""
+def check_range(what: str, indices: Tensor, total: int, lowest: int = 0) -> None:
+    """Raise ValueError unless all indices lie in ``[lowest, total)``."""
     if indices.numel() == 0:
         return
     low, high = (int(each) for each in indices.aminmax())
-    if low < 0 or high >= total:
-        raise ValueError(f"{what} must lie in [0, {total}), got {low} to {high}")
+    if low < lowest or high >= total:
+        raise ValueError(f"{what} must lie in [{lowest}, {total}), got {low} to {high}")
 
 
 def check_lines(op: str, verticals: Tensor, slashes: Tensor, heads: int, total: int, device: torch.device) -> None:

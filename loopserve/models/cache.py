@@ -53,19 +53,28 @@ class Pass:
         default_factory=dict
     )  # by layer: what the cache was given and returned
 
+    def __post_init__(self) -> None:
+        self._lengths = _packed_lengths(self.spans)
+        self._packed = sum(self._lengths)
+
     @property
     def contexts(self) -> list[ForwardContext]:
         """The contexts of the pass, in the order of the spans."""
         return [span.context for span in self.spans]
 
-    def split(self, tensor: Tensor) -> list[Tensor]:
+    def split(self, tensor: Tensor) -> Sequence[Tensor]:
         """Return each session's part ``[H, t, D]`` of a tensor ``[B, H, T, D]``."""
+        if tensor.shape[0] == 1 and tensor.shape[2] == self._packed:
+            parts: Sequence[Tensor] = tensor[0].split(self._lengths, dim=1)
+            return parts
         return [tensor[span.row][:, span.columns] for span in self.spans]
 
     def join(self, parts: Sequence[Tensor], like: Tensor) -> Tensor:
         """Return ``[B, T, H, D]`` from each session's part ``[H, t, D]``; padding is zero."""
         if len(parts) == 1 and parts[0].shape[1] == like.shape[0] * like.shape[2]:
             return parts[0].transpose(0, 1).unsqueeze(0)
+        if like.shape[0] == 1 and like.shape[2] == self._packed:
+            return torch.cat(list(parts), dim=1).transpose(0, 1).unsqueeze(0)
         joined = like.new_zeros(like.shape[0], like.shape[2], like.shape[1], parts[0].shape[-1])
         for span, part in zip(self.spans, parts, strict=True):
             joined[span.row, span.columns] = part.transpose(0, 1)
@@ -102,6 +111,17 @@ class Pass:
                     f"layer {layer} ({module}) changes its {what} after they were put into the cache; "
                     "loopserve would attend to the unchanged ones, so this model is not supported"
                 )
+
+
+def _packed_lengths(spans: Sequence[Span]) -> list[int]:
+    """Tokens of each span where the spans lie one behind another in one row from column 0 on; else no lengths."""
+    lengths, end = [], 0
+    for span in spans:
+        if span.row != 0 or not isinstance(span.columns, slice) or span.columns.start != end:
+            return []
+        end = span.columns.stop
+        lengths.append(end - span.columns.start)
+    return lengths
 
 
 class CacheRows:

@@ -53,7 +53,8 @@ class ChatTokenizer:
         """stop_ids: tokens that end an answer beside the tokenizer's own and the one that the template ends an answer with."""
         self.tokenizer = tokenizer
         self._encoder = Encoder(tokenizer)
-        self._special = self._encoder.special
+        unknown = getattr(tokenizer, "unk_token_id", None)  # stands for text that has no token; never shown
+        self._special = {index: text for index, text in self._encoder.special.items() if index != unknown}
         own = {tokenizer.eos_token_id} - {None}
         self.stop_ids: frozenset[int] = frozenset(own | set(stop_ids) | self._template_stop())
         names = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -255,7 +256,7 @@ class ChatTokenizer:
     def _template_stop(self) -> set[int]:
         """Return the token that the template ends an answer with, unless it can stand within one as well."""
         self._end = self._find_end()
-        within = any(text == CHANNEL for text in self._special.values())
+        within = CHANNEL in str(getattr(self.tokenizer, "chat_template", None))
         return set() if self._end is None or within else {self._end}
 
     def _find_end(self) -> int | None:

@@ -68,6 +68,7 @@ def test_every_operation_says_what_serves_it_and_why() -> None:
     assert {
         "block_sparse",
         "decode_attention",
+        "decode_attention_batch",
         "dense_attention",
         "gather_kv",
         "line_scores",

@@ -16,7 +16,7 @@ from loopserve.core.kv.key_summaries import KeySummaries
 from loopserve.kernels import backend
 from loopserve.kernels.block_sparse import block_sparse
 from loopserve.kernels.choose_lines import choose_lines
-from loopserve.kernels.decode_attention import decode_attention
+from loopserve.kernels.decode_attention import DecodeRequest, decode_attention, decode_attention_batch
 from loopserve.kernels.dense_attention import dense_attention
 from loopserve.kernels.gather_kv import gather_kv
 from loopserve.kernels.line_scores import line_scores
@@ -58,6 +58,18 @@ def operations(seed: int) -> dict[str, Callable[[], Any]]:
         "decode_attention": lambda: decode_attention(
             queries[:, :1], keys, values, columns=few, tail=120, need_lse=True, **options
         ),
+        "decode_attention_batch": lambda: [
+            part
+            for pair in decode_attention_batch(
+                [
+                    DecodeRequest(queries[:, :1], keys, values, None, few, 120),
+                    DecodeRequest(queries[:, 1:2], keys[:, :99], values[:, :99], first),
+                ],
+                need_lse=True,
+                **options,
+            )
+            for part in pair
+        ],
         "line_scores": lambda: line_scores(queries, keys, columns, first_valid=first, **options),
         "token_scores": lambda: (token_scores(queries, keys, columns, **options),),
         "select_lines": lambda: select_lines(rows, columns, ROWS, alpha=0.9, row_floor=0.7, cost="tile"),

@@ -7,8 +7,7 @@ Knows no model family.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -51,9 +50,9 @@ def attend(contexts: Sequence[ForwardContext], call: LayerCall, queries: Sequenc
     outputs: list[Tensor | None] = [None] * len(contexts)
     steps: list[tuple[int, _DecodeStep]] = []
     for index, (context, rows) in enumerate(zip(contexts, queries, strict=True)):
-        with _kept_apart(context) as takes_part:
-            if not takes_part:
-                continue
+        if context.error is not None:
+            continue
+        try:
             policies = context.session.slots.by_layer[call.layer]
             plain = policies.spec.type is not LayerType.FULL or call.window is not None
             shown = not plain and _shows(context, policies)
@@ -63,6 +62,8 @@ def attend(contexts: Sequence[ForwardContext], call: LayerCall, queries: Sequenc
                 steps.append((index, _select(context, call, policies, rows, shown)))
             else:
                 outputs[index] = _with_sinks(call, *_many_rows(context, call, policies, rows, shown))
+        except Exception as error:
+            _keep_apart(context, error)
     if steps:
         found = decode_attention_batch(
             [step.request for _, step in steps],
@@ -72,9 +73,11 @@ def attend(contexts: Sequence[ForwardContext], call: LayerCall, queries: Sequenc
         )
         for (index, step), (output, lse) in zip(steps, found, strict=True):
             outputs[index] = _with_sinks(call, output, lse)
-            with _kept_apart(contexts[index]) as takes_part:
-                if takes_part and step.observes:
+            if step.observes:
+                try:
                     _observe_step(contexts[index], call, step)
+                except Exception as error:
+                    _keep_apart(contexts[index], error)
     return [
         torch.zeros_like(rows) if output is None or context.error is not None else output
         for context, rows, output in zip(contexts, queries, outputs, strict=True)
@@ -91,15 +94,11 @@ def _shows(context: ForwardContext, policies: LayerPolicies) -> bool:
     return True
 
 
-@contextmanager
-def _kept_apart(context: ForwardContext) -> Iterator[bool]:
-    """Keep an error of an isolated session in its context. Yields whether the session still takes part in the pass."""
-    try:
-        yield context.error is None
-    except Exception as error:
-        if not context.isolated:
-            raise
-        context.error = error
+def _keep_apart(context: ForwardContext, error: Exception) -> None:
+    """Keep an error of an isolated session in its context, so that it takes no further part in the pass; raise that of any other."""
+    if not context.isolated:
+        raise error
+    context.error = error
 
 
 def _with_sinks(call: LayerCall, output: Tensor, lse: Tensor | None) -> Tensor:
@@ -285,22 +284,23 @@ def _select(
     cache = session.cache.layers[index]
     assert cache.store is not None
     inputs = None
-    if policies.selects_before and shown:
+    if shown and policies.selects_before:
         inputs = _inputs(context, call, policies, queries)
         if _before(context, policies, inputs):
             inputs = None
     store = cache.store
     active, pairs, first_valid, columns, tail = cache.active, store, cache.first_valid, None, 0
     if active is None:
-        attended = store.heads * store.length - (int(first_valid.sum()) if first_valid is not None else 0)
+        attended = store.pairs
     else:
         attended = active.attended(cache.seen)
         if active.pairs is not None:
             pairs, first_valid = active.pairs, active.first_valid
         else:  # in place: nothing was evicted, so positions are columns
             columns, tail = active.selection.indices, active.selection.boundary
-    context.compressed |= attended < store.heads * cache.seen
-    session.stats.attended(attended, store.heads * cache.seen, store.pair_bytes)
+    dense = store.heads * cache.seen
+    context.compressed |= attended < dense
+    session.stats.attended(attended, dense, store.pair_bytes)
     request = DecodeRequest(queries, pairs.keys, pairs.values, first_valid, columns, tail)
     return _DecodeStep(policies, request, inputs, observes=policies.observes_after and shown)
 

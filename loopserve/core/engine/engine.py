@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,8 @@ from loopserve.core.policy.interfaces import Phase
 from loopserve.core.stack.stack import PolicyStack
 
 CHUNK_TOKENS = 4096
+
+Progress = Callable[[int, int], None]  # prompt tokens computed so far, and of the whole turn
 
 
 class TokenEngine:
@@ -274,9 +276,13 @@ class TokenEngine:
             context.session.enter(context.phase)
             context.session.look_for_references()
 
-    def finish(self, turn: Turn) -> Iterator[int]:
-        """Run a turn to its end and yield its tokens. It is taken back unless its last token was taken by the consumer."""
+    def finish(self, turn: Turn, progress: Progress | None = None) -> Iterator[int]:
+        """Run a turn to its end and yield its tokens. It is taken back unless its last token was taken by the consumer.
+
+        progress: called before each pass of the prefill.
+        """
         given, done = 0, False
+        total = turn.waiting
         try:
             while True:
                 if turn.error is not None:
@@ -286,6 +292,8 @@ class TokenEngine:
                     yield turn.output[given - 1]
                 if turn.finished:
                     break
+                if progress is not None and turn.waiting:
+                    progress(total - turn.waiting, total)
                 self.run([turn])
             done = True
         finally:

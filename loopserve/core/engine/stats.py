@@ -44,8 +44,8 @@ class TurnStats:
     decode_steps: int = 0
     compressed_steps: int = 0  # steps in which some layer attended to a selection
     reselected_steps: int = 0  # steps in or after which some layer was given another selection
-    store_bytes: int = 0
-    active_bytes: int = 0
+    store_bytes: int = 0  # held by the store at the turn's end, at its first output token until then
+    active_bytes: int = 0  # held by active sets and policy states, likewise
     phase: Phase = Phase.PREFILL
     measuring_s: float = 0.0  # time spent on figures asked for, kept out of ttft_ms
     counters: dict[str, float] = field(default_factory=lambda: defaultdict(float))
@@ -73,8 +73,10 @@ class TurnStats:
 
     def heads(self, layer: int, name: str, values: Tensor) -> None:
         """Add one value per head ``[H]`` to a figure of a layer."""
-        means = self.per_head.setdefault(layer, {}).setdefault(name, [Mean() for _ in range(len(values))])
-        for mean, value in zip(means, values.tolist(), strict=True):
+        figures = self.per_head.setdefault(layer, {})
+        if name not in figures:
+            figures[name] = [Mean() for _ in range(len(values))]
+        for mean, value in zip(figures[name], values.tolist(), strict=True):
             mean.add(value)
 
     def read(self, kind: str, amount: float) -> None:

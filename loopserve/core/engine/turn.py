@@ -198,7 +198,8 @@ class Turn:
         self.output.append(token)
         session.tokens.append(token)
         stats.output_tokens = len(self.output)
-        weigh(session)
+        if len(self.output) == 1:  # a policy that cannot say what it holds is found out before it selects
+            weigh(session)
         if self.plan.stop_check is not None:
             self.stop_string = self.plan.stop_check(token)
         if token in self.plan.stop_ids or self.stop_string is not None:
@@ -212,6 +213,7 @@ class Turn:
         """complete: the turn has its answer; else its prefill is done and the answer is still to come."""
         stats = self.session.stats
         if complete:
+            weigh(self.session)
             self.session.end_turn()
         self.session.busy, self.finished = False, True
         if not complete:

@@ -24,18 +24,20 @@ class PairBuffer:
     def __init__(self, keys: Tensor, values: Tensor, slack: int) -> None:
         """Start from existing pairs ``[Hkv, T, D]`` with room for ``slack`` more."""
         self.length = 0
-        heads, tokens = keys.shape[0], keys.shape[1]
+        self.heads = heads = keys.shape[0]
+        self.pair_bytes = keys.shape[2] * keys.element_size() + values.shape[2] * values.element_size()  # of one head
+        tokens = keys.shape[1]
         self._keys = large_pages(keys.new_empty(heads, tokens + slack, keys.shape[2]))
         self._values = large_pages(values.new_empty(heads, tokens + slack, values.shape[2]))
         self._versions = versions(self._keys, self._values)
         self.append(keys, values)
 
     def append(self, keys: Tensor, values: Tensor) -> None:
-        end = self.length + keys.shape[1]
-        self.reserve(end)
-        self._keys[:, self.length : end] = keys
-        self._values[:, self.length : end] = values
-        self.length = end
+        start, tokens = self.length, keys.shape[1]
+        self.reserve(start + tokens)
+        self._keys.narrow(1, start, tokens).copy_(keys)
+        self._values.narrow(1, start, tokens).copy_(values)
+        self.length = start + tokens
         self._versions = versions(self._keys, self._values)
 
     def reserve(self, length: int) -> None:
@@ -73,18 +75,14 @@ class PairBuffer:
         return self._keys.dtype
 
     @property
-    def heads(self) -> int:
-        return self._keys.shape[0]
-
-    @property
-    def pair_bytes(self) -> int:
-        """Bytes of one head's key and value."""
-        return sum(part.shape[-1] * part.element_size() for part in (self._keys, self._values))
+    def pairs(self) -> int:
+        """Pairs held, summed over the heads."""
+        return self.heads * self.length
 
     @property
     def nbytes(self) -> int:
         """Bytes of the pairs held (room not yet used is not counted)."""
-        return self.keys.numel() * self.keys.element_size() + self.values.numel() * self.values.element_size()
+        return self.pairs * self.pair_bytes
 
     @property
     def allocated_nbytes(self) -> int:

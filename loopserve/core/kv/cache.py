@@ -61,7 +61,7 @@ class ActiveSet:
     def attended(self, seen: int) -> int:
         """Pairs attended by one query, summed over the KV heads, ``seen`` tokens being stored."""
         heads, width = self.selection.indices.shape
-        selected = int(self.selection.lengths.sum()) if self.selection.ragged else heads * width
+        selected = self.selection.pairs if self.selection.ragged else heads * width
         return heads * (seen - self.selection.boundary) + selected
 
     @property
@@ -112,6 +112,7 @@ class LayerCache:
                 f"{_said(held)}: it must go on in the dtype and on the device it began with (was the model cast or moved, or "
                 "does autocast differ?); start a new session otherwise"
             )
+        tokens = keys.shape[1]
         if self.store is None:
             self.store = PairBuffer(keys, values, slack=max(FIRST_CAPACITY, self._reserved))
         else:
@@ -124,12 +125,13 @@ class LayerCache:
                     distribution="unknown",
                     moment="between two passes",
                 )
-            self.store.reserve(self.store.length + keys.shape[1] + self._reserved)
+            if self._reserved:
+                self.store.reserve(self.store.length + tokens + self._reserved)
             self.store.append(keys, values)
         self._reserved = 0
         if self.active is not None and self.active.pairs is not None:
             self.active.pairs.append(keys, values)
-        self.seen += keys.shape[1]
+        self.seen += tokens
 
     def reserve(self, tokens: int) -> None:
         """With the next append, make room for ``tokens`` more pairs behind it: a decode step should not have to copy the store."""

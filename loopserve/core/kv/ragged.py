@@ -72,12 +72,17 @@ class RaggedBuffer:
     @property
     def pair_bytes(self) -> int:
         """Bytes of one head's key and value."""
-        return sum(part.shape[-1] * part.element_size() for part in (self._keys, self._values))
+        return self._tail.pair_bytes
+
+    @property
+    def pairs(self) -> int:
+        """Pairs held, summed over the heads."""
+        return len(self._keys) + self._tail.pairs
 
     @property
     def nbytes(self) -> int:
         """Bytes of the pairs held; padding is not."""
-        return sum(part.numel() * part.element_size() for part in (self._keys, self._values)) + self._tail.nbytes
+        return self.pairs * self.pair_bytes
 
     @property
     def allocated_nbytes(self) -> int:

@@ -53,6 +53,11 @@ class KVSelection:
         return cls(indices, lengths, boundary, retention, fleeting)
 
     @cached_property
+    def pairs(self) -> int:
+        """Pairs selected, summed over the heads."""
+        return int(self.lengths.sum())
+
+    @cached_property
     def ragged(self) -> bool:
         return bool((self.lengths != self.indices.shape[1]).any())
 

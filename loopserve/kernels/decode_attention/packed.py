@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from loopserve.kernels.decode_attention.request import DecodeRequest
 from loopserve.kernels.dense_attention.packed import dense_attention
 from loopserve.kernels.gather_kv.packed import gather_kv
 
@@ -37,3 +40,23 @@ def active_pairs(keys: Tensor, values: Tensor, columns: Tensor, tail: int) -> tu
         torch.cat([copy, whole[:, tail:]], dim=1) for copy, whole in zip(copies, (keys, values), strict=True)
     )
     return own_keys, own_values, fillers if bool(fillers.any()) else None
+
+
+def decode_attention_batch(
+    _: Tensor, requests: Sequence[DecodeRequest], *, scaling: float, softcap: float | None, need_lse: bool = True
+) -> list[tuple[Tensor, Tensor | None]]:
+    """See the package."""
+    return [
+        decode_attention(
+            each.queries,
+            each.keys,
+            each.values,
+            scaling=scaling,
+            softcap=softcap,
+            first_valid=each.first_valid,
+            columns=each.columns,
+            tail=each.tail,
+            need_lse=need_lse,
+        )
+        for each in requests
+    ]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from loopserve.kernels.decode_attention.request import DecodeRequest
 from loopserve.kernels.masked import masked_attention, per_query_head, query_columns, visible
 
 
@@ -31,3 +34,23 @@ def decode_attention(
     return masked_attention(
         queries, keys, values, per_query_head(mask, queries.shape[0]), scaling=scaling, softcap=softcap
     )
+
+
+def decode_attention_batch(
+    _: Tensor, requests: Sequence[DecodeRequest], *, scaling: float, softcap: float | None, need_lse: bool = True
+) -> list[tuple[Tensor, Tensor]]:
+    """See the package."""
+    return [
+        decode_attention(
+            each.queries,
+            each.keys,
+            each.values,
+            scaling=scaling,
+            softcap=softcap,
+            first_valid=each.first_valid,
+            columns=each.columns,
+            tail=each.tail,
+            need_lse=need_lse,
+        )
+        for each in requests
+    ]

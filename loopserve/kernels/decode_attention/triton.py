@@ -1,8 +1,10 @@
 """Attention of a few queries on a GPU: the heads of a group are rows of one tile, the keys are split over programs.
 
 How many parts there are follows from shapes alone, so a step can be captured in a CUDA graph: with the active set at
-the end of a buffer of constant size, ``first_valid`` says on the device how much of it is held. Several sessions are
-served in one call as so many more heads: queries ``[B * Hq, t, D]``, keys and values ``[B * Hkv, S, D]``.
+the end of a buffer of constant size, ``first_valid`` says on the device how much of it is held.
+
+Sessions of different lengths are served by one launch of another kernel around the same steps: where a session's tensors lie
+and how long they are is loaded from a table. A session is split by its own length as if it were alone.
 
 Chosen columns are read where they lie: a program counts slots, first the S chosen ones, then the tail, and reads a
 chosen row by its number. A row is a few cache lines, so scattered rows cost no more bytes than neighbours would.
@@ -10,13 +12,18 @@ chosen row by its number. A row is a few cache lines, so scattered rows cost no 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from loopserve.kernels.decode_attention.request import DecodeRequest
 from loopserve.kernels.dense_attention.triton import dense_attention
 from loopserve.kernels.gpu.launch import (
+    Tile,
     attention_tile,
     launch,
     padded,
@@ -26,9 +33,19 @@ from loopserve.kernels.gpu.launch import (
     score_factors,
 )
 from loopserve.kernels.gpu.merge import merge_parts
-from loopserve.kernels.gpu.tiles import finished, load_rows, scored, spans, store_rows, taken_in
+from loopserve.kernels.gpu.slots import attend_slots
+from loopserve.kernels.gpu.table import aligned, place, uploaded
+from loopserve.kernels.gpu.tiles import load_rows, store_rows
 
 _LEAST_KEYS = 256  # per part
+_BATCH_ROWS = 32  # of a tile, at most: with 64, what is loaded for a session no longer fits into the registers
+
+
+class _Split(NamedTuple):
+    """How the slots of one session are shared out: ``parts`` parts of ``slots`` slots."""
+
+    parts: int
+    slots: int
 
 
 @triton.jit(do_not_specialize=["rows", "total", "chosen", "tail", "part_slots"])
@@ -72,39 +89,15 @@ def decode_kernel(
     tile = tl.program_id(2)
     row = tile * ROWS + tl.arange(0, ROWS)
     inside = row < GROUP * rows
-    column = total - rows + row % rows
     q_tile = load_rows(q + head * GROUP * rows * CHANNELS, row, CHANNELS, inside, CHANNELS, PADDED)
-    peak = tl.full([ROWS], float("-inf"), tl.float32)
-    sums = tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([ROWS, VALUE_PADDED], tl.float32)
-    begin = part * part_slots
-    end = tl.minimum(begin + part_slots, chosen + total - tail)
-    if HAS_COLUMNS:
-        last = tl.minimum(end, chosen)
-        for slot0 in range(begin, last, KEYS):
-            slot = slot0 + tl.arange(0, KEYS)
-            taken = tl.load(columns + head * chosen + slot, mask=slot < last, other=-1)
-            # Below 0 stands no column. Nothing beyond the tail either: a wrong index must not read outside.
-            held = (taken >= 0) & (taken < tail)
-            k_tile = load_rows(k + head * k_head, taken, k_row, held, CHANNELS, PADDED)
-            v_tile = load_rows(v + head * v_head, taken, v_row, held, VALUE_CHANNELS, VALUE_PADDED)
-            scores = scored(q_tile, k_tile, inner, outer, SOFTCAP, PRECISION)
-            scores = tl.where(held[None, :], scores, float("-inf"))
-            acc, sums, peak = taken_in(acc, sums, peak, scores, v_tile, PRECISION)
-        begin, end = tail + tl.maximum(begin - chosen, 0), tail + tl.maximum(end - chosen, 0)
+    first_column = 0
     if HAS_FILLER:
-        begin = tl.maximum(begin, tl.load(first_valid + head).to(tl.int32))
-    clear = tl.minimum(end, total - rows + 1)  # before it every row sees every key
-    whole = begin + tl.maximum(clear - begin, 0) // KEYS * KEYS
-    acc, sums, peak = spans(
-        acc, sums, peak, q_tile, k + head * k_head, v + head * v_head, k_row, v_row, begin, whole, row, column,
-        inner, outer, KEYS, CHANNELS, PADDED, VALUE_CHANNELS, VALUE_PADDED, SOFTCAP, PRECISION, False,
+        first_column = tl.load(first_valid + head).to(tl.int32)
+    found, found_lse = attend_slots(
+        q_tile, k + head * k_head, v + head * v_head, k_row, v_row, columns + head * chosen, first_column,
+        row, rows, total, chosen, tail, part * part_slots, part_slots, inner, outer,
+        ROWS, KEYS, CHANNELS, PADDED, VALUE_CHANNELS, VALUE_PADDED, SOFTCAP, PRECISION, HAS_COLUMNS,
     )  # fmt: skip
-    acc, sums, peak = spans(
-        acc, sums, peak, q_tile, k + head * k_head, v + head * v_head, k_row, v_row, whole, end, row * 0, column,
-        inner, outer, KEYS, CHANNELS, PADDED, VALUE_CHANNELS, VALUE_PADDED, SOFTCAP, PRECISION, True,
-    )  # fmt: skip
-    found, found_lse = finished(acc, sums, peak)
     if SPLIT:
         row, kept = tl.arange(0, ROWS), row >= 0
         first = ((head * tl.num_programs(2) + tile) * tl.num_programs(0) + part) * ROWS
@@ -113,6 +106,13 @@ def decode_kernel(
     target = output + first * VALUE_CHANNELS
     store_rows(target, row, VALUE_CHANNELS, kept, found, VALUE_CHANNELS, VALUE_PADDED)
     tl.store(lse + first + row, found_lse, mask=kept)
+
+
+def _split(slots: int, programs: int, shape: Tile, device: torch.device) -> _Split:
+    """Share out the slots of a session that has ``programs`` tiles of rows, so that it could fill the device alone."""
+    parts = min(-(-2 * processors(device) // programs), -(-slots // _LEAST_KEYS))
+    part_slots = -(-slots // (parts * shape.keys)) * shape.keys
+    return _Split(-(-slots // part_slots), part_slots)
 
 
 def decode_attention(
@@ -141,9 +141,7 @@ def decode_attention(
     tiles = -(-group * rows // shape.rows)
     chosen = 0 if columns is None else columns.shape[1]
     slots = chosen + total - tail
-    parts = min(-(-2 * processors(queries.device) // (owners * tiles)), -(-slots // _LEAST_KEYS))
-    part_slots = -(-slots // (parts * shape.keys)) * shape.keys
-    parts = -(-slots // part_slots)
+    parts, part_slots = _split(slots, owners * tiles, shape, queries.device)
     output = queries.new_empty(owners, group * rows, value_channels)
     lse = torch.empty(owners, group * rows, dtype=torch.float32, device=queries.device)
     found, found_lse = output, lse
@@ -190,3 +188,220 @@ def decode_attention(
     if parts > 1:
         merge_parts(found, found_lse, output, lse, tile_rows=shape.rows, parts=parts)
     return output.view(heads, rows, value_channels), lse.view(heads, rows)
+
+
+@triton.jit(do_not_specialize=["most_rows"])
+def decode_batch_kernel(
+    sample: tl.tensor,
+    table: tl.tensor,
+    output: tl.tensor,
+    lse: tl.tensor,
+    part_output: tl.tensor,
+    part_lse: tl.tensor,
+    most_rows: tl.tensor,
+    inner: tl.tensor,
+    outer: tl.tensor,
+    FIELDS: tl.constexpr,
+    OWNERS: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    GROUP: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    PADDED: tl.constexpr,
+    VALUE_CHANNELS: tl.constexpr,
+    VALUE_PADDED: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    HAS_FILLER: tl.constexpr,
+    HAS_COLUMNS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+) -> None:
+    """Grid: parts of the longest session, KV heads of all sessions, tiles of rows. table ``[sessions, FIELDS]`` as ``_fields`` fills
+    it. sample: any pointer to numbers of the queries' type. ALIGNED: all places divide by 16 bytes, and all strides by so many
+    numbers; 0 if not. Output and lse ``[sessions, Hkv, GROUP * most_rows]`` of sessions that have one part, else parts of ROWS rows.
+    """
+    part = tl.program_id(0)
+    session = tl.program_id(1) // OWNERS
+    head = (tl.program_id(1) % OWNERS).to(tl.int64)
+    tile = tl.program_id(2)
+    entry = table + session * FIELDS
+    kind = tl.pointer_type(sample.dtype.element_ty)
+    q, k, v = tl.load(entry).to(kind), tl.load(entry + 1).to(kind), tl.load(entry + 2).to(kind)
+    first_valid, columns = tl.load(entry + 3), tl.load(entry + 4).to(tl.pointer_type(tl.int64))
+    q_head, k_head, v_head = tl.load(entry + 5), tl.load(entry + 7), tl.load(entry + 9)
+    q_row, k_row = tl.load(entry + 6).to(tl.int32), tl.load(entry + 8).to(tl.int32)
+    v_row = tl.load(entry + 10).to(tl.int32)
+    if ALIGNED:  # of what is loaded the compiler knows nothing, and would read number by number
+        q, k, v = tl.multiple_of(q, 16), tl.multiple_of(k, 16), tl.multiple_of(v, 16)
+        q_head, q_row = tl.multiple_of(q_head, ALIGNED), tl.multiple_of(q_row, ALIGNED)
+        k_head, k_row = tl.multiple_of(k_head, ALIGNED), tl.multiple_of(k_row, ALIGNED)
+        v_head, v_row = tl.multiple_of(v_head, ALIGNED), tl.multiple_of(v_row, ALIGNED)
+    rows, total = tl.load(entry + 11).to(tl.int32), tl.load(entry + 12).to(tl.int32)
+    chosen, tail = tl.load(entry + 13).to(tl.int32), tl.load(entry + 14).to(tl.int32)
+    parts, part_slots = tl.load(entry + 15).to(tl.int32), tl.load(entry + 16).to(tl.int32)
+    row = tile * ROWS + tl.arange(0, ROWS)
+    inside = row < tl.where(part < parts, GROUP * rows, 0)  # a part too many has nothing to do
+    channel = tl.arange(0, PADDED)
+    places = q + (head * GROUP + row // rows)[:, None] * q_head + (row % rows)[:, None] * q_row + channel[None, :]
+    q_tile = tl.load(places, mask=inside[:, None] & (channel < CHANNELS)[None, :], other=0.0)
+    first_column = 0
+    if HAS_FILLER:  # noqa: SIM102 (one is decided by the compiler, one on the device)
+        if first_valid != 0:
+            first_column = tl.load(first_valid.to(tl.pointer_type(tl.int64)) + head).to(tl.int32)
+    found, found_lse = attend_slots(
+        q_tile, k + head * k_head, v + head * v_head, k_row, v_row, columns + head * chosen, first_column,
+        row, rows, total, chosen, tail, part * part_slots, part_slots, inner, outer,
+        ROWS, KEYS, CHANNELS, PADDED, VALUE_CHANNELS, VALUE_PADDED, SOFTCAP, PRECISION, HAS_COLUMNS,
+    )  # fmt: skip
+    if parts == 1:
+        first = tl.program_id(1).to(tl.int64) * GROUP * most_rows
+        store_rows(output + first * VALUE_CHANNELS, row, VALUE_CHANNELS, inside, found, VALUE_CHANNELS, VALUE_PADDED)
+        tl.store(lse + first + row, found_lse, mask=inside)
+    elif part < parts:
+        within = tl.arange(0, ROWS)
+        first = (tl.load(entry + 17) + (head * tl.num_programs(2) + tile) * parts + part) * ROWS
+        store_rows(
+            part_output + first * VALUE_CHANNELS, within, VALUE_CHANNELS, within >= 0, found,
+            VALUE_CHANNELS, VALUE_PADDED,
+        )  # fmt: skip
+        tl.store(part_lse + first + within, found_lse)
+
+
+_FIELDS = 18  # of a session in the table
+
+
+def _fields(request: DecodeRequest, split: _Split, first_part: int) -> list[int]:
+    """A session as ``decode_batch_kernel`` reads it."""
+    queries, keys, values, first_valid, columns, tail = request
+    kind, device = queries.dtype, queries.device
+    return [
+        place("queries", queries, kind, device),
+        place("keys", keys, kind, device),
+        place("values", values, kind, device),
+        0 if first_valid is None else place("first_valid", first_valid, torch.long, device),
+        0 if columns is None else place("columns", columns, torch.long, device),
+        *queries.stride()[:2],
+        *keys.stride()[:2],
+        *values.stride()[:2],
+        queries.shape[1],
+        keys.shape[1],
+        0 if columns is None else columns.shape[1],
+        tail,
+        *split,
+        first_part,
+    ]
+
+
+def _read_by_place(request: DecodeRequest) -> DecodeRequest:
+    """The request with tensors that can be read from the place of their first number on."""
+    queries, keys, values, first_valid, columns, tail = request
+    return DecodeRequest(
+        readable(queries),
+        readable(keys),
+        readable(values),
+        None if first_valid is None else first_valid.contiguous(),
+        None if columns is None else columns.contiguous(),
+        tail,
+    )
+
+
+def decode_attention_batch(
+    _: Tensor,
+    requests: Sequence[DecodeRequest],
+    *,
+    scaling: float,
+    softcap: float | None = None,
+    need_lse: bool = True,
+) -> list[tuple[Tensor, Tensor | None]]:
+    """See the package. Where t is the same for all, each session is split and computed as if it were alone."""
+    if len(requests) == 1:
+        queries, keys, values, first_valid, columns, tail = requests[0]
+        found_alone = decode_attention(
+            queries,
+            keys,
+            values,
+            scaling=scaling,
+            softcap=softcap,
+            first_valid=first_valid,
+            columns=columns,
+            tail=tail,
+            need_lse=need_lse,
+        )
+        return [found_alone]
+    requests = [_read_by_place(each) for each in requests]
+    (heads, _rows, channels), (owners, _total, value_channels) = requests[0].queries.shape, requests[0].values.shape
+    group, like = heads // owners, requests[0].queries
+    most_rows = max(each.queries.shape[1] for each in requests)
+    shape = attention_tile(like, value_channels)
+    shape = shape._replace(rows=min(shape.rows, _BATCH_ROWS, padded(group * most_rows)))
+    tiles = -(-group * most_rows // shape.rows)
+    table: list[list[int]] = []
+    first_parts: list[int] = []  # of each tile of rows
+    counts: list[int] = []
+    parts = 0
+    for each in requests:
+        slots = each.keys.shape[1] if each.columns is None else each.columns.shape[1] + each.keys.shape[1] - each.tail
+        split = _split(slots, owners * tiles, shape, like.device)
+        table.append(_fields(each, split, parts))
+        first_parts += range(parts, parts + owners * tiles * split.parts, split.parts)
+        counts += [split.parts] * (owners * tiles)
+        parts += owners * tiles * split.parts
+    most_parts = max(counts)
+    parts = parts if most_parts > 1 else 0
+    numbers = uploaded([number for fields in table for number in fields] + first_parts + counts, like.device)
+    output = like.new_empty(len(requests) * owners, group * most_rows, value_channels)
+    lse = torch.empty(len(requests) * owners, group * most_rows, dtype=torch.float32, device=like.device)
+    found = torch.empty(parts, shape.rows, value_channels, dtype=torch.float32, device=like.device)
+    found_lse = torch.empty(parts, shape.rows, dtype=torch.float32, device=like.device)
+    launch(
+        decode_batch_kernel,
+        (most_parts, len(requests) * owners, tiles),
+        like,
+        numbers,
+        output,
+        lse,
+        found,
+        found_lse,
+        most_rows,
+        *score_factors(scaling, softcap),
+        FIELDS=_FIELDS,
+        OWNERS=owners,
+        ROWS=shape.rows,
+        KEYS=shape.keys,
+        GROUP=group,
+        CHANNELS=channels,
+        PADDED=padded(channels),
+        VALUE_CHANNELS=value_channels,
+        VALUE_PADDED=padded(value_channels),
+        SOFTCAP=bool(softcap),
+        PRECISION=precision(like.dtype),
+        HAS_FILLER=any(each.first_valid is not None for each in requests),
+        HAS_COLUMNS=any(each.columns is not None for each in requests),
+        ALIGNED=aligned(table, slice(0, 3), slice(5, 11), like.element_size()),
+        num_warps=shape.warps,
+        num_stages=shape.stages,
+    )
+    if parts:
+        own, tiles_in_all = len(requests) * _FIELDS, len(counts)
+        merge_parts(
+            found,
+            found_lse,
+            output,
+            lse,
+            tile_rows=shape.rows,
+            first_part=numbers[own : own + tiles_in_all],
+            part_count=numbers[own + tiles_in_all :],
+        )
+    rows = [each.queries.shape[1] for each in requests]
+    outputs, lses = _by_session(output, heads, rows), _by_session(lse, heads, rows)
+    return list(zip(outputs, lses, strict=True))
+
+
+def _by_session(whole: Tensor, heads: int, rows: list[int]) -> Sequence[Tensor]:
+    """Each session's rows ``[Hq, t, ...]`` of ``[sessions * Hkv, group * most t, ...]``; views where t is the same for all."""
+    rest = whole.shape[2:]
+    if rows.count(rows[0]) == len(rows):
+        return whole.view(len(rows), heads, rows[0], *rest).unbind()
+    parts = whole.view(len(rows), -1, *whole.shape[1:]).unbind()
+    group = [heads // len(parts[0]) * count for count in rows]
+    return [part[:, :own].reshape(heads, count, *rest) for part, own, count in zip(parts, group, rows, strict=True)]

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from loopserve.kernels.native.attention import ROWS, attend, serves
 
-_FEW = 16  # query rows of a KV head up to which cells are computed one by one, with channels in the lanes
+FEW = 16  # query rows of a KV head up to which cells are computed one by one, with channels in the lanes
 
 
 def limit(
@@ -40,7 +40,7 @@ def dense_attention(
     need_lse: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """See the package. The log-sum-exp costs nothing here and always comes."""
-    few = queries.shape[0] // keys.shape[0] * queries.shape[1] <= _FEW
+    few = queries.shape[0] // keys.shape[0] * queries.shape[1] <= FEW
     if few and window is not None:  # the last rows see no column before the first one's window but one each
         few = window >= keys.shape[1]
     kernel = "decode_attention" if few else "vertical_slash"

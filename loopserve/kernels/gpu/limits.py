@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from loopserve.kernels.decode_attention.request import DecodeRequest
     from loopserve.kernels.key_codes.layout import KeyCodes
 
 LARGEST_HEAD = 256  # channels; a wider tile of keys and values does not fit into shared memory
@@ -20,6 +23,11 @@ LONGEST = 1 << 21  # columns; distances are kept in the upper bits of an int32
 def attention(queries: Tensor, keys: Tensor, values: Tensor, *args: object, **options: object) -> str | None:
     """Of ``dense_attention`` and ``decode_attention``."""
     return _head(queries, max(queries.shape[2], values.shape[2]))
+
+
+def decode_batch(queries: Tensor, requests: Sequence[DecodeRequest], **options: object) -> str | None:
+    """Of ``decode_attention_batch``, whose requests agree in head sizes."""
+    return attention(queries, requests[0].keys, requests[0].values)
 
 
 def scores(queries: Tensor, *args: object, **options: object) -> str | None:

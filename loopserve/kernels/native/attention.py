@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from ctypes import POINTER, Structure, byref, c_float, c_int64, c_void_p
+from collections.abc import Sequence
+from ctypes import POINTER, Structure, byref, c_float, c_int64, c_void_p, sizeof
+from struct import Struct
 
 import torch
 from torch import Tensor
@@ -12,10 +14,11 @@ from loopserve.kernels.native import library
 from loopserve.kernels.native.arrays import MOST_COLUMNS, address, number_type, optional, rows_of
 
 ROWS = 64  # rows per tile, as in tile.h
+DecodeArguments = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, int]
 
 
 class _Attention(Structure):
-    """``Attention`` of vertical_slash.c; strides count numbers."""
+    """``Attention`` of attention.h; strides count numbers."""
 
     _fields_ = [  # ctypes wants a plain list
         *(
@@ -39,6 +42,10 @@ class _Attention(Structure):
         ("tail", c_int64),
         ("scaling", c_float),
     ]
+
+
+_PACKED = Struct("10P16qf4x")  # the same fields: filled in one step, not one by one
+assert _PACKED.size == sizeof(_Attention)
 
 
 def serves(queries: Tensor, values: Tensor, softcap: float | None) -> str | None:
@@ -116,3 +123,69 @@ def attend(
     )
     library.call(kernel, POINTER(_Attention))(byref(call))
     return output, lse
+
+
+def attend_batch(
+    requests: Sequence[DecodeArguments], *, scaling: float, need_lse: bool = True
+) -> list[tuple[Tensor, Tensor | None]]:
+    """Give (output ``[Hq, t, D]``, log-sum-exp ``[Hq, t]`` if asked for) of each of several sessions by one call of the kernel.
+
+    A request is (queries, keys, values, first_valid, columns, tail) as ``attend`` takes them. Requests differ in t, in the
+    number of keys and in what they choose. With one t for all, the outputs are views of one tensor ``[sessions, Hq, t, D]``.
+    """
+    example = requests[0][0]
+    kind, (heads, _, dim) = number_type(example), example.shape
+    half, threads, owners = kind is torch.bfloat16, library.threads(), requests[0][1].shape[0]
+    rows = [each[0].shape[1] for each in requests]
+    output = large_pages(example.new_empty(sum(rows), heads, dim))
+    lse = torch.empty(sum(rows), heads, dtype=torch.float32, device="cpu")
+    place, lse_place = address("output", output, kind, output.shape), address("lse", lse, torch.float32, lse.shape)
+    calls, kept = (_Attention * len(rows))(), []  # kept: copies must live until C has read them
+    for index, (count, (queries, keys, values, starts, columns, tail)) in enumerate(zip(rows, requests, strict=True)):
+        queries, keys, values = rows_of(queries), rows_of(keys), rows_of(values)
+        starts = None if starts is None else starts.contiguous()
+        columns = None if columns is None else columns.contiguous()
+        kept.append((queries, keys, values, starts, columns))
+        total = keys.shape[1]
+        chosen = -1 if columns is None else columns.shape[1]
+        _PACKED.pack_into(
+            calls,
+            index * _PACKED.size,
+            address("queries", queries, kind, (heads, count, dim), strided=2),
+            address("keys", keys, kind, (owners, total, dim), strided=2),
+            address("values", values, kind, (owners, total, dim), strided=2),
+            place,
+            lse_place,
+            *(0, 0, 0),  # no lines, no blocks
+            optional("first_valid", starts, torch.long, (owners,)) or 0,
+            optional("columns", columns, torch.long, (owners, chosen)) or 0,
+            *queries.stride()[:2],
+            *keys.stride()[:2],
+            *values.stride()[:2],
+            heads,
+            heads // owners,
+            count,
+            total,
+            dim,
+            total,
+            half,
+            threads,
+            chosen,
+            tail,
+            scaling,
+        )
+        place += count * heads * dim * example.element_size()
+        lse_place += count * heads * lse.element_size()
+    library.call("decode_attention_batch", POINTER(_Attention), c_int64)(calls, len(rows))
+    outputs = _by_session(output, rows)
+    return (
+        [(each, None) for each in outputs] if not need_lse else list(zip(outputs, _by_session(lse, rows), strict=True))
+    )
+
+
+def _by_session(whole: Tensor, rows: list[int]) -> Sequence[Tensor]:
+    """Views ``[Hq, t, ...]`` of sessions that lie one behind the other, each head by head, in ``[sum t, Hq, ...]``."""
+    heads, rest = whole.shape[1], whole.shape[2:]
+    if rows.count(rows[0]) == len(rows):
+        return whole.view(len(rows), heads, rows[0], *rest).unbind()
+    return [part.view(heads, count, *rest) for count, part in zip(rows, whole.split(rows), strict=True)]

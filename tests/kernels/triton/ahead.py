@@ -36,6 +36,7 @@ _TYPES = {
     torch.bool: "*i1",
 }
 _OPTIONS = ("num_warps", "num_stages")
+_COPY = re.compile(r"cp\.async\.c[ag]")
 _MATRIX = re.compile(r"mma\.sync|wgmma\.mma_async|tcgen05\.mma")
 
 
@@ -62,6 +63,7 @@ class Compiled:
     spilled: int  # bytes of stack per thread
     shared: int  # bytes
     matrix: int  # matrix instructions in the PTX
+    copies: int  # instructions in the PTX that copy up to 16 bytes to shared memory without waiting
 
 
 def noted(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Launch:
@@ -126,7 +128,8 @@ def compiled(one: Launch, capability: int) -> Compiled:
         patch.setenv("TRITON_DEFAULT_FP_FUSION", "1")  # unset, triton 3.9 warns that its default will change
         made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(one.options))
     registers, spilled = _resources(made.asm["cubin"])
-    return Compiled(registers, spilled, made.metadata.shared, len(_MATRIX.findall(made.asm["ptx"])))
+    text = made.asm["ptx"]
+    return Compiled(registers, spilled, made.metadata.shared, len(_MATRIX.findall(text)), len(_COPY.findall(text)))
 
 
 def _resources(binary: bytes) -> tuple[int, int]:

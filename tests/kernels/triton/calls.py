@@ -15,6 +15,7 @@ from torch import Tensor
 
 import loopserve.kernels
 from loopserve.kernels import backend
+from loopserve.kernels.decode_attention import DecodeRequest
 from loopserve.kernels.key_codes.layout import KeyCodes
 
 ROWS, TOTAL = 512, 32768  # enough that columns overflow the packed room and keys are split
@@ -42,7 +43,20 @@ def attention(dtype: torch.dtype, channels: int, **options: Any) -> Iterator[Cal
     if options["first_valid"] is None:
         chosen = {"columns": torch.zeros(KV_HEADS, 2048, dtype=torch.long), "tail": TOTAL - 32}
         yield "decode_attention", (queries[:, :1], keys, values), options | chosen
+    batch = {"scaling": options["scaling"], "softcap": options["softcap"]}
+    yield "decode_attention_batch", (queries, sessions(queries, keys, values, options["first_valid"])), batch
     yield "line_scores", (queries[:, :64], keys, torch.arange(64)), options
+
+
+def sessions(
+    queries: Tensor, keys: Tensor, values: Tensor, first_valid: Tensor | None, rows: int = 1
+) -> list[DecodeRequest]:
+    """Decode steps of three lengths, one of them in place; with ``first_valid``, of two."""
+    found = [DecodeRequest(queries[:, :rows], keys[:, :total], values[:, :total]) for total in (300, TOTAL)]
+    if first_valid is not None:
+        return [each._replace(first_valid=first_valid) for each in found]
+    columns = torch.zeros(KV_HEADS, 2048, dtype=torch.long)
+    return [*found, DecodeRequest(queries[:, :rows], keys, values, None, columns, TOTAL - 32)]
 
 
 def variants(dtype: torch.dtype, channels: int) -> Iterator[Call]:
@@ -56,6 +70,11 @@ def variants(dtype: torch.dtype, channels: int) -> Iterator[Call]:
     for rows in (4, 16):
         yield "decode_attention", (queries[:, :rows], keys, values), options
     yield "decode_attention", (queries[:, :1], keys[:, :256], values[:, :256]), options
+    batch = {"scaling": 0.1, "softcap": None}
+    for rows in (4, 32):
+        yield "decode_attention_batch", (queries, sessions(queries, keys, values, None, rows)), batch
+    short = [DecodeRequest(queries[:, :1], keys[:, :100], values[:, :100])] * 2  # not split
+    yield "decode_attention_batch", (queries, short), batch
     chosen = {"columns": torch.zeros(KV_HEADS, 2048, dtype=torch.long), "tail": TOTAL - 32}
     for rows in (4, 32):  # more rows than a tile holds, too
         yield "decode_attention", (queries[:, :rows], keys, values), options | chosen

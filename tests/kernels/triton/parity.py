@@ -19,7 +19,7 @@ from torch import Tensor
 
 from loopserve.kernels import backend
 from loopserve.kernels.block_sparse import block_sparse
-from loopserve.kernels.decode_attention import decode_attention
+from loopserve.kernels.decode_attention import DecodeRequest, decode_attention, decode_attention_batch
 from loopserve.kernels.dense_attention import dense_attention
 from loopserve.kernels.gather_kv import gather_kv
 from loopserve.kernels.line_scores import line_scores
@@ -194,6 +194,67 @@ def test_attention_while_decoding_in_place_over_a_long_store(rows: int, kept: li
         )
     for each, right in zip(found, wanted, strict=True):
         torch.testing.assert_close(each, right, atol=1e-2, rtol=1e-2)
+
+
+def session(kind: str, rows: int, total: int, group: int, half: bool, seed: int) -> DecodeRequest:
+    """A decode step over the whole store, a ragged copy or chosen columns of the store."""
+    case = make(rows, max(rows, total), group=group, dim=16, seed=seed, filler=kind == "copy")
+    case = in_half(case) if half else case
+    if kind != "in place":
+        return DecodeRequest(case.queries, case.keys, case.values, case.first_valid)
+    tail = (case.keys.shape[1] - rows) // 2
+    columns = chosen_columns(case, tail, [tail // 3, 0])
+    return DecodeRequest(case.queries, case.keys, case.values, None, columns, tail)
+
+
+@st.composite
+def steps(draw: st.DrawFn) -> list[DecodeRequest]:
+    """Decode steps of several sessions of one layer, of lengths, kinds and numbers of rows that differ."""
+    group, half, same = draw(st.sampled_from([1, 4, 7])), draw(st.booleans()), draw(st.booleans())
+    return [
+        session(
+            draw(st.sampled_from(["whole", "copy", "in place"])),
+            1 if same else draw(st.integers(1, 4)),
+            draw(st.integers(1, 150)),
+            group,
+            half,
+            seed,
+        )
+        for seed in range(draw(st.integers(2, 4)))
+    ]
+
+
+@given(steps(), st.sampled_from([None, 5.0]))
+@settings(max_examples=16)
+def test_attention_while_decoding_many_sessions(requests: list[DecodeRequest], softcap: float | None) -> None:
+    """Each is what the reference makes of it and, where all have one row, bit by bit what it is alone."""
+    options = {"scaling": 0.3, "softcap": softcap, "need_lse": True}
+    with backend.use("triton"):
+        found = decode_attention_batch(requests, **options)
+    for (queries, keys, values, first_valid, columns, tail), each in zip(requests, found, strict=True):
+        own = options | {"first_valid": first_valid, "columns": columns, "tail": tail}
+        equal(decode_attention, queries, keys, values, **own)
+        with backend.use("triton"):
+            alone = decode_attention(queries, keys, values, **own)
+        together = all(other.queries.shape[1] == 1 for other in requests)
+        loose = 1e-2 if queries.dtype == torch.float16 else 3e-5
+        tolerance = {"atol": 0.0, "rtol": 0.0} if together else {"atol": loose, "rtol": loose}
+        torch.testing.assert_close(each, alone, **tolerance)
+
+
+def test_attention_while_decoding_many_sessions_of_other_layouts() -> None:
+    """Rows that do not begin where much is read at once, values of another width, and views."""
+    generator = torch.Generator().manual_seed(0)
+    numbers = [torch.randn(*shape, generator=generator) for shape in [(2, 91, 24), (2, 91, 7), (4, 2, 24)]]
+    for shift in (0, 1):
+        keys, values, queries = (part[..., shift:] for part in numbers)
+        requests = [DecodeRequest(queries, keys[:, :count], values[:, :count]) for count in (40, 90)]
+        turned = DecodeRequest(queries, keys.transpose(1, 2).contiguous().transpose(1, 2), values)
+        with backend.use("triton"):
+            found = decode_attention_batch([*requests, turned], scaling=0.3, need_lse=True)
+        with backend.use("reference"):
+            wanted = decode_attention_batch([*requests, turned], scaling=0.3, need_lse=True)
+        torch.testing.assert_close(found, wanted, atol=3e-5, rtol=1e-4)
 
 
 def test_attention_of_heads_with_other_values() -> None:

@@ -12,8 +12,9 @@ import os
 import pytest
 import torch
 
+from loopserve.kernels.decode_attention import DecodeRequest
 from tests.kernels.triton.ahead import SHARED_LIMIT, Launch, compiled, launches_of
-from tests.kernels.triton.calls import attention, call, kernels, others, variants
+from tests.kernels.triton.calls import attention, call, heads, kernels, others, sessions, variants
 
 CAPABILITIES = sorted(SHARED_LIMIT)
 MULTIPLYING = {
@@ -21,6 +22,7 @@ MULTIPLYING = {
     "block_sparse_kernel",
     "dense_kernel",
     "decode_kernel",
+    "decode_batch_kernel",
     "row_sums_kernel",
     "row_masses_kernel",
     "code_logits_kernel",
@@ -71,6 +73,25 @@ def test_what_changes_the_scores() -> None:
 def test_selection_and_copies(capability: int) -> None:
     for operation, args, options in others():
         check(launches_of(call(operation, args, options), capability), capability, 16)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_rows_at_loaded_places_are_read_as_wide_as_others(capability: int) -> None:
+    """The compiler knows nothing of a place that a kernel loads by itself, and would copy number by number."""
+    queries, keys, values = heads(torch.bfloat16, 128, 1)
+    options = {"scaling": 0.1, "softcap": None}
+    chosen = {"columns": torch.zeros(2, 2048, dtype=torch.long), "tail": keys.shape[1] - 32, "first_valid": None}
+    alone = launches_of(call("decode_attention", (queries, keys, values), options | chosen), capability)[0]
+    batch = (queries, sessions(queries, keys, values, None))
+    together = launches_of(call("decode_attention_batch", batch, options), capability)[0]
+    assert together.name == "decode_batch_kernel"
+    assert compiled(together, capability).copies == compiled(alone, capability).copies > 0
+    shifted = [each[..., 1:-1] for each in (queries, keys, values)]
+    anywhere = launches_of(
+        call("decode_attention_batch", (queries, [DecodeRequest(*shifted)] * 2), options), capability
+    )
+    assert compiled(anywhere[0], capability).spilled <= 256  # what no store of ours needs
+    assert dict(anywhere[0].constants)["ALIGNED"] == 0 and dict(together.constants)["ALIGNED"] == 8
 
 
 def test_no_kernel_is_forgotten() -> None:

@@ -1,5 +1,7 @@
 // Attention of a few queries over an active set, a copy of its own or chosen columns of the store in place: keys are read once for
-// all query heads of a group; long sets are split over threads and the parts joined by their sums.
+// all query heads of a group; long sets are split over threads and the parts joined by their sums. Many sessions are served by one
+// call. How a session's keys are split follows from its own length and the number of threads alone, and parts are joined in their
+// order, so its result does not depend on the other sessions, bit by bit.
 #include "attention.h"
 #include "cells.h"
 #include "common.h"
@@ -57,52 +59,41 @@ static void attend_chunk(const Attention *a, const char *query, const char *keys
     add_row(output, scores, value, count, a->dim, a->half);
 }
 
-// Returns 0, or 1 if memory ran out.
-int LS(decode_attention)(const Attention *a) {
-    int64_t kv_heads = a->heads / a->group, size = a->half ? 2 : 4, lines = a->group * a->rows;  // lines: rows of a KV head
-    int64_t sparse = a->chosen >= 0, chosen = sparse ? a->chosen : 0, tail = sparse ? a->tail : 0, pairs = chosen + a->total - tail;
-    int64_t chunks = (pairs + CHUNK - 1) / CHUNK, splits = (4 * a->threads + kv_heads - 1) / kv_heads;
+// How the work on one session is cut: `splits` parts of `per_split` pairs for each KV head, each an item for a thread.
+typedef struct {
+    const Attention *a;
+    int64_t kv_heads, lines, pairs, splits, per_split, first;  // lines: rows of a KV head; first: number of its first item
+    State *states;   // [kv_heads][splits][lines]
+    float *outputs;  // [kv_heads][splits][lines][dim]
+    int *waiting;    // [kv_heads]: parts that are not done yet
+} Plan;
+
+static Plan plan_of(const Attention *a, int64_t threads) {
+    int64_t kv_heads = a->heads / a->group, pairs = a->chosen >= 0 ? a->chosen + a->total - a->tail : a->total;
+    int64_t chunks = (pairs + CHUNK - 1) / CHUNK, splits = (4 * threads + kv_heads - 1) / kv_heads;
     if (splits > chunks) splits = chunks;
-    if (a->threads == 1) splits = 1;
-    int64_t per_split = (chunks + splits - 1) / splits * CHUNK, items = kv_heads * splits;
-    State *states = room(items * lines * sizeof(State));
-    float *outputs = room(items * lines * a->dim * 4);
-    if (!states || !outputs) { free(states), free(outputs); return 1; }
-    memset(outputs, 0, items * lines * a->dim * 4);
-#pragma omp parallel for num_threads(a->threads) schedule(dynamic, 1) if (a->threads > 1)
-    for (int64_t item = 0; item < items; item++) {
-        int64_t kv = item / splits, split = item % splits, start = a->first_valid ? a->first_valid[kv] : 0;
-        int64_t from = split * per_split, to = from + per_split < pairs ? from + per_split : pairs;
-        const char *keys = a->keys + kv * a->key_head * size, *values = a->values + kv * a->value_head * size;
-        State *state = states + item * lines;
-        float *output = outputs + item * lines * a->dim;
-        for (int64_t line = 0; line < lines; line++) state[line] = (State){-INFINITY, 0};
-        const int64_t *own = a->columns + kv * chosen;
-        if (sparse)
-            while (from < chosen && own[from] < 0) from++;
-        else if (from < start) from = start;
-        for (int64_t at = from; at < to; at += CHUNK) {
-            int64_t columns[CHUNK + AHEAD], last = at + CHUNK < to ? at + CHUNK : to, known = last + AHEAD < to ? last + AHEAD : to;
-            for (int64_t i = at; i < known; i++)  // filler in the midst, where none belongs, must not be read before the buffer
-                columns[i - at] = i >= chosen ? tail + i - chosen : own[i] < 0 ? 0 : own[i];
-            for (int64_t i = at; sparse && at == from && i < known && i < at + AHEAD; i++)
-                ask_for(keys + columns[i - at] * a->key_row * size, a->dim * size);
-            for (int64_t line = 0; line < lines; line++) {
-                int64_t head = kv * a->group + line / a->rows, row = line % a->rows;
-                int64_t seen = pairs - a->rows + row + 1, end = last < seen ? last : seen;
-                if (at < end)
-                    attend_chunk(a, a->queries + (head * a->query_head + row * a->query_row) * size, keys, values, columns, end - at,
-                                 known - at, sparse && line == 0, state + line, output + line * a->dim);
-            }
-        }
-    }
-    for (int64_t place = 0; place < a->heads * a->rows; place++) {  // join the splits
-        int64_t head = place / a->rows, kv = head / a->group, line = (head % a->group) * a->rows + place % a->rows;
-        float most = -INFINITY, sum = 0, *joined = outputs + (kv * splits * lines + line) * a->dim;
-        for (int64_t s = 0; s < splits; s++) most = fmaxf(most, states[(kv * splits + s) * lines + line].most);
-        for (int64_t s = 0; s < splits; s++) {
-            State part = states[(kv * splits + s) * lines + line];
-            const float *output = outputs + ((kv * splits + s) * lines + line) * a->dim;
+    if (threads == 1) splits = 1;
+    return (Plan){.a = a, .kv_heads = kv_heads, .lines = a->group * a->rows, .pairs = pairs, .splits = splits,
+                  .per_split = (chunks + splits - 1) / splits * CHUNK};
+}
+
+static int by_size(const void *left, const void *right) {  // the longest parts first: what comes last then is short
+    const Plan *x = left, *y = right;
+    int64_t more = y->per_split * y->lines - x->per_split * x->lines;
+    return more ? (more > 0 ? 1 : -1) : x->a < y->a ? -1 : x->a > y->a;
+}
+
+// Join the parts of one KV head and write its rows.
+static void join(const Plan *p, int64_t kv) {
+    const Attention *a = p->a;
+    for (int64_t line = 0; line < p->lines; line++) {
+        int64_t place = kv * p->lines + line;  // rows of a group's heads lie one behind the other, as lines do
+        const State *states = p->states + kv * p->splits * p->lines + line;
+        float most = -INFINITY, sum = 0, *joined = p->outputs + (kv * p->splits * p->lines + line) * a->dim;
+        for (int64_t s = 0; s < p->splits; s++) most = fmaxf(most, states[s * p->lines].most);
+        for (int64_t s = 0; s < p->splits; s++) {
+            State part = states[s * p->lines];
+            const float *output = joined + s * p->lines * a->dim;
             float share = part.sum > 0 ? exp2f(part.most - most) : 0;
             sum += part.sum * share;
             for (int64_t d = 0; d < a->dim; d += VW)
@@ -116,6 +107,81 @@ int LS(decode_attention)(const Attention *a) {
             else store((float *)a->output + place * a->dim + d, x);
         }
     }
-    free(states), free(outputs);
+}
+
+// One part of one KV head's keys.
+static void attend_part(const Plan *p, int64_t kv, int64_t split) {
+    const Attention *a = p->a;
+    int64_t size = a->half ? 2 : 4, sparse = a->chosen >= 0, chosen = sparse ? a->chosen : 0, tail = sparse ? a->tail : 0;
+    int64_t start = a->first_valid ? a->first_valid[kv] : 0, pairs = p->pairs;
+    int64_t from = split * p->per_split, to = from + p->per_split < pairs ? from + p->per_split : pairs;
+    const char *keys = a->keys + kv * a->key_head * size, *values = a->values + kv * a->value_head * size;
+    State *state = p->states + (kv * p->splits + split) * p->lines;
+    float *output = p->outputs + (kv * p->splits + split) * p->lines * a->dim;
+    for (int64_t line = 0; line < p->lines; line++) state[line] = (State){-INFINITY, 0};
+    memset(output, 0, p->lines * a->dim * 4);
+    const int64_t *own = sparse ? a->columns + kv * chosen : NULL;
+    if (sparse)
+        while (from < chosen && own[from] < 0) from++;
+    else if (from < start) from = start;
+    for (int64_t at = from; at < to; at += CHUNK) {
+        int64_t columns[CHUNK + AHEAD], last = at + CHUNK < to ? at + CHUNK : to, known = last + AHEAD < to ? last + AHEAD : to;
+        for (int64_t i = at; i < known; i++)  // filler in the midst, where none belongs, must not be read before the buffer
+            columns[i - at] = i >= chosen ? tail + i - chosen : own[i] < 0 ? 0 : own[i];
+        for (int64_t i = at; sparse && at == from && i < known && i < at + AHEAD; i++)
+            ask_for(keys + columns[i - at] * a->key_row * size, a->dim * size);
+        for (int64_t line = 0; line < p->lines; line++) {
+            int64_t head = kv * a->group + line / a->rows, row = line % a->rows;
+            int64_t seen = pairs - a->rows + row + 1, end = last < seen ? last : seen;
+            if (at < end)
+                attend_chunk(a, a->queries + (head * a->query_head + row * a->query_row) * size, keys, values, columns, end - at,
+                             known - at, sparse && line == 0, state + line, output + line * a->dim);
+        }
+    }
+}
+
+// `number` sessions at once. Returns 0, or 1 if memory ran out.
+int LS(decode_attention_batch)(const Attention *requests, int64_t number) {
+    int64_t threads = requests[0].threads, items = 0, heads = 0, states = 0, outputs = 0;
+    Plan *plans = room(number * sizeof(Plan));
+    if (!plans) return 1;
+    for (int64_t i = 0; i < number; i++) plans[i] = plan_of(requests + i, threads);
+    if (number > 1 && threads > 1) qsort(plans, number, sizeof(Plan), by_size);
+    for (int64_t i = 0; i < number; i++) {
+        Plan *p = plans + i;
+        p->first = items;
+        items += p->kv_heads * p->splits, heads += p->kv_heads;
+        states += p->kv_heads * p->splits * p->lines, outputs += p->kv_heads * p->splits * p->lines * p->a->dim;
+    }
+    // One piece of memory for all sessions: the outputs, whose sizes are multiples of a vector's, the states, the counts.
+    char *scratch = room(outputs * 4 + states * sizeof(State) + heads * sizeof(int));
+    if (!scratch) { free(plans); return 1; }
+    float *output = (float *)scratch;
+    State *state = (State *)(scratch + outputs * 4);
+    int *waiting = (int *)(state + states);
+    for (int64_t i = 0; i < number; i++) {
+        Plan *p = plans + i;
+        p->outputs = output, p->states = state, p->waiting = waiting;
+        output += p->kv_heads * p->splits * p->lines * p->a->dim, state += p->kv_heads * p->splits * p->lines;
+        waiting += p->kv_heads;
+        for (int64_t kv = 0; kv < p->kv_heads; kv++) p->waiting[kv] = p->splits;
+    }
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1) if (threads > 1)
+    for (int64_t item = 0; item < items; item++) {
+        int64_t low = 0, high = number;  // plans[low] is the last whose first item is not behind this one
+        while (high - low > 1) {
+            int64_t middle = (low + high) / 2;
+            if (plans[middle].first <= item) low = middle;
+            else high = middle;
+        }
+        const Plan *p = plans + low;
+        int64_t kv = (item - p->first) / p->splits;
+        attend_part(p, kv, (item - p->first) % p->splits);
+        if (p->splits == 1 || !__atomic_sub_fetch(p->waiting + kv, 1, __ATOMIC_ACQ_REL)) join(p, kv);  // the last one joins
+    }
+    free(plans), free(scratch);
     return 0;
 }
+
+// Returns 0, or 1 if memory ran out.
+int LS(decode_attention)(const Attention *a) { return LS(decode_attention_batch)(a, 1); }

@@ -1,0 +1,286 @@
+"""Keep every conversation of ``loopserve chat`` in a database in the user's data folder, written as it goes."""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from loopserve.core.errors import ConfigError, InputError
+
+SCHEMA_VERSION = 1
+_WAIT_S = 10.0  # for another process that writes
+_SCHEMA = """
+CREATE TABLE conversations (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    started TEXT NOT NULL,
+    updated TEXT NOT NULL,
+    model TEXT NOT NULL,
+    revision TEXT,
+    stack TEXT NOT NULL,
+    system TEXT,
+    writes INTEGER NOT NULL
+);
+CREATE TABLE turns (
+    conversation INTEGER NOT NULL REFERENCES conversations (id) ON DELETE CASCADE,
+    number INTEGER NOT NULL,
+    at TEXT NOT NULL,
+    state TEXT NOT NULL,
+    message TEXT NOT NULL,
+    answer TEXT NOT NULL,
+    reasoning TEXT NOT NULL,
+    token_ids TEXT NOT NULL,
+    stats TEXT NOT NULL,
+    PRIMARY KEY (conversation, number)
+);
+"""
+
+
+class TurnState(StrEnum):
+    OPEN = "open"  # asked; its answer is being written, or the process was killed meanwhile
+    ANSWERED = "answered"  # part of the conversation
+    STOPPED = "stopped"  # by Ctrl-C, with the answer so far
+    FAILED = "failed"  # with an error in place of the answer
+    UNDONE = "undone"  # taken back by /undo
+    REPLACED = "replaced"  # another answer was given by /retry
+
+
+UNANSWERED = (TurnState.OPEN, TurnState.STOPPED, TurnState.FAILED)
+
+
+@dataclass
+class LoggedTurn:
+    """Hold one message and what became of it. answer: also an error message, or the part that was written before Ctrl-C."""
+
+    message: str
+    state: TurnState = TurnState.OPEN
+    answer: str = ""
+    at: str = ""
+    reasoning: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    stats: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class LoggedConversation:
+    """Hold a conversation as the log has it. ``id`` 0: not written yet."""
+
+    model: str
+    stack: str
+    system: str | None = None
+    revision: str | None = None
+    turns: list[LoggedTurn] = field(default_factory=list)
+    id: int = 0
+    started: str = ""
+    updated: str = ""
+    writes: int = 0  # counted up by each writer: a second process that goes on with the conversation is seen by it
+
+    @property
+    def messages(self) -> list[dict[str, Any]]:
+        """The complete turns as messages, without what was taken back or got no answer, with the answers' tokens."""
+        found: list[dict[str, Any]] = [] if self.system is None else [{"role": "system", "content": self.system}]
+        for turn in self.turns:
+            if turn.state is TurnState.ANSWERED:
+                found.append({"role": "user", "content": turn.message})
+                answer: dict[str, Any] = {"role": "assistant", "content": turn.answer}
+                if turn.reasoning:
+                    answer["reasoning_content"] = turn.reasoning
+                if turn.token_ids:
+                    answer["token_ids"] = turn.token_ids
+                found.append(answer)
+        return found
+
+    def take_over(self, messages: Sequence[Mapping[str, str]]) -> None:
+        """Begin with the turns of messages that are held elsewhere."""
+        for message in messages:
+            if message["role"] == "user":
+                self.turns.append(LoggedTurn(message["content"], at=now()))
+            elif message["role"] == "assistant":
+                self.turns[-1].state, self.turns[-1].answer = TurnState.ANSWERED, message["content"]
+                self.turns[-1].reasoning = message.get("reasoning_content", "")
+            elif not self.turns:
+                self.system = message["content"]
+
+    @property
+    def unanswered(self) -> str | None:
+        """The last message, if it got no answer."""
+        last = self.turns[-1] if self.turns else None
+        return last.message if last is not None and last.state in UNANSWERED else None
+
+    def as_dict(self) -> dict[str, Any]:
+        return {key: value for key, value in asdict(self).items() if key != "writes"} | {"messages": self.messages}
+
+
+def default_path() -> Path:
+    """Return the path of the log: ``loopserve/logs.db`` in the user's data folder (XDG_DATA_HOME)."""
+    from platformdirs import user_data_path
+
+    return user_data_path("loopserve", appauthor=False) / "logs.db"
+
+
+class ChatLog:
+    """Read and write the log. Nothing is created before the first write; every operation opens the file for itself."""
+
+    def __init__(self, path: Path | None = None) -> None:
+        self.path = path or default_path()
+
+    def conversations(self, *, word: str | None = None, limit: int | None = None) -> list[LoggedConversation]:
+        """Return conversations, the latest first; only those that hold ``word``, in any case of letters."""
+        found = []
+        with self._reading() as database:
+            if database is None:
+                return []
+            for (number,) in database.execute("SELECT id FROM conversations ORDER BY updated DESC, id DESC").fetchall():
+                conversation = _loaded(database, number)
+                if word is None or _holds(conversation, word):
+                    found.append(conversation)
+                if limit is not None and len(found) >= limit:
+                    break
+        return found
+
+    def conversation(self, number: int) -> LoggedConversation:
+        """Return one conversation. Raises InputError if there is none of that number."""
+        with self._reading() as database:
+            if database is not None and _exists(database, number):
+                return _loaded(database, number)
+        raise InputError(f"no conversation {number} in {self.path}: loopserve logs lists them")
+
+    def last(self) -> LoggedConversation:
+        """Return the conversation that was written to last. Raises InputError if there is none."""
+        found = self.conversations(limit=1)
+        if not found:
+            raise InputError(f"there is no conversation to go on with: {self.path} holds none")
+        return found[0]
+
+    def remove(self, numbers: Sequence[int]) -> None:
+        """Delete conversations, their text overwritten. Raises InputError, and deletes none, if one is not there."""
+        for number in numbers:
+            self.conversation(number)
+        with self._writing() as database:
+            database.executemany("DELETE FROM conversations WHERE id = ?", [(number,) for number in numbers])
+        with self._open() as database:
+            database.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # the text is in the journal as well
+
+    def write(self, conversation: LoggedConversation, turns: Sequence[int]) -> None:
+        """Write the turns of these numbers, and the conversation itself if it is new.
+
+        If another process has written to the conversation meanwhile, or deleted it, all of ours becomes a conversation of its
+        own: the turns of two processes never mix. Raises sqlite3.Error or OSError.
+        """
+        moment = now()
+        with self._writing() as database:
+            row = database.execute("SELECT writes FROM conversations WHERE id = ?", (conversation.id,)).fetchone()
+            number, writes, started = conversation.id, conversation.writes + 1, conversation.started or moment
+            if row is None or row[0] != conversation.writes:
+                number, writes, turns = self._insert(database, conversation, started), 1, range(len(conversation.turns))
+            database.execute("UPDATE conversations SET updated = ?, writes = ? WHERE id = ?", (moment, writes, number))
+            database.executemany(
+                "INSERT OR REPLACE INTO turns VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                [(number, each, *_row(conversation.turns[each])) for each in turns],
+            )
+        conversation.id, conversation.writes = number, writes
+        conversation.started, conversation.updated = started, moment
+
+    def _insert(self, database: sqlite3.Connection, new: LoggedConversation, started: str) -> int:
+        values = (started, started, new.model, new.revision, new.stack, new.system)
+        done = database.execute(
+            "INSERT INTO conversations (started, updated, model, revision, stack, system, writes) "
+            "VALUES (?, ?, ?, ?, ?, ?, 0)",
+            values,
+        )
+        assert done.lastrowid is not None
+        return done.lastrowid
+
+    @contextmanager
+    def _reading(self) -> Iterator[sqlite3.Connection | None]:
+        """The database, or None where there is no file yet. Raises ConfigError for a file that is no log."""
+        if not self.path.exists():
+            yield None
+            return
+        try:
+            with self._open() as database:
+                yield database
+        except (sqlite3.Error, OSError) as error:
+            raise ConfigError(f"{self.path}: cannot read the log of conversations ({error})") from error
+
+    @contextmanager
+    def _writing(self) -> Iterator[sqlite3.Connection]:
+        self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with suppress(FileExistsError):  # what people write is theirs alone to read
+            os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+        with self._open() as database:
+            database.execute("BEGIN IMMEDIATE")
+            try:
+                yield database
+            except BaseException:
+                database.rollback()
+                raise
+            database.commit()
+
+    @contextmanager
+    def _open(self) -> Iterator[sqlite3.Connection]:
+        with closing(sqlite3.connect(self.path, timeout=_WAIT_S, isolation_level=None)) as database:
+            (version,) = database.execute("PRAGMA user_version").fetchone()
+            if version > SCHEMA_VERSION:
+                raise ConfigError(f"{self.path}: written by a newer loopserve (version {version}): update loopserve")
+            database.execute("PRAGMA foreign_keys = ON")
+            database.execute("PRAGMA secure_delete = ON")
+            database.execute("PRAGMA synchronous = FULL")
+            if version == 0:
+                database.execute("PRAGMA journal_mode = WAL")
+                _create(database)
+            yield database
+
+
+def _create(database: sqlite3.Connection) -> None:
+    database.execute("BEGIN IMMEDIATE")
+    if database.execute("PRAGMA user_version").fetchone() == (0,):  # another process may have been faster
+        for statement in filter(str.strip, _SCHEMA.split(";")):
+            database.execute(statement)
+        database.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+    database.commit()
+
+
+def _exists(database: sqlite3.Connection, number: int) -> bool:
+    return database.execute("SELECT 1 FROM conversations WHERE id = ?", (number,)).fetchone() is not None
+
+
+def _loaded(database: sqlite3.Connection, number: int) -> LoggedConversation:
+    model, stack, system, revision, started, updated, writes = database.execute(
+        "SELECT model, stack, system, revision, started, updated, writes FROM conversations WHERE id = ?", (number,)
+    ).fetchone()
+    turns = [
+        LoggedTurn(message, TurnState(state), answer, at, reasoning, json.loads(tokens), json.loads(stats))
+        for at, state, message, answer, reasoning, tokens, stats in database.execute(
+            "SELECT at, state, message, answer, reasoning, token_ids, stats FROM turns "
+            "WHERE conversation = ? ORDER BY number",
+            (number,),
+        )
+    ]
+    return LoggedConversation(model, stack, system, revision, turns, number, started, updated, writes)
+
+
+def _row(turn: LoggedTurn) -> tuple[str, ...]:
+    tokens, stats = json.dumps(turn.token_ids), json.dumps(turn.stats, default=str)
+    return (turn.at, str(turn.state), _text(turn.message), _text(turn.answer), _text(turn.reasoning), tokens, stats)
+
+
+def _text(text: str) -> str:
+    """Bytes that were no text cannot be stored; such a message is refused by the model's tokenizer anyway."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def _holds(conversation: LoggedConversation, word: str) -> bool:
+    sought = word.casefold()
+    return any(sought in text.casefold() for turn in conversation.turns for text in (turn.message, turn.answer))
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")

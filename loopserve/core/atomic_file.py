@@ -1,0 +1,102 @@
+"""Replace a file as a whole: after a crash, a full disk or a second writer it holds the old text or the new one, never a part."""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+_SUFFIX = ".loopserve-tmp"
+_NO_SUCH_SUPPORT = (errno.EINVAL, errno.ENOTSUP)  # file systems without fsync or locks for directories
+
+
+def write_atomically(path: str | Path, text: str) -> None:
+    """Write ``text`` as UTF-8 into a file beside ``path``, flush it to the disk, and rename it over ``path``.
+
+    Writers of one directory wait for each other, so that no two of them interleave. Links are followed and the permissions of
+    an existing file are kept. A device or a pipe is written to directly. Raises OSError; the earlier file is whole in that case.
+    """
+    target = Path(os.path.realpath(path))
+    data = text.encode()
+    if target.exists() and not target.is_file() and not target.is_dir():
+        target.write_bytes(data)
+        return
+    if target.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))
+    with _directory(target.parent) as (directory, locked):
+        if locked:
+            _remove_leftovers(target)
+        beside = target.with_name(f".{target.name[:40]}.{secrets.token_hex(8)}{_SUFFIX}")
+        try:
+            _write(beside, data, like=target)
+            os.replace(beside, target)
+        except BaseException:
+            with suppress(OSError):
+                beside.unlink()
+            raise
+        if directory is not None:
+            _flush(directory)
+
+
+def _write(path: Path, data: bytes, like: Path) -> None:
+    """Create ``path`` with these bytes, on the disk when this returns, with the permissions of ``like`` if that exists."""
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+    try:
+        if like.exists():
+            os.chmod(path, stat.S_IMODE(like.stat().st_mode))
+        left = memoryview(data)
+        while left:
+            left = left[os.write(handle, left) :]
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def _directory(path: Path) -> Iterator[tuple[int | None, bool]]:
+    """Open and lock a directory: its descriptor, and whether the lock is held.
+
+    A lock on the directory leaves no lock file beside the user's own. Where directories cannot be opened or locked (Windows,
+    some network file systems) there is none; the rename alone still keeps every file whole.
+    """
+    try:
+        directory = os.open(path, os.O_RDONLY)
+    except OSError as error:
+        if isinstance(error, FileNotFoundError | NotADirectoryError):
+            raise
+        yield None, False
+        return
+    try:
+        yield directory, _locked(directory)
+    finally:
+        os.close(directory)  # releases the lock
+
+
+def _locked(directory: int) -> bool:
+    try:
+        import fcntl
+
+        fcntl.flock(directory, fcntl.LOCK_EX)
+    except (ImportError, OSError):
+        return False
+    return True
+
+
+def _remove_leftovers(target: Path) -> None:
+    """Remove files beside ``target`` that a killed writer left: nobody else writes while the lock is held."""
+    for name in os.listdir(target.parent):
+        if name.startswith(f".{target.name[:40]}.") and name.endswith(_SUFFIX):
+            with suppress(OSError):
+                (target.parent / name).unlink()
+
+
+def _flush(directory: int) -> None:
+    try:
+        os.fsync(directory)
+    except OSError as error:
+        if error.errno not in _NO_SUCH_SUPPORT:
+            raise
