@@ -80,14 +80,18 @@ class TokenEngine:
         if stack not in self._others:
             stack.check(self.model.layers)
             guard = Guard(**self._guarding, owners=stack.owners)
-            self._others.setdefault(stack, (Slots(self.model.layers, stack), guard))  # another thread may have been faster
+            self._others.setdefault(
+                stack, (Slots(self.model.layers, stack), guard)
+            )  # another thread may have been faster
         return Session(*self._others[stack], self.undo_depth)
 
     @property
     def sessions(self) -> list[Session]:
         """The open sessions that hold memory, forks included, least recently used first."""
         slots = [self.slots, *(each for each, _ in list(self._others.values()))]
-        return sorted((each for part in slots for each in list(part.sessions) if not each.closed), key=lambda s: s.used_at)
+        return sorted(
+            (each for part in slots for each in list(part.sessions) if not each.closed), key=lambda s: s.used_at
+        )
 
     def generate(
         self,
@@ -251,7 +255,9 @@ class TokenEngine:
                     context.error = context.error or error
                 logits = [None] * len(contexts)
             seconds = time.perf_counter() - started
-        for (turn, context), row in zip(contexts.items(), logits, strict=True):  # policies and samplers may use the engine
+        for (turn, context), row in zip(
+            contexts.items(), logits, strict=True
+        ):  # policies and samplers may use the engine
             turn.take(context, row, seconds)
 
     @plain_tensors()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import threading
 import time
-import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -64,9 +63,11 @@ class Request:
 
     def finish(self, error: BaseException | None) -> None:
         """Say that the turn is over."""
+        if error is not None:
+            _log.debug("a turn ended with an error", exc_info=error)
         each = error
         while each is not None:  # the frames of its traceback would keep the session's store alive
-            traceback.clear_frames(each.__traceback__)
+            each.__traceback__ = None
             each = each.__cause__ or each.__context__
         self.error = error
         if self.turn is not None:
@@ -108,7 +109,11 @@ class Scheduler:
         if max_queued < 0:
             raise ConfigError(f"max_queued must be at least 0, got {max_queued}")
         self.engine = engine
-        self.max_sessions, self.max_num_batched_tokens, self.max_queued = max_sessions, max_num_batched_tokens, max_queued
+        self.max_sessions, self.max_num_batched_tokens, self.max_queued = (
+            max_sessions,
+            max_num_batched_tokens,
+            max_queued,
+        )
         self.ledger = Ledger(kv_memory, engine.model.dtype.itemsize, lambda: engine.sessions)
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []
