@@ -57,10 +57,14 @@ class TransformersLayer(LayerParts):
         found = (getattr(self._module, name, None) for name in _OUTPUT_NAMES)
         return next((each for each in found if each is not None), None)
 
+    def _is_offloaded(self) -> bool:
+        """Whether accelerate brings the weights to a device for each call only."""
+        return any(hasattr(each, "_hf_hook") for each in self._module.modules())
+
     def _no_output_weight(self) -> str | None:
         output = self._output()
         weight = getattr(output, "weight", None)
-        if weight is not None and weight.device.type == "meta":
+        if weight is not None and weight.device.type == "meta" and self._is_offloaded():
             return f"the weights of {type(self._module).__name__} are offloaded (its device is 'meta')"
         if (
             not isinstance(weight, Tensor)
@@ -79,6 +83,8 @@ class TransformersLayer(LayerParts):
             return f"the rotation of {name} depends on the length of the conversation, so it cannot be undone later"
         held = [*self._module.parameters(), *self._module.buffers()]
         device = held[0].device if held else torch.device("cpu")
+        if device.type == "meta" and not self._is_offloaded():
+            return None  # a model's shape, without numbers to try a rotation on
         if device.type == "meta":
             return f"the weights of {name} are offloaded (its device is 'meta')"
         width = int(getattr(self._module, "head_dim", 0) or getattr(self._module, "head_size", 0))

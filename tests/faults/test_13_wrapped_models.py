@@ -102,7 +102,9 @@ class Hook:
 @pytest.mark.parametrize("hook", [Hook("cpu"), Hook(None, (Hook(None), Hook("cpu")))])
 def test_18_tokens_go_where_an_offloaded_model_is_run(hook: Hook) -> None:
     model = tiny().to("meta")
+    assert TransformersModel(model).layers[0].lacks(Need.ROTARY) is None  # a shape only: nothing is known against it
     model.get_input_embeddings()._hf_hook = hook
+    model.model.layers[0].self_attn.q_proj._hf_hook = hook
     assert TransformersModel(model).device == torch.device("cpu")
     assert "are offloaded" in str(TransformersModel(model).layers[0].lacks(Need.ROTARY))
 
