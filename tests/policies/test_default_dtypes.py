@@ -22,11 +22,7 @@ from tests.policies.conversations import answers, model
 
 OTHERS = (torch.bfloat16, torch.float16, torch.float64)
 TURNS, ANSWER, BUDGET, CHUNK = (120, 70), 9, 48, 64
-<<<<<<< HEAD
-TIMES = ("_ms",)
-=======
 TIMES = ("seconds", "_ms", "tokens_per_second")
->>>>>>> kernels
 
 
 @contextmanager
