@@ -1,1 +1,1 @@
-"""Tasks, metrics and runs that show what a stack gives and what it costs."""
+"""Measure answer quality, memory and speed of policy stacks."""

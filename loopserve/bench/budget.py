@@ -1,4 +1,4 @@
-"""Decode budgets set from outside, so that stacks attend to equally many pairs and their answers compare."""
+"""Set decode budgets so that all stacks attend to the same number of KV pairs."""
 
 from __future__ import annotations
 
@@ -10,34 +10,36 @@ from loopserve.core.stack.stack import PolicyStack
 _LEAST = 16
 
 
-def budget_for(share: float, length: float, answer_room: float) -> int:
-    """Pairs per KV head so that ``share`` of what dense attends to is attended, over conversations ``length`` tokens long.
+def budget_for(share: float, length: float, uncounted_outputs: float) -> int:
+    """Return the pairs per KV head so that ``share`` of the pairs that dense attention attends to are attended.
 
-    answer_room: outputs attended besides the budget, on average over an answer.
+    length: mean conversation length in tokens. uncounted_outputs: outputs attended besides the budget, mean over an
+    answer.
     """
-    return max(_LEAST, round(length * share - answer_room))
+    return max(_LEAST, round(length * share - uncounted_outputs))
 
 
-def room_for(stack: PolicyStack, outputs: float) -> float:
-    """Of so many outputs attended on average over an answer, those that the stack's budget does not count in."""
+def uncounted_outputs_of(stack: PolicyStack, outputs: float) -> float:
+    """Return how many of the attended outputs are not counted in the stack's budget."""
     return 0.0 if stack.decode.counts_outputs else outputs
 
 
 def budget_of(stack: PolicyStack) -> int | None:
-    """The decode budget of a stack; None where its decode policy has none."""
+    """Return the decode budget of a stack, or None if its decode policy has none."""
     found = innermost(stack.describe()["decode"]).get("budget")
     return found if isinstance(found, int) else None
 
 
 def with_budget(stack: PolicyStack, budget: int) -> PolicyStack:
-    """The stack with another decode budget in every layer that has one; others stay as they are. ConfigError if a policy cannot work
-    with it.
+    """Return the stack with another decode budget in every layer that has one.
+
+    Layers without a budget stay as they are. Raises ConfigError if a policy cannot work with the budget.
     """
     described = stack.describe()
     for each in [described, *described.get("layers", [])]:
         decode = innermost(each.get("decode") or {})
         if "budget" in decode:
-            # What a policy sets aside of its budget, or filters before it, stays the same share of it.
+            # A part reserved from the budget, or a filter before it, keeps its share of the budget.
             for part in ("page_budget", "filter_budget"):
                 if part in decode:
                     decode[part] = decode[part] * budget // decode["budget"]
@@ -49,7 +51,7 @@ def with_budget(stack: PolicyStack, budget: int) -> PolicyStack:
 
 
 def innermost(decode: dict[str, Any]) -> dict[str, Any]:
-    """What a described decode policy wraps at last, where budgets stand; itself if it wraps nothing."""
+    """Return the innermost description of a wrapped decode policy, where the budget is set."""
     while isinstance(decode.get("inner"), dict):
         decode = decode["inner"]
     return decode

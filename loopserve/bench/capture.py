@@ -1,4 +1,4 @@
-"""Queries, keys and values of a real model: one long conversation of recall dialogues through the engine, recorded."""
+"""Record queries, keys and values of a real model on one long conversation of recall dialogues."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from loopserve.models.bridge import TransformersModel
 from loopserve.models.loading import load
 from loopserve.policies.decode.full import FullDecode
 
-_SPARE = 64  # positions left of the model's limit, for the answer
-_LONGEST = 8192  # tokens recorded at most
-_DIALOGUE = 2000  # words of one dialogue; the conversation is as many of them as fit
+_SPARE = 64  # positions kept free below the model's limit for the answer
+_LONGEST = 8192  # maximum number of recorded tokens
+_DIALOGUE = 2000  # words per dialogue; the conversation holds as many dialogues as fit
 
 
 class Recorder(PrefillSparsifier):
-    """Attends densely and keeps what each layer was given. For one pass of one session: what it holds is its purpose."""
+    """Attend densely and record the inputs of each layer, for one pass of one session."""
 
     name: ClassVar[str] = "recorder"
     paper: ClassVar[str] = ""
@@ -43,7 +43,7 @@ class Recorder(PrefillSparsifier):
 
 @lru_cache(maxsize=1)
 def _recorded(model: str) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
-    """By layer, queries ``[Hq, T, D]``, keys and values ``[Hkv, T, D]`` of one conversation read in one prefill."""
+    """Return per layer the queries ``[Hq, T, D]``, keys and values ``[Hkv, T, D]`` of one conversation, from one prefill."""
     loaded, tokenizer = load(model, dtype="float32")
     recorder = Recorder()
     stack = PolicyStack("recorder", recorder, FullDecode())
@@ -53,17 +53,17 @@ def _recorded(model: str) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
     dialogues = make_dialogues(task, max(limit // task.tokens, 1), HELD_OUT_SEED)
     turns = [turn for dialogue in dialogues for turn in dialogue.turns]
     spoken = [({"role": "user", "content": t.text}, {"role": "assistant", "content": t.answer}) for t in turns]
-    told = [message for pair in spoken for message in pair]
-    with ChatSession(engine, messages=told[:-2]) as chat:
+    messages = [message for pair in spoken for message in pair]
+    with ChatSession(engine, messages=messages[:-2]) as chat:
         chat.send(turns[-1].text, max_new_tokens=1)
     return recorder.layers
 
 
 def model_heads(query_heads: int, new_tokens: int, total: int, *, model: str = "demo", device: str = "cpu") -> Heads:
-    """Heads of a real model, float32: KV head 0 of every layer with its query heads, then KV head 1 of every layer, ...
+    """Return heads of a real model in float32: KV head 0 of every layer with its query heads, then KV head 1 of every layer.
 
-    A conversation shorter than ``total`` is repeated, which repeats its slash lines as well; ``data`` says so. ConfigError
-    if the model has too few heads.
+    A conversation shorter than ``total`` is repeated, which also repeats its slash lines; ``data`` then names the
+    repetition. Raises ConfigError if the model has too few heads.
     """
     layers = _recorded(model)
     queries, keys, values = (torch.stack([layer[part] for layer in layers.values()], dim=1) for part in range(3))
@@ -79,7 +79,7 @@ def model_heads(query_heads: int, new_tokens: int, total: int, *, model: str = "
     queries = by_owner[:wanted].flatten(0, 1)
     keys, values = (each.flatten(0, 1)[:wanted] for each in (keys, values))
     times = -(-total // length)
-    said = f"model {model}, {wanted} of {kv_heads * count} KV heads"
-    said += f", {length} tokens cut to {total}" if times == 1 else f", {length} tokens repeated to {total}"
+    description = f"model {model}, {wanted} of {kv_heads * count} KV heads"
+    description += f", {length} tokens cut to {total}" if times == 1 else f", {length} tokens repeated to {total}"
     cut = [each.repeat(1, times, 1)[:, :total].to(device) for each in (queries, keys, values)]
-    return Heads(cut[0][:, total - new_tokens :].contiguous(), cut[1].contiguous(), cut[2].contiguous(), said)
+    return Heads(cut[0][:, total - new_tokens :].contiguous(), cut[1].contiguous(), cut[2].contiguous(), description)

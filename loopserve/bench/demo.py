@@ -1,6 +1,6 @@
-"""The demonstration: one trained model holds the same conversations under several stacks, turn by turn.
+"""Run the same conversations with one trained model under several stacks, and report figures per turn.
 
-Every stack that compresses gets the same budget, a tenth of the conversation's average length, so that the answers compare.
+Every stack that compresses gets the same budget: a tenth of the conversation's mean length.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from statistics import median
 from typing import Any
 
 from loopserve.api import Engine, load_stack
-from loopserve.bench.budget import budget_for, budget_of, room_for, with_budget
+from loopserve.bench.budget import budget_for, budget_of, uncounted_outputs_of, with_budget
 from loopserve.bench.recall import Dialogue, Position, RecallTask, make_dialogues
 from loopserve.bench.speed.engine import machine
 from loopserve.core.engine.stats import TurnStats
@@ -23,14 +23,14 @@ STACKS = ("dense", "loopserve", "loopserve-paper", "snapkv", "streaming_llm")
 POSITIONS: tuple[Position, ...] = ("begin", "middle", "end")
 ATTENDED = 0.10
 _LONGEST_ANSWER = 96
-_ANSWER_ROOM = 12  # outputs attended besides the budget, on average over a short answer
+_UNCOUNTED_OUTPUTS = 12  # outputs attended besides the budget, mean over a short answer
 
 Progress = Callable[[str, int, int], None]
 
 
 @dataclass
 class Tally:
-    """Answers right and asked, with the figures of their turns."""
+    """Count correct and asked answers, and collect the statistics of their turns."""
 
     asked: int = 0
     right: int = 0
@@ -50,7 +50,7 @@ class Tally:
 
 
 def demo_dialogues(seed: int, tokens: int, turns: int, dialogues: int, keys: Sequence[int] = (1, 2)) -> list[Dialogue]:
-    """``dialogues`` held-out conversations for each question position, alternating over the numbers of keys asked."""
+    """Return ``dialogues`` held-out conversations for each question position, alternating over the numbers of keys asked."""
     made = []
     for position in POSITIONS:
         for number, count in enumerate(keys):
@@ -61,10 +61,10 @@ def demo_dialogues(seed: int, tokens: int, turns: int, dialogues: int, keys: Seq
 
 
 def equal_budget(stack: PolicyStack, tokens: int, turns: int) -> PolicyStack:
-    """The stack with its decode budget set so that a tenth of the pairs that dense attends to are attended."""
-    average = tokens * (turns + 1) / (2 * turns)  # length of the conversation at each answer, turns being equally long
+    """Return the stack with its decode budget set so that a tenth of dense attention's pairs are attended."""
+    average = tokens * (turns + 1) / (2 * turns)  # length of the conversation at each answer, for turns of equal length
     try:
-        return with_budget(stack, budget_for(ATTENDED, average, room_for(stack, _ANSWER_ROOM)))
+        return with_budget(stack, budget_for(ATTENDED, average, uncounted_outputs_of(stack, _UNCOUNTED_OUTPUTS)))
     except ConfigError as error:
         raise ConfigError(f"a tenth of {tokens} tokens is too small a budget ({error}): raise --tokens") from error
 
@@ -79,7 +79,7 @@ def run_demo(
     progress: Progress,
     model: str = "demo",
 ) -> dict[str, Any]:
-    """Hold the conversations under every stack; figures over all, per turn and per question position of the last turn."""
+    """Run the conversations under every stack. Return figures over all turns, per turn, and per question position of the last turn."""
     work = demo_dialogues(seed, tokens, turns, dialogues)
     loaded, tokenizer = load(model)
     result: dict[str, Any] = {}
@@ -110,11 +110,11 @@ def run_demo(
 
 
 def summary(stacks: dict[str, Any]) -> str:
-    """One sentence that says what was seen."""
+    """Return one sentence that states the result."""
     parts = []
     for name, figures in stacks.items():
         share = figures["right"] / figures["asked"]
-        said = f"{name} answered {share:.0%} right"
+        text = f"{name} answered {share:.0%} right"
         costs = []
         if (cells := figures["prefill_cell_density"]) is not None and cells < 0.999:
             costs.append(f"{cells:.0%} of the prefill's attention cells")
@@ -123,5 +123,5 @@ def summary(stacks: dict[str, Any]) -> str:
             costs.append(
                 f"{attended:.0%} of the KV pairs attended and {read:.0%} of the KV bytes read per output token"
             )
-        parts.append(said + (f" with {' and '.join(costs)}" if costs else ""))
+        parts.append(text + (f" with {' and '.join(costs)}" if costs else ""))
     return "Over the same conversations, " + "; ".join(parts) + "."

@@ -1,4 +1,7 @@
-"""Figures of matplotlib, which is an extra: ``pip install loopserve[plot]``. Drawn without a display, saved as images or SVG."""
+"""Draw matplotlib figures without a display, and save them as images or SVG.
+
+matplotlib is an extra: ``pip install loopserve[plot]``.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +13,16 @@ from typing import Any
 
 from loopserve.core.errors import ConfigError
 
-# Okabe and Ito's palette for all kinds of colour vision, without its yellow, which is too pale for lines on white.
+# Okabe and Ito's palette for colour vision deficiencies, without its yellow, which has too little contrast on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-_MARKERS = "osD^vP*X<>dph"  # as many as are told apart; 13 and 7 share no factor, so a pair comes back after 91 series
+_MARKERS = "osD^vP*X<>dph"  # 13 distinguishable markers; 13 and 7 share no factor, so a pair repeats after 91 series
 _DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 _LABEL_PT = 7.0
-_NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))  # they hold addresses of the web
+_NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))  # metadata keys that contain web addresses
 
 
 def figure(width: float, height: float) -> Any:
-    """An empty figure of that many inches. ConfigError without matplotlib."""
+    """Return an empty figure of the given size in inches. Raises ConfigError without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -28,7 +31,7 @@ def figure(width: float, height: float) -> Any:
 
 
 def save(drawn: Any, path: str | Path) -> Path:
-    """Write a figure as the kind of image that the file's name says. ConfigError if that cannot be."""
+    """Write a figure in the image format that the file suffix names. Raises ConfigError for an unsupported format."""
     try:
         drawn.savefig(path, dpi=120)
     except (OSError, ValueError) as error:
@@ -37,7 +40,10 @@ def save(drawn: Any, path: str | Path) -> Path:
 
 
 def svg(drawn: Any, name: str) -> str:
-    """A figure as an ``<svg>`` element for a page, the same text for the same figure. name: keeps its ids apart from others'."""
+    """Return a figure as an ``<svg>`` element; the same figure gives the same text.
+
+    name: prefix that keeps its ids unique on a page.
+    """
     from matplotlib import rc_context
 
     text = io.StringIO()
@@ -45,14 +51,14 @@ def svg(drawn: Any, name: str) -> str:
         drawn.savefig(text, format="svg", metadata=_NO_METADATA)
     found = text.getvalue()
     element = found[found.index("<svg") :]
-    # Ids are counted anew in every figure; two figures on one page must not refer to each other's.
+    # Ids restart in every figure, and two figures on one page must not refer to each other's ids.
     return re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{re.escape(name)}-", element)
 
 
 def series_style(number: int) -> dict[str, Any]:
-    """How the line of a series is drawn: told from others' by colour, marker and dashes, each alone.
+    """Return the line style of a series. Colour, marker and dashes each distinguish it from the others.
 
-    Markers are hollow, so that a point which lies under another one is seen.
+    Markers are hollow, so that a covered point stays visible.
     """
     return {
         "color": COLOURS[number % len(COLOURS)],
@@ -65,7 +71,7 @@ def series_style(number: int) -> dict[str, Any]:
 
 
 def per_cent(*sides: Any) -> None:
-    """Write the shares on these axes (``axes.xaxis``, ``axes.yaxis``) as per cent."""
+    """Format the ticks of these axes (``axes.xaxis``, ``axes.yaxis``) as per cent."""
     from matplotlib.ticker import PercentFormatter
 
     for side in sides:
@@ -73,9 +79,9 @@ def per_cent(*sides: Any) -> None:
 
 
 def label_ends(axes: Any) -> None:
-    """Write the name of each labelled line beside its last point, right of the axes, in its colour; no two names overlap.
+    """Write the name of each labelled line beside its last point, right of the axes, in its colour, without overlaps.
 
-    Call it last: where the names go depends on the limits of the axes.
+    Call it last: the positions depend on the limits of the axes.
     """
     named = list(_labelled(axes))
     if not named:
@@ -89,7 +95,9 @@ def label_ends(axes: Any) -> None:
         xs, ys = line.get_xdata(), line.get_ydata()
         if len(xs) == 0:
             continue
-        across = line.get_transform() == axes.get_yaxis_transform(which="grid")  # axhline: x is a share of the axes
+        across = line.get_transform() == axes.get_yaxis_transform(
+            which="grid"
+        )  # for axhline, x is a fraction of the axes
         x = axes.get_xlim()[1] if across else float(xs[-1])
         ends.append((float(to_axes.transform((x, float(ys[-1])))[1]), label, (x, float(ys[-1])), line.get_color()))
     ends.sort(key=lambda each: (round(each[0], 3), each[2][0], each[1]))
@@ -109,7 +117,7 @@ def label_ends(axes: Any) -> None:
 
 
 def _labelled(axes: Any) -> Iterable[tuple[str, Any]]:
-    """Lines with a name; those of error bars carry it on their container."""
+    """Return the lines with a label. Error bars carry the label on their container."""
     for line in axes.get_lines():
         if not str(line.get_label()).startswith("_"):
             yield line.get_label(), line
@@ -119,7 +127,7 @@ def _labelled(axes: Any) -> Iterable[tuple[str, Any]]:
 
 
 def _spread(wanted: list[float], gap: float) -> list[float]:
-    """Places in the order of those wanted, at least ``gap`` apart, moved down where they would leave the axes at the top."""
+    """Return positions in the order of those wanted, at least ``gap`` apart, and moved down where they would exceed the axes."""
     places: list[float] = []
     for each in wanted:
         places.append(max(each, places[-1] + gap) if places else each)

@@ -1,15 +1,15 @@
-"""Inputs of attention whose softmax has the structure of trained heads, and line patterns of a stated density.
+"""Generate attention inputs whose softmax has the structure of trained heads, and line patterns of a given density.
 
 ``structured_heads`` builds queries and keys so that the scaled product is a sum of four parts, in blocks of channels:
 
 - a function of the distance, by rotary pairs: ``sum_p h_p / F * sum_f cos(f (i - j - d_p))`` peaks at the distances
-  ``d_p`` (slash lines; ``d = 0`` is the local band) and is noise elsewhere, as RoPE makes it;
-- verticals: a few columns with heavy-tailed strength, each of one of some topics; which topic a row follows changes every
-  few hundred rows;
+  ``d_p`` (slash lines; ``d = 0`` is the local band) and is noise elsewhere, as with RoPE;
+- verticals: a few columns with heavy-tailed strength, each assigned to one of several topics; the topic of a row changes
+  every few hundred rows;
 - sinks: the first columns, for every row;
-- unstructured channels, normal noise.
+- unstructured channels with normal noise.
 
-Heads differ in how much of each they have. Everything depends on the seed only.
+Heads differ in the height of each part. All values depend on the seed only.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ _TOPICS = 4
 _TOPIC_ROWS = 256  # rows after which a head follows another topic
 _NOISE = 1.0  # standard deviation of the unstructured part of a score
 _SLOWEST, _FASTEST = 1 / 400, 1 / 2.5  # cycles per token of the rotary pairs
-_MOST_PAIRS = 22  # more would make peaks sharper than trained heads have them
-_GROUP = 16  # verticals that a planted pattern adds at once
+_MOST_PAIRS = 22  # higher peaks would be sharper than those of trained heads
+_GROUP = 16  # verticals that a planted pattern adds per step
 
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of head: heights of the score's parts, in units of the softmax's exponent."""
+    """Hold the heights of the score's parts for one kind of head, in units of the softmax's exponent."""
 
     local: float
     slash: float
@@ -44,16 +44,16 @@ class Kind:
 
 
 KINDS = (
-    Kind(local=12.5, slash=0.0, offsets=0, vertical=4.0, sink=10.0),  # looks around itself
-    Kind(local=7.0, slash=0.0, offsets=0, vertical=6.0, sink=11.0),  # looks for some columns
-    Kind(local=9.5, slash=11.5, offsets=2, vertical=3.0, sink=10.5),  # looks back by fixed distances
-    Kind(local=9.0, slash=8.5, offsets=3, vertical=5.5, sink=11.0),  # a bit of all
+    Kind(local=12.5, slash=0.0, offsets=0, vertical=4.0, sink=10.0),  # attends to its neighbourhood
+    Kind(local=7.0, slash=0.0, offsets=0, vertical=6.0, sink=11.0),  # attends to a few columns
+    Kind(local=9.5, slash=11.5, offsets=2, vertical=3.0, sink=10.5),  # attends at fixed distances
+    Kind(local=9.0, slash=8.5, offsets=3, vertical=5.5, sink=11.0),  # mixes all parts
 )
 
 
 @dataclass(frozen=True)
 class Heads:
-    """Queries ``[Hq, m, D]``, keys and values ``[Hkv, n, D]`` of one layer's call; ``data`` says where they come from."""
+    """Hold queries ``[Hq, m, D]``, keys and values ``[Hkv, n, D]`` of one layer's call. ``data`` describes their source."""
 
     queries: Tensor
     keys: Tensor
@@ -76,7 +76,7 @@ class Heads:
         return replace(self, **{name: getattr(self, name).to(dtype) for name in ("queries", "keys", "values")})
 
     def first(self, kv_heads: int) -> Heads:
-        """The first KV heads with their query heads."""
+        """Return the first KV heads with their query heads."""
         group = self.queries.shape[0] // self.keys.shape[0]
         return replace(
             self,
@@ -89,7 +89,7 @@ class Heads:
 def structured_heads(
     query_heads: int, kv_heads: int, new_tokens: int, total: int, head_dim: int, seed: int = 0, device: str = "cpu"
 ) -> Heads:
-    """Synthetic heads as the module says, float32. head_dim must be even and at least 32."""
+    """Return synthetic heads in float32, with the structure that the module documents. head_dim must be even and at least 32."""
     if head_dim < 32 or head_dim % 2 or query_heads % kv_heads:
         raise ValueError(f"structured heads need an even head_dim >= 32 and kv_heads that divide {query_heads}")
     draw = torch.Generator(device=device).manual_seed(seed)
@@ -107,12 +107,12 @@ def structured_heads(
                 columns[total - new_tokens :], total, cycles, head_dim, KINDS[head % len(KINDS)], draw
             )
     values = torch.randn(kv_heads, total, head_dim, generator=draw, dtype=torch.float32, device=device)
-    values[:, :SINKS] *= 0.05  # what sinks take is mass to be rid of
+    values[:, :SINKS] *= 0.05  # attention mass on sinks is mass that the head does not use
     return Heads(queries * head_dim**0.5, keys, values, f"structured, seed {seed}")
 
 
 def _key_rows(columns: Tensor, cycles: Tensor, head_dim: int, draw: torch.Generator) -> Tensor:
-    """Keys ``[n, D]`` of one KV head: rotary pairs, topics, sinks, noise."""
+    """Return keys ``[n, D]`` of one KV head: rotary pairs, topics, sinks, noise."""
     total, device = len(columns), columns.device
     angles = columns[:, None] * cycles
     topics = torch.zeros(total, _TOPICS, dtype=torch.float32, device=device)
@@ -132,11 +132,11 @@ def _key_rows(columns: Tensor, cycles: Tensor, head_dim: int, draw: torch.Genera
 def _query_rows(
     columns: Tensor, total: int, cycles: Tensor, head_dim: int, kind: Kind, draw: torch.Generator
 ) -> Tensor:
-    """Queries ``[m, D]`` of one head, so that the product with a key is the score."""
+    """Return queries ``[m, D]`` of one head, so that the product with a key is the score."""
     rows, device, pairs = len(columns), columns.device, len(cycles)
     heights, distances = [kind.local], [0.0]
     for _ in range(kind.offsets):
-        # Far distances are rarer: log-uniform between a local window and the whole length.
+        # Long distances are rarer: log-uniform between a local window and the whole length.
         spread = float(torch.rand(1, generator=draw, dtype=torch.float32, device=device))
         distances.append(float(round(math.exp(math.log(64) + spread * math.log(max(total / 2, 65) / 64)))))
         heights.append(
@@ -158,7 +158,7 @@ def _query_rows(
 def random_heads(
     query_heads: int, kv_heads: int, new_tokens: int, total: int, head_dim: int, seed: int = 0, device: str = "cpu"
 ) -> Heads:
-    """Normal numbers, as random weights give them: no structure at all."""
+    """Return normally distributed heads, which have no structure, as random weights produce them."""
     draw = torch.Generator(device=device).manual_seed(seed)
     queries = torch.randn(query_heads, new_tokens, head_dim, generator=draw, dtype=torch.float32, device=device)
     keys = torch.randn(kv_heads, total, head_dim, generator=draw, dtype=torch.float32, device=device)
@@ -176,10 +176,11 @@ def planted_lines(
     seed: int = 0,
     device: str = "cpu",
 ) -> LinePattern:
-    """Lines of a stated mean density: sinks, a local band, and drawn per head both groups of verticals and bands of slashes.
+    """Return lines of a given mean density: sinks, a local band, and verticals and slash bands drawn per head.
 
-    Half of the lines are verticals (scattered columns), half slashes in runs of 64 neighbouring offsets, as a cost in
-    tiles makes them. The count, the same for each head, is found by bisection; densities come out within a group of lines.
+    Half of the lines are verticals (scattered columns), half are slashes in runs of 64 neighbouring offsets, as a cost
+    counted in tiles favours. The number of lines is the same for each head and found by bisection. The density is exact
+    within one group of lines.
     """
     if not 0 < density <= 1:
         raise ValueError(f"density {density} must lie in (0, 1]")

@@ -1,9 +1,10 @@
-"""lm-evaluation-harness on our engine: its generation tasks under a stack. An extra: ``pip install 'loopserve[lm-eval]'``.
+"""Run generation tasks of lm-evaluation-harness under a stack. An extra: ``pip install 'loopserve[lm-eval]'``.
 
     python -m loopserve.bench.lm_eval run --model loopserve --model_args pretrained=demo,stack=snapkv --tasks gsm8k
 
-takes what the harness's own command takes. From Python: ``lm_eval.simple_evaluate(StackLM("demo", "snapkv"), tasks=[...])``. A
-request is a conversation of one turn; requests are answered one after another. Tasks that compare likelihoods are refused.
+It takes the arguments of the harness's own command. From Python: ``lm_eval.simple_evaluate(StackLM("demo", "snapkv"),
+tasks=[...])``. A request is a conversation of one turn. Requests are answered one after another. Tasks that compare
+likelihoods are refused.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ except ImportError as error:
     raise ConfigError(absent) from error
 
 _MAX_GEN_TOKS = 256  # the harness's default
-_UNASKED = "cuda:0"  # the device that its command line names by itself, GPU or not
+_UNASKED = "cuda:0"  # the harness passes this device by default, with or without a GPU
 _OPTIONS = ("until", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k")
 
 
 @register_model("loopserve")
 class StackLM(LM):
-    """A model under a stack, as the harness sees it."""
+    """Serve a model under a stack through the interface of the harness."""
 
     def __init__(
         self,
@@ -46,10 +47,10 @@ class StackLM(LM):
         seed: int = 0,
         **ignored: Any,
     ) -> None:
-        """pretrained: a hub id, a directory or ``demo``. seed: of answers that a task wants drawn.
+        """Load the model. pretrained: a hub id, a directory or ``demo``. seed: for tasks that sample answers.
 
-        The harness adds ``batch_size`` and ``max_batch_size`` for every model; requests are never batched here. ConfigError for
-        anything else.
+        The harness passes ``batch_size`` and ``max_batch_size`` to every model; they have no effect here. Raises
+        ConfigError for any other argument.
         """
         super().__init__()
         for name in ignored.keys() - {"batch_size", "max_batch_size"}:
@@ -62,7 +63,7 @@ class StackLM(LM):
         self._name = pretrained
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """The answers, each up to the first of its stopping strings."""
+        """Return the answers, each cut at the first of its stopping strings."""
         answers = []
         for request in tqdm(requests, disable=disable_tqdm, desc=f"stack {self.engine.stack.name}"):
             context, options = request.args
@@ -76,7 +77,7 @@ class StackLM(LM):
         ids = self._ids(context)
         if (
             tokens.model.max_positions is not None
-        ):  # as the harness does it: the beginning of a context too long is cut off
+        ):  # like the harness: the beginning of a context that is too long is cut off
             ids = ids[-max(1, tokens.model.max_positions - sampling.max_new_tokens) :]
         session = tokens.session()
         text = AnswerText(self.engine.tokenizer, until)
@@ -86,7 +87,7 @@ class StackLM(LM):
         return text.text
 
     def _read(self, options: Mapping[str, Any]) -> tuple[SamplingConfig, list[str]]:
-        """A task's generation options. ConfigError for one that would be ignored otherwise."""
+        """Return sampling options and stopping strings of a task. Raises ConfigError for an option without effect."""
         for name in options:
             if name not in _OPTIONS:
                 raise ConfigError(f"generation_kwargs: unknown {name!r}{did_you_mean(name, _OPTIONS)}")
@@ -107,7 +108,7 @@ class StackLM(LM):
         return ids
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The conversation as text, by the model's own template."""
+        """Return the conversation as text in the model's own template."""
         rendered: str = self.engine.tokenizer.tokenizer.apply_chat_template(
             chat_history,
             tokenize=False,
@@ -117,7 +118,7 @@ class StackLM(LM):
         return rendered
 
     def chat_template(self, chat_template: bool | str = False) -> str:
-        """What results are said to be had with."""
+        """Return the name of the template for the record of results."""
         template: str | None = self.engine.tokenizer.tokenizer.chat_template
         return template or ""
 

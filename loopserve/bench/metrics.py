@@ -1,7 +1,8 @@
-"""Scores of an answer against gold answers, each from 0 to 1: LongBench's own metrics and exact match. Knows no model and no task.
+"""Score an answer against gold answers, from 0 to 1, with LongBench's metrics and exact match.
 
-``score("qa_f1", prediction, answers)`` is the best score over the gold answers, as in LongBench. ROUGE-L depends on the package that
-computes it (two packages differ by 0.08 on one pair), so ``versions()`` goes into every result.
+``score("qa_f1", prediction, answers)`` is the maximum over the gold answers, as in LongBench. ROUGE-L depends on the
+package that computes it (two packages differ by 0.08 on one pair), so ``versions()`` is stored with every result. The
+module depends on no model and no task.
 """
 
 from __future__ import annotations
@@ -26,17 +27,17 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def normalise(text: str) -> str:
-    """LongBench's normal form (SQuAD's): lower case, no ASCII punctuation, no articles, single spaces; in this order."""
+    """Return LongBench's (SQuAD's) normal form: lower case, no ASCII punctuation, no articles, single spaces; in this order."""
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
 
 
 def exact_match(prediction: str, gold: str) -> float:
-    """1 if both are the same after ``normalise``."""
+    """Return 1 if both texts are equal after ``normalise``, else 0."""
     return float(normalise(prediction) == normalise(gold))
 
 
 def qa_f1(prediction: str, gold: str) -> float:
-    """F1 over the words that both have in common, with their counts."""
+    """Return F1 over the words that both texts share, with their counts."""
     ours, theirs = normalise(prediction).split(), normalise(gold).split()
     common = sum((Counter(ours) & Counter(theirs)).values())
     if not common:
@@ -46,7 +47,7 @@ def qa_f1(prediction: str, gold: str) -> float:
 
 
 def rouge_l(prediction: str, gold: str) -> float:
-    """F of the package ``rouge``: sentences split at full stops, unions of longest common subsequences, each word counted once."""
+    """Return F of the package ``rouge``: sentences split at full stops, unions of longest common subsequences, words counted once."""
     try:
         scores = _rouge().get_scores([prediction], [gold])
     except (ValueError, RecursionError):  # nothing but full stops, or sentences of a thousand words: 0 in LongBench too
@@ -55,7 +56,7 @@ def rouge_l(prediction: str, gold: str) -> float:
 
 
 def classification(prediction: str, gold: str, classes: Sequence[str]) -> float:
-    """1 / (number of class names in the prediction) if the right one is among them.
+    """Return 1 / (number of class names in the prediction) if the right one is among them, else 0.
 
     A name that is part of the right one's name (``number`` of ``other number``) does not count against it.
     """
@@ -63,13 +64,15 @@ def classification(prediction: str, gold: str, classes: Sequence[str]) -> float:
     at = 0
     while at < len(found):
         if found[at] in gold and found[at] != gold:
-            del found[at]  # and the class that moves up to `at` is not looked at: LongBench's loop, so figures compare
+            del found[
+                at
+            ]  # The class that moves up to `at` is skipped, as in LongBench's loop, so that figures compare.
         at += 1
     return 1 / len(found) if gold in found else 0.0
 
 
 def edit_similarity(prediction: str, gold: str) -> float:
-    """``difflib``'s ratio: twice the characters in matching blocks over the characters of both."""
+    """Return ``difflib``'s ratio: twice the characters in matching blocks over the characters of both texts."""
     return SequenceMatcher(None, prediction, gold).ratio()
 
 
@@ -85,10 +88,11 @@ METRICS: Mapping[str, Metric] = {
 
 
 def score(metric: str, prediction: str, answers: Sequence[str], labels: Mapping[str, Any] | None = None) -> float:
-    """The best score of the prediction over the gold answers.
+    """Return the best score of the prediction over the gold answers.
 
-    labels: a turn's. ``classes`` names the classes of ``classification``; ``first_line`` says that only the answer's first line
-    counts, as LongBench has it for few-shot sets, where models go on with examples of their own. ConfigError for an unknown metric.
+    labels: the labels of a turn. ``classes`` lists the class names for ``classification``. ``first_line`` limits
+    scoring to the first line of the answer, as LongBench does for few-shot sets, where models continue with examples.
+    Raises ConfigError for an unknown metric.
     """
     check([metric])
     labels = labels or {}
@@ -98,22 +102,22 @@ def score(metric: str, prediction: str, answers: Sequence[str], labels: Mapping[
 
 
 def part_scores(prediction: str, gold: str) -> tuple[bool, ...]:
-    """For each sentence of the gold answer, in its order, whether the prediction has that sentence (anywhere).
+    """Return for each sentence of the gold answer, in order, whether the prediction contains it at any position.
 
-    Anywhere, because a place named too much or too little must not make all later parts wrong.
+    The position is ignored so that one additional or missing place does not fail all later parts.
     """
-    said = {normalise(part) for part in _sentences(prediction)}
-    return tuple(normalise(part) in said for part in _sentences(gold))
+    predicted = {normalise(part) for part in _sentences(prediction)}
+    return tuple(normalise(part) in predicted for part in _sentences(gold))
 
 
 def part_accuracy(prediction: str, gold: str) -> float:
-    """Share of the gold answer's sentences that the prediction has."""
+    """Return the share of the gold answer's sentences that the prediction contains."""
     right = part_scores(prediction, gold)
     return sum(right) / len(right) if right else 0.0
 
 
 def check(metrics: Iterable[str]) -> None:
-    """ConfigError, one line, for a metric that is unknown or whose package is missing: before anything is computed."""
+    """Raise ConfigError for a metric that is unknown or whose package is missing, before anything is computed."""
     for metric in metrics:
         if metric not in METRICS:
             raise ConfigError(f"unknown metric {metric!r}{did_you_mean(metric, METRICS)}")
@@ -122,7 +126,7 @@ def check(metrics: Iterable[str]) -> None:
 
 
 def versions() -> dict[str, str | None]:
-    """What the scores were computed with; None for a package that is not installed. difflib is Python's own."""
+    """Return the versions of the scoring packages, None for one that is not installed. difflib is Python's own."""
     try:
         rouge: str | None = version("rouge")
     except PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""Pictures of the demonstration and of speed. matplotlib is an extra: ``pip install loopserve[plot]``."""
+"""Draw the results of the demonstration and of speed benchmarks. matplotlib is an extra: ``pip install loopserve[plot]``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _FIRST_TURN = ("dense_attention", "vertical_slash", _WHOLE)
 
 
 def plot_demo(result: dict[str, Any], path: str | Path) -> None:
-    """Answers right by turn, and what each stack computes and reads as shares of dense; written as an image file."""
+    """Write an image of accuracy by turn and of the computed and attended shares of dense attention."""
     drawn = figure(10.5, 5)
     stacks: dict[str, dict[str, Any]] = result["stacks"]
     right, costs = drawn.subplots(1, 2)
@@ -47,7 +47,7 @@ def plot_demo(result: dict[str, Any], path: str | Path) -> None:
 
 
 def _fill(number: int) -> dict[str, Any]:
-    """Bars of a series, told from others by colour and by hatching, each alone."""
+    """Return the fill of a series' bars. Colour and hatching each distinguish it from the others."""
     return {
         "facecolor": COLOURS[number % len(COLOURS)],
         "hatch": _HATCHES[number % len(_HATCHES)],
@@ -61,7 +61,7 @@ def _bytes_share(figures: dict[str, Any]) -> float | None:
 
 
 def plot_speed(rows: Sequence[Row], directory: Path) -> list[Path]:
-    """Time against length, dense and sparse, and time per token against history, both on logarithmic scales; the files."""
+    """Plot time against length, dense and sparse, and time per token against history, on logarithmic scales. Return the files."""
     made = []
     first = [
         row
@@ -83,8 +83,8 @@ def plot_speed(rows: Sequence[Row], directory: Path) -> list[Path]:
                 even = crossing(sorted((row["shape"]["n"], row["ratio_sdpa"]) for row in own))
                 if op == _WHOLE and even is not None:
                     axes.axvline(even, color="gray", linestyle=":", label="_")
-                    said = f"break-even, {impl}: {count(even)}"
-                    axes.annotate(said, (even, 0.02), xycoords=("data", "axes fraction"), rotation=90, fontsize=7)
+                    label = f"break-even, {impl}: {count(even)}"
+                    axes.annotate(label, (even, 0.02), xycoords=("data", "axes fraction"), rotation=90, fontsize=7)
             _log_log(axes, "tokens", "ms", dense)
         made.append(save(panels[0][0].figure, directory / "time_by_length.png"))
     if steps:
@@ -99,11 +99,11 @@ def plot_speed(rows: Sequence[Row], directory: Path) -> list[Path]:
 
 
 def _panels(rows: Sequence[Row], title: Callable[[Row], str]) -> list[tuple[Any, list[Row]]]:
-    """A pair of axes for each kind of row, side by side, with the rows that go there."""
+    """Return a pair of axes per kind of row, side by side, with the rows of that kind."""
     kinds: dict[str, list[Row]] = {}
     for row in rows:
         kinds.setdefault(title(row), []).append(row)
-    across = min(len(kinds), 2)  # 1,280 pixels at the most
+    across = min(len(kinds), 2)  # at most 1,280 pixels
     down = -(-len(kinds) // across)
     panels = figure(5.3 * across, 4.5 * down).subplots(down, across, squeeze=False).flatten()
     for axes, name in zip(panels, kinds, strict=False):

@@ -1,11 +1,11 @@
-"""Multi-turn recall dialogues: facts told among small talk, one question per turn, answers that list the facts.
+"""Generate multi-turn recall dialogues: facts among small talk, one question per turn, answers that list the facts.
 
     user       the code of lisbon is amber falcon river . we had soup for lunch today . what is the code of lisbon ?
     assistant  lisbon is amber falcon river .
 
-The question stands at the begin, in the middle or at the end of the turn's text, and may ask for facts of earlier
-turns. Codes are drawn afresh for every dialogue, so an answer can only come from the context. This module knows no
-model and no tokenizer: a token is a word. Training uses seeds below `HELD_OUT_SEED`, evaluation the others.
+The question is at the begin, in the middle or at the end of the turn's text, and may ask for facts of earlier turns.
+Codes are drawn anew for every dialogue, so an answer can only come from the context. A token is a word: the module
+depends on no model and no tokenizer. Training uses seeds below `HELD_OUT_SEED`, evaluation the others.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _SHORTEST_SENTENCE = min(len(sentence.split()) for sentence in SMALL_TALK)
 
 @dataclass(frozen=True)
 class Turn:
-    """One exchange. `distances[i]` says how many turns before this one the code of `keys[i]` was told (0: in this one).
+    """Hold one exchange. `distances[i]` is the number of turns since the code of `keys[i]` was stated (0: in this turn).
 
     A turn without a question has an empty question, no keys, and the answer `ok .`.
     """
@@ -45,7 +45,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class Dialogue:
-    """The turns of one conversation and the seed that made it."""
+    """Hold the turns of one conversation and the seed that made it."""
 
     turns: tuple[Turn, ...]
     seed: int
@@ -53,7 +53,7 @@ class Dialogue:
 
 @dataclass(frozen=True)
 class RecallTask:
-    """What a dialogue looks like; the seed does the rest.
+    """Hold the parameters of a dialogue; the seed determines the rest.
 
     Raises ValueError for values that no dialogue can meet.
     """
@@ -111,7 +111,7 @@ class RecallTask:
 
 @dataclass
 class Fact:
-    """One told fact: `the code of key is value .`; `leads_to` is the next place if the value is `kept in place`."""
+    """Hold one stated fact: `the code of key is value .`; `leads_to` is the next place if the value is `kept in place`."""
 
     key: str
     value: tuple[str, ...]
@@ -127,7 +127,7 @@ class Fact:
 
 @dataclass
 class TurnLayout:
-    """Where one turn's parts stand, as indices into the dialogue's words."""
+    """Hold the positions of one turn's parts, as indices into the dialogue's words."""
 
     turn: Turn
     text_start: int
@@ -145,7 +145,7 @@ class TurnLayout:
 
 @dataclass
 class Layout:
-    """A dialogue as one row of words with the place of every part: what training and the tests look at."""
+    """Hold a dialogue as one row of words with the position of every part, for training and tests."""
 
     words: list[str] = field(default_factory=list)
     facts: dict[str, Fact] = field(default_factory=dict)
@@ -153,22 +153,22 @@ class Layout:
 
 
 def make_dialogue(task: RecallTask, seed: int) -> Dialogue:
-    """The dialogue of this task and seed, always the same."""
+    """Return the dialogue of this task and seed; equal arguments give equal dialogues."""
     return Dialogue(tuple(part.turn for part in lay_out(task, seed).turns), seed)
 
 
 def make_dialogues(task: RecallTask, count: int, seed: int) -> list[Dialogue]:
-    """`count` dialogues with the seeds `seed`, `seed + 1`, ..."""
+    """Return `count` dialogues with the seeds `seed`, `seed + 1`, ..."""
     return [make_dialogue(task, seed + index) for index in range(count)]
 
 
 def lay_out(task: RecallTask, seed: int) -> Layout:
-    """Build a dialogue turn by turn, keeping track of where everything stands."""
+    """Build a dialogue turn by turn and record the position of every part."""
     return _Writer(task, Random(seed)).write()
 
 
 class _Writer:
-    """Writes one dialogue. Facts that were told and not yet asked for wait in `unasked`, per turn."""
+    """Write one dialogue. `unasked` holds, per turn, the facts that were stated and not yet asked for."""
 
     def __init__(self, task: RecallTask, rng: Random) -> None:
         self.task = task
@@ -184,7 +184,7 @@ class _Writer:
         return self.layout
 
     def _turn_stops(self) -> list[int]:
-        """The dialogue length that should be reached at the end of each turn."""
+        """Return the dialogue length to reach at the end of each turn."""
         count = self.task.turns
         weights = [self.rng.random() ** 2 + 0.02 if self.task.uneven else 1.0 for _ in range(count)]
         total, reached, stops = sum(weights), 0.0, []
@@ -228,14 +228,14 @@ class _Writer:
         self._place(turn, sentences, question, chains)
 
     def _choose(self, turn: int, room: int, new: list[Fact]) -> list[list[Fact]]:
-        """The facts to ask for, one chain per key: some told earlier, some to be told in this turn (added to `new`)."""
+        """Return the facts to ask for, one chain per key: some stated earlier, some to be stated in this turn (added to `new`)."""
         low, high = self.task.key_range
         if self.task.lists:
             new.extend(self._fact(turn) for _ in range(self.rng.randint(low, high)))
             return [[fact] for fact in new]
         chains: list[list[Fact]] = []
         for _ in range(self.rng.randint(low, high)):
-            # A short turn has no room to tell something new, so it asks for something older.
+            # A short turn has no space for a new fact, so it asks for an older one.
             used = MARKERS_PER_TURN + 6 + sum(2 + 2 * len(f.words) for chain in chains for f in chain)
             short = self.task.uneven and bool(chains or turn) and used + 20 * self.task.chain > room
             if short and chains and used > room:
@@ -256,14 +256,14 @@ class _Writer:
         return chains
 
     def _take(self, turn: int, distance: int) -> Fact | None:
-        """An unasked fact of the turn `distance` back, or of the nearest earlier turn that has one left."""
+        """Remove and return an unasked fact of the turn `distance` back, or of the nearest earlier turn that has one left."""
         for origin in range(turn - distance, -1, -1):
             if self.unasked[origin]:
                 return self.unasked[origin].pop(self.rng.randrange(len(self.unasked[origin])))
         return None
 
     def _chain(self, turn: int, new: list[Fact]) -> list[Fact]:
-        """A plain fact, new or older, and new facts in this turn that lead to it."""
+        """Return a plain fact, new or older, and new facts in this turn that lead to it."""
         last = self._take(turn, self.rng.randint(1, turn)) if turn and self.rng.random() < 0.5 else None
         if last is None:
             last = self._fact(turn)
@@ -293,7 +293,7 @@ class _Writer:
     def _place(
         self, turn: int, sentences: list[Fact | list[str]], question: list[str], chains: list[list[Fact]]
     ) -> None:
-        """Append the turn's words to the dialogue, the question at its position, and note where things stand."""
+        """Append the turn's words to the dialogue, the question at its position, and record the positions."""
         words, facts = self.layout.words, self.layout.facts
         words.append("<user>")
         text_start = len(words)
@@ -358,7 +358,7 @@ _TALK = tuple(tuple(sentence.split()) for sentence in SMALL_TALK)
 
 
 def _question(keys: list[str]) -> list[str]:
-    """`what is the code of a ?`, `what are the codes of a and b ?`, `what are the codes of a , b and c ?`"""
+    """Return `what is the code of a ?`, `what are the codes of a and b ?` or `what are the codes of a , b and c ?`."""
     if not keys:
         return []
     if len(keys) == 1:
@@ -368,7 +368,7 @@ def _question(keys: list[str]) -> list[str]:
 
 
 def _split(lengths: list[int], position: Position) -> int:
-    """How many sentences stand before the question: none, those nearest to half of the words, or all."""
+    """Return the number of sentences before the question: none, those nearest to half of the words, or all."""
     if position == "begin":
         return 0
     if position == "end":

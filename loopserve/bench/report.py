@@ -1,9 +1,9 @@
-"""From result files to the tables in the documents: ``python -m loopserve.bench.report README.md``.
+"""Write tables of result files into the documents: ``python -m loopserve.bench.report README.md``.
 
-A table stands between markers that name its file: ``<!-- demo: FILE -->`` (``demo, short`` for three columns) ...
-``<!-- end of demo -->``, or ``<!-- speed:
-FILE op,op tokens not "text" "text" -->`` ... ``<!-- end of speed -->`` for rows of ``loopserve bench``: of all operations or of those
-named, over all lengths or from so many tokens on, without cases that contain one of the texts.
+A table stands between markers that name its file. Demonstration: ``<!-- demo: FILE -->`` (``demo, short`` for three
+columns) ... ``<!-- end of demo -->``. Rows of ``loopserve bench``: ``<!-- speed: FILE op,op tokens not "text" "text"
+-->`` ... ``<!-- end of speed -->``, for all operations or for those named, over all lengths or from a number of tokens
+on, without cases that contain one of the texts.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _SPEED = re.compile(
 
 
 def demo_table(result: dict[str, Any]) -> str:
-    """A markdown table of a demonstration, and how and where it was had."""
+    """Return a Markdown table of a demonstration, with its settings and machine."""
     lines = [
         "| stack | right, question at begin / middle / end | prefill cells / tiles | KV pairs attended | KV bytes per output token "
         "| TTFT | TPOT |",
@@ -39,28 +39,28 @@ def demo_table(result: dict[str, Any]) -> str:
             f"| {row['attended_fraction']:.1%} | {read:.1%} | {row['ttft_ms']:.0f} ms | {row['tpot_ms']:.1f} ms |"
         )
     settings, machine = result["settings"], result["machine"]
-    said = (
+    caption = (
         f"{settings['dialogues']} held-out dialogues of {settings['tokens']:,} tokens and {settings['turns']} turns, one and two keys "
         f"asked, budget {' or '.join(map(str, settings['budget']))} pairs per head (the larger where the answer counts in); "
         f"{machine['processor']}, {machine['threads']} thread(s), torch "
         f"{machine['torch']}, float32. `loopserve demo --tokens {settings['tokens']} --turns {settings['turns']} "
         f"--dialogues {settings['dialogues'] // 3} --seed {settings['seed']} --format json`"
     )
-    return "\n".join([*lines, "", said])
+    return "\n".join([*lines, "", caption])
 
 
 def short_table(result: dict[str, Any]) -> str:
-    """Return a markdown table of three columns for the front page, and what was measured."""
+    """Return a Markdown table of three columns for the front page, with the settings of the measurement."""
     lines = ["| stack | answers right | KV pairs attended per output token |", "|---|---|---|"]
     for name, row in result["stacks"].items():
         lines.append(f"| `{name}` | {row['right']} of {row['asked']} | {row['attended_fraction']:.1%} |")
     settings = result["settings"]
-    said = f"{settings['dialogues']} dialogues of {settings['tokens']:,} tokens and {settings['turns']} turns, a question in each."
-    return "\n".join([*lines, "", said])
+    caption = f"{settings['dialogues']} dialogues of {settings['tokens']:,} tokens and {settings['turns']} turns, a question in each."
+    return "\n".join([*lines, "", caption])
 
 
 def renew(text: str, root: Path) -> str:
-    """A document with each table made again from the result file that its marker names, relative to ``root``."""
+    """Return a document with each table made again from the result file that its marker names, relative to ``root``."""
 
     def table(match: re.Match[str]) -> str:
         begin, short, file, end = match.groups()

@@ -1,8 +1,9 @@
-"""Rows of result files: one JSON object per line, each complete in itself, so that files can be appended to and joined.
+"""Read and write rows of result files: one self-contained JSON object per line, so that files can be appended and joined.
 
-Fields that every row has: ``op``, ``shape`` (sizes by name), ``dtype``, ``data`` (which inputs), ``pattern`` (densities
-or None), ``impl``, ``parity`` (``ok`` or ``failed``) and what ``provenance`` says. A row whose parity is ``ok`` has
-``median_ms``, ``q20_ms``, ``q80_ms`` and the ratios, all "how many times faster than": above 1 the row wins.
+Fields of every row: ``op``, ``shape`` (sizes by name), ``dtype``, ``data`` (source of the inputs), ``pattern``
+(densities or None), ``impl``, ``parity`` (``ok`` or ``failed``) and those of ``provenance``. A row whose parity is
+``ok`` has ``median_ms``, ``q20_ms``, ``q80_ms`` and ratios. A ratio is a speedup: above 1 the row is faster than the
+baseline.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ _IDENTITY = ("op", "shape", "dtype", "data", "impl", "stack", "device", "threads
 
 
 def provenance(device: str = "cpu") -> Row:
-    """Where and with what a row was had: threads, device, versions, commit, date."""
+    """Return the conditions of a measurement: threads, device, versions, commit, date."""
     return {
         "threads": torch.get_num_threads(),
         "device": device_name(device),
@@ -39,7 +40,7 @@ def provenance(device: str = "cpu") -> Row:
 
 @cache
 def device_name(device: str) -> str:
-    """The GPU's name, or the processor's as the system tells it."""
+    """Return the GPU's name, or the processor's name as the system reports it."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
     try:
@@ -53,7 +54,7 @@ def device_name(device: str) -> str:
 
 @cache
 def versions() -> dict[str, str]:
-    """Versions that a figure depends on; ``cuda`` where torch was built with it."""
+    """Return the versions that a figure depends on; ``cuda`` where torch was built with it."""
     found = {"python": platform.python_version()}
     for package in ("loopserve", "torch", "triton", "transformers"):
         try:
@@ -67,7 +68,7 @@ def versions() -> dict[str, str]:
 
 @cache
 def commit() -> str | None:
-    """The commit the package stands at, with ``+`` behind it where files were changed; None outside a checkout."""
+    """Return the commit of the package, with a ``+`` suffix if files were changed; None outside a checkout."""
     root = Path(__file__).parents[2]
     try:
         head = _git(root, "rev-parse", "--short=12", "HEAD").strip()
@@ -82,19 +83,19 @@ def _git(root: Path, *arguments: str) -> str:
 
 
 def times(seconds: Sequence[float]) -> Row:
-    """Median and 20/80 quantiles of runs, in milliseconds."""
+    """Return median and 20/80 quantiles of runs, in milliseconds."""
     low, middle, high = quantiles(seconds)
     return {"median_ms": middle * 1e3, "q20_ms": low * 1e3, "q80_ms": high * 1e3, "runs": len(seconds)}
 
 
 def ratio(name: str, baseline: Sequence[float], ours: Sequence[float]) -> Row:
-    """How many times faster than the baseline, pair by pair: fields ``name``, ``name_q20``, ``name_q80``."""
+    """Return the speedup over the baseline, pair by pair: fields ``name``, ``name_q20``, ``name_q80``."""
     low, middle, high = quantiles([theirs / own for theirs, own in zip(baseline, ours, strict=True)])
     return {name: middle, f"{name}_q20": low, f"{name}_q80": high}
 
 
 def quantiles(values: Sequence[float]) -> tuple[float, float, float]:
-    """The 20 %, 50 % and 80 % quantiles, interpolated."""
+    """Return the 20 %, 50 % and 80 % quantiles, interpolated."""
     found: Tensor = torch.tensor(list(values), dtype=torch.float64, device="cpu").quantile(
         torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64, device="cpu")
     )
@@ -107,7 +108,7 @@ _NEEDED = ("op", "device", "threads", "versions", "commit", "date")
 
 
 def append_rows(path: Path, rows: Iterable[Row]) -> None:
-    """Add rows to a file of JSON lines; the file begins with the first row ever written."""
+    """Append rows to a file of JSON lines, after the rows that it holds."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", encoding="utf-8") as file:
@@ -117,7 +118,7 @@ def append_rows(path: Path, rows: Iterable[Row]) -> None:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of one file. ConfigError, with the line, for what is no row."""
+    """Return the rows of one file. Raises ConfigError, with the line, for an invalid row."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -140,7 +141,7 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def latest(rows: Iterable[Row]) -> list[Row]:
-    """Of rows that measure the same thing on the same machine, the one appended last, in the order of first appearance."""
+    """Return, of rows that measure the same on the same machine, the one appended last, in order of first appearance."""
     kept: dict[str, Row] = {}
     for row in rows:
         kept[json.dumps([row.get(field) for field in _IDENTITY], sort_keys=True)] = row

@@ -1,4 +1,4 @@
-"""What a benchmark task gives: dialogues whose turns have a question, gold answers and a metric; nothing of models."""
+"""Define the samples of benchmark tasks: dialogues whose turns have a question, gold answers and a metric."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ Position = Literal["begin", "middle", "end"]
 
 @dataclass(frozen=True)
 class AskedTurn:
-    """One turn. Gold history holds ``answers[0]``; a turn without answers is acknowledged and not scored.
+    """Hold one turn. Gold history holds ``answers[0]``; a turn without answers is acknowledged and not scored.
 
-    text: all that the user says. question: the part of it that asks, for tables and heat maps. metric: a name in
-    ``loopserve.bench.metrics.METRICS``. labels: what results are grouped by, besides turn and position (keys asked,
-    distances to the turns that told them), and what the metric needs (``classes``).
+    text: the user's whole message. question: the part of it that asks, for tables and heat maps. metric: a name in
+    ``loopserve.bench.metrics.METRICS``. labels: values that results are grouped by, besides turn and position (keys
+    asked, distances to the turns that stated them), and parameters of the metric (``classes``).
     """
 
     text: str
@@ -29,7 +29,7 @@ class AskedTurn:
 
 @dataclass(frozen=True)
 class Sample:
-    """One dialogue. The id is unique within its task and stays the same from run to run."""
+    """Hold one dialogue. The id is unique within its task and equal in every run."""
 
     id: str
     task: str
@@ -38,7 +38,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class BrokenSample:
-    """A row that cannot be asked, and why in one line; it is reported and counted, and the run goes on."""
+    """Hold a row that cannot be asked, and the reason in one line. It is reported and counted, and the run continues."""
 
     id: str
     task: str
@@ -46,11 +46,11 @@ class BrokenSample:
 
 
 class Task(Protocol):
-    """A source of samples. ``version`` changes whenever the same seed gives other samples."""
+    """Define a source of samples. ``version`` changes whenever the same seed gives other samples."""
 
     name: str
     version: str
 
     def samples(self, limit: int | None, seed: int) -> Iterator[Sample | BrokenSample]:
-        """At most ``limit`` dialogues, the same ones for the same seed, in the same order."""
+        """Yield at most ``limit`` dialogues: equal ones for equal seeds, in the same order."""
         ...

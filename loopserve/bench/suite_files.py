@@ -1,6 +1,6 @@
-"""Finds suite files by name: those shipped in ``loopserve/bench/suites``, and those of ``./benchmarks/suites``.
+"""Find suite files by name in ``loopserve/bench/suites`` and in ``./benchmarks/suites``.
 
-Two kinds share these folders: suites of speed, and suites of quality, which have ``tasks``.
+Two kinds share these folders: speed suites, and quality suites, which have ``tasks``.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _COMMAND = {SuiteKind.SPEED: "loopserve bench kernels, decode or prefill", Suite
 
 
 def suite_files(kind: SuiteKind) -> dict[str, Path]:
-    """The suites of a kind by name: those shipped, and those of the current directory, which win."""
+    """Return the suites of a kind by name. Those of the current directory replace shipped ones."""
     folders = [_SHIPPED, Path.cwd() / _OWN]
     found = {
         file.stem: file
@@ -46,7 +46,7 @@ def suite_files(kind: SuiteKind) -> dict[str, Path]:
 
 
 def read_suite(spec: str, kind: SuiteKind) -> Document:
-    """A suite by name or file. ConfigError if there is none of this kind."""
+    """Return a suite by name or file. Raises ConfigError if there is none of this kind."""
     path = Path(spec)
     if path.suffix not in _SUFFIXES and not path.is_file():
         found = suite_files(kind)

@@ -1,6 +1,6 @@
-"""The words of the recall dialogues: places that have codes, words that codes are made of, and small talk.
+"""List the words of the recall dialogues: places that have codes, words that codes are made of, and small talk.
 
-The three groups share no word, so a reader (and a model) can tell from the word alone what it can be.
+The three groups share no word, so a word alone determines its group.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ GRAMMAR: tuple[str, ...] = _words(". , ? the code codes of is are what and kept 
 
 
 def vocabulary() -> tuple[str, ...]:
-    """Every word a dialogue can hold, each once, in a fixed order."""
+    """Return every word that a dialogue can hold, each once, in a fixed order."""
     talk = [word for sentence in SMALL_TALK for word in sentence.split() if word not in SLOTS]
     groups = [GRAMMAR, PLACES, CODE_WORDS, *SLOTS.values(), talk]
     return tuple(dict.fromkeys(word for group in groups for word in group))

@@ -1,9 +1,9 @@
 """Offer public test tools, for our tests and for plugin authors.
 
 The conformance kit: ``check_policy``, ``report_on``, ``parametrize_with_policy_checks``. Inputs: ``make_inputs``,
-``ScriptedConversation``, and, for hypothesis, ``attention_inputs``, ``patterns``, ``selections``. What a call owes its callers:
-``assert_pattern``, ``assert_selection``, ``unchanged``. Names are loaded when first used; hypothesis and pytest, which come with
-``loopserve[testing]``, only by what needs them.
+``ScriptedConversation``, and, for hypothesis, ``attention_inputs``, ``patterns``, ``selections``. The contract of a
+call: ``assert_pattern``, ``assert_selection``, ``unchanged``. Names are loaded at first use. Only the names that need
+them load hypothesis and pytest, which ``loopserve[testing]`` installs.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Assert what every policy owes its callers."""
+"""Assert the contract that every policy has with its callers."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from loopserve.core.policy.patterns import AttentionPattern
 
 
 def assert_selection(selection: KVSelection, inputs: AttentionInputs, budget: int) -> None:
-    """Assert that positions are sorted, unique, below the boundary, held by each head, and exactly ``budget`` (or all that a head
-    holds).
+    """Assert that positions are sorted, unique, below the boundary and held by each head, and that ``budget`` is met exactly.
+
+    A head that holds fewer pairs than the budget must select all of them.
     """
     heads = inputs.keys.shape[0]
     selection.check(heads, int(inputs.head_positions(0)[-1]) + 1)

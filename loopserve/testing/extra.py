@@ -13,7 +13,7 @@ class MissingExtra(LoopServeError, ImportError):
 
 
 def require(name: str, what: str) -> Any:
-    """Return the imported module ``name``. Raises MissingExtra, which says what needs it and how to install it."""
+    """Return the imported module ``name``. Raises MissingExtra with the purpose and the command to install it."""
     try:
         return import_module(name)
     except ModuleNotFoundError as error:

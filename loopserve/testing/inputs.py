@@ -31,9 +31,9 @@ def make_inputs(
 ) -> AttentionInputs:
     """Return one attention call: ``new_tokens`` queries at the end of ``total_tokens`` stored columns.
 
-    structured: heads with sinks, a local band and a few strong columns, instead of noise. evicted: that many earlier
-    tokens of the history are gone, others in each KV head. ragged: the last KV head holds that many pairs fewer, behind
-    filler columns.
+    structured: heads with sinks, a local band and a few strong columns, instead of noise. evicted: number of earlier
+    tokens of the history that are gone, different ones in each KV head. ragged: number of pairs that the last KV head
+    holds less, behind filler columns.
     """
     source = torch.Generator().manual_seed(seed)
     heads = kv_heads * group
@@ -68,8 +68,8 @@ def make_inputs(
 
 
 def _structure(keys: Tensor, new_tokens: int, group: int, source: torch.Generator) -> Tensor:
-    """Return what to add to the queries ``[Hq, Tq, D]`` so that they attend to the first key, their own surroundings and a few
-    columns.
+    """Return the addition to the queries ``[Hq, Tq, D]`` that makes them attend to the first key, their neighbours and
+    a few columns.
     """
     per_query = keys.repeat_interleave(group, dim=0)
     own = per_query[:, -new_tokens:]

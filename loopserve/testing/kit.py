@@ -22,7 +22,7 @@ from loopserve.testing.variants import AnyPolicy, AnyPolicyClass
 
 @dataclass(frozen=True)
 class Result:
-    """Say how one check ended, and why it failed or was skipped."""
+    """Hold how one check ended, and why it failed or was skipped."""
 
     check: Check
     outcome: Outcome
@@ -36,9 +36,10 @@ def checks_for(policy: AnyPolicy | AnyPolicyClass | Subject) -> list[Check]:
 
 
 def report_on(policy: AnyPolicy | AnyPolicyClass | Subject) -> list[Result]:
-    """Return the result of every check; no failure is raised. A class is tried under small options, an object as it is.
+    """Return the result of every check; no failure is raised. A class is tested under small options, an object as it is.
 
-    ConfigError for what is no policy, or a class that cannot be made under any options the kit can think of.
+    Raises ConfigError for an object that is no policy, or for a class that cannot be made under any options known to
+    the kit.
     """
     subject = Subject(policy)
     return [_result(check, subject) for check in checks_for(subject)]
@@ -51,7 +52,7 @@ def _result(check: Check, subject: Subject) -> Result:
         return Result(check, Outcome.SKIPPED, str(reason))
     except AssertionError as broken:
         return Result(check, Outcome.FAILED, " ".join(str(broken).split()) or "an assertion without a message")
-    except Exception as error:  # the policy is somebody else's code: whatever it raises is a finding
+    except Exception as error:  # the policy is foreign code: any error that it raises is a finding
         return Result(check, Outcome.FAILED, f"raised {type(error).__name__}: {' '.join(str(error).split())}")
     return Result(check, Outcome.OK)
 
@@ -59,7 +60,7 @@ def _result(check: Check, subject: Subject) -> Result:
 def check_policy(
     policy: AnyPolicy | AnyPolicyClass, *, expected_failures: Mapping[str, str] | None = None
 ) -> list[Result]:
-    """Run every check that applies. Raises NotConforming with all that failed; otherwise returns the results.
+    """Run every check that applies. Raises NotConforming with all failures; otherwise returns the results.
 
     expected_failures: reason by check name, or by ``policy_name.check_name``. A check that is expected to fail and does
     not is a failure as well.
@@ -87,14 +88,14 @@ def failures(results: Iterable[Result]) -> list[Result]:
 def parametrize_with_policy_checks(
     policies: Iterable[AnyPolicy | AnyPolicyClass], *, expected_failures: Mapping[str, str] | None = None
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """A pytest decorator: one test per policy and check, for a function that takes ``policy`` and ``check``::
+    """Make one pytest case per policy and check, for a function that takes ``policy`` and ``check``::
 
         @parametrize_with_policy_checks([MyCompressor])
         def test_my_policy_conforms(policy, check):
             check(policy)
 
-    expected_failures: reason by check name, or by ``policy_name.check_name`` for one policy only. Such a test is reported as
-    an expected failure, and fails if the check does not. MissingExtra without pytest.
+    expected_failures: reason by check name, or by ``policy_name.check_name`` for one policy only. Such a test is
+    reported as an expected failure, and fails if the check does not. Raises MissingExtra without pytest.
     """
     pytest = require("pytest", "the decorator parametrize_with_policy_checks")
     expected = _known(expected_failures)
@@ -109,7 +110,7 @@ def parametrize_with_policy_checks(
 
 
 def _as_test(check: Check, subject: Subject, reason: str | None) -> Callable[[object], None]:
-    """Return the check as a test calls it; reason: why it is expected to fail."""
+    """Return the check as a test function. reason: why it is expected to fail."""
     pytest = require("pytest", "the decorator parametrize_with_policy_checks")
 
     def call(policy: object = None) -> None:
@@ -138,7 +139,7 @@ def _name(policy: AnyPolicy | AnyPolicyClass) -> str:
 
 
 def _label(policy: AnyPolicy | AnyPolicyClass) -> str:
-    """Return its name, and of an object the options that differ from the defaults."""
+    """Return the policy's name, and of an object the options that differ from the defaults."""
     if inspect.isclass(policy):
         return _name(policy)
     fields = type(policy.config).model_fields
@@ -160,7 +161,7 @@ def _unneeded(outcome: Outcome, reason: str) -> str:
 
 
 def _known(expected: Mapping[str, str] | None) -> Mapping[str, str]:
-    """Return the same. Raises ConfigError for the name of no check, since a misspelt one would excuse nothing."""
+    """Return the expected failures. Raises ConfigError for an unknown check, since a misspelt name would excuse nothing."""
     names = {check.name for check in CHECKS}
     for name in expected or {}:
         if name.rpartition(".")[2] not in names:

@@ -1,7 +1,7 @@
 """Record every selection of a scripted conversation, and repair the wrong ones.
 
-A wrong selection is noted and put right before it is carried out, so that one broken promise does not stop the
-conversation in which another is looked at.
+A wrong selection is recorded and repaired before it is carried out, so that one broken promise does not stop the
+conversation in which another is checked.
 """
 
 from __future__ import annotations
@@ -57,13 +57,13 @@ def _is_right(selection: KVSelection, length: int) -> bool:
 
 
 class RecordedConversation(ScriptedConversation):
-    """Keep every selection in ``given``, and in ``malformed`` why one could not be carried out at all."""
+    """Record every selection in ``given``, and in ``malformed`` the reason why one could not be carried out."""
 
     def __init__(self, compressor: DecodeCompressor[Any], queries: Tensor, keys: Tensor) -> None:
         super().__init__(compressor, queries, keys)
         self.given: list[GivenSelection] = []
         self.malformed: list[str] = []
-        self.strangers: list[int] = []  # layers answered for that the compressor does not rule
+        self.strangers: list[int] = []  # layers with a selection that the compressor does not serve
         self.gone: list[str] = []  # selected pairs that an earlier eviction has freed
         self._input_end = 0
 
@@ -85,7 +85,7 @@ class RecordedConversation(ScriptedConversation):
         super().take(layer, self._put_right(layer, selection))
 
     def _put_right(self, layer: int, selection: KVSelection) -> KVSelection:
-        """Return the selection sorted, unique, in range, and with only what the store holds."""
+        """Return the selection sorted, unique, in range, and restricted to the pairs that the store holds."""
         seen = self.cache.layers[layer].seen
         positions = self.cache.layers[layer].positions()
         if positions.dim() == 1 and _is_right(selection, seen):
@@ -106,7 +106,7 @@ class RecordedConversation(ScriptedConversation):
         return KVSelection.from_heads(heads, boundary, selection.retention)
 
     def run(self, steps: Iterable[tuple[str, int]], *, fork: bool = False) -> RecordedConversation:
-        """Go through a script; fork: replace the state by a deep copy after each of its steps."""
+        """Run a script. fork: replace the state by a deep copy after each of its steps."""
         for what, count in steps:
             self.prefill(count) if what == "prefill" else self.decode(count)
             if fork:

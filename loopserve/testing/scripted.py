@@ -27,7 +27,7 @@ from loopserve.testing.records import FakeRecord
 
 
 class ScriptedConversation:
-    """Feed tokens by position to one compressor that selects for every layer, and carry out its answers.
+    """Feed tokens by position to one compressor that selects for every layer, and carry out its selections.
 
     queries ``[L, Hq, N, D]`` and keys ``[L, Hkv, N, D]`` for all N positions of the conversation; an observation runs
     the queries of its positions again.
@@ -47,8 +47,8 @@ class ScriptedConversation:
         self._policies = Slots(self.layers, PolicyStack("scripted", DensePrefill(), compressor))
         self.turn, self.turn_start, self.output_index = -1, 0, 0
         self.record = FakeRecord()
-        self.observed: list[Tensor] = []  # positions of each observation asked for
-        self.selections: list[dict[int, KVSelection]] = []  # answers of after_forward
+        self.observed: list[Tensor] = []  # positions of each requested observation
+        self.selections: list[dict[int, KVSelection]] = []  # return values of after_forward
         self.attended: list[float] = []  # pairs per KV head that each output attended to, mean over heads and layers
 
     def prefill(self, tokens: int, chunks: Sequence[int] | None = None) -> None:
@@ -74,7 +74,7 @@ class ScriptedConversation:
         self.cache.layers[layer].select(selection)
 
     def active(self, layer: int = 0) -> KVSelection | None:
-        """Return what the layer attends to now; None = everything."""
+        """Return the pairs that the layer attends to now; None = all."""
         found = self.cache.layers[layer].active
         return found.selection if found is not None else None
 

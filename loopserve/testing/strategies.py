@@ -13,7 +13,7 @@ from loopserve.testing.inputs import make_inputs
 
 require("hypothesis", "loopserve.testing.strategies")
 
-from hypothesis import strategies as st  # noqa: E402  # only now is it known to be there
+from hypothesis import strategies as st  # noqa: E402  # noqa: E402  # importable only after the check above
 
 _KINDS = ("dense", "lines", "window", "blocks", "row groups")
 
@@ -27,7 +27,7 @@ def attention_inputs(
     min_new_tokens: int = 1,
     evictions: bool = True,
 ) -> AttentionInputs:
-    """Draw any one call: turn one (no history) or later, groups of 1, 2 and 4, noise or structure, with or without evicted pairs."""
+    """Draw any call: turn one (no history) or later, groups of 1, 2 and 4, noise or structure, with or without evicted pairs."""
     total = draw(st.integers(max(2, min_new_tokens), max_tokens), label="total_tokens")
     new = 1 if phase is Phase.DECODE else draw(st.integers(min_new_tokens, total), label="new_tokens")
     history = total - new

@@ -36,10 +36,10 @@ class Outcome(StrEnum):
 
 
 class Subject:
-    """Hold a policy under test. A class is tried under small options, an object as it is."""
+    """Hold a policy under test. A class is tested under small options, an object as it is."""
 
     def __init__(self, policy: AnyPolicy | AnyPolicyClass | Subject) -> None:
-        """Raise ConfigError for what is no policy, or cannot be made."""
+        """Make the policy. Raises ConfigError for an object that is no policy, or a class that cannot be made."""
         if not __debug__:
             raise ConfigError("the checks are assertions, which `python -O` leaves out: run without -O")
         if isinstance(policy, Subject):
@@ -81,7 +81,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Check:
-    """Test one promise by one function. It raises NotApplicable or, for a broken promise, AssertionError."""
+    """Test one promise by one function, which raises NotApplicable or, for a broken promise, AssertionError."""
 
     function: Callable[[Subject], None]
     kind: type[PrefillSparsifier] | type[DecodeCompressor[Any]] | None  # None: of either kind
@@ -92,8 +92,9 @@ class Check:
 
     @property
     def summary(self) -> str:
-        """Return the promise in one sentence."""
-        return " ".join((inspect.getdoc(self.function) or "").split())
+        """Return the promise in one sentence: the docstring without a leading "Check that"."""
+        promise = " ".join((inspect.getdoc(self.function) or "").split()).removeprefix("Check that ")
+        return promise[:1].upper() + promise[1:]
 
     def applies_to(self, subject: Subject) -> bool:
         return self.kind is None or self.kind is subject.kind

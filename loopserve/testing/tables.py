@@ -1,4 +1,4 @@
-"""Write Markdown tables of all registered policies and their options, made from the classes.
+"""Write Markdown tables of all registered policies and their options, from their classes.
 
 ``python -m loopserve.testing.tables docs/policies.md README.md`` renews the part of each page between its markers: the
 whole tables, or on the front page the short one.
@@ -64,7 +64,7 @@ def _cell(text: str) -> str:
 
 
 def renewed(page: str, policies: Iterable[Registration]) -> str:
-    """Return a page with the part between its markers made anew. Raises ValueError if it has no markers."""
+    """Return a page with the part between its markers replaced. Raises ValueError if it has no markers."""
     found = list(policies)
     for begin, made in ((BEGIN, policy_tables), (BEGIN_SHORT, short_table)):
         if begin in page and END in page:

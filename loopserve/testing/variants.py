@@ -1,6 +1,6 @@
 """Make the same policy under other options: small enough for a few dozen tokens, evicting, or as wide as possible.
 
-Goes by the options' types, bounds and usual names, so that a policy the kit has never seen can be tried as well.
+The options' types, bounds and usual names determine the changes, so that unknown policies can be tested as well.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ AnyPolicyClass = type[PrefillSparsifier] | type[DecodeCompressor[Any]]
 WIDE = 4096  # more tokens than any conversation of the kit has
 _LARGE, _MIDDLING = 512, 16
 _SPARSE = 0.9  # share of the causal cells below which a pattern counts as sparse
-_WIDTHS = ("budget", "window", "_size", "last_rows")  # how options end that say how many tokens are let in
+_WIDTHS = ("budget", "window", "_size", "last_rows")  # suffixes of options that set a number of tokens
 
 
 def small(policy: AnyPolicyClass) -> AnyPolicy:
-    """Return a policy of this class that acts on a few dozen tokens: budgets of about 24, windows of about 4.
+    """Return a policy of this class that is active on a few dozen tokens: budgets of about 24, windows of about 4.
 
-    A sparsifier's options are made smaller, and a share lower or full, until it leaves something out of a turn of 48 tokens: as
-    long as it is dense, most checks have nothing to look at. ConfigError if no object can be made.
+    A sparsifier's options are reduced, and a share lowered or set to 1, until a turn of 48 tokens is sparse: most
+    checks prove nothing on a dense pattern. Raises ConfigError if no object can be made.
     """
     first: AnyPolicy | None = None
     make = policy_maker(policy)
@@ -48,8 +48,9 @@ def small(policy: AnyPolicyClass) -> AnyPolicy:
 
 
 def policy_maker(policy: AnyPolicyClass) -> Callable[[dict[str, Any]], AnyPolicy | None]:
-    """Return a function that makes a policy of options, or None where they do not go together. ConfigError for what its own code
-    raises.
+    """Return a function that makes a policy from options, or None where they are incompatible.
+
+    Raises ConfigError for an error of the policy's own code.
     """
 
     def make(options: dict[str, Any]) -> AnyPolicy | None:
@@ -57,7 +58,7 @@ def policy_maker(policy: AnyPolicyClass) -> Callable[[dict[str, Any]], AnyPolicy
             return policy(policy.Config(**options))
         except ValidationError:
             return None
-        except Exception as error:  # somebody else's constructor
+        except Exception as error:  # foreign constructor
             where = f"{policy.__module__}.{policy.__qualname__}"
             raise ConfigError(f"{where} cannot be made: {type(error).__name__}: {error}") from error
 
@@ -65,11 +66,11 @@ def policy_maker(policy: AnyPolicyClass) -> Callable[[dict[str, Any]], AnyPolicy
 
 
 def _smaller(policy: AnyPolicyClass) -> Iterable[dict[str, Any]]:
-    """Yield options to try, the least changed first; the defaults are the last resort."""
+    """Yield options to try, the least changed first; the defaults come last."""
     fields = policy.Config.model_fields
     inner: dict[str, Any] = {"inner": _example()} if "inner" in fields else {}
     shares = [name for name, field in fields.items() if isinstance(field.default, float) and _is_share(field)]
-    # A threshold above which a policy gives up counts as a share as well, and wants to be high.
+    # A threshold above which a policy falls back to dense counts as a share as well, and must be high.
     tried: list[dict[str, Any]] = [{}, *({name: share} for share in (0.5, 1.0) for name in shares)]
     for large, middling in ((42, 8), (170, 8), (680, 32)):
         widths = {
@@ -86,16 +87,16 @@ def _example() -> DecodeCompressor[Any]:
 
 
 def leaves_something_out(policy: PrefillSparsifier) -> bool:
-    """Return whether a first turn of 48 tokens is really sparse."""
+    """Return whether a first turn of 48 tokens is sparse."""
     try:
         mask = policy.sparsify(make_inputs(new_tokens=48, total_tokens=48, structured=True)).to_mask()
-    except Exception:  # the checks will say what is wrong with it
+    except Exception:  # the checks report the error
         return False
     return float(mask.sum()) < _SPARSE * len(mask) * 48 * 49 / 2
 
 
 def changed(policy: AnyPolicy, **options: Any) -> AnyPolicy:
-    """Return a policy of the same class with some options replaced. ValidationError where they do not go together."""
+    """Return a policy of the same class with some options replaced. Raises ValidationError where they are incompatible."""
     kept = {name: getattr(policy.config, name) for name in type(policy.config).model_fields}
     return type(policy)(type(policy.config)(**{**kept, **options}))
 
@@ -149,7 +150,7 @@ def _is_share(field: FieldInfo) -> bool:
 
 
 def budget_of(policy: DecodeCompressor[Any]) -> int | None:
-    """Return the pairs per KV head that a compressor promises to attend to, on average over heads and layers."""
+    """Return the pairs per KV head that a compressor promises to attend to, mean over heads and layers."""
     limits = getattr(policy, "limits", policy.config)
     found = getattr(limits, "budget", None)
     return found if isinstance(found, int) else None

@@ -1,4 +1,5 @@
-"""Quality runs: benchmark dialogues held under several stacks, what came of it turn by turn, and the tables and plots of it.
+"""Run benchmark dialogues under several stacks, record every turn, and make tables and plots.
 
-From Python: ``runner.run_suite`` asks everything and gives records; ``tables.table`` and ``comparison.compare`` read them.
+From Python: ``runner.run_suite`` runs a suite and returns records; ``tables.table`` and ``comparison.compare`` read
+them.
 """

@@ -1,4 +1,4 @@
-"""How far a stack's next-token distributions are from dense's on the same answer: what shows long before answers change."""
+"""Measure the divergence of a stack's next-token distributions from those of dense attention on the same answer."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from torch import Tensor
 
 from loopserve.core.errors import ModelError
 
-_WHOLE = 4096  # vocabularies up to this size are kept whole
-_KEPT = 256  # of larger ones the likeliest tokens, and all others as one
+_WHOLE = 4096  # vocabularies up to this size are stored whole
+_KEPT = 256  # of larger ones the likeliest tokens are stored, and all others merged into one
 _LEAST = 1e-30
 
 
 @dataclass(frozen=True)
 class Distributions:
-    """Dense's distributions over the tokens of one answer, on the CPU.
+    """Hold dense attention's distributions over the tokens of one answer, on the CPU.
 
-    logs ``[n, k]``: log-probabilities, float64. ids ``[n, k]``: of which tokens; None if it is the whole vocabulary in order.
+    logs ``[n, k]``: log-probabilities, float64. ids ``[n, k]``: token ids; None for the whole vocabulary in order.
     """
 
     logs: Tensor
@@ -28,7 +28,7 @@ class Distributions:
 
     @classmethod
     def of(cls, logits: Sequence[Tensor]) -> Distributions:
-        """From the logits ``[vocabulary]`` that each token of an answer is drawn from."""
+        """Return the distributions for the logits ``[vocabulary]`` of each token of an answer."""
         if not logits:
             return cls(torch.empty(0, 0, dtype=torch.float64, device="cpu"), None)
         if len(logits[0]) <= _WHOLE:
@@ -39,9 +39,10 @@ class Distributions:
         )
 
     def divergences(self, logits: Sequence[Tensor]) -> list[float]:
-        """KL(dense || other) in nats for each token of the answer.
+        """Return KL(dense || other) in nats for each token of the answer.
 
-        Of a large vocabulary all tokens but dense's 256 likeliest count as one, which can only make the figure smaller.
+        Of a large vocabulary all tokens but dense's 256 likeliest are merged into one, which can only reduce the
+        divergence.
         """
         return [
             _divergence(dense, _logs(other).cpu(), None if self.ids is None else self.ids[number])
@@ -60,12 +61,12 @@ def _divergence(dense: Tensor, other: Tensor, ids: Tensor | None) -> float:
     if other.isnan().any() or dense.isnan().any():
         raise ModelError("the model's logits are not numbers (NaN)")
     likely = dense.exp()
-    # What dense gives no chance adds nothing; what only the other excludes counts as all but excluded.
+    # Tokens without mass under dense add nothing. A token excluded only by the other side counts with the smallest probability.
     terms = likely * (dense - other.clamp(min=math.log(_LEAST)))
     return max(0.0, float(terms[likely > 0].sum()))
 
 
 def _with_rest(logs: Tensor) -> Tensor:
-    """Log-probabilities with that of everything else behind them."""
+    """Append the log-probability of all remaining tokens."""
     rest = (1.0 - logs.exp().sum()).clamp(min=_LEAST).log()
     return torch.cat([logs, rest[None]])

@@ -1,4 +1,4 @@
-"""Two sides of the same questions, turn by turn: paired differences of the scores, and whether they are more than noise."""
+"""Compare two sides on the same questions by turn: paired score differences, confidence intervals and p-values."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from loopserve.bench.quality.tables import Table, plus_minus
 from loopserve.core.errors import ConfigError
 
 _LEVEL = 0.05
-_ENOUGH = 6  # dialogues: with fewer, even a difference of the same sign in all of them comes about by chance more often than that
+_ENOUGH = 6  # dialogues: with fewer, differences of equal sign in all of them have a higher p-value than this level
 _GROUPS = ((), ("task",), ("position",), ("task", "position"), ("turn",))
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One group of turns. low, high: 95 % confidence interval of ``difference`` (b - a), by dialogue; None with a single dialogue.
+    """Hold the difference (b - a) of one group of turns. low, high: 95 % interval by dialogue, None for one dialogue.
 
-    chance: how often such a difference comes about by chance (sign-flip test by dialogue).
+    chance: p-value of a sign-flip test by dialogue.
     """
 
     stack: str  # or "a against b"
@@ -42,12 +42,12 @@ class Difference:
 
 
 def compare_stacks(run: Run, a: str, b: str) -> list[Difference]:
-    """Two stacks of one run."""
+    """Compare two stacks of one run."""
     return _differences(f"{b} - {a}", run.of_stack(a), run.of_stack(b))
 
 
 def compare_runs(a: Run, b: Run) -> list[Difference]:
-    """Each stack that took part in both runs. ConfigError if they have no stack or no question in common."""
+    """Compare each stack that took part in both runs. Raises ConfigError if they share no stack or no question."""
     shared = [name for name in a.stacks if name in b.stacks]
     if not shared:
         raise ConfigError(f"the runs have no stack in common: {', '.join(a.stacks)} and {', '.join(b.stacks)}")

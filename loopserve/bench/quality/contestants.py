@@ -1,4 +1,4 @@
-"""Who takes part in a run: stacks, each as it is or with budgets that let all of them attend to equally much."""
+"""List the stacks of a run, unchanged or with budgets that give all of them equal attended pairs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from loopserve.bench.budget import budget_for, budget_of, room_for, with_budget
+from loopserve.bench.budget import budget_for, budget_of, uncounted_outputs_of, with_budget
 from loopserve.bench.quality.records import Record
 from loopserve.core.errors import ConfigError
 from loopserve.core.stack.stack import PolicyStack
@@ -14,35 +14,35 @@ from loopserve.core.stack.stack import PolicyStack
 
 @dataclass(frozen=True)
 class Contestant:
-    """A stack in a run. ``share``: of the pairs dense attends to, set anew for every sample; None leaves the stack's own budget."""
+    """Hold one stack of a run. ``share``: attended share of dense's pairs, set per sample; None keeps the stack's budget."""
 
     name: str
-    family: str  # the stack's name without the share; plots draw one line through a family
+    family: str  # the stack's name without the share; plots draw one line per family
     stack: PolicyStack
     share: float | None = None
 
     @property
     def digest(self) -> str:
-        """Equal for contestants that do the same, whatever they are called."""
+        """Return a digest that is equal for contestants with equal behaviour, independent of their names."""
         if self.share is None:
             return self.stack.digest
         return hashlib.sha256(f"{self.stack.digest} {self.share:g}".encode()).hexdigest()[:16]
 
     def described(self) -> Record:
-        """What a manifest says of it."""
+        """Return the description for the manifest."""
         return {"digest": self.digest, "share": self.share, "described": self.stack.describe()}
 
     def fields(self) -> Record:
-        """What every record of it says."""
+        """Return the fields that every record of this contestant has."""
         return {"stack": self.name, "family": self.family, "digest": self.digest}
 
     def fitted(self, lengths: Sequence[int], answers: Sequence[int]) -> PolicyStack:
-        """The stack for one dialogue: ``lengths`` of the conversation in tokens at each answer, and of the answers."""
+        """Return the stack for one dialogue. lengths: conversation tokens at each answer. answers: tokens of each answer."""
         if self.share is None:
             return self.stack
         # Outputs are attended besides the budget: half of them on average over an answer.
-        room = room_for(self.stack, sum(answers) / len(answers) / 2)
-        budget = budget_for(self.share, sum(lengths) / len(lengths), room)
+        uncounted = uncounted_outputs_of(self.stack, sum(answers) / len(answers) / 2)
+        budget = budget_for(self.share, sum(lengths) / len(lengths), uncounted)
         try:
             return with_budget(self.stack, budget)
         except ConfigError as error:
@@ -52,9 +52,9 @@ class Contestant:
 
 
 def contestants(stacks: Iterable[PolicyStack], shares: Sequence[float] = ()) -> list[Contestant]:
-    """Each stack, or each of those that have a budget with each of the shares (0: its own budget); none twice.
+    """Return each stack, and each stack that has a budget with each of the shares (0: its own budget), without duplicates.
 
-    ConfigError for a name with two meanings.
+    Raises ConfigError for a name with two meanings.
     """
     for share in shares:
         if not 0 <= share <= 1:

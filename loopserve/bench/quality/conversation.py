@@ -1,7 +1,7 @@
-"""One benchmark dialogue under one stack, where a turn can be answered twice: by the model, and as the data set has it.
+"""Run one benchmark dialogue under one stack, with two answers per turn: the model's and the gold answer of the data set.
 
-The gold answer goes through decode steps under the same stack, token by token, like an answer of the model's own. So the
-conversation goes on as if the model had given it, and what the model would have said at each of its tokens is known.
+The gold answer goes through decode steps under the same stack, token by token, like an answer of the model. The
+conversation then continues as if the model had given it, and the model's logits at each of its tokens are recorded.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ History = Literal["gold", "generated"]
 
 @dataclass(frozen=True)
 class Answered:
-    """What became of one turn."""
+    """Hold the result of one turn."""
 
-    tokens: list[int]  # what the model said, with the token that ended it; empty where it was not asked
+    tokens: list[int]  # the model's tokens, with the end token; empty where the model was not asked
     text: str
     stopped: bool  # the model ended the answer itself
     stats: TurnStats  # of the model's own answer, if it gave one
@@ -34,7 +34,7 @@ class Answered:
 
 
 class Conversation:
-    """A dialogue in progress; ``session`` stands at its last complete turn."""
+    """Hold a dialogue in progress; ``session`` is at its last complete turn."""
 
     def __init__(self, engine: TokenEngine, tokenizer: ChatTokenizer, stop_ids: frozenset[int]) -> None:
         self.engine = engine
@@ -45,28 +45,28 @@ class Conversation:
         self._end = tokenizer.answer_end(stop_ids)
 
     def ask(self, text: str, gold: str | None, max_new_tokens: int, *, generate: bool = True) -> Answered:
-        """Say something; the model answers, and the conversation goes on with ``gold``, or with what it said if that is None.
+        """Add a user message, let the model answer, and continue with ``gold``, or with the model's answer if that is None.
 
-        generate: False where only the history matters; the model is then not asked.
+        generate: False where only the history matters; the model then generates nothing.
         """
         self.messages.append({"role": "user", "content": text})
-        said = self.gold_tokens(gold) if gold is not None else []
+        gold_ids = self.gold_tokens(gold) if gold is not None else []
         new_ids = self.tokenizer.turn_tokens(self.messages, self._stop_token())
-        logits = self.engine.prefill(self.session, new_ids, max_new_tokens=max(max_new_tokens, len(said)))
+        logits = self.engine.prefill(self.session, new_ids, max_new_tokens=max(max_new_tokens, len(gold_ids)))
         own = self.session
         answer: list[int] = []
         predictions: list[Tensor] = []
         if generate or gold is None:
             if gold is not None:
                 self.session = own.fork()
-            watch = _Watch(Sampler(SamplingConfig(max_new_tokens=max_new_tokens)), said)
+            watch = _Watch(Sampler(SamplingConfig(max_new_tokens=max_new_tokens)), gold_ids)
             answer = list(self.engine.decode(own, logits, watch, self.stop_ids, max_new_tokens))
             predictions = watch.seen
-        if gold is not None and answer == said:
+        if gold is not None and answer == gold_ids:
             self.session = own  # nothing has to be decoded again
-        elif said:
-            watch = _Watch(Dictation(said), said)
-            for _ in self.engine.decode(self.session, logits, watch, frozenset(), len(said)):
+        elif gold_ids:
+            watch = _Watch(Dictation(gold_ids), gold_ids)
+            for _ in self.engine.decode(self.session, logits, watch, frozenset(), len(gold_ids)):
                 pass
             predictions = watch.seen
         spoken = self.tokenizer.read_answer(answer).text.strip()
@@ -74,17 +74,17 @@ class Conversation:
         return Answered(answer, spoken, bool(answer) and answer[-1] in self.stop_ids, own.stats, predictions)
 
     def gold_tokens(self, gold: str) -> list[int]:
-        """A gold answer as the model would have produced it, with the token that ends it."""
+        """Return the tokens of a gold answer as the model would have generated it, with the end token."""
         return self.tokenizer.answer_tokens(gold) + ([self._end] if self._end is not None else [])
 
     def _stop_token(self) -> int | None:
-        """The token that ended the last answer, if one did: the template must not add it again."""
+        """Return the end token of the last answer, if it has one, so that the template does not add it again."""
         tokens = self.session.tokens
         return tokens[-1] if tokens and tokens[-1] in self.stop_ids else None
 
 
 class _Watch:
-    """Chooses as another does, and keeps the logits for as long as what was chosen is the beginning of a known answer."""
+    """Sample with another sampler, and record the logits while the tokens are a prefix of a given answer."""
 
     def __init__(self, choose: Sampler | Dictation, known: Sequence[int]) -> None:
         self.seen: list[Tensor] = []

@@ -1,6 +1,7 @@
-"""Means over dialogues, and how sure they are: bootstrap by dialogue, since the turns of one dialogue are not independent.
+"""Estimate means over dialogues and their uncertainty by bootstrap over dialogues.
 
-A mean over several tasks is the mean of the tasks' means, so that a large task does not outvote a small one.
+Turns of one dialogue are not independent, so dialogues are the unit. A mean over several tasks is the mean of the
+tasks' means, so that a large task does not dominate.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ Dialogues = Mapping[str, Mapping[str, tuple[float, int]]]  # by task and dialogu
 
 
 def gather(records: Iterable[Record], value: Callable[[Record], float | None]) -> Dialogues:
-    """The values of records by task and dialogue; None is left out."""
+    """Return the values of records by task and dialogue, without None."""
     found: dict[str, dict[str, tuple[float, int]]] = {}
     for record in records:
         each = value(record)
@@ -30,7 +31,7 @@ def gather(records: Iterable[Record], value: Callable[[Record], float | None]) -
 
 
 def mean(dialogues: Dialogues) -> float | None:
-    """None where there is no value."""
+    """Return the mean over tasks, None if there is no value."""
     means = [
         sum(total for total, _ in each.values()) / sum(count for _, count in each.values())
         for each in dialogues.values()
@@ -39,9 +40,9 @@ def mean(dialogues: Dialogues) -> float | None:
 
 
 def redrawn(dialogues: Dialogues) -> Tensor | None:
-    """Means over dialogues drawn anew with replacement within each task, always the same draws: float64 ``[rounds]``.
+    """Return bootstrap means, float64 ``[rounds]``: dialogues drawn with replacement within each task, with a fixed seed.
 
-    None where a task has fewer than two dialogues: nothing can be said then.
+    None if a task has fewer than two dialogues, since no variance can be estimated.
     """
     if not dialogues or any(len(each) < 2 for each in dialogues.values()):
         return None
@@ -60,9 +61,9 @@ def standard_error(dialogues: Dialogues) -> float | None:
 
 
 def chance(dialogues: Dialogues) -> float:
-    """How often a mean as far from 0 comes about if each dialogue's sign is drawn by a coin: the p-value of a sign-flip test.
+    """Return the p-value of a sign-flip test: the probability of a mean as far from 0 under random signs of the dialogues.
 
-    Every combination of signs for up to twelve dialogues, else 4,095 drawn ones beside the real one.
+    Up to twelve dialogues all sign combinations are counted, beyond that 4,095 drawn ones and the observed one.
     """
     values = [
         [total / sum(count for _, count in own.values()) for total, _ in own.values()] for own in dialogues.values()
@@ -79,7 +80,7 @@ def chance(dialogues: Dialogues) -> float:
 
 
 def interval(dialogues: Dialogues, level: float = 0.95) -> tuple[float, float] | None:
-    """The middle ``level`` of the redrawn means."""
+    """Return the central ``level`` interval of the bootstrap means."""
     drawn = redrawn(dialogues)
     if drawn is None:
         return None

@@ -1,4 +1,4 @@
-"""What a run is, in ``manifest.json`` beside its records: enough to repeat it, and to refuse going on with something else."""
+"""Store the identity of a run in ``manifest.json`` beside its records, and refuse to resume it with other settings."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ VERSION = 1
 
 
 def claim(directory: Path, identity: Mapping[str, Any], session: Mapping[str, Any], *, resume: bool) -> None:
-    """Make a directory the place of a run, or find that it is this very run's. ConfigError, naming what differs, if it is not.
+    """Reserve a directory for a run, or verify that it holds this run. Raises ConfigError that lists the differences.
 
-    identity: what every record depends on. session: machine, versions and date of this start; each start of the run adds one.
+    identity: the settings that every record depends on. session: machine, versions and date of this start; each start
+    of the run adds one.
     """
     path = directory / FILE
     sessions = []
@@ -36,7 +37,7 @@ def claim(directory: Path, identity: Mapping[str, Any], session: Mapping[str, An
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """The manifest of a run. ConfigError if the directory holds none."""
+    """Return the manifest of a run. Raises ConfigError if the directory has none."""
     path = directory / FILE
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -50,7 +51,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 
 
 def _write(path: Path, manifest: Mapping[str, Any]) -> None:
-    """All or nothing: a killed run leaves the old manifest or the new one."""
+    """Write the manifest atomically: a killed run leaves the old or the new one."""
     fresh = path.with_name(f".{path.name}.new")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -65,12 +66,12 @@ def _write(path: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def _plain(value: Mapping[str, Any]) -> Any:
-    """As it looks after a file: tuples are lists."""
+    """Return the value as JSON would return it: tuples are lists."""
     return json.loads(json.dumps(value))
 
 
 def _differences(old: Any, new: Any, at: str = "") -> Iterator[str]:
-    """``model.digest was 'x' and is 'y'``, for each leaf that differs."""
+    """Return ``model.digest was 'x' and is 'y'`` for each leaf that differs."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in {**old, **new}:
             yield from _differences(old.get(key), new.get(key), f"{at}.{key}" if at else key)

@@ -1,4 +1,4 @@
-"""A figure per layer and head as a heat map."""
+"""Draw one figure per layer and head as a heat map."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from loopserve.bench.figures import figure, per_cent
 
 
 def head_map(values: Sequence[Sequence[float | None]], title: str, label: str) -> Any:
-    """A cell per layer (row) and head (column), its share written in it. label: what the colours mean. None leaves a cell empty."""
+    """Draw a cell per layer (row) and head (column) with its share as text.
+
+    label: meaning of the colours. None leaves a cell empty.
+    """
     layers, heads = len(values), max(len(row) for row in values)
     numbers = [[float("nan") if value is None else value for value in row] for row in values]
     drawn = figure(1.6 + 0.62 * heads, 1.4 + 0.5 * layers)

@@ -1,4 +1,4 @@
-"""A run as one page that needs no network: what was run, its tables, and its plots as SVG inside."""
+"""Write a run as one self-contained HTML page: settings, tables, and plots as embedded SVG."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ pre { background: #f6f6f6; padding: 1em; overflow-x: auto; font-size: 12px; }
 
 
 def described(run: Run) -> list[str]:
-    """What was run, on what, in a few lines."""
+    """Return the settings and the machine of a run in a few lines."""
     suite, model, settings, last = (*(run.identity[key] for key in ("suite", "model", "settings")), run.sessions[-1])
     limit = "all dialogues" if settings["limit"] is None else f"at most {settings['limit']} dialogues a task"
     lines = [
@@ -41,20 +41,20 @@ def described(run: Run) -> list[str]:
         + ", ".join(f"{name} {version or 'not installed'}" for name, version in run.identity["metrics"].items())
         + ".",
     ]
-    lines += [f"{task}: {said}" for task, found in suite["found"].items() for said in found]
+    lines += [f"{task}: {line}" for task, found in suite["found"].items() for line in found]
     if len({json.dumps([each["device"], each["versions"], each["commit"]]) for each in run.sessions}) > 1:
         lines.append("The run was resumed on another machine or with other versions: the manifest has all of them.")
     return lines
 
 
 def markdown(run: Run, by: Sequence[str] = ()) -> str:
-    """The tables for a document."""
-    said = "\n".join(f"- {line}" for line in described(run))
-    return "\n\n".join([said, *(table.markdown() for table in tables(run, by))]) + "\n"
+    """Return the tables as Markdown."""
+    heading = "\n".join(f"- {line}" for line in described(run))
+    return "\n\n".join([heading, *(table.markdown() for table in tables(run, by))]) + "\n"
 
 
 def page(run: Run, by: Sequence[str] = ()) -> str:
-    """The whole page; without matplotlib it has no plots, and says so."""
+    """Return the whole page. Without matplotlib it has a notice in place of the plots."""
     name = html.escape(f"{run.identity['suite']['name']}: {run.identity['model']['name']}")
     parts = [f"<h1>{name}</h1>", "<p>" + "<br>".join(html.escape(line) for line in described(run)) + "</p>"]
     parts += [_table(table) for table in tables(run, by)]
@@ -94,7 +94,7 @@ def _plots(run: Run) -> Iterator[tuple[str, Any]]:
 
 
 def _alphas(run: Run, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of stacks that differ in nothing but their prefill's alpha, each with it; ``family`` is the policy's name."""
+    """Return the rows of stacks that differ only in their prefill's alpha, each with its value; ``family`` is the policy's name."""
     swept: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         stack = run.identity["stacks"][row["stack"]]
@@ -103,14 +103,14 @@ def _alphas(run: Run, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             rest = {
                 key: value for key, value in stack["described"].items() if key not in ("name", "description", "prefill")
             }
-            others = [{**prefill, "alpha": None}, rest, stack.get("share")]  # all else must be alike
+            others = [{**prefill, "alpha": None}, rest, stack.get("share")]  # all other options must be equal
             alike = swept.setdefault(json.dumps(others, sort_keys=True), [])
             alike.append(row | {"alpha": prefill["alpha"], "family": prefill["policy"]})
     return [row for own in swept.values() if len({each["alpha"] for each in own}) > 1 for row in own]
 
 
 def _cells(records: Sequence[dict[str, Any]]) -> list[list[float | None]]:
-    """By layer and head, the mean share of cells computed; nothing where every turn was dense."""
+    """Return the mean share of computed cells by layer and head; empty if every turn was dense."""
     tables = [found for record in records if (found := record.get("cells_by_head"))]
     layers = sorted({int(layer) for found in tables for layer in found})
     means = []

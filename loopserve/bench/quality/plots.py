@@ -1,4 +1,4 @@
-"""Lines of a run: scores against what an answer costs, by turn, and over a setting. They take rows of ``summary.summarise``."""
+"""Plot scores against attended share, by turn, and over a setting, from rows of ``summary.summarise``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _COSTS: Mapping[Cost, str] = {
     "kv_share": "KV bytes read per output token, of dense's",
     "kv_share_with_observation": "KV bytes read per output token, observation included, of dense's",
 }
-_ACROSS = 2  # panels side by side: a page of 1,280 pixels holds no more that can be read
+_ACROSS = 2  # panels side by side: a page of 1,280 pixels holds no more legible ones
 _SHARES = frozenset({"coverage_realised", "prefill_tile_density", "score"})
 _SWEPT: Mapping[str, str] = {
     "coverage_realised": "realised coverage",
@@ -25,9 +25,9 @@ _SWEPT: Mapping[str, str] = {
 
 
 def score_by_cost(rows: Sequence[Record], cost: Cost) -> Any:
-    """A panel per question position, a line per policy through its budgets; dense is the dashed line.
+    """Draw a panel per question position and a line per policy through its budgets; dense is the dashed line.
 
-    rows: of ``summarise(records, "family", "stack", "position")``; those without position make a panel of their own.
+    rows: of ``summarise(records, "family", "stack", "position")``; rows without position get a panel of their own.
     """
     positions = list(dict.fromkeys(row["position"] for row in rows))
     families = list(dict.fromkeys(row["family"] for row in rows))
@@ -37,7 +37,7 @@ def score_by_cost(rows: Sequence[Record], cost: Cost) -> Any:
             own = [
                 row for row in rows if (row["family"], row["position"]) == (family, position) and row[cost] is not None
             ]
-            if own and all(row[cost] >= 0.9995 for row in own):  # it attends to everything: a level, not a point
+            if own and all(row[cost] >= 0.9995 for row in own):  # dense attends to every pair: a horizontal line
                 axes.axhline(own[0]["score"], color="black", linestyle=(0, (1, 2)), linewidth=1, label=family)
             elif own:
                 _errors(axes, sorted(own, key=lambda row: row[cost]), lambda row: row[cost], family, number)
@@ -51,7 +51,7 @@ def score_by_cost(rows: Sequence[Record], cost: Cost) -> Any:
 
 
 def score_by_turn(rows: Sequence[Record]) -> Any:
-    """A line per stack. rows: of ``summarise(records, "stack", "turn")``."""
+    """Draw a line per stack. rows: of ``summarise(records, "stack", "turn")``."""
     drawn = figure(6.5, 4.4)
     axes = drawn.subplots()
     for number, (stack, own) in enumerate(_by(rows, "stack").items()):
@@ -63,7 +63,7 @@ def score_by_turn(rows: Sequence[Record]) -> Any:
 
 
 def ttft_by_turn(rows: Sequence[Record]) -> Any:
-    """A line per stack, medians. rows: of ``summarise(records, "stack", "turn")``."""
+    """Draw a line of medians per stack. rows: of ``summarise(records, "stack", "turn")``."""
     drawn = figure(6.5, 4.4)
     axes = drawn.subplots()
     for number, (stack, own) in enumerate(_by(rows, "stack").items()):
@@ -77,9 +77,9 @@ def ttft_by_turn(rows: Sequence[Record]) -> Any:
 
 
 def sweep(rows: Sequence[Record], setting: str, by: str = "family") -> Any:
-    """A setting such as alpha against realised coverage, density, score and TTFT: a panel each, a line per ``by``.
+    """Plot coverage, density, score and TTFT against a setting such as alpha: one panel each, one line per ``by``.
 
-    rows: of ``summarise``, each with the setting's value under its name; panels that no row has a figure for are left out.
+    rows: of ``summarise``, each with the setting's value under its name. Panels without figures are omitted.
     """
     shown = [name for name in _SWEPT if any(row.get(name) is not None for row in rows)]
     drawn, panels = _panels(len(shown), 5.4, 3.8)
@@ -100,7 +100,7 @@ def sweep(rows: Sequence[Record], setting: str, by: str = "family") -> Any:
 
 
 def _errors(axes: Any, rows: Sequence[Record], place: Callable[[Record], float], label: str, number: int) -> None:
-    """A line with standard errors where they are known."""
+    """Draw a line, with standard errors where they are known."""
     spread = [row["score_se"] or 0.0 for row in rows]
     axes.errorbar(
         [place(row) for row in rows],
@@ -113,7 +113,7 @@ def _errors(axes: Any, rows: Sequence[Record], place: Callable[[Record], float],
 
 
 def _panels(count: int, width: float, height: float) -> tuple[Any, list[Any]]:
-    """A figure with that many panels, two side by side; each of that many inches."""
+    """Return a figure with that many panels, two side by side, each of the given size in inches."""
     across = min(count, _ACROSS)
     down = -(-count // across)
     drawn = figure(width * across, height * down)
@@ -129,7 +129,7 @@ def _turns(axes: Any, rows: Iterable[Record]) -> None:
 
 
 def _finish(axes: Any) -> None:
-    """Grid and names, once all is drawn and the limits are set."""
+    """Add the grid and the labels, after all lines are drawn and the limits are set."""
     axes.grid(alpha=0.3)
     label_ends(axes)
 

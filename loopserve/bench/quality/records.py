@@ -1,7 +1,8 @@
-"""Results of a run as lines of JSON: one line per sample, stack and turn, written sample by sample so that nothing is lost or doubled.
+"""Write and read the results of a run as JSON lines: one line per sample, stack and turn, appended sample by sample.
 
-A line has ``stack``, ``family``, ``digest``, ``task``, ``sample``, ``turn`` and ``turns`` (how many lines the sample has under the
-stack), and either ``error`` (``kind``: broken, failed, slow or refused; ``why``) or the turn's figures: see ``turn_record``.
+A line has ``stack``, ``family``, ``digest``, ``task``, ``sample``, ``turn`` and ``turns`` (the number of lines of the
+sample under the stack), and either ``error`` (``kind``: broken, failed, slow or refused; ``why``) or the turn's
+figures: see ``turn_record``.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def key_of(record: Record) -> Key:
 
 
 def error_record(stack: Record, task: str, sample: str, kind: Kind, why: str) -> Record:
-    """What stands for a sample that cannot be asked (broken) or failed under a stack, and for a stack that the model refused.
+    """Return the record of a broken sample, of one that failed under a stack, or of a stack that the model refused.
 
     stack: the fields ``stack``, ``family`` and ``digest``.
     """
@@ -61,14 +62,15 @@ def error_record(stack: Record, task: str, sample: str, kind: Kind, why: str) ->
 
 
 def is_asked_again(record: Record) -> bool:
-    """Return whether a resumed run asks this sample again: a policy took too long, which the machine may be the reason for."""
+    """Return whether a resumed run asks this sample again: a policy exceeded the time limit, possibly because of the machine."""
     return "error" in record and record["error"]["kind"] == "slow"
 
 
 def turn_record(turn: AskedTurn, answered: Answered) -> Record:
-    """What a turn asked and what its answer took, in figures of ``TurnStats``.
+    """Return the record of a turn: question, score, and figures of ``TurnStats``.
 
-    ``attended_pairs`` is per step and layer, summed over KV heads; ``kv_bytes_per_token`` includes scoring and summaries.
+    ``attended_pairs`` is per step and layer, summed over KV heads; ``kv_bytes_per_token`` includes scoring and
+    summaries.
     """
     stats = answered.stats.as_dict()
     return {
@@ -84,7 +86,7 @@ def turn_record(turn: AskedTurn, answered: Answered) -> Record:
 
 
 def _cells_by_head(stats: TurnStats) -> dict[str, list[float | None]]:
-    """By layer, the share of the causal cells that each head computed; empty for a dense prefill."""
+    """Return per layer the share of the causal cells that each head computed; empty for a dense prefill."""
     return {
         str(layer): [None if value is None else round(value, 3) for value in figures["prefill_cell_density"]]
         for layer, figures in stats.head_figures().items()
@@ -93,10 +95,10 @@ def _cells_by_head(stats: TurnStats) -> dict[str, list[float | None]]:
 
 
 class RecordFile:
-    """The file of a run that is being written; one process at a time."""
+    """Append to the file of a run, from one process at a time."""
 
     def __init__(self, path: Path) -> None:
-        """Opens the file, and takes away what a killed run left unfinished at its end. ConfigError if another process has it."""
+        """Open the file and remove an incomplete sample at its end. Raises ConfigError if another process has it open."""
         self.path = path
         try:
             self._file = path.open("a+b")
@@ -111,7 +113,7 @@ class RecordFile:
             raise
 
     def append(self, records: Sequence[Record]) -> None:
-        """Add all lines of one sample under one stack; they are on the disk when this returns."""
+        """Append all lines of one sample under one stack, and flush them to disk."""
         lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         try:
             self._file.write(lines.encode())
@@ -128,7 +130,10 @@ class RecordFile:
 
 
 def read_records(path: Path) -> list[Record]:
-    """All complete samples of a file, which a run may still be writing. ConfigError, with the line, for what is no record."""
+    """Return all complete samples of a file, which a run may still be writing.
+
+    Raises ConfigError, with the line, for an invalid record.
+    """
     try:
         return _read(path)[0]
     except OSError as error:
@@ -136,14 +141,14 @@ def read_records(path: Path) -> list[Record]:
 
 
 def turns(records: Iterable[Record]) -> Iterator[Record]:
-    """The records of turns that were asked and scored."""
+    """Return the records of turns that were asked and scored."""
     return (record for record in records if "error" not in record and record["score"] is not None)
 
 
 def _read(path: Path) -> tuple[list[Record], int]:
-    """Return the complete samples of a file, and how many bytes they take. Only the last sample may be cut off.
+    """Return the complete samples of a file and their length in bytes. Only the last sample may be incomplete.
 
-    Of a sample that was asked again, only what it gave the last time.
+    Of a sample that was asked again, only the last try counts.
     """
     lines = path.read_bytes().splitlines(keepends=True)
     found: list[tuple[Record, int]] = []  # with the length of its line
@@ -171,7 +176,7 @@ def _read(path: Path) -> tuple[list[Record], int]:
 
 
 def _sample_of(line: tuple[Record, int]) -> tuple[Key, int]:
-    """Tell lines of two samples apart; one that is asked again stands before its next try, and is no part of it."""
+    """Return the key of a line's sample. A sample that is asked again precedes its next try and is not part of it."""
     record = line[0]
     return key_of(record), id(record) if is_asked_again(record) else 0
 
@@ -191,7 +196,7 @@ def _parsed(line: bytes) -> Record | None:
 
 
 def _lock(descriptor: int, path: Path) -> None:
-    """Keep the file for this process as long as it is open; the system lets go of it when the process ends, however it ends."""
+    """Lock the file for this process while it is open. The system releases the lock when the process ends."""
     try:
         import fcntl
     except ImportError:  # not a Unix

@@ -1,4 +1,4 @@
-"""A quality run as it lies in a directory or in memory: its manifest and its records."""
+"""Hold a quality run, from a directory or from memory: its manifest and its records."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from loopserve.core.errors import ConfigError, did_you_mean
 
 @dataclass(frozen=True)
 class Run:
-    """identity: what the records depend on. sessions: machine, versions and date of each start, in order."""
+    """Hold a run. identity: settings that the records depend on. sessions: machine, versions and date of each start, in order."""
 
     identity: Mapping[str, Any]
     sessions: list[Mapping[str, Any]]
@@ -22,11 +22,11 @@ class Run:
 
     @property
     def stacks(self) -> list[str]:
-        """Names of the contestants, in the order they were asked."""
+        """Return the names of the contestants, in the order they were asked."""
         return list(self.identity["lineup"])
 
     def of_stack(self, name: str) -> list[Record]:
-        """The records of one contestant. ConfigError if it took no part."""
+        """Return the records of one contestant. Raises ConfigError if it did not take part."""
         if name not in self.stacks:
             raise ConfigError(f"the run has no stack {name!r}{did_you_mean(name, self.stacks)}")
         return [record for record in self.records if record["stack"] == name]
@@ -37,7 +37,7 @@ _NEEDED = {"suite", "model", "lineup", "stacks", "settings", "metrics"}
 
 
 def open_run(directory: Path) -> Run:
-    """A run from its directory, finished or not. ConfigError if there is none."""
+    """Return a run from its directory, finished or not. Raises ConfigError if there is none."""
     found = manifest.read_manifest(directory)
     identity = found.get("identity")
     if not found.get("sessions") or not isinstance(identity, dict) or _NEEDED - identity.keys():

@@ -1,4 +1,4 @@
-"""Asks the dialogues of a suite under several stacks, one dialogue after another, all stacks on each. From Python::
+"""Run the dialogues of a suite under several stacks: one dialogue after another, all stacks on each. From Python::
 
     run = run_suite(
         load_suite("synthetic-small"),      # quality.suite; or a QualitySuite made in Python
@@ -11,7 +11,7 @@
     )
     run.records                             # one dict per dialogue, stack and turn: quality.records
 
-``Examiner`` beneath it asks samples of any ``Task`` under any contestants and yields the records as they come.
+``Examiner`` asks samples of any ``Task`` under any contestants and yields the records as they are produced.
 """
 
 from __future__ import annotations
@@ -50,16 +50,16 @@ from loopserve.core.stack.stack import PolicyStack
 from loopserve.models.digest import model_digest
 from loopserve.models.loading import load
 
-_ACKNOWLEDGEMENT = "ok ."  # the answer to a turn that asks nothing, in either kind of history
-_NOBODY = {"stack": "", "family": "", "digest": ""}  # in whose name broken samples are recorded
+_ACKNOWLEDGEMENT = "ok ."  # the answer to a turn without a question, in either kind of history
+_NOBODY = {"stack": "", "family": "", "digest": ""}  # the stack name in records of broken samples
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How a suite is asked.
+    """Hold the options of a run.
 
-    limit: dialogues of each task. history: what later turns build on. agreement: compare with dense, which then takes part.
-    coverage: measure realised coverage.
+    limit: dialogues of each task. history: answers that later turns build on. agreement: compare with dense, which then
+    takes part. coverage: measure realised coverage.
     """
 
     limit: int | None = None
@@ -71,7 +71,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Step:
-    """Progress: dialogues asked, each stack by itself, of those that this start has to ask; and the last one."""
+    """Report progress: dialogues asked, counted per stack, of those that this start has to ask; and the last one."""
 
     done: int
     total: int
@@ -85,17 +85,19 @@ Progress = Callable[[Step], None]
 
 @dataclass(frozen=True)
 class _Dense:
-    """What dense said in one turn, and its distributions along the gold answer."""
+    """Hold dense attention's answer in one turn, and its distributions along the gold answer."""
 
     answered: Answered
     distributions: Distributions
 
 
 class Examiner:
-    """Asks samples under each contestant of a model. A contestant that the model cannot run is recorded once and left out."""
+    """Ask samples under each contestant of a model. A contestant that the model cannot run is recorded once and left out."""
 
     def __init__(self, engine: Engine, lineup: Sequence[Contestant], settings: Settings) -> None:
-        """engine: model and tokenizer; its own stack does not matter. lineup: dense is put first, and added for agreement."""
+        """Prepare a run. engine: model and tokenizer; its own stack is not used. lineup: dense is put first, and added
+        for agreement.
+        """
         self.engine = engine
         self.settings = settings
         self.lineup = _dense_first(lineup, settings.agreement)
@@ -111,9 +113,9 @@ class Examiner:
     def run(
         self, tasks: Sequence[Task], done: Container[Key] = frozenset(), progress: Progress | None = None
     ) -> Iterator[list[Record]]:
-        """The records of each sample and contestant, all turns together, as soon as they are there.
+        """Yield the records of each sample and contestant, all turns together, as soon as they are complete.
 
-        done: what was recorded before; it is not asked again.
+        done: records of earlier starts, which are not asked again.
         """
         for record in self.refused:
             if key_of(record) not in done:
@@ -129,7 +131,7 @@ class Examiner:
                         progress(Step(count, total, task.name, sample.id, records[0]["stack"]))
 
     def _check(self, tasks: Sequence[Task], done: Container[Key]) -> int:
-        """How much there is to do. ConfigError, before anything is asked, for a metric that cannot be computed."""
+        """Return the number of dialogues to ask. Raises ConfigError for a metric that cannot be computed."""
         waiting = 0
         used: set[str] = set()
         for task in tasks:
@@ -144,7 +146,7 @@ class Examiner:
         return task.samples(self.settings.limit, self.settings.seed)
 
     def _waiting(self, sample: Sample | BrokenSample, done: Container[Key]) -> list[Contestant | None]:
-        """Who is still to be asked; None stands for the one record of a broken sample."""
+        """Return the contestants still to be asked; None stands for the one record of a broken sample."""
         if isinstance(sample, BrokenSample):
             return [None] if ("", "", sample.task, sample.id) not in done else []
         return [each for each in self._able if (each.name, each.digest, sample.task, sample.id) not in done]
@@ -168,9 +170,7 @@ class Examiner:
                     {**self._score(turn, answered), "agreement": _agreement(answered, dense[number] if dense else None)}
                     for number, (turn, answered) in enumerate(zip(fitted.turns, answers, strict=True))
                 ]
-            except (
-                Exception
-            ) as error:  # whatever a plugin's policy, a kernel or a full memory raises must not end the run
+            except Exception as error:  # errors of a plugin's policy, a kernel or a full memory must not end the run
                 if each in waiting:
                     kind: Kind = "slow" if isinstance(error, PolicyFault) and error.fault is Fault.SLOW else "failed"
                     yield [error_record(each.fields(), sample.task, sample.id, kind, _one_line(error))]
@@ -206,7 +206,7 @@ class Examiner:
         return fit(sample, tokenizer.answer_tokens, tokenizer.decode, limit - 1)[0]
 
     def _lengths(self, sample: Sample) -> tuple[list[int], list[int]]:
-        """Tokens of the conversation at each scored answer, and of the gold answer itself; without the template's."""
+        """Return the tokens of the conversation at each scored answer, and of each gold answer, without those of the template."""
         count = self.engine.tokenizer.answer_tokens
         lengths, answers, length = [], [], 0
         for turn in sample.turns:
@@ -246,9 +246,10 @@ def run_suite(
     dtype: str = "auto",
     progress: Progress | None = None,
 ) -> Run:
-    """Ask a suite; what is not given here is the suite's. With a directory, a run killed at any moment goes on with ``resume``.
+    """Run a suite. Arguments that are not given come from the suite. With a directory, ``resume`` continues a killed run.
 
-    ConfigError before anything is asked for unknown stacks, tasks and metrics, and for a directory that is another run's.
+    Raises ConfigError before anything is asked for unknown stacks, tasks and metrics, and for a directory of another
+    run.
     """
     lineup = contestants(
         [load_stack(each) for each in stacks or suite.stacks], suite.attended if attended is None else attended
@@ -311,7 +312,7 @@ def _gold(turn: AskedTurn) -> str:
 
 
 def _agreement(answered: Answered, dense: _Dense | None) -> Record | None:
-    """First token and answer as dense's? KL to dense in nats at each token of the gold answer: mean and greatest."""
+    """Return whether the first token and the answer equal dense's, and mean and maximum KL to dense in nats on the gold answer."""
     if dense is None or not answered.tokens:
         return None
     found: Record = {
@@ -325,5 +326,5 @@ def _agreement(answered: Answered, dense: _Dense | None) -> Record | None:
 
 
 def _one_line(error: Exception) -> str:
-    said = "; ".join(line for line in str(error).splitlines() if line.strip())
-    return said if isinstance(error, LoopServeError) else f"{type(error).__name__}: {said.partition('; ')[0]}"
+    message = "; ".join(line for line in str(error).splitlines() if line.strip())
+    return message if isinstance(error, LoopServeError) else f"{type(error).__name__}: {message.partition('; ')[0]}"

@@ -1,4 +1,4 @@
-"""What a quality run asks, read from YAML: ``loopserve/bench/suites/*.yaml`` or a file of one's own.
+"""Read quality suites from YAML: ``loopserve/bench/suites/*.yaml`` or a user's file.
 
 version: 1
 name: mine
@@ -24,7 +24,7 @@ from loopserve.core.errors import ConfigError, did_you_mean
 
 
 class QualitySuite(BaseModel):
-    """A suite file; command-line options of the same names replace what it says."""
+    """Hold a suite file. Command-line options of the same names replace its values."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -44,19 +44,19 @@ class QualitySuite(BaseModel):
 
 @runtime_checkable
 class Found(Protocol):
-    """A task that had to find out what its data hold, and tells."""
+    """Describe a task that inspects its data and reports the result."""
 
     def report(self) -> list[str]: ...
 
 
 def load_suite(spec: str) -> QualitySuite:
-    """A suite by name or file. ConfigError, one line a mistake, for what is no quality suite."""
+    """Return a suite by name or file. Raises ConfigError, one line per mistake, for an invalid suite."""
     document = read_suite(spec, SuiteKind.QUALITY)
     return document.parse(QualitySuite, known_options=lambda at: None if at else list(QualitySuite.model_fields))
 
 
 def with_source(suite: QualitySuite, source: str) -> QualitySuite:
-    """The suite with every task that reads data reading it from ``source``. ConfigError if none does."""
+    """Return the suite with ``source`` set for every task that reads data. Raises ConfigError if no task does."""
     reading = {name for name, kind in known_tasks().items() if "source" in kind.options.model_fields}
     if not any(entry.get("task") in reading for entry in suite.tasks):
         raise ConfigError(f"--source {source}: suite {suite.name!r} has no task that reads data")
@@ -65,16 +65,16 @@ def with_source(suite: QualitySuite, source: str) -> QualitySuite:
 
 
 def suite_tasks(suite: QualitySuite, only: Sequence[str] = ()) -> list[Task]:
-    """The tasks of a suite, or those named. ConfigError for wrong options and for names it does not have."""
+    """Return the tasks of a suite, or those named. Raises ConfigError for wrong options and for unknown names."""
     named = [str(entry.get("name") or entry.get("task")) for entry in suite.tasks]
     for name in only:
         if name not in named:
             raise ConfigError(f"suite {suite.name!r} has no task {name!r}{did_you_mean(name, named)}")
-    # Only those asked for are made: the data of the others need not be there.
+    # Only selected tasks are made: the data of the others need not be present.
     return make_tasks([entry for name, entry in zip(named, suite.tasks, strict=True) if not only or name in only])
 
 
 def suite_digest(suite: QualitySuite, tasks: Iterable[Task]) -> str:
-    """Equal for suites that ask the same: names and versions of the tasks, and their options."""
+    """Return a digest that is equal for suites with equal tasks: names, versions and options."""
     asked = [[task.name, task.version] for task in tasks]
     return hashlib.sha256(json.dumps([suite.tasks, asked], sort_keys=True).encode()).hexdigest()[:16]

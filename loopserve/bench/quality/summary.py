@@ -1,4 +1,4 @@
-"""Records summed up: one row of figures for each group of turns (by stack, task, position, turn, or any label of the tasks)."""
+"""Aggregate records into one row of figures per group of turns (by stack, task, position, turn, or any label of the tasks)."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ _TURN = ("reselected_steps", "fallbacks", "store_bytes", "active_bytes")
 
 
 def summarise(records: Iterable[Record], *by: str) -> list[Record]:
-    """One row per combination of ``by``, in the order of appearance: its values, ``dialogues``, ``turns`` and all figures.
+    """Return one row per combination of ``by``, in order of appearance: its values, ``dialogues``, ``turns`` and all figures.
 
-    Scores and agreement come with ``_se``, their standard error. Densities weigh by the pairs dense attention would compute, figures
-    of decoding by steps; times are medians. A figure that no turn has is None.
+    Scores and agreement have a standard error under ``_se``. Densities are weighted by the pairs that dense attention
+    would compute, decode figures by steps. Times are medians. A figure that no turn has is None.
     """
     groups: dict[tuple[Any, ...], list[Record]] = {}
     for record in turns(records):
@@ -40,13 +40,13 @@ def summarise(records: Iterable[Record], *by: str) -> list[Record]:
 
 
 def group_of(record: Record, name: str) -> Any:
-    """What a turn is grouped by: a field of the record, or one of the task's labels."""
+    """Return the value of a record's field, or of one of the task's labels."""
     value = record[name] if name in record else record["labels"].get(name)
     return ", ".join(map(str, value)) if isinstance(value, list) else value
 
 
 def agreed(name: str) -> Callable[[Record], float | None]:
-    """The value of one figure of the agreement with dense."""
+    """Return one figure of the agreement with dense."""
 
     def value(record: Record) -> float | None:
         found = (record["agreement"] or {}).get(name)
@@ -86,7 +86,7 @@ def _weighted(records: Iterable[Record], name: str, weigh: Callable[[Record], in
 
 def _causal_pairs(record: Record) -> int:
     new, old = int(record["prompt_tokens"]), int(record["reused_tokens"])
-    if old:  # the last answer's last token is computed with the turn
+    if old:  # the last token of the previous answer is computed with the turn
         new, old = new + 1, old - 1
     return new * old + new * (new + 1) // 2
 

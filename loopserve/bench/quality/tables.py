@@ -1,4 +1,4 @@
-"""The tables of a run, as text cells that the terminal, Markdown and the page show alike."""
+"""Make the tables of a run as text cells for the terminal, Markdown and the HTML page."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _NONE = "-"
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of text under columns; the first column names the row."""
+    """Hold rows of text under columns; the first column names the row."""
 
     title: str
     columns: tuple[str, ...]
@@ -35,8 +35,9 @@ GROUPS = ("task", "position", "turn")
 
 
 def tables(run: Run, by: Sequence[str] = (), *, times: bool = True) -> list[Table]:
-    """All tables of a run that have something to say. by: labels of the tasks to break scores down by. times: with those that no two
-    runs have alike.
+    """Return all tables of a run that are not empty. by: labels of the tasks to group scores by. times: include measured times.
+
+    Times differ between two runs of the same settings.
     """
     asked = list(turns(run.records))
     found = [_answers(asked)] if asked else []
@@ -52,7 +53,7 @@ def tables(run: Run, by: Sequence[str] = (), *, times: bool = True) -> list[Tabl
 
 
 def scores(records: Sequence[Record], *across: str) -> Table:
-    """Scores of each stack (rows) by one or two groupings (columns), with standard errors."""
+    """Return scores of each stack (rows) by one or two groupings (columns), with standard errors."""
     groups = _ordered({tuple(group_of(record, name) for name in across) for record in records})
     cells = {
         (row["stack"], *(row[name] for name in across)): plus_minus(row["score"], row["score_se"])
@@ -64,7 +65,7 @@ def scores(records: Sequence[Record], *across: str) -> Table:
 
 
 def problems(run: Run) -> Table:
-    """How many samples could not be asked, failed under a stack, or were cut to the model's window; which stacks were refused."""
+    """Return counts of broken, failed and truncated samples, and of refused stacks."""
     counted: Counter[tuple[str, str, str]] = Counter()
     for record in run.records:
         if "error" in record:
@@ -77,7 +78,7 @@ def problems(run: Run) -> Table:
 
 
 def plus_minus(value: float | None, error: float | None) -> str:
-    """A share in %, with its standard error."""
+    """Return a share in %, with its standard error."""
     return _NONE if value is None else f"{100 * value:.1f}" + ("" if error is None else f" ± {100 * error:.1f}")
 
 
@@ -98,7 +99,7 @@ def _answers(records: Sequence[Record]) -> Table:
 
 
 def _parts(records: Sequence[Record]) -> Table:
-    """Share of right parts by their place in the answer."""
+    """Return the share of correct parts by their place in the answer."""
     most = max(len(record["parts"] or ()) for record in records)
     rows = []
     for stack in _stacks(records):
@@ -163,7 +164,7 @@ def _times(records: Sequence[Record]) -> Table:
 
 
 def _by_stack(title: str, records: Sequence[Record], columns: dict[str, Cell], note: str) -> Table:
-    """A row per stack; columns that have no value anywhere are left out."""
+    """Return a row per stack. Columns without any value are left out."""
     rows = [(row["stack"], *(cell(row) for cell in columns.values())) for row in summarise(records, "stack")]
     names = ("stack", *columns)
     kept = [at for at in range(len(names)) if any(row[at] != _NONE for row in rows)]
@@ -175,7 +176,7 @@ def _stacks(records: Iterable[Record]) -> list[str]:
 
 
 def _ordered(groups: set[tuple[object, ...]]) -> list[tuple[object, ...]]:
-    """By value; positions as they stand in a text."""
+    """Return the values in order: numbers ascending, positions as they occur in a text."""
     rank = {"begin": 0, "middle": 1, "end": 2}
 
     def key(group: tuple[object, ...]) -> list[tuple[int, float, str]]:

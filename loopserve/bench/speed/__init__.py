@@ -1,1 +1,1 @@
-"""How fast: operations and whole models in paired runs beside dense attention (`bench kernels|decode|prefill|engine|guard`)."""
+"""Time operations and whole models in paired runs beside dense attention (`bench kernels|decode|prefill|engine|guard`)."""

@@ -1,5 +1,6 @@
-"""Are the operations right inside a running model? The first calls of each are repeated by the reference in float64, on
-the newest rows where all would take too long.
+"""Verify operations inside a running model: repeat the first calls of each by the reference in float64.
+
+Only the newest rows are repeated where all rows would take too long.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from loopserve.kernels.backend import Operation
 from loopserve.kernels.line_scores.reference import row_probabilities
 from loopserve.kernels.vertical_slash.reference import line_mask
 
-_IMPLEMENTATION = Operation.implementation  # as it is when nobody watches which one is asked for
+_IMPLEMENTATION = Operation.implementation  # the backend's own method, before a recorder replaces it
 _CALLS = 2  # calls per operation that are repeated
 _ROWS = 16  # newest rows of a call that are compared
 _BY_ROWS = frozenset({"dense_attention", "decode_attention", "vertical_slash", "line_scores"})
@@ -26,7 +27,7 @@ _WHOLE = frozenset({"token_scores"})
 
 @dataclass
 class Audit:
-    """Largest relative error of a row by operation, and what is wrong."""
+    """Hold the largest relative error of a row by operation, and the problems found."""
 
     errors: dict[str, float] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
@@ -39,7 +40,7 @@ class Audit:
 
 @contextmanager
 def audited() -> Iterator[Audit]:
-    """Audit every operation called inside the block; slow, so nothing is timed in it."""
+    """Verify every operation called inside the block. This is slow, so nothing is timed in it."""
     found, counts = Audit(), dict[str, int]()
     call = Operation.__call__
 
@@ -81,7 +82,7 @@ def _judge(operation: Operation, audit: Audit, result: Any, args: tuple[Any, ...
 
 
 def _newest(name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The arguments for the newest rows only: queries, and where they stand."""
+    """Return the arguments for the newest rows only: queries and their positions."""
     queries, keys, *rest = args
     if name == "line_scores":
         rest = [rest[0][-_ROWS:], *rest[1:]]
@@ -98,7 +99,7 @@ def _double(value: Any) -> Any:
 
 
 def _judge_choice(audit: Audit, result: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
-    """The mass that it says it covers in the first KV head's rows must be what its lines hold of them, by the reference."""
+    """Compare the coverage that a choice of lines states with the mass of its lines in the first KV head's rows."""
     (queries, keys, columns, _), (chosen, covered, *_) = args, result
     group = queries.shape[0] // keys.shape[0]
     first_valid = options["first_valid"]
@@ -116,7 +117,7 @@ def _judge_choice(audit: Audit, result: Any, args: tuple[Any, ...], options: dic
 
 
 def _judge_selection(audit: Audit, result: Any, probabilities: Tensor, options: dict[str, Any]) -> None:
-    """The weighted mass that it says it covers must be what was asked for; the greedy itself would take minutes."""
+    """Verify that the stated coverage reaches the target. The greedy selection is not repeated: it would take minutes."""
     covered, weights = result[1].double(), options["row_weights"].double()
     whole = (probabilities.double().sum(-1) * weights).sum(-1)
     missing = float((options["alpha"] - (covered * weights).sum(-1) / whole.clamp(min=1e-30)).clamp(min=0).max())

@@ -1,7 +1,7 @@
-"""Dense attention as a user gets it from torch: the sides that our operations are compared with.
+"""Time torch's dense attention on a CPU, as the baseline of our operations.
 
-CPU: ``scaled_dot_product_attention`` in float32 and bfloat16; new tokens after a history are split into past (no mask)
-and own block (causal), joined by their log-sum-exps, which beats a mask. GPU: see ``bench.gpu``.
+``scaled_dot_product_attention`` runs in float32 and bfloat16. New tokens after a history are split into past (no mask)
+and own block (causal), joined by their log-sum-exps, which is faster than a mask. For GPUs see ``speed.gpu``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _CPU_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def sdpa(heads: Heads, dtypes: tuple[torch.dtype, ...] = _CPU_DTYPES) -> dict[str, Callable[[], object]]:
-    """By name, every way to compute the causal block of ``heads`` densely on a CPU with torch's SDPA."""
+    """Return by name every way to compute the causal block of ``heads`` densely with torch's SDPA on a CPU."""
     found: dict[str, Callable[[], object]] = {}
     rows, total = heads.queries.shape[1], heads.keys.shape[1]
     for dtype in dtypes:
@@ -49,7 +49,7 @@ def _split(queries: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Ten
 
 
 def eager_step(heads: Heads, dtype: torch.dtype) -> Callable[[], object]:
-    """One decode step by two matrix products and a softmax, which beats bfloat16 SDPA on some CPUs."""
+    """Run one decode step by two matrix products and a softmax, which is faster than bfloat16 SDPA on some CPUs."""
     cast = heads.to(dtype)
     rows = cast.queries.reshape(cast.keys.shape[0], -1, cast.queries.shape[2])
     return lambda: torch.softmax(rows @ cast.keys.transpose(1, 2) * cast.scaling, -1) @ cast.values
@@ -58,11 +58,11 @@ def eager_step(heads: Heads, dtype: torch.dtype) -> Callable[[], object]:
 def fastest(
     candidates: dict[str, Callable[[], object]], scale: float, clock: Clock
 ) -> tuple[str, Runner, dict[str, float]]:
-    """(name of the fastest, its runner, scaled milliseconds of each): every candidate is tried once, warm."""
+    """Return the name of the fastest, its runner, and scaled milliseconds of each. Every candidate is tried once, warm."""
     tried = {}
     for name, run in candidates.items():
         seconds = clock(run)
-        # A second try decides where it costs nothing; long runs are warm after their first tile.
+        # Short runs are tried a second time; long ones are warm after their first tile.
         tried[name] = (min(seconds, clock(run)) if seconds < 1.0 else seconds) * scale * 1e3
     best = min(tried, key=tried.__getitem__)
     return best, Runner(candidates[best], scale), tried

@@ -1,4 +1,4 @@
-"""Measure what sharing forward passes brings: decode throughput of several sessions, and the wait of a short prompt."""
+"""Measure shared forward passes: decode throughput of several sessions, and the waiting time of a short prompt."""
 
 from __future__ import annotations
 
@@ -36,10 +36,11 @@ def run_batch_bench(
     dtype: str = "auto",
     progress: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Return a row per stack and number of sessions: milliseconds per output token in shared passes and one session after another.
+    """Return a row per stack and number of sessions: milliseconds per output token in shared passes and one by one.
 
-    Every session has ``history`` tokens and answers a short message with ``output_tokens`` tokens; only decode steps are timed. Both
-    sides of a run are measured in one process, in turn. ``ratio`` is one after another to shared: above 1 sharing is faster.
+    Every session has ``history`` tokens and answers a short message with ``output_tokens`` tokens. Only decode steps
+    are timed. Both sides of a run are measured in one process, in turn. ``ratio`` is sequential to shared time: above 1
+    sharing is faster.
     """
     loaded = _model(model, history + output_tokens + 64, dtype)
     rows = []
@@ -63,7 +64,10 @@ def run_wait_bench(
     dtype: str = "auto",
     progress: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Return one row: time to first token of a short prompt alone, and beside the prefill of a long one, at ``runs`` places of it."""
+    """Return one row: time to first token of a short prompt alone, and beside the prefill of a long one.
+
+    The short prompt arrives at ``runs`` positions of the long prefill.
+    """
     loaded = _model(model, prompt + short + 64, dtype)
     engine = TokenEngine(TransformersModel(loaded), load_stack(stack))
     sampling = SamplingConfig(max_new_tokens=2)
@@ -102,7 +106,7 @@ def run_wait_bench(
 
 
 def _first_token(scheduler: Scheduler, session: Session, ids: list[int]) -> float:
-    """Seconds until a prompt's first token, the pass that is about to run included."""
+    """Return seconds until a prompt's first token, including the pass that is about to run."""
     started = time.perf_counter()
     request = scheduler.submit(session, ids, SamplingConfig(max_new_tokens=1))
     while not request.output:
@@ -177,7 +181,7 @@ def _model(name: str, positions: int, dtype: str) -> Any:
 
 
 def _held(engine: TokenEngine, model: Any, history: int) -> Session:
-    """A session of ``history`` tokens after one answered turn, so that what policies keep over turns is there."""
+    """Return a session of ``history`` tokens after one answered turn, so that policies hold their state across turns."""
     session = engine.session()
     list(engine.generate(session, _prompt(model, history - 2, 0), SamplingConfig(max_new_tokens=2)))
     return session

@@ -1,4 +1,4 @@
-"""What a benchmark of operations compares: one thing to run, how to tell that it is right, and what its row says of it."""
+"""Define benchmark cases of operations: the timed call, its check, and the fields of its row."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class Candidate:
-    """One operation on one case's tensors.
+    """Hold one operation on one case's tensors.
 
-    run: the timed call. check: judges what ``run`` gave. pattern: densities of what it computed, from what it gave.
-    parts: the operations whose implementations the row names. scale: what a measured time counts.
+    run: the timed call. check: verifies the result of ``run``. pattern: densities computed from the result. parts:
+    operations whose implementations the row names. scale: factor from measured to reported time.
     """
 
     op: str
@@ -36,16 +36,16 @@ class Candidate:
     pattern: Callable[[Any], Row | None] = lambda _: None
     scale: float = 1.0
     impl: str | None = None  # None = ask the backend
-    lines: tuple[Heads, LinePattern] | None = None  # what is attended to, for a rival to do the same
+    lines: tuple[Heads, LinePattern] | None = None  # the attended pairs, so that a rival attends to the same ones
     fields: Row = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Case:
-    """One set of tensors: who competes on it, and the dense attention that all are compared with.
+    """Hold one set of tensors, its candidates, and the dense attention that all are compared with.
 
-    dense: the block that baselines compute, float32, on as many heads as they are run on; ``dense_scale`` makes its time
-    that of all heads. own_dense: our dense attention on it, by dtype.
+    dense: the block that baselines compute, float32, on the heads they are run on; ``dense_scale`` scales its time to
+    all heads. own_dense: our dense attention on it, by dtype.
     """
 
     shape: Row
@@ -58,40 +58,40 @@ class Case:
 
 
 class Target(Protocol):
-    """A kind of device: its clock, and the dense attention that torch offers there."""
+    """Define a kind of device: its clock, and torch's dense attention on it."""
 
     device: str
 
     def clock(self, run: Callable[[], object]) -> float:
-        """Seconds of one call."""
+        """Return seconds of one call."""
 
     def dense(self, heads: Heads, dtypes: tuple[torch.dtype, ...]) -> dict[str, Callable[[], object]]:
-        """Every way torch has to compute the block densely, by name."""
+        """Return by name every way of torch to compute the block densely."""
 
     def rivals(self, case: Case) -> list[Candidate]:
-        """What others offer for the same patterns, measured beside our own."""
+        """Return other libraries' operations for the same patterns, timed beside ours."""
 
 
 def described(pattern: AttentionPattern) -> Row:
-    """Densities and lines of a pattern, means over heads, and the densest head."""
+    """Return densities and line counts of a pattern, means over heads, and the density of the densest head."""
     cells, tiles = pattern.cell_density(), pattern.tile_density()
-    said: Row = {
+    fields: Row = {
         "cell_density": float(cells.mean()),
         "tile_density": float(tiles.mean()),
         "tile_density_most": float(tiles.max()),
     }
     if isinstance(pattern, LinePattern):
-        said["verticals_per_head"] = float(pattern.verticals.sum(1).float().mean())
-        said["slashes_per_head"] = float(pattern.slashes.sum(1).float().mean())
+        fields["verticals_per_head"] = float(pattern.verticals.sum(1).float().mean())
+        fields["slashes_per_head"] = float(pattern.slashes.sum(1).float().mean())
         assert pattern.dense_heads is not None
-        said["dense_heads"] = int(pattern.dense_heads.sum())
+        fields["dense_heads"] = int(pattern.dense_heads.sum())
     if isinstance(pattern, BlockPattern):
-        said["tile"] = pattern.tile
-    return said
+        fields["tile"] = pattern.tile
+    return fields
 
 
 def as_call(heads: Heads) -> AttentionInputs:
-    """One layer's prefill call with these heads, as the engine would hand it to a sparsifier."""
+    """Return one layer's prefill call with these heads, as the engine passes it to a sparsifier."""
     query_heads, new, dim = heads.queries.shape
     kv_heads, total = heads.keys.shape[:2]
     device = heads.keys.device
@@ -115,7 +115,7 @@ def as_call(heads: Heads) -> AttentionInputs:
 
 
 def preset_sparsifier(alpha: float) -> LoopServePrefill:
-    """The preset ``loopserve`` with another alpha, and no shape too short for it."""
+    """Return the sparsifier of the preset ``loopserve`` with another alpha and without a lower length limit."""
     preset = load_stack("loopserve").prefill
     assert isinstance(preset, LoopServePrefill)
     changed = {"alpha": alpha, "min_new_tokens": 0, "min_total_tokens": 0}

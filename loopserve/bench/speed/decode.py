@@ -1,4 +1,4 @@
-"""``loopserve bench decode``: milliseconds per output token after a long history, re-scoring included."""
+"""Measure ``loopserve bench decode``: milliseconds per output token after a long history, re-scoring included."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from loopserve.bench.speed.sides import EngineSide, PlainSide, SharedModel
 from loopserve.bench.speed.suite import Decode, Dtype, Suite, cases
 
 Progress = Callable[[str], None]
-_WATCHED_OUTPUTS = 17  # one interval of the presets: enough for shares
-_GROWING_OUTPUTS = 4  # copies the whole cache at every step: a few steps say it
+_WATCHED_OUTPUTS = 17  # one interval of the presets suffices for shares
+_GROWING_OUTPUTS = 4  # it copies the whole cache at every step, so a few steps suffice
 
 
 def run_decode(
     suite: Suite, *, device: str = "cpu", runs: int | None = None, progress: Progress = lambda _: None
 ) -> Iterator[Row]:
-    """A row per stack, cache, dtype, number of KV heads and history length, and the growth of each over its lengths."""
+    """Return a row per stack, cache, dtype, number of KV heads and history length, with the growth over the lengths."""
     for part in suite.decode:
         for heads in cases(part, "kv_heads"):
             for dtype in part.dtypes:
@@ -86,12 +86,12 @@ def _ratios(seconds: dict[str, list[float]], name: str) -> Row:
 
 
 def _engine_fields(side: EngineSide, outputs: int) -> Row:
-    said = side.described()
-    return said if side.audit.problems else said | {"phase_shares": side.phases(min(outputs, _WATCHED_OUTPUTS))}
+    fields = side.described()
+    return fields if side.audit.problems else fields | {"phase_shares": side.phases(min(outputs, _WATCHED_OUTPUTS))}
 
 
 def _add_growth(rows: list[Row]) -> None:
-    """To each row with a time, ``growth``: its time over that of the shortest history of the same stack."""
+    """Add ``growth`` to each row with a time: its time over that of the shortest history of the same stack."""
     shortest: dict[str, Row] = {}
     for row in sorted((row for row in rows if "median_ms" in row), key=lambda row: int(row["shape"]["n"])):
         first = shortest.setdefault(row["stack"], row)

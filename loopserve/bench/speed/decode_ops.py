@@ -1,4 +1,4 @@
-"""The operations of decode steps: attending to an active set, scoring the store, gathering, and all of it per step."""
+"""Define the operations of decode steps: attention to an active set, scoring, gathering, and all of them per step."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _SINKS, _RECENT = 4, 8
 
 
 def decode_case(part: KernelDecode, device: str) -> Case:
-    """The candidates of one case; every axis of ``part`` holds a single number. Baselines attend to all sessions at once."""
+    """Return the candidates of one case; every axis of ``part`` holds a single number. Baselines attend to all sessions at once."""
     assert isinstance(part.tokens, int) and isinstance(part.kv_heads, int) and isinstance(part.head_dim, int)
     assert isinstance(part.batch, int)
     interval = min(part.interval, part.tokens)
@@ -57,7 +57,7 @@ def decode_case(part: KernelDecode, device: str) -> Case:
 
 
 class _Steps:
-    """One case in one dtype: the interval's queries ``[Hq, n_d, D]`` of each session at the end of its store."""
+    """Hold one case in one dtype: the interval's queries ``[Hq, n_d, D]`` of each session at the end of its store."""
 
     def __init__(self, sessions: list[Heads], budget: int) -> None:
         self.sessions, self.budget = sessions, budget
@@ -83,7 +83,7 @@ class _Steps:
         ]
 
     def dense(self) -> Candidate:
-        """Our decode attention over the whole store, by the fastest implementation there is."""
+        """Run our dense decode attention over the whole store, by the fastest implementation."""
 
         def check(found: list[Tensor]) -> Verdict:
             stretch = [(self.interval - 1, self.interval)]
@@ -109,7 +109,7 @@ class _Steps:
         )
 
     def _judge(self, found: list[Tensor]) -> Verdict:
-        """Against the reference over the same active set, and against dense attention over the store."""
+        """Compare with the reference over the same active set, and with dense attention over the store."""
         exact, dense = [], []
         for heads, at in zip(self.sessions, self.chosen(), strict=True):
             with backend.use("reference"):
@@ -157,7 +157,7 @@ class _Steps:
         return Candidate("gather_kv", self.dtype, run, check, ("gather_kv",), lambda _: self._described())
 
     def sparse_decode(self) -> Candidate:
-        """One interval, re-scoring included, counted per step: n_d times attention, once scoring, top B and gathering."""
+        """Run one interval, counted per step: n_d times attention, and once scoring, top B and gathering."""
 
         def run() -> list[Tensor]:
             found: list[Tensor] = []

@@ -1,4 +1,4 @@
-"""Is our loop as fast as transformers' own? Dense attention on both sides, same model, same prompts, paired runs in one process."""
+"""Compare our engine with transformers' generation: dense attention, same model and prompts, paired runs in one process."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def run_engine_bench(
     runs: int = 7,
     stack: str = "dense",
 ) -> dict[str, Any]:
-    """Rows of medians and ratios, engine to transformers: below 1 the engine is faster.
+    """Return rows of medians and of ratios of engine to transformers: below 1 the engine is faster.
 
     A run is a conversation of three turns: a long first message (``history`` tokens), then two of ``new_tokens``, each
     answered with ``output_tokens``. Transformers keeps its cache over the turns as well.
@@ -75,7 +75,7 @@ def run_engine_bench(
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were had on."""
+    """Return the machine and the versions of a measurement."""
     return {
         "processor": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),

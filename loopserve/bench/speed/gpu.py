@@ -1,6 +1,6 @@
-"""What is special about benchmarks on an NVIDIA GPU: its clock, torch's fused dense attentions, FlexAttention as a rival.
+"""Time operations on an NVIDIA GPU: event clock, torch's fused dense attentions, FlexAttention as a rival.
 
-Everything here also runs on a CPU (tests do), where it means nothing.
+All of it also runs on a CPU for tests, where the times have no meaning.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ FLEX_TILE = 128  # FlexAttention's tiles of rows and keys
 
 
 class CudaTarget:
-    """Torch's fused attentions on one GPU, timed by CUDA events."""
+    """Time torch's fused attentions on one GPU by CUDA events."""
 
     def __init__(self, device: str = "cuda") -> None:
         self.device = device
 
     def clock(self, run: Callable[[], object]) -> float:
-        """Seconds of one call between two events on the current stream."""
+        """Return seconds of one call between two events on the current stream."""
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         run()
@@ -49,25 +49,25 @@ class CudaTarget:
         return fused_dense(heads, dtypes)
 
     def rivals(self, case: Case) -> list[Candidate]:
-        """FlexAttention on the line patterns of the case, compiled."""
+        """Return FlexAttention, compiled, on the line patterns of the case."""
         return [flex_rival(each, compiled=True) for each in case.candidates if each.op == "vertical_slash"]
 
 
 def fused_dense(
     heads: Heads, dtypes: tuple[torch.dtype, ...], backends: dict[str, SDPBackend] | None = None
 ) -> dict[str, Callable[[], object]]:
-    """By name, each of torch's fused attentions that serves the block; those that refuse it are left out."""
+    """Return by name each of torch's fused attentions that supports the block."""
     found: dict[str, Callable[[], object]] = {}
     repeated = heads.queries.shape[0] != heads.keys.shape[0]
     for dtype in dtypes:
         kind = str(dtype).removeprefix("torch.")
         for name, backend in (backends or BACKENDS).items():
-            # Not every backend takes grouped heads; with keys repeated beforehand it computes the same.
+            # Not every backend supports grouped heads; keys repeated beforehand give the same result.
             for spread in (False, True) if repeated else (False,):
                 run = partial(_dense, _spread(heads.to(dtype)) if spread else heads.to(dtype), backend)
                 try:
                     run()
-                except (RuntimeError, ValueError):  # this backend does not serve such shapes or this device
+                except (RuntimeError, ValueError):  # this backend does not support such shapes or this device
                     continue
                 found[f"sdpa {kind} {name}" + (", keys repeated" if spread else "")] = run
                 break
@@ -96,7 +96,7 @@ def _dense(heads: Heads, backend: SDPBackend) -> Tensor:
 
 
 def flex_rival(ours: Candidate, *, compiled: bool) -> Candidate:
-    """The same lines by FlexAttention: a block mask of the tiles they touch, the exact cells inside by a mask function."""
+    """Compute the same lines by FlexAttention: a block mask of the tiles they touch, a mask function for the cells inside."""
     assert ours.lines is not None
     heads, lines = ours.lines
     attend: Any = torch.compile(flex_attention, dynamic=False) if compiled else flex_attention
@@ -112,7 +112,7 @@ def flex_rival(ours: Candidate, *, compiled: bool) -> Candidate:
 
 
 def flex_mask(lines: LinePattern) -> BlockMask:
-    """A block mask made of the lines' own geometry: torch's would first spell out every cell."""
+    """Return a block mask from the geometry of the lines: torch's constructor would materialise every cell."""
     heads, new, total = lines.size
     history, device = total - new, lines.verticals.device
     key_tiles, query_tiles = -(-total // FLEX_TILE), -(-new // FLEX_TILE)
@@ -120,8 +120,8 @@ def flex_mask(lines: LinePattern) -> BlockMask:
     by_verticals = padded.view(heads, key_tiles, FLEX_TILE).any(-1)
     first_query = torch.arange(query_tiles, device=device)[:, None] * FLEX_TILE + history
     first_key = torch.arange(key_tiles, device=device) * FLEX_TILE
-    nearest = (first_query - first_key - FLEX_TILE + 1).clamp(0, total)  # offsets met by a pair of tiles: from here ...
-    farthest = (first_query - first_key + FLEX_TILE).clamp(0, total)  # ... up to before here
+    nearest = (first_query - first_key - FLEX_TILE + 1).clamp(0, total)  # offsets of a pair of tiles: first ...
+    farthest = (first_query - first_key + FLEX_TILE).clamp(0, total)  # ... and end
     below = torch.nn.functional.pad(lines.slashes.long().cumsum(1), (1, 0))
     by_slashes = below[:, farthest] > below[:, nearest]
     causal = first_key < first_query + FLEX_TILE

@@ -1,4 +1,4 @@
-"""What the guard around policies costs: the same answer with and without it, step by step in turn, in one process."""
+"""Measure the cost of the guard around policies: the same answer with and without it, step by step in one process."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SIDES = ("guarded", "bare")
 
 
 class Bare(Guard):
-    """Calls a policy and looks at nothing."""
+    """Call a policy without any check."""
 
     def _watched(
         self, policy: Any, inputs: Any, method: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]
@@ -40,7 +40,7 @@ class Bare(Guard):
 
 
 class Clocked(Guard):
-    """Clocks its own part of each call: all of it less the policy's."""
+    """Measure the guard's own time in each call: the total less the policy's."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,9 +66,10 @@ class Clocked(Guard):
 
 
 @contextmanager
-def _looking(looks: bool) -> Iterator[None]:
-    """Whether answers are judged and writes counted in this block. Both take the same trouble, so that neither side begins with
-    colder caches.
+def _checking(looks: bool) -> Iterator[None]:
+    """Switch validation and write counting on or off in this block.
+
+    Both states take the same path, so that neither side starts with colder caches.
     """
     judge = check_selection if looks else lambda *_: None
     count = buffers.versions if looks else lambda *_: ()
@@ -88,11 +89,11 @@ def run_guard_bench(
     runs: int = 5,
     progress: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """A row per stack: milliseconds of a decode step on both sides, and their ratio, guarded to bare, step by step; beside them
-    ``asking_us``, what the guard does around the calls of one step, clocked by itself.
+    """Return a row per stack: milliseconds of a decode step on both sides, and their ratio, guarded to bare, step by step.
 
-    A run is an answer of ``output_tokens`` to a message of ``history`` tokens; both sides take each step in turn, and who begins
-    changes with every step.
+    ``asking_us`` is the guard's own time around the calls of one step, in microseconds. A run is an answer of
+    ``output_tokens`` to a message of ``history`` tokens. Both sides take each step in turn, and the order alternates
+    with every step.
     """
     loaded, _ = load(model)
     set_implementation(loaded, IMPLEMENTATION)
@@ -134,7 +135,7 @@ def run_guard_bench(
 
 
 def _asking(served: TokenEngine, prompt: list[int], output_tokens: int) -> float:
-    """Seconds of a decode step that the guard spends around calls of policies: the median over an answer."""
+    """Return seconds of a decode step that the guard spends around calls of policies: the median over an answer."""
     session, clocked = served.session(), Clocked()
     served.guard = session.guard = clocked
     found = []
@@ -147,7 +148,7 @@ def _asking(served: TokenEngine, prompt: list[int], output_tokens: int) -> float
 def _answers(
     served: TokenEngine, prompt: list[int], output_tokens: int
 ) -> tuple[dict[str, list[float]], dict[str, list[int]]]:
-    """Seconds of each decode step, and the tokens, by side."""
+    """Return seconds of each decode step, and the tokens, by side."""
     sampling = SamplingConfig(max_new_tokens=output_tokens)
     sessions = {side: served.session() for side in SIDES}
     sessions["bare"].guard = Bare()
@@ -156,7 +157,7 @@ def _answers(
     tokens: dict[str, list[int]] = {side: [] for side in SIDES}
     for step in range(output_tokens):
         for side in SIDES if step % 2 else reversed(SIDES):
-            with _looking(side == "guarded"):
+            with _checking(side == "guarded"):
                 started = time.perf_counter()
                 tokens[side].append(next(answers[side]))
                 if step:

@@ -1,4 +1,4 @@
-"""``loopserve bench kernels``: operations beside dense attention, in one process, and never a speed for a wrong result."""
+"""Measure ``loopserve bench kernels``: operations beside dense attention, in one process. A wrong result gets no time."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Progress = Callable[[str], None]
 
 
 class CpuTarget:
-    """Torch's SDPA in float32 and bfloat16, by the wall clock."""
+    """Time torch's SDPA in float32 and bfloat16 by the wall clock."""
 
     device = "cpu"
 
@@ -30,7 +30,7 @@ class CpuTarget:
         return wall_clock(run)
 
     def dense(self, heads: Heads, dtypes: tuple[torch.dtype, ...]) -> dict[str, Callable[[], object]]:
-        """Both precisions, whatever the case's own: the best that a user gets."""
+        """Return both precisions for any dtype of the case, since a user can choose the faster."""
         return sdpa(heads)
 
     def rivals(self, case: Case) -> list[Candidate]:
@@ -38,7 +38,7 @@ class CpuTarget:
 
 
 def target_for(device: str) -> Target:
-    """ConfigError for a device that is not there."""
+    """Return the target of a device. Raises ConfigError for a device that is not present."""
     if device == "cpu":
         return CpuTarget()
     if not device.startswith("cuda"):
@@ -51,7 +51,7 @@ def target_for(device: str) -> Target:
 
 
 def check_ops(names: Iterable[str]) -> tuple[str, ...]:
-    """Names of operations as they are; ConfigError for one that is none."""
+    """Return the names of operations. Raises ConfigError for an unknown name."""
     known = (*get_args(PrefillOp), *get_args(DecodeOp))
     for name in names:
         if name not in known:
@@ -67,7 +67,7 @@ def run_kernels(
     runs: int | None = None,
     progress: Progress = lambda _: None,
 ) -> Iterator[Row]:
-    """The rows of a suite's kernel parts, case by case. only: operations to measure, all by default."""
+    """Yield the rows of a suite's kernel parts, case by case. only: operations to measure, all by default."""
     target = target_for(device)
     for case, wanted in _cases(suite, device, progress):
         yield from measure(case, target, runs or wanted, only, suite.name)
@@ -86,7 +86,7 @@ def _cases(suite: Suite, device: str, progress: Progress) -> Iterator[tuple[Case
 
 @torch.inference_mode()
 def measure(case: Case, target: Target, runs: int, only: tuple[str, ...] = (), suite: str = "") -> list[Row]:
-    """One row per candidate: judged first, then those that are right run in turn with the dense baselines."""
+    """Return one row per candidate. All are verified first; the correct ones then run in turn with the dense baselines."""
     wanted = [each for each in [*case.candidates, *target.rivals(case)] if not only or each.op in only]
     judged = {_name(each): _judge(each) for each in [*wanted, *case.own_dense.values()]}
     right = {name: each for name, each in ((_name(each), each) for each in wanted) if judged[name][1].ok}
@@ -120,7 +120,7 @@ def measure(case: Case, target: Target, runs: int, only: tuple[str, ...] = (), s
 
 
 def _add_choosing(rows: list[Row]) -> None:
-    """To ``sparse_prefill``, ``choosing_share``: what choosing lines takes of it, where it was timed as well."""
+    """Add ``choosing_share`` to ``sparse_prefill``: the share of line selection in its time, where that was timed as well."""
     timed = {(row["op"], row["dtype"]): row["median_ms"] for row in rows if "median_ms" in row}
     for row in rows:
         choosing = timed.get(("choose_lines", row["dtype"]))
@@ -129,7 +129,7 @@ def _add_choosing(rows: list[Row]) -> None:
 
 
 def _name(candidate: Candidate) -> str:
-    """Unique within a case: our dense attention of decoding is the same operation as the sparse one's."""
+    """Return a name unique within a case: our dense decode attention is the same operation as the sparse one's."""
     return f"{candidate.op} {candidate.dtype} {candidate.impl} {id(candidate)}"
 
 
@@ -147,7 +147,7 @@ def _head(candidate: Candidate, case: Case, suite: str, device: str) -> Row:
 
 
 def _judge(candidate: Candidate) -> tuple[Row, Verdict]:
-    """What a row says of a candidate before it is timed: implementations, pattern, errors, parity."""
+    """Return the fields of a candidate before it is timed: implementations, pattern, errors, parity."""
     pattern: Row | None = None
     with watched() as seen:
         try:
@@ -155,7 +155,7 @@ def _judge(candidate: Candidate) -> tuple[Row, Verdict]:
             impl = candidate.impl or seen.impl(*candidate.parts)
             parts = {op: "+".join(sorted(seen.served.get(op, ()))) for op in candidate.parts}
             judged, pattern = candidate.check(found), candidate.pattern(found)
-        except Exception as error:  # whatever an implementation raises, it is no result
+        except Exception as error:  # an implementation that raises has no result, whatever the error
             first = (str(error).strip().splitlines() or [""])[0]
             impl, parts = candidate.impl or seen.impl(*candidate.parts), {}
             judged = Verdict(float("inf"), float("inf"), None, False, f"{type(error).__name__}: {first}")

@@ -1,5 +1,6 @@
-"""Paired runs: everything that is compared runs once per round, A B A B, in one process, so that a slow moment of the
-machine meets all sides alike and ratios can be taken round by round.
+"""Time several sides in paired runs: each runs once per round, A B A B, in one process.
+
+A slow moment of the machine then affects all sides alike, and ratios are taken round by round.
 """
 
 from __future__ import annotations
@@ -14,15 +15,16 @@ from loopserve.core.policy.interfaces import DecodeCompressor
 from loopserve.kernels.backend import Operation
 
 Clock = Callable[[Callable[[], object]], float]
-_LEAST_S = 2e-3  # a run is repeated until it takes about so long, or a tick of the clock would show
+_LEAST_S = 2e-3  # seconds: shorter calls are repeated, since the clock's resolution would show
 _MOST_REPEATS = 20
 _MOMENTS = ("before_attention", "after_attention", "after_forward")  # when a compressor acts
 
 
 @dataclass(frozen=True)
 class Runner:
-    """Something to time. scale: what a measured time counts, for work that is a known part or multiple of what the row
-    speaks of (a baseline on 2 of 8 heads counts 4 times).
+    """Hold a timed call. scale: factor from measured to reported time, for work that is a known part or multiple.
+
+    A baseline on 2 of 8 heads has scale 4.
     """
 
     run: Callable[[], object]
@@ -30,14 +32,14 @@ class Runner:
 
 
 def wall_clock(run: Callable[[], object]) -> float:
-    """Seconds of one call on the CPU."""
+    """Return seconds of one call on the CPU."""
     started = time.perf_counter()
     run()
     return time.perf_counter() - started
 
 
 def paired_runs(runners: Mapping[str, Runner], runs: int, clock: Clock = wall_clock) -> dict[str, list[float]]:
-    """Scaled seconds per runner, ``runs`` each, all runners in turn within a round. Runners should be warm."""
+    """Return scaled seconds per runner, ``runs`` each, all runners in turn within a round. Runners should be warm."""
     found: dict[str, list[float]] = {name: [] for name in runners}
     for _ in range(runs):
         for name, each in runners.items():
@@ -46,7 +48,7 @@ def paired_runs(runners: Mapping[str, Runner], runs: int, clock: Clock = wall_cl
 
 
 def _seconds(run: Callable[[], object], clock: Clock) -> float:
-    """Mean of as many calls as fill the least time a clock tells well; one, if that is long enough."""
+    """Return the mean over as many calls as fill the minimum measurable time; one call if that is long enough."""
     total, count = 0.0, 0
     while total < _LEAST_S and count < _MOST_REPEATS:
         total += clock(run)
@@ -56,25 +58,23 @@ def _seconds(run: Callable[[], object], clock: Clock) -> float:
 
 @dataclass
 class Watched:
-    """What was done while watched: by operation, the implementations that served; by operation and policy, the seconds
-    spent in it, without those spent in another one called from it.
-    """
+    """Hold, by operation, the implementations used, and by operation and policy the seconds spent in it, nested ones excluded."""
 
     served: dict[str, set[str]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     _inner: list[float] = field(default_factory=list)
 
     def impl(self, *operations: str) -> str:
-        """The implementations that served these operations (all by default), joined by ``+``."""
+        """Return the implementations of these operations (all by default), joined by ``+``."""
         names = {name for op in (operations or self.served) for name in self.served.get(op, ())}
         return "+".join(sorted(names))
 
     def shares(self, whole: float) -> dict[str, float]:
-        """Share of ``whole`` seconds by operation."""
+        """Return the share of ``whole`` seconds by operation."""
         return {op: seconds / whole for op, seconds in sorted(self.seconds.items())} if whole else {}
 
     def clocked(self, name: str, run: Callable[[], Any]) -> Any:
-        """What ``run`` gives; its time goes to ``name``."""
+        """Return the result of ``run`` and add its time to ``name``."""
         started = time.perf_counter()
         self._inner.append(0.0)
         try:
@@ -88,9 +88,9 @@ class Watched:
 
 @contextmanager
 def watched(policies: Iterable[type[DecodeCompressor[Any]]] = ()) -> Iterator[Watched]:
-    """Watch which implementations the backend hands out, and how long operations and the policies' own code take.
+    """Record the implementations that the backend returns, and the time of operations and of the policies' own code.
 
-    Never on during a timed run.
+    It is never active during a timed run.
     """
     seen = Watched()
     call, implementation = Operation.__call__, Operation.implementation
@@ -120,7 +120,7 @@ def _clocked_method(seen: Watched, method: Callable[..., Any]) -> Callable[..., 
 
 @contextmanager
 def _replaced(owner: type, name: str, value: object) -> Iterator[None]:
-    """A class's attribute replaced for the length of a block, and an inherited one inherited again after it."""
+    """Replace a class's attribute in a block, and restore inheritance after it for an inherited one."""
     before = owner.__dict__.get(name)
     setattr(owner, name, value)
     try:

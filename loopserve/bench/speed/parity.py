@@ -1,5 +1,6 @@
-"""Is it right? Each operation against its reference on the very tensors that are timed, on sampled rows where all would
-take too long: a row of attention is what the reference gives for that query as the newest of the keys before it.
+"""Verify each operation against its reference on the timed tensors, on sampled rows where all would take too long.
+
+A row of attention equals the reference's result for that query as the newest of the keys before it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from loopserve.kernels.block_sparse import block_sparse
 from loopserve.kernels.dense_attention import dense_attention
 from loopserve.kernels.vertical_slash import vertical_slash
 
-# Largest relative error of a sampled row, and of all of them together: rounding of inputs is not counted, since the
+# Largest relative error of a sampled row, and of all of them together. Rounding of inputs is not counted, since the
 # reference gets the same rounded tensors in float64.
 TOLERANCES = {torch.float32: (2e-3, 2e-4), torch.float16: (2e-2, 5e-3), torch.bfloat16: (8e-2, 2e-2)}
 _WINDOWS, _ROWS = 8, 4  # stretches of rows that are checked, and rows of each
@@ -25,8 +26,9 @@ _WINDOWS, _ROWS = 8, 4  # stretches of rows that are checked, and rows of each
 
 @dataclass(frozen=True)
 class Verdict:
-    """worst: largest relative error of a row. error: of all rows together, the same as ``rel_err_pattern``. rel_err:
-    against dense attention in float64, None where that says nothing.
+    """Hold errors of an operation. worst: largest relative error of a row. error (``rel_err_pattern``): of all rows together.
+
+    rel_err: against dense attention in float64, None where it is not defined.
     """
 
     worst: float
@@ -54,13 +56,13 @@ def verdict(
 
 
 def relative(found: Tensor, exact: Tensor) -> float:
-    """Frobenius norm of the difference over that of the exact."""
+    """Return the Frobenius norm of the difference over that of the exact result."""
     exact = exact.double()
     return float((found.double() - exact).norm() / exact.norm().clamp(min=1e-30))
 
 
 def sampled_rows(new_tokens: int, tile: int = TILE) -> list[tuple[int, int]]:
-    """Stretches of rows to check: the first and last rows, and rows on both sides of edges of tiles between them."""
+    """Return stretches of rows to check: the first and last rows, and rows on both sides of tile edges between them."""
     if new_tokens <= _WINDOWS * _ROWS:
         return [(0, new_tokens)]
     edges = [round(step * (new_tokens - _ROWS) / (_WINDOWS - 1)) for step in range(_WINDOWS)]
@@ -75,7 +77,7 @@ def rows_of(output: Tensor, stretches: list[tuple[int, int]]) -> Tensor:
 def by_reference(
     heads: Heads, stretches: list[tuple[int, int]], attend: Callable[[Tensor, Tensor, Tensor, int], Tensor]
 ) -> Tensor:
-    """Rows ``[Hq, rows, D]`` in float64 by the reference: ``attend(queries, keys, values, stop)`` on cut tensors."""
+    """Return rows ``[Hq, rows, D]`` in float64 by the reference: ``attend(queries, keys, values, stop)`` on cut tensors."""
     double = heads.to(torch.float64)
     parts = []
     with backend.use("reference"):
@@ -86,12 +88,12 @@ def by_reference(
 
 
 def exact_dense(heads: Heads, stretches: list[tuple[int, int]]) -> Tensor:
-    """Dense attention of the sampled rows, float64 ``[Hq, rows, D]``."""
+    """Return dense attention of the sampled rows, float64 ``[Hq, rows, D]``."""
     return by_reference(heads, stretches, lambda q, k, v, _: dense_attention(q, k, v, scaling=heads.scaling)[0])
 
 
 def exact_lines(heads: Heads, pattern: LinePattern, stretches: list[tuple[int, int]]) -> Tensor:
-    """The same under a pattern of lines."""
+    """Return attention of the sampled rows under a pattern of lines, float64 ``[Hq, rows, D]``."""
     return by_reference(
         heads,
         stretches,
@@ -102,7 +104,7 @@ def exact_lines(heads: Heads, pattern: LinePattern, stretches: list[tuple[int, i
 
 
 def exact_blocks(heads: Heads, pattern: BlockPattern, tiles: list[int]) -> tuple[Tensor, list[tuple[int, int]]]:
-    """Whole query tiles under a pattern of blocks, and the stretches of rows they are."""
+    """Return whole query tiles under a pattern of blocks, and their stretches of rows."""
     side, new = pattern.tile, pattern.new_tokens
     stretches = [(tile * side, min((tile + 1) * side, new)) for tile in tiles]
 

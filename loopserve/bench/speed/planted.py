@@ -1,4 +1,7 @@
-"""Full cost of choosing, stated density of computing: for models with random weights, whose attention has no structure."""
+"""Replace a sparsifier's selection by planted lines of a given density, at the full cost of scoring and selection.
+
+It serves models with random weights, whose attention has no structure.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +17,11 @@ from loopserve.core.policy.patterns import AttentionPattern, DensePattern, LineP
 
 
 class PlantedSparsifier(PrefillSparsifier):
-    """Lets another sparsifier score and select, then computes planted lines of a stated density instead of its choice.
+    """Score and select with another sparsifier, then compute planted lines of a given density instead of its choice.
 
-    Where the other one falls back to dense before it has chosen anything, so does this one. Patterns are drawn once per
-    shape. ``choosing_s``: seconds that the other one took; ``drawing_s``: those that planting itself took, which no real
-    stack pays; both since they were last set to 0.
+    Where the other one falls back to dense before its selection, this one does too. Patterns are drawn once per shape.
+    ``choosing_s``: seconds of the other one. ``drawing_s``: seconds of drawing the lines, which no real stack spends.
+    Both count since they were last set to 0.
     """
 
     name: ClassVar[str] = "planted"
@@ -32,8 +35,10 @@ class PlantedSparsifier(PrefillSparsifier):
         *,
         structured: bool = False,
     ) -> None:
-        """structured: the other one chooses on synthetic heads of the call's shape (``bench.heads``) instead of on flat
-        attention, where a share of the mass can only be had with as large a share of the lines.
+        """Wrap a sparsifier. structured: it selects on synthetic heads of the call's shape (``bench.heads``).
+
+        Without structured heads it selects on flat attention, where a share of the mass needs as large a share of the
+        lines.
         """
         super().__init__()
         self.structured = structured
@@ -61,7 +66,7 @@ class PlantedSparsifier(PrefillSparsifier):
         return replace(inputs, queries=heads.queries, keys=heads.keys, scaling=heads.scaling, softcap=None, scratch={})
 
     def planted(self, inputs: AttentionInputs) -> LinePattern:
-        """The pattern for such a call."""
+        """Return the pattern for such a call."""
         key = (inputs.queries.shape[0], inputs.new_tokens, inputs.total_tokens, str(inputs.keys.device))
         if key not in self._patterns:
             heads, new, total, device = key
@@ -70,7 +75,7 @@ class PlantedSparsifier(PrefillSparsifier):
 
 
 def _now(inputs: AttentionInputs) -> float:
-    """Seconds on the clock, once the device has done what it was asked."""
+    """Return seconds on the clock, after the device has finished its queue."""
     if inputs.keys.device.type == "cuda":
         torch.cuda.synchronize(inputs.keys.device)
     return time.perf_counter()

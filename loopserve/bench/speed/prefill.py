@@ -1,7 +1,7 @@
-"""``loopserve bench prefill``: time to first token of a later turn, short turns end to end, and whole conversations.
+"""Measure ``loopserve bench prefill``: time to first token of a later turn, short turns, and whole conversations.
 
-Random weights have no attention structure, so a sparse stack pays its full scoring and selection on what it is given and
-then computes planted lines of a stated density; rows say so.
+Random weights have no attention structure, so a sparse stack does its full scoring and selection on its inputs and then
+computes planted lines of a given density. The rows record this.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _PLAIN = "transformers, preallocated cache"
 def run_prefill(
     suite: Suite, *, device: str = "cpu", runs: int | None = None, progress: Progress = lambda _: None
 ) -> Iterator[Row]:
-    """The rows of a suite's ``prefill`` and ``short`` parts."""
+    """Yield the rows of a suite's ``prefill`` and ``short`` parts."""
     for part in suite.prefill:
         for each in cases(part, "kv_heads", "tokens"):
             for dtype in part.dtypes:
@@ -45,7 +45,7 @@ def run_prefill(
 
 
 def planted_stack(name: str, density: float, chooses_on: str) -> tuple[PolicyStack, PlantedSparsifier | None]:
-    """A stack whose sparsifier chooses as ever and computes planted lines; a dense one as it is."""
+    """Return a stack whose sparsifier selects as usual and computes planted lines; a dense stack is returned unchanged."""
     stack = load_stack(name)
     if stack.prefill.capabilities.passive:
         return stack, None
@@ -89,14 +89,14 @@ def _later_turn(part: Prefill, dtype: Dtype, device: str, runs: int, suite: str)
 
 
 def _short_turn(part: Short, dtype: Dtype, device: str, runs: int, suite: str) -> Iterator[Row]:
-    """A whole first turn, prefill and answer; ``ratio_own_dense`` must not fall below 0.97."""
+    """Measure a whole first turn, prefill and answer; ``ratio_own_dense`` must not fall below 0.97."""
     assert isinstance(part.tokens, int)
     shared = SharedModel(part, dtype, 0, part.tokens, device)
     sides = {name: EngineSide(shared, load_stack(name)) for name in ("dense", *part.stacks)}
     right = {name: side for name, side in sides.items() if not side.audit.problems}
     seconds: dict[str, list[float]] = {name: [] for name in right}
     for run in range(runs):
-        # Differences of a percent are asked about here: who goes first must not decide.
+        # Differences of a percent matter here, so the order of the sides alternates.
         for name in right if run % 2 else reversed(right):
             seconds[name].append(right[name].whole(part.output_tokens))
     for name in sides:
@@ -110,14 +110,14 @@ def _short_turn(part: Short, dtype: Dtype, device: str, runs: int, suite: str) -
 
 
 def _planted(row: Row, part: Prefill | Conversation) -> Row:
-    """What a row says of a sparse stack on random weights."""
+    """Return the fields of a sparse stack on random weights."""
     on = "its own flat attention" if part.chooses_on == "own" else "structured heads of the same shape"
-    said = f"; scoring and selection in full on {on}, then {part.density:.0%} of the cells planted"
-    return {"data": row["data"] + said, "pattern": {"cell_density": part.density}}
+    note = f"; scoring and selection in full on {on}, then {part.density:.0%} of the cells planted"
+    return {"data": row["data"] + note, "pattern": {"cell_density": part.density}}
 
 
 def run_conversation(suite: Suite, *, device: str = "cpu", progress: Progress = lambda _: None) -> Iterator[Row]:
-    """TTFT and TPOT of every turn of a growing conversation, each stack in its own session, turn by turn in turn."""
+    """Yield TTFT and TPOT of every turn of a growing conversation, each stack in its own session, in turn."""
     for part in suite.conversation:
         for each in cases(part, "kv_heads"):
             for dtype in part.dtypes:

@@ -1,4 +1,4 @@
-"""The operations of a turn's new tokens: scoring, selecting, attending, and all three as the policy does them."""
+"""Define the operations of a turn's new tokens: scoring, selection, attention, and all three as the policy runs them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _BLOCK_SHARE = 0.12  # key tiles that the block pattern keeps of those before a 
 
 
 def prefill_case(part: KernelPrefill, device: str) -> Case:
-    """The candidates of one case; every axis of ``part`` holds a single number."""
+    """Return the candidates of one case; every axis of ``part`` holds a single number."""
     heads = _heads(part, device)
     (query_heads, new, dim), (kv_heads, total) = heads.queries.shape, heads.keys.shape[:2]
     sparsifier: PrefillSparsifier = preset_sparsifier(part.alpha)
@@ -78,7 +78,7 @@ def _heads(part: KernelPrefill, device: str) -> Heads:
 
 
 class _Block:
-    """One case in one dtype. Each operation is a method of its own name; exact results are computed once."""
+    """Hold one case in one dtype. Each operation is a method of its own name; exact results are computed once."""
 
     def __init__(self, heads: Heads, pattern: AttentionPattern, sparsifier: PrefillSparsifier, alpha: float) -> None:
         self.heads, self.pattern, self.sparsifier, self.alpha = heads, pattern, sparsifier, alpha
@@ -95,7 +95,7 @@ class _Block:
         return line_scores(self.heads.queries[:, self.rows], self.heads.keys, self.columns, scaling=self.heads.scaling)
 
     def dense(self, kv_heads: int, choice: str) -> Candidate:
-        """Our dense attention on the first KV heads, under a choice of implementations (``auto``: the fastest there is)."""
+        """Run our dense attention on the first KV heads, under a choice of implementations (``auto``: the fastest)."""
         part = self.heads.first(kv_heads)
 
         def run() -> Tensor:
@@ -142,7 +142,7 @@ class _Block:
         )
 
     def choose_lines(self) -> Candidate:
-        """Both of the above in one, as a sparsifier asks for it."""
+        """Run scoring and selection in one call, as a sparsifier requests them."""
         return Candidate(
             "choose_lines",
             self.dtype,
@@ -183,7 +183,7 @@ class _Block:
         )
 
     def sparse_prefill(self) -> Candidate:
-        """Scoring, selection and attention, as the sparsifier of the preset does them in every layer."""
+        """Run scoring, selection and attention, as the sparsifier of the preset does in every layer."""
 
         def run() -> tuple[Tensor, AttentionPattern]:
             pattern = self.sparsifier.sparsify(as_call(self.heads))
@@ -204,7 +204,7 @@ class _Block:
 
 
 def _as_lines(pattern: AttentionPattern, device: torch.device) -> LinePattern:
-    """A pattern of lines; a dense one is every slash."""
+    """Return a pattern as lines; a dense one is every slash."""
     if isinstance(pattern, LinePattern):
         return pattern
     assert isinstance(pattern, DensePattern)
@@ -213,8 +213,9 @@ def _as_lines(pattern: AttentionPattern, device: torch.device) -> LinePattern:
 
 
 def pooled_blocks(heads: Heads) -> BlockPattern:
-    """Key tiles by the score of pooled queries and keys, a fixed share of those before each query tile; sinks and the
-    own tile are in.
+    """Return key tiles by the score of pooled queries and keys: a fixed share of those before each query tile.
+
+    Sinks and the own tile are always included.
     """
     new, total = heads.queries.shape[1], heads.keys.shape[1]
     group = heads.queries.shape[0] // heads.keys.shape[0]

@@ -1,4 +1,4 @@
-"""Selecting lines as the preset does, and judging a selection."""
+"""Select lines as the preset does, and verify a selection."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from loopserve.kernels.select_lines import LineSelection, select_lines
 from loopserve.policies.draws import Sampling, generator, sample_rows
 
 _SINKS, _LOCAL = 4, 64
-_CUT = 2048  # tokens on which the greedy is held against the line-by-line one, which is slow
-_CUT_ROWS = 64  # rows of them that choose
+_CUT = 2048  # tokens on which the greedy is compared with the line-by-line one, which is slow
+_CUT_ROWS = 64  # number of their rows that select
 _COST_SLACK = 0.05
 
 
 def of_kv_head(heads: Heads, kv: int) -> Heads:
-    """One KV head with its query heads."""
+    """Return one KV head with its query heads."""
     group = heads.queries.shape[0] // heads.keys.shape[0]
     return Heads(
         heads.queries[kv * group : (kv + 1) * group], heads.keys[kv : kv + 1], heads.values[kv : kv + 1], heads.data
@@ -31,7 +31,7 @@ def of_kv_head(heads: Heads, kv: int) -> Heads:
 
 
 def select(probabilities: Tensor, columns: Tensor, new: int, alpha: float) -> LineSelection:
-    """As the preset calls it: sinks and a local window are forced, lines cost what a kernel computing in tiles adds."""
+    """Select as the preset does: sinks and a local window are forced, lines cost the tiles that a kernel adds for them."""
     return select_lines(
         probabilities,
         columns,
@@ -41,7 +41,7 @@ def select(probabilities: Tensor, columns: Tensor, new: int, alpha: float) -> Li
 
 
 def choose(heads: Heads, rows: Tensor, alpha: float) -> LineSelection:
-    """The same from the queries themselves."""
+    """Select from the queries themselves."""
     queries, new = heads.queries[:, rows], heads.queries.shape[1]
     options = _as_the_preset(alpha, len(queries), heads.keys.shape[1], rows.device)
     return choose_lines(queries, heads.keys, rows + heads.history, new, scaling=heads.scaling, **options)
@@ -55,8 +55,9 @@ def _as_the_preset(alpha: float, query_heads: int, total: int, device: torch.dev
 def check_selection(
     found: LineSelection, probabilities: Tensor, columns: Tensor, new: int, alpha: float, heads: Heads
 ) -> Verdict:
-    """A selection is right if the mass it says it covers is there and is enough, and if on a cut-down problem it costs
-    hardly more than the line-by-line greedy's. ``error`` is that excess of cost, ``worst`` the coverage misstated or missing.
+    """Verify that the stated coverage is present and sufficient, and that a small problem costs hardly more than the reference's.
+
+    ``error`` is the excess of cost over the line-by-line greedy's, ``worst`` the coverage misstated or missing.
     """
     lines = LinePattern(found.verticals, found.slashes, new)
     inside = lines.coverage(probabilities.double(), columns)
@@ -70,13 +71,13 @@ def check_selection(
 
 
 def _excess_cost(heads: Heads, alpha: float) -> float:
-    """Cost of the chosen lines over the reference's, minus 1, on the first tokens of one KV head."""
+    """Return the cost of the chosen lines over the reference's, minus 1, on the first tokens of one KV head."""
     own = of_kv_head(heads, 0)
     new = min(own.queries.shape[1], _CUT)
     total = min(own.keys.shape[1], max(_CUT, new))
     rows = sample_rows(new, _CUT_ROWS, Sampling.MIXED, generator(1)).to(own.keys.device)
     columns = rows + total - new
-    # Queries of another place are queries all the same: what matters is that both sides get the same probabilities.
+    # Queries of other positions serve as well: it only matters that both sides get the same probabilities.
     with backend.use("reference"):
         cut = line_scores(own.queries[:, rows], own.keys[:, :total], columns, scaling=own.scaling).probabilities
         exact = select(cut, columns, new, alpha).cost

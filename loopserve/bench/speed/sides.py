@@ -1,7 +1,7 @@
-"""Whole models side by side: our engine under a stack, and transformers by itself, over one shared history.
+"""Time whole models over one shared history: our engine under a stack, and transformers by itself.
 
-The history of N tokens is put into the cache directly (random keys and values: prefilling it densely would take minutes).
-All sides use the same buffers, one after another; each puts the length back to where it found it.
+The history of N tokens is written into the cache directly as random keys and values, since a dense prefill would take
+minutes. All sides use the same buffers, one after another; each restores the initial length.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from loopserve.models.layers import set_implementation
 from loopserve.models.plain import forward, growing_cache, preallocated_cache
 from loopserve.models.random import random_llama
 
-_ROOM = 1024  # positions beside the history, for turns and answers
-_SPREAD = 0.5  # standard deviation of stored keys, about what random weights give
+_SPARE_POSITIONS = 1024  # positions beside the history, for turns and answers
+_SPREAD = 0.5  # standard deviation of stored keys, about that of random weights
 _NO_STOP: frozenset[int] = frozenset()
 
 
 class SharedModel:
-    """One random model and the history that its sides share."""
+    """Hold one random model and the history that its sides share."""
 
     def __init__(
         self, shape: ModelShape, dtype: Dtype, tokens: int, new_tokens: int, device: str, positions: int | None = None
     ) -> None:
-        """tokens: history. new_tokens: length of the turns that sides answer. positions: longest conversation."""
+        """Make the model and the history. tokens: of the history. new_tokens: per turn. positions: longest conversation."""
         assert isinstance(shape.kv_heads, int)
         self.shape, self.dtype, self.device = shape, dtype, device
         self.model = random_llama(
@@ -47,7 +47,7 @@ class SharedModel:
             kv_heads=shape.kv_heads,
             intermediate=shape.intermediate,
             vocabulary=shape.vocabulary,
-            positions=(positions or tokens + new_tokens) + _ROOM,
+            positions=(positions or tokens + new_tokens) + _SPARE_POSITIONS,
             dtype=DTYPES[dtype],
             device=device,
         )
@@ -57,7 +57,7 @@ class SharedModel:
         self.pairs = self._random_pairs() if tokens else []
 
     def _random_pairs(self) -> list[PairBuffer]:
-        """A buffer per layer. Layers hold the same numbers, shifted: drawing a billion takes longer than using them."""
+        """Return a buffer per layer. Layers hold the same numbers, shifted: drawing a billion takes longer."""
         assert isinstance(self.shape.kv_heads, int)
         draw = torch.Generator(device=self.device).manual_seed(0)
         size = (2, self.shape.kv_heads, self.tokens, self.shape.hidden // self.shape.heads)
@@ -66,12 +66,12 @@ class SharedModel:
             .mul_(_SPREAD)
             .to(DTYPES[self.dtype])
         )
-        room = len(self.new_ids) + _ROOM
+        slack = len(self.new_ids) + _SPARE_POSITIONS
         layers = range(self.shape.layers)
-        return [PairBuffer(drawn[0].roll(each, dims=1), drawn[1].roll(each, dims=1), slack=room) for each in layers]
+        return [PairBuffer(drawn[0].roll(each, dims=1), drawn[1].roll(each, dims=1), slack=slack) for each in layers]
 
     def stand_at(self, length: int) -> None:
-        """Forget what sides have appended beyond a length. What another side left below it is as good as any."""
+        """Cut the buffers to a length, without the tokens that sides appended. Random content below it stays valid."""
         for each in self.pairs:
             each.length = length
 
@@ -88,8 +88,10 @@ class SharedModel:
 
 
 class EngineSide:
-    """Our engine under one stack. A first short turn stays in its session, so that what a policy keeps over turns (key
-    codes of the history, say) is there, as it would be in a conversation.
+    """Time our engine under one stack. A short first turn stays in its session.
+
+    So policies hold the state that they keep across turns (key codes of the history, for example), as in a
+    conversation.
     """
 
     def __init__(self, shared: SharedModel, stack: PolicyStack) -> None:
@@ -118,19 +120,19 @@ class EngineSide:
         return seconds[0], seconds[1:]
 
     def described(self) -> Row:
-        """What a row says of implementations and parity, from the first turn."""
+        """Return the row fields on implementations and parity, from the first turn."""
         parts = {op: "+".join(sorted(names)) for op, names in sorted(self.seen.served.items())}
-        said: Row = {"impl": self.seen.impl(), "impl_parts": parts, "parity_errs": self.audit.errors}
+        fields: Row = {"impl": self.seen.impl(), "impl_parts": parts, "parity_errs": self.audit.errors}
         if unaudited := sorted(parts.keys() - self.audit.errors.keys()):
-            said["unaudited"] = unaudited
+            fields["unaudited"] = unaudited
         if self.audit.problems:
-            return said | {"parity": "failed", "error": self.audit.problems[0]}
-        return said | {"parity": "ok"}
+            return fields | {"parity": "failed", "error": self.audit.problems[0]}
+        return fields | {"parity": "ok"}
 
     def phases(self, outputs: int) -> dict[str, float]:
-        """Share of the decode steps' time by operation, and of the policy's own code, over one answer that is watched.
+        """Return the share of the decode steps' time by operation, and of the policy's own code, over one recorded answer.
 
-        The rest is the model's and the loop's.
+        The remaining time is the model's and the loop's.
         """
         answer = self._generate(outputs)
         next(answer)
@@ -143,7 +145,7 @@ class EngineSide:
         return {op: round(share, 4) for op, share in shares.items()}
 
     def whole(self, outputs: int) -> float:
-        """Seconds of a conversation of one turn from nothing: prefill and ``outputs`` tokens."""
+        """Return seconds of a conversation of one turn without history: prefill and ``outputs`` tokens."""
         set_implementation(self.shared.model, IMPLEMENTATION)
         session, sampling = self.engine.session(), SamplingConfig(max_new_tokens=outputs)
         started = time.perf_counter()
@@ -153,7 +155,7 @@ class EngineSide:
 
 
 class PlainSide:
-    """Transformers' own model and SDPA, on a cache that is written in place or on its own, which concatenates."""
+    """Time transformers' own model and SDPA, on a cache written in place or on its own one, which concatenates."""
 
     def __init__(self, shared: SharedModel, cache: Literal["preallocated", "growing"]) -> None:
         self.shared, self.kind = shared, cache
@@ -177,7 +179,7 @@ class PlainSide:
 
 
 def _between(tokens: Iterator[Any]) -> Iterator[float]:
-    """Seconds that each item took to come."""
+    """Return the seconds before each item."""
     started = time.perf_counter()
     for _ in tokens:
         now = time.perf_counter()

@@ -1,6 +1,6 @@
-"""What a speed benchmark measures, read from YAML: ``loopserve/bench/suites/*.yaml`` or a file of one's own.
+"""Read speed suites from YAML: ``loopserve/bench/suites/*.yaml`` or a user's file.
 
-Wherever a field takes a number or a list, a list stands for one case per number; several lists multiply.
+Where a field takes a number or a list, a list stands for one case per number; several lists multiply.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class _Part(BaseModel):
 
 
 class KernelPrefill(_Part):
-    """Operations on the block of a turn's new tokens."""
+    """Configure operations on the block of a turn's new tokens."""
 
     tokens: OneOrMore = Field(description="Keys n, the new tokens included.")
     new_tokens: OneOrMore | None = Field(None, description="Queries m, the last of the keys; all of them by default.")
@@ -58,7 +58,7 @@ class KernelPrefill(_Part):
 
 
 class KernelDecode(_Part):
-    """Operations of decode steps: attention over the active set, and choosing it anew."""
+    """Configure operations of decode steps: attention over the active set, and its selection."""
 
     tokens: OneOrMore
     query_heads: int = Field(12, gt=0)
@@ -73,7 +73,7 @@ class KernelDecode(_Part):
 
 
 class ModelShape(_Part):
-    """A Llama with random weights."""
+    """Configure a Llama with random weights."""
 
     layers: int = Field(12, gt=0)
     hidden: int = Field(768, gt=0)
@@ -85,7 +85,7 @@ class ModelShape(_Part):
 
 
 class Decode(ModelShape):
-    """Time per output token after a history put into the cache."""
+    """Configure time per output token after a history written into the cache."""
 
     tokens: OneOrMore
     stacks: tuple[str, ...] = ("dense", "loopserve-paper", "loopserve")
@@ -97,7 +97,7 @@ class Decode(ModelShape):
 
 
 class Prefill(ModelShape):
-    """Time to first token of a later turn after a history put into the cache."""
+    """Configure time to first token of a later turn after a history written into the cache."""
 
     tokens: OneOrMore = Field(description="History.")
     new_tokens: int = Field(512, gt=0)
@@ -108,7 +108,7 @@ class Prefill(ModelShape):
 
 
 class Short(ModelShape):
-    """A short turn end to end: a sparse stack must not lose to dense."""
+    """Configure a short turn end to end: a sparse stack must not be slower than dense."""
 
     tokens: OneOrMore = (512, 1024, 2048)
     output_tokens: int = Field(32, gt=1)
@@ -117,7 +117,7 @@ class Short(ModelShape):
 
 
 class Conversation(ModelShape):
-    """Many turns with a growing history: TTFT and TPOT of each, dense and sparse."""
+    """Configure many turns with a growing history: TTFT and TPOT of each, dense and sparse."""
 
     tokens: int = Field(gt=0, description="Length of the whole conversation.")
     turns: int = Field(10, gt=0)
@@ -128,7 +128,7 @@ class Conversation(ModelShape):
 
 
 class Suite(_Part):
-    """A suite file."""
+    """Hold a suite file."""
 
     version: Literal[1]
     name: str
@@ -142,12 +142,12 @@ class Suite(_Part):
 
 
 def load_suite(spec: str) -> Suite:
-    """A suite by name (of those beside the checkout) or file. ConfigError, one line a mistake, for what is no suite."""
+    """Return a suite by name or file. Raises ConfigError, one line per mistake, for an invalid suite."""
     return read_suite(spec, SuiteKind.SPEED).parse(Suite, known_options=lambda at: _options(at))
 
 
 def _options(at: tuple[str | int, ...]) -> list[str] | None:
-    """Fields at a place of a suite file, for suggestions."""
+    """Return the fields at a place of a suite file, for suggestions."""
     if not at:
         return list(Suite.model_fields)
     parts: dict[str | int, type[BaseModel]] = {
@@ -162,7 +162,7 @@ def _options(at: tuple[str | int, ...]) -> list[str] | None:
 
 
 def cases(part: Case, *axes: str) -> Iterator[Case]:
-    """One case per combination of what the fields ``axes`` list; each holds a single number there."""
+    """Return one case per combination of the lists in the fields ``axes``; each case holds a single number there."""
     for values in product(*(_several(getattr(part, axis)) for axis in axes)):
         yield part.model_copy(update=dict(zip(axes, values, strict=True)))
 

@@ -1,4 +1,4 @@
-"""Tables of result rows, for people: what was measured, how long it took, how many times faster than dense."""
+"""Write tables of result rows: case, time, and speedup over dense."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ COLUMNS = ("op", "case", "dtype", "by", "density", "ms (20-80 %)", "x SDPA", "x 
 
 
 def table(rows: Iterable[Row], ops: Sequence[str] = ()) -> list[tuple[str, ...]]:
-    """A line per row under ``COLUMNS``; of several rows of the same measurement the newest. ops: which, all by default."""
+    """Return a line per row under ``COLUMNS``, the newest of several rows of the same measurement. ops: names, all by default."""
     return [line(row) for row in latest(rows) if (not ops or row["op"] in ops) and "shape" in row]
 
 
 def line(row: Row) -> tuple[str, ...]:
-    """One row as text."""
+    """Return one row as text."""
     spread = f"{_ms(row['median_ms'])} ({_ms(row['q20_ms'])}-{_ms(row['q80_ms'])})" if "median_ms" in row else "-"
     pattern = row.get("pattern") or {}
     density = pattern.get("cell_density")
@@ -37,7 +37,7 @@ def line(row: Row) -> tuple[str, ...]:
 
 
 def case(row: Row) -> str:
-    """``8 heads, D 64, 512 new of 16K``: the sizes, and the inputs where they are not synthetic."""
+    """Return ``8 heads, D 64, 512 new of 16K``: the sizes, and the inputs where they are not synthetic."""
     shape = row["shape"]
     heads = f"{shape['q_heads']}/{shape['kv_heads']} heads, D {shape['head_dim']}"
     new, total = shape["m"], shape["n"]
@@ -55,24 +55,25 @@ def case(row: Row) -> str:
 
 
 def note(row: Row) -> str:
-    """What must be said beside the figures."""
-    said = []
+    """Return the remarks of a row: parity failures, scaled baselines, growth, selection share."""
+    remarks = []
     if row.get("parity") != "ok":
-        said.append(f"PARITY FAILED: {row.get('error', '')}")
+        remarks.append(f"PARITY FAILED: {row.get('error', '')}")
     if "scaled_from_heads" in row:
-        said.append(f"dense on {row['scaled_from_heads']} heads, scaled")
+        remarks.append(f"dense on {row['scaled_from_heads']} heads, scaled")
     if "growth" in row and row.get("growth_from") != row["shape"]["n"]:
-        said.append(f"{row['growth']:.2f} times {count(row['growth_from'])}")
+        remarks.append(f"{row['growth']:.2f} times {count(row['growth_from'])}")
     if "choosing_share" in row:
-        said.append(f"choosing {row['choosing_share']:.0%}")
+        remarks.append(f"choosing {row['choosing_share']:.0%}")
     if "ratio_eager" in row:
-        said.append(f"{_times(row['ratio_eager'])} eager")
-    return "; ".join(said)
+        remarks.append(f"{_times(row['ratio_eager'])} eager")
+    return "; ".join(remarks)
 
 
 def break_even(rows: Iterable[Row], op: str = "sparse_prefill") -> list[str]:
-    """From which length on a first turn beats the fastest SDPA, per kind of row: between two lengths by the straight line
-    through their ratios on logarithmic scales.
+    """Return one line per kind of row with the length from which a first turn is faster than the fastest SDPA.
+
+    Between two lengths it is interpolated by the straight line through their ratios on logarithmic scales.
     """
     whole = [row for row in latest(rows) if row["op"] == op and "ratio_sdpa" in row and _first_turn(row)]
     found = []
@@ -92,7 +93,7 @@ def _kind(row: Row) -> tuple[str, str, str, str]:
 
 
 def crossing(points: Sequence[tuple[int, float]]) -> int | None:
-    """The length at which ratios, given by rising length, reach 1; None if they do so never or from the first."""
+    """Return the length at which ratios, given by rising length, reach 1; None if they never do, or from the first on."""
     for (shorter, below), (longer, above) in pairwise(points):
         if below < 1 <= above:
             part = -math.log(below) / (math.log(above) - math.log(below))
@@ -110,7 +111,7 @@ def _crossing(points: Sequence[tuple[int, float]]) -> str:
 
 
 def machines(rows: Iterable[Row]) -> str:
-    """Where the rows were had, in one sentence: device, threads, versions, commits, days."""
+    """Return the conditions of the rows in one sentence: device, threads, versions, commits, days."""
     rows = list(rows)
 
     def each(values: Iterable[object]) -> str:
@@ -124,8 +125,9 @@ def machines(rows: Iterable[Row]) -> str:
 
 
 def markdown(rows: Iterable[Row], ops: Sequence[str] = (), shortest: int = 0, without: Sequence[str] = ()) -> str:
-    """A table for a document, and under it the machine: rows over at least ``shortest`` tokens whose case contains none of ``without``;
-    and not what others are held against, unless all is asked for.
+    """Return a Markdown table with a line on the machine, of rows over at least ``shortest`` tokens.
+
+    Cases that contain one of ``without`` are left out, and so are baselines unless all operations are requested.
     """
     shown = [row for row in latest(rows) if "shape" in row and row["shape"]["n"] >= shortest]
     shown = [row for row in shown if not any(text in case(row) for text in without)]
@@ -133,8 +135,10 @@ def markdown(rows: Iterable[Row], ops: Sequence[str] = (), shortest: int = 0, wi
         shown = [row for row in shown if row["op"] in ops and not _is_baseline(row)]
     lines = [f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS)]
     lines += [f"| {' | '.join(cell.replace('|', '/') for cell in line(row))} |" for row in shown]
-    said = f"Paired runs in one process, medians; ratios are times faster. {machines(shown)}." if shown else "No rows."
-    return "\n".join([*lines, "", said])
+    caption = (
+        f"Paired runs in one process, medians; ratios are times faster. {machines(shown)}." if shown else "No rows."
+    )
+    return "\n".join([*lines, "", caption])
 
 
 def _is_baseline(row: Row) -> bool:
@@ -151,5 +155,5 @@ def _times(value: float | None) -> str:
 
 
 def count(tokens: int) -> str:
-    """``16K``, or the number."""
+    """Return ``16K``, or the number."""
     return f"{tokens // 1024}K" if tokens % 1024 == 0 and tokens else f"{tokens:,}"

@@ -1,4 +1,4 @@
-"""Where benchmark dialogues come from: made here, the published set, or LongBench recombined. Each is a ``Task`` of bench.samples."""
+"""Provide benchmark dialogues: synthetic ones, the published set, or LongBench recombined. Each is a ``Task`` of bench.samples."""
 
 from loopserve.bench.tasks.registry import known_tasks, make_tasks, task_by_name
 from loopserve.bench.tasks.window import fit

@@ -1,8 +1,8 @@
-"""LongBench recombined: dialogues of several turns, each a context with a question at its begin, in its middle or at its end.
+"""Recombine LongBench into dialogues of several turns, each a context with a question at its begin, middle or end.
 
-Construction (docs/benchmark_tasks.md): the items of one set are shuffled by the seed and taken in groups, one item a turn; each
-group is asked at every position. In the cross-turn variant (``distance``) a turn asks about the context of an earlier turn, and
-its own context stands in the way.
+Construction (docs/benchmark_tasks.md): the items of one set are shuffled by the seed and taken in groups, one item per
+turn. Each group is asked at every position. In the cross-turn variant (``distance``) a turn asks about the context of
+an earlier turn, and its own context is a distractor.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class LongBenchOptions(TaskOptions):
 
 @dataclass(frozen=True)
 class Item:
-    """One row of LongBench, checked."""
+    """Hold one verified row of LongBench."""
 
     id: str
     asked: str
@@ -63,7 +63,7 @@ class Item:
 
 
 class LongBenchTask:
-    """One set. ConfigError at once, with the command that gets it, if the set is not there."""
+    """Make samples of one set. Raises ConfigError at once, with the command that downloads it, if the set is not present."""
 
     def __init__(self, kind: str, options: LongBenchOptions) -> None:
         self.name = options.name or kind
@@ -73,7 +73,7 @@ class LongBenchTask:
         self.version = f"{VERSION}+{digest(self._files)}"
 
     def samples(self, limit: int | None, seed: int) -> Iterator[Sample | BrokenSample]:
-        """Broken rows first (they do not count towards the limit), then every group at all positions and distances."""
+        """Yield broken rows first (they do not count towards the limit), then every group at all positions and distances."""
         items, broken = self._items()
         yield from broken
         turns = self.options.turns
@@ -91,10 +91,10 @@ class LongBenchTask:
             yield Sample(f"{index:04d}-{position}-distance{distance}", self.name, asked)
 
     def _turn(self, group: Sequence[Item], index: int, distance: int, position: Position) -> AskedTurn:
-        told, about = group[index], index - distance
-        words = len(told.context.split())
+        item, about = group[index], index - distance
+        words = len(item.context.split())
         if about < 0:
-            text = f"Here is a {self.set.context}. I will ask about it in a later message.\n\n{told.context}"
+            text = f"Here is a {self.set.context}. I will ask about it in a later message.\n\n{item.context}"
             return AskedTurn(text, "", (), None, self.set.metric, 1, {"set": self.set.name, "words": words})
         item = group[about]
         where = WHERE[position] if not distance else EARLIER.format(number=about + 1)
@@ -110,7 +110,7 @@ class LongBenchTask:
             labels["classes"] = list(item.classes)
         if self.set.first_line:
             labels["first_line"] = True
-        text = place(told.context, question, position, self.set.example)
+        text = place(item.context, question, position, self.set.example)
         return AskedTurn(text, question, item.answers, position, self.set.metric, self.set.max_new_tokens, labels)
 
     def _items(self) -> tuple[list[Item], list[BrokenSample]]:
@@ -124,7 +124,7 @@ class LongBenchTask:
         return items, broken
 
     def _check(self, row: Row) -> Item | str:
-        """The row as an item, or why it cannot be asked."""
+        """Return the row as an item, or the reason why it cannot be asked."""
         if row.data is None:
             return row.why
         data: Mapping[str, Any] = row.data
@@ -183,7 +183,7 @@ def _from_hub(options: LongBenchOptions) -> Path:
 
     try:
         return Path(hf_hub_download(options.repository, ARCHIVE, repo_type="dataset", revision=options.revision))
-    except (OSError, ValueError) as error:  # no network, no such repository, offline mode: all are one of these
+    except (OSError, ValueError) as error:  # no network, no such repository or offline mode raise different errors
         command = _command(options, Path("longbench"))
         raise ConfigError(
             f"{options.repository} cannot be had from the hub; get it with: {command}, then give source: longbench"

@@ -1,7 +1,7 @@
-"""The twelve English LongBench sets that are recombined: what is asked of them, in words of our own, and how answers are scored.
+"""Define the twelve English LongBench sets that are recombined: request, metric and answer length.
 
-Metrics, answer lengths and the first-line rule are LongBench's; the wording is not, because LongBench's prompts put an instruction
-before and after the context, and a question at the begin must not be restated at the end.
+Metrics, answer lengths and the first-line rule are LongBench's. The wording is ours, because LongBench's prompts put an
+instruction before and after the context, and a question at the begin must not be restated at the end.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _BRIEF = "Give the answer only, as briefly as you can."
 
 @dataclass(frozen=True)
 class LongBenchSet:
-    """One set. ``request`` is what a turn asks; {where} says where the context is, {input} is the item's own question, if any."""
+    """Hold one set. ``request`` is the turn's request; {where} names the context's place, {input} the item's own question."""
 
     name: str
     kind: Kind
@@ -36,11 +36,11 @@ class LongBenchSet:
 
     @property
     def first_line(self) -> bool:
-        """Few-shot: only the first line of an answer is scored, as models go on with examples of their own."""
+        """Return whether only the first line is scored: in few-shot sets models continue with examples of their own."""
         return self.kind == "few-shot"
 
     def question(self, asked: str, where: str) -> str:
-        """The request with an item's question; a cue at its end (``Answer:``) is taken off, as the context may follow it."""
+        """Return the request with an item's question, without a cue at its end (``Answer:``), since the context may follow it."""
         return self.request.format(where=where, input=_CUE.sub("", asked)).strip()
 
 

@@ -1,4 +1,4 @@
-"""What every task's options have in common. A field that takes one value or several stands for one case per value."""
+"""Define the options that every task shares. A field that takes one value or several stands for one case per value."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Value = TypeVar("Value", int, Position)
 
 
 class TaskOptions(BaseModel):
-    """Options of a task, as a suite file gives them."""
+    """Hold the options of a task, as a suite file gives them."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -25,5 +25,5 @@ class TaskOptions(BaseModel):
 
 
 def several(value: Value | tuple[Value, ...]) -> tuple[Value, ...]:
-    """One value or several, as several."""
+    """Return one value or several as a sequence."""
     return value if isinstance(value, tuple) else (value,)

@@ -1,4 +1,4 @@
-"""Puts a question before, into or after a context, and nothing of it anywhere else."""
+"""Place a question before, inside or after a context, without repeating any part of it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 
 from loopserve.bench.samples import Position
 
-_NEAR = 0.2  # share of the context that a border may be away from half before smaller parts are looked at
+_NEAR = 0.2  # maximum distance of a border from half of the context, as a share, before smaller parts are tried
 _PARAGRAPH = re.compile(r"\n\s*\n")
 _LINE = re.compile(r"\n")
 _SENTENCE = re.compile(r"(?<=[.!?])\s+")
@@ -14,11 +14,11 @@ _WORD = re.compile(r"\s+")
 
 
 def place(context: str, question: str, position: Position, boundary: str | None = None) -> str:
-    """The turn's text. In the middle, the question stands at the border nearest to half of the context.
+    """Return the turn's text. In the middle, the question is at the border nearest to half of the context.
 
-    boundary: a pattern; borders are where it matches (before an example of a few-shot context). Else borders are between paragraphs
-    or, where none is within a fifth of the context from half, between lines, sentences, words. An empty context gives the
-    question alone.
+    boundary: a pattern; borders are at its matches (before an example of a few-shot context). Otherwise borders are
+    between paragraphs or, where none is within a fifth of the context from half, between lines, sentences, words. An
+    empty context gives the question alone.
     """
     if not context:
         return question
@@ -31,7 +31,7 @@ def place(context: str, question: str, position: Position, boundary: str | None 
 
 
 def _middle(context: str, boundary: str | None) -> int:
-    """Index of the border to use, never at an end unless there is no border inside."""
+    """Return the index of the border to use, never at an end unless there is no border inside."""
     patterns = [re.compile(boundary, re.MULTILINE)] if boundary else [_PARAGRAPH, _LINE, _SENTENCE, _WORD]
     nearest: list[int] = []
     for pattern in patterns:

@@ -1,6 +1,6 @@
-"""The benchmark published with the paper: TreeAILab/Multi-turn_Long-context_Benchmark_for_LLMs, from the hub or a folder.
+"""Read the benchmark published with the paper: TreeAILab/Multi-turn_Long-context_Benchmark_for_LLMs, from the hub or a folder.
 
-Little of its schema is documented, so configs and fields are found out at run time (published_fields) and told by ``report()``.
+Little of its schema is documented, so configs and fields are detected at run time and listed by ``report()``.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class PublishedOptions(TaskOptions):
 
 
 class PublishedTask:
-    """One config. ConfigError at once, with the command that gets it, if the set is not there."""
+    """Make samples of one config. Raises ConfigError at once, with the command that downloads the set, if it is not present."""
 
     def __init__(self, kind: str, options: PublishedOptions) -> None:
         self.name = options.name or kind
@@ -61,7 +61,7 @@ class PublishedTask:
         self._rows = _open(options)
         self.version = f"{VERSION}+{self._rows.digest}"
         self.fields = self._find_fields()
-        # Without a name of the set in the rows, the documented name of the config is all that says how answers are scored.
+        # Without the name of a set in the rows, only the documented name of the config determines the metric.
         self._metric_of_config = options.metric or ("qa_f1" if "QA" in options.config else None)
         if self._metric_of_config is None and self.fields.data_set is None:
             raise ConfigError(
@@ -70,14 +70,17 @@ class PublishedTask:
             )
 
     def report(self) -> list[str]:
-        """What was found: configs, fields, which are used, and how answers are scored."""
+        """Return the configs and fields that were detected, the fields in use, and the metrics."""
         configs = f"configs: {', '.join(self._rows.configs)}; in use: {self.options.config} ({len(self._rows)} rows)"
         others = f"{self._metric_of_config or 'none'} for others"
         scored = self.options.metric or (f"by set, {others}" if self.fields.data_set else self._metric_of_config)
         return [configs, *self.fields.report(), f"metric: {scored}"]
 
     def samples(self, limit: int | None, seed: int) -> Iterator[Sample | BrokenSample]:
-        """Rows in an order drawn by the seed (the file's may be by set), each at all positions; a broken row counts as one."""
+        """Yield rows in an order drawn by the seed (the file may be sorted by set), each at all positions.
+
+        A broken row counts as one.
+        """
         order = list(range(len(self._rows)))
         Random(f"{self.options.config}-{seed}").shuffle(order)
         for count, (number, position) in enumerate(product(order, several(self.options.position))):
@@ -94,7 +97,7 @@ class PublishedTask:
                 yield BrokenSample(name, self.name, str(why))
 
     def _find_fields(self) -> Fields:
-        """All fields of the first rows together, as one of them may lack some. ConfigError if a name is not clear."""
+        """Return all fields of the first rows together, as one row may lack some. Raises ConfigError if a name is ambiguous."""
         of_row: dict[str, Any] = {}
         of_turn: dict[str, Any] = {}
         for number in range(min(_LOOKED_AT, len(self._rows))):
@@ -135,7 +138,7 @@ class PublishedTask:
         return AskedTurn(prompt, question, answers, position, metric, self.options.max_new_tokens or longest, labels)
 
     def _metric(self, row: Mapping[str, Any], turn: Mapping[str, Any], labels: dict[str, Any]) -> tuple[str, int]:
-        """Metric and answer length of a turn; notes in the labels what the metric needs."""
+        """Return metric and answer length of a turn; store the metric's parameters in the labels."""
         own = self.fields.data_set and turn.get(self.fields.data_set, row.get(self.fields.data_set))
         known = SETS.get(str(own))
         if own:
@@ -154,7 +157,7 @@ class PublishedTask:
 
 
 class _Unusable(Exception):
-    """Why a row cannot be asked."""
+    """Report why a row cannot be asked."""
 
 
 def _open(options: PublishedOptions) -> Rows:

@@ -1,6 +1,7 @@
-"""Which field of the published set is what. Two names are documented; the others are found out, reported, and never guessed.
+"""Detect the fields of the published set. Two names are documented; the others are detected, reported, and never guessed.
 
-Documented (a turn of config ``multi-turn_QA``): ``prompt_back`` and ``question_at_back``, the question being a suffix of the prompt.
+Documented (a turn of config ``multi-turn_QA``): ``prompt_back`` and ``question_at_back``; the question is a suffix of
+the prompt.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ _CLASSES = re.compile(r"(all_)?classes")
 
 
 class FieldNames(BaseModel):
-    """Names given by the user; what is not given is found out."""
+    """Hold the names that the user gives; missing ones are detected."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -48,7 +49,7 @@ class FieldNames(BaseModel):
 
 @dataclass(frozen=True)
 class Fields:
-    """The fields in use, and all that were there."""
+    """Hold the fields in use, and all fields that were present."""
 
     prompt: Mapping[Position, str]
     question: Mapping[Position, str]
@@ -59,7 +60,7 @@ class Fields:
     of_turn: tuple[str, ...]
 
     def report(self) -> list[str]:
-        """What was found, one line each, for logs and manifests."""
+        """Return the result, one line per field, for logs and manifests."""
         used = [f"{position}: {self.prompt[position]} with {self.question[position]}" for position in self.prompt]
         return [
             f"fields of a row: {', '.join(self.of_row)}",
@@ -74,7 +75,10 @@ class Fields:
 def find_fields(
     row: Mapping[str, Any], turn: Mapping[str, Any], wanted: Iterable[Position], given: FieldNames
 ) -> Fields:
-    """The fields to read, from those of a row and of a turn. ConfigError, naming them, where there is not exactly one candidate."""
+    """Return the fields to read, from those of a row and of a turn.
+
+    Raises ConfigError, with their names, where there is not exactly one candidate.
+    """
     both = {**row, **turn}
     prompts = {position: given.prompt.get(position) or _only(turn, _PROMPT, position, "prompt") for position in wanted}
     questions = {

@@ -1,4 +1,4 @@
-"""Where the rows of the published set come from: the hub through ``datasets``, or a folder. Finds out which configs there are."""
+"""Read the rows of the published set from the hub through ``datasets``, or from a folder, and list its configs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SPLIT = re.compile(r"[-_.](train|test|validation)\b.*$")
 
 @dataclass(frozen=True)
 class FolderRows:
-    """The rows of one config's files, all in memory; the configs found beside it, and a digest of the data."""
+    """Hold the rows of one config's files in memory, the configs beside it, and a digest of the data."""
 
     configs: tuple[str, ...]
     digest: str
@@ -36,7 +36,7 @@ class FolderRows:
 
 @dataclass(frozen=True)
 class HubRows:
-    """A data set of ``datasets``, read row by row from its Arrow files."""
+    """Read a data set of ``datasets`` row by row from its Arrow files."""
 
     configs: tuple[str, ...]
     digest: str
@@ -54,7 +54,7 @@ Rows = FolderRows | HubRows
 
 
 def folder_rows(folder: Path, config: str, split: str, repository: str) -> FolderRows:
-    """One config of a folder. ConfigError, with the command that gets the set, if there is no such folder or config."""
+    """Return one config of a folder. Raises ConfigError, with the download command, if there is no such folder or config."""
     if not folder.is_dir():
         command = DOWNLOAD.format(repository=repository, folder=folder)
         raise ConfigError(f"{folder} is no folder; get the published set with: {command}")
@@ -71,7 +71,7 @@ def folder_rows(folder: Path, config: str, split: str, repository: str) -> Folde
 
 
 def folder_configs(folder: Path, split: str) -> dict[str, list[Path]]:
-    """Config names with their files of a split: as the README's front matter lists them, else by folder and file names."""
+    """Return config names with their files of a split: from the README's front matter, else from folder and file names."""
     listed = _from_readme(folder, split)
     if listed:
         return listed
@@ -88,14 +88,14 @@ def folder_configs(folder: Path, split: str) -> dict[str, list[Path]]:
 
 
 def hub_rows(repository: str, revision: str | None, config: str, split: str) -> HubRows:
-    """One config from the hub. ConfigError if ``datasets`` is missing or the set cannot be had."""
+    """Return one config from the hub. Raises ConfigError if ``datasets`` is missing or the set cannot be loaded."""
     try:
         datasets = import_module("datasets")
     except ImportError as error:
         raise ConfigError("the published set needs the package datasets: pip install 'loopserve[bench]'") from error
     try:
         configs = tuple(datasets.get_dataset_config_names(repository, revision=revision))
-    except Exception as error:  # whatever the hub's client raises without a network or a data set
+    except Exception as error:  # the hub's client raises different errors without a network or a data set
         command = DOWNLOAD.format(repository=repository, folder="published")
         raise ConfigError(
             f"{repository} cannot be had from the hub; get it with: {command}, then give source: published"
@@ -110,13 +110,13 @@ def hub_rows(repository: str, revision: str | None, config: str, split: str) -> 
 
 
 def _of_split(files: Sequence[Path], split: str) -> list[Path]:
-    """Files whose names say this split, and those that name none."""
+    """Return the files whose names contain this split, and those that name none."""
     named = {file: match.group(1) if (match := _SPLIT.search("-" + file.stem)) else split for file in files}
     return [file for file, of in named.items() if of == split]
 
 
 def _from_readme(folder: Path, split: str) -> dict[str, list[Path]]:
-    """What the front matter's ``configs`` say (the hub's convention); empty without it."""
+    """Return the ``configs`` of the front matter (the hub's convention); empty without it."""
     readme = folder / "README.md"
     match = re.match(r"---\n(.*?)\n---", readme.read_text(encoding="utf-8"), re.DOTALL) if readme.is_file() else None
     front = parse_yaml(match.group(1), str(readme)).data if match else None
@@ -141,7 +141,7 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def _digest_of(data: Any) -> str:
-    """Twelve hex digits over the number of rows and three of them; reading all would take minutes."""
+    """Return twelve hex digits over the number of rows and three of them; reading all would take minutes."""
     chosen = sorted({0, len(data) // 2, len(data) - 1}) if len(data) else []
     text = json.dumps([len(data), [data[number] for number in chosen]], sort_keys=True, default=str)
     return sha256(text.encode()).hexdigest()[:12]

@@ -1,4 +1,4 @@
-"""Every task by name, with its options."""
+"""Register every task by name, with its options."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from loopserve.core.stack.config import Document
 
 @dataclass(frozen=True)
 class TaskKind:
-    """A task that can be named in a suite."""
+    """Hold a task that a suite can name."""
 
     name: str
     about: str
@@ -28,15 +28,15 @@ class TaskKind:
 
 
 def known_tasks() -> dict[str, TaskKind]:
-    """Task kinds by name, in the order of the docs."""
+    """Return task kinds by name, in the order of the documentation."""
     return dict(_KINDS)
 
 
 def task_by_name(name: str, options: Mapping[str, Any] | None = None, source: str | None = None) -> Task:
-    """The task with these options, as YAML gives them.
+    """Return the task with these options, as YAML gives them.
 
-    source: where the options come from, for messages; the task's name by default. ConfigError, one line a mistake, for an unknown
-    name, wrong options or data that are not there.
+    source: origin of the options for messages; the task's name by default. Raises ConfigError, one line per mistake,
+    for an unknown name, wrong options or missing data.
     """
     if name not in _KINDS:
         raise ConfigError(f"unknown task {name!r}{did_you_mean(name, _KINDS)}")
@@ -46,7 +46,10 @@ def task_by_name(name: str, options: Mapping[str, Any] | None = None, source: st
 
 
 def make_tasks(entries: Sequence[Mapping[str, Any]]) -> list[Task]:
-    """The tasks of a suite. An entry has a task's name as ``task`` and its options beside it. ConfigError if two have the same name."""
+    """Return the tasks of a suite. An entry has the task's name as ``task`` and its options beside it.
+
+    Raises ConfigError if two tasks have the same name.
+    """
     made: list[Task] = []
     for number, entry in enumerate(entries):
         options = dict(entry)

@@ -1,4 +1,4 @@
-"""Rows of a data set on disk: JSON, JSONL, Parquet, or JSONL inside a zip. A row that cannot be read is a row with a reason."""
+"""Read rows of a data set on disk: JSON, JSONL, Parquet, or JSONL inside a zip. An unreadable row carries the reason."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DataFile = Path | ZipPath
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a file. ``id`` is the file's name and the row's number from 0; ``why`` says why there is no data."""
+    """Hold one row of a file. ``id`` is the file's name and the row's number from 0; ``why`` is the reason for missing data."""
 
     id: str
     data: Mapping[str, Any] | None
@@ -28,7 +28,7 @@ class Row:
 
 
 def read_rows(file: DataFile) -> Iterator[Row]:
-    """The rows of one file, in order. ConfigError if the file as a whole cannot be read."""
+    """Yield the rows of one file, in order. Raises ConfigError if the file as a whole cannot be read."""
     stem, suffix = file.name.rsplit(".", 1)
     try:
         values = _parquet(file) if suffix == "parquet" else _json(file.read_text(encoding="utf-8"), suffix)
@@ -39,7 +39,7 @@ def read_rows(file: DataFile) -> Iterator[Row]:
 
 
 def gold_answers(value: Any) -> tuple[str, ...]:
-    """A row's answers, a text or a list of them, without empty ones. ValueError says why there is none."""
+    """Return a row's answers, a text or a list of them, without empty ones. Raises ValueError if there is none."""
     listed = [value] if isinstance(value, str) else value
     if not isinstance(listed, list) or not listed:
         raise ValueError("the list of answers is empty")
@@ -52,12 +52,12 @@ def gold_answers(value: Any) -> tuple[str, ...]:
 
 
 def data_files(folder: Path) -> list[Path]:
-    """The files of a folder that hold rows, by name; those inside folders of it are not among them."""
+    """Return the files of a folder that hold rows, by name, without those in subfolders."""
     return sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES)
 
 
 def open_zip(path: Path) -> ZipPath:
-    """The root inside a zip. ConfigError if it is none."""
+    """Return the root inside a zip. Raises ConfigError if the file is not a zip."""
     try:
         return ZipPath(path)
     except (OSError, BadZipFile) as error:
@@ -65,7 +65,7 @@ def open_zip(path: Path) -> ZipPath:
 
 
 def digest(files: Iterable[DataFile]) -> str:
-    """Twelve hex digits over the files' contents: other data, other samples."""
+    """Return twelve hex digits over the files' contents, to identify the data."""
     found = sha256()
     for file in files:
         found.update(file.read_bytes())
@@ -86,7 +86,7 @@ class _Broken:
 
 
 def _json(text: str, suffix: str) -> Iterator[Any]:
-    """A list of rows, or one row per line; files named .json come in both kinds."""
+    """Yield the items of a list, or one row per line; both kinds are named .json."""
     if suffix == "json":
         try:
             whole = json.loads(text)

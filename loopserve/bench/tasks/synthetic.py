@@ -1,8 +1,9 @@
-"""Suites made from recall dialogues: no download, any length, for the bundled model and for any other.
+"""Make samples from recall dialogues: no download, any length, for the bundled model and for others.
 
-Every case (a length, a position, a number of keys, ...) draws its dialogues from the same held-out seeds, and cases take turns, so a
-limit cuts all of them alike. The bundled model answers the plain form and knows what its training drew; ``labels["trained"]`` says
-whether a dialogue is of that kind. Other models need ``form: instructed``, which says beside the question how to answer.
+Every case (a length, a position, a number of keys, ...) draws its dialogues from the same held-out seeds, and cases
+alternate, so a limit cuts all of them equally. The bundled model answers the plain form; ``labels["trained"]`` marks
+dialogues of the kind that its training drew. Other models need ``form: instructed``, which adds the answer's format to
+the question.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class RecallOptions(TaskOptions):
     position: Places = Field(POSITIONS, description="Where the question stands in its turn's text.")
     keys: OneOrMore = Field(1, description="Places that a question asks for.")
     distance: OneOrMore | None = Field(
-        None, description="How many turns back the asked facts were told; drawn for every place by default."
+        None, description="How many turns back the asked facts were stated; drawn for every place by default."
     )
     dialogues: int = Field(24, ge=1, description="Dialogues of each case.")
     code_words: tuple[int, int] = Field((1, 4), description="Fewest and most words of a code.")
@@ -71,13 +72,13 @@ class ChainOptions(RecallOptions):
 
 
 class ListAllOptions(RecallOptions):
-    """Each turn asks for every fact that it told, in the order told: nothing else is told, and the answer is all over the turn.
+    """Each turn asks for every fact that it states, in order: it states nothing else, and the answer is spread over the turn.
 
     The bundled model was not trained on it; it answers where the places are named.
     """
 
     named: bool = Field(True, description="The question names the places; if not, it asks for all new codes.")
-    keys: OneOrMore = Field((4, 8), description="Facts told and listed in every turn.")
+    keys: OneOrMore = Field((4, 8), description="Facts stated and listed in every turn.")
 
 
 class LongAnswerOptions(RecallOptions):
@@ -101,7 +102,7 @@ Options = TypeVar("Options", bound=RecallOptions)
 
 @dataclass(frozen=True)
 class Case:
-    """One combination of the options that list several values, but for the position."""
+    """Hold one combination of the options that list several values, except the position."""
 
     tokens: int
     keys: int
@@ -122,12 +123,12 @@ class Case:
         )
 
     def _most_facts(self, options: RecallOptions) -> float:
-        """Share of the words that facts can take if no place is told twice: beyond some 8,000 words, places are scarce."""
+        """Return the share of the words that facts can take if no place repeats: beyond some 8,000 words, places are scarce."""
         spare = len(PLACES) - options.turns * self.keys * self.chain
         return 0.9 * spare * (6 + sum(options.code_words) / 2) / self.tokens
 
     def least_words(self, options: RecallOptions) -> int:
-        """Words of a dialogue that tells what it asks for and nothing else."""
+        """Return the words of a dialogue that states the facts it asks for and nothing else."""
         code = options.code_words[1]
         facts = self.keys * (6 + code + (self.chain - 1) * 9)
         answer = self.keys * (3 + code + (self.chain - 1) * 6)
@@ -135,7 +136,7 @@ class Case:
         return 1 + options.turns * (MARKERS_PER_TURN + facts + answer + question)
 
     def trained(self, options: RecallOptions) -> bool:
-        """Whether the training of the bundled model drew dialogues like this (research/training/curriculum.py, its last stage)."""
+        """Return whether the training of the bundled model drew such dialogues (research/training/curriculum.py, last stage)."""
         return (
             options.form == "plain"
             and not isinstance(options, ListAllOptions)
@@ -154,14 +155,14 @@ class Case:
 
 
 def cases(options: RecallOptions) -> list[Case]:
-    """Every combination, the last option changing fastest."""
+    """Return every combination, the last option changing fastest."""
     chains = several(options.chain) if isinstance(options, ChainOptions) else (1,)
     distances = (None,) if options.distance is None else several(options.distance)
     return [Case(*each) for each in product(several(options.tokens), several(options.keys), chains, distances)]
 
 
 class SyntheticTask:
-    """Recall dialogues as benchmark samples."""
+    """Make benchmark samples of recall dialogues."""
 
     version = VERSION
 
@@ -170,7 +171,7 @@ class SyntheticTask:
         self.options = options
 
     def samples(self, limit: int | None, seed: int) -> Iterator[Sample]:
-        """Case by case in turn: the first dialogue of all cases, then the second."""
+        """Yield samples case by case in turn: the first dialogue of all cases, then the second."""
         everything = product(range(self.options.dialogues), cases(self.options), several(self.options.position))
         for count, (index, case, position) in enumerate(everything):
             if limit is not None and count >= limit:
@@ -184,13 +185,13 @@ class SyntheticTask:
 
     def _turn(self, turn: Turn, case: Case) -> AskedTurn:
         words, text, question = len(turn.answer.split()), turn.text, turn.question
-        room = words + 16
+        max_new_tokens = words + 16
         if self.options.form == "instructed":
             listed = isinstance(self.options, ListAllOptions) and not self.options.named
             how = _LISTED if listed else f"{_FORM} {_KEPT}" if case.chain > 1 else _FORM
             question = f"{turn.question} {how}"
             text = turn.text.replace(turn.question, question, 1)
-            room = 3 * words + 32  # other tokenizers make several tokens of a word
+            max_new_tokens = 3 * words + 32  # other tokenizers make several tokens of a word
         labels: dict[str, Any] = {
             "tokens": case.tokens,
             "keys": len(turn.keys),
@@ -201,4 +202,4 @@ class SyntheticTask:
             "parts": turn.answer.split().count("."),
             "trained": case.trained(self.options),
         }
-        return AskedTurn(text, question, (turn.answer,), turn.position, "exact_match", room, labels)
+        return AskedTurn(text, question, (turn.answer,), turn.position, "exact_match", max_new_tokens, labels)

@@ -1,4 +1,4 @@
-"""Fits a dialogue into a model's window: contexts are cut in the middle, as LongBench does, and what was cut is counted."""
+"""Fit a dialogue into a model's window: contexts are cut in the middle, as in LongBench, and cut tokens are counted."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ TEMPLATE_TOKENS = 16
 def fit(
     sample: Sample, encode: Encode, decode: Decode, max_tokens: int, *, template_tokens: int = TEMPLATE_TOKENS
 ) -> tuple[Sample, int]:
-    """The sample, cut so that the whole dialogue has at most ``max_tokens``, and the number of tokens cut.
+    """Return the sample cut to at most ``max_tokens`` for the whole dialogue, and the number of tokens cut.
 
-    encode, decode: text to token ids and back, without special tokens. Every turn counts its text, the longer of gold answer and
-    ``max_new_tokens``, and ``template_tokens``. The longest contexts are cut first, to a common length. A question is never cut:
-    what stands before and after it loses its own middle, both the same share. A turn that was cut has the label ``truncated``.
-    InputError if questions and answers alone do not fit.
+    encode, decode: text to token ids and back, without special tokens. Every turn counts its text, the longer of gold
+    answer and ``max_new_tokens``, and ``template_tokens``. The longest contexts are cut first, to a common length. A
+    question is never cut: the text before and after it loses its own middle, both the same share. A turn that was cut
+    has the label ``truncated``. Raises InputError if questions and answers alone do not fit.
     """
     parts = [_around(turn) for turn in sample.turns]
     fixed = sum(_fixed(turn, encode) + template_tokens for turn in sample.turns)
     lengths = [_context(turn, encode) for turn in sample.turns]
     if fixed + sum(lengths) <= max_tokens:
         return sample, 0
-    # Cutting makes new token borders, so a cut text may need a token or two more than asked for: then the limit sinks.
+    # Cutting makes new token borders, so a cut text may need a token or two more than the limit: the limit then decreases.
     slack = 0
-    while (room := max_tokens - fixed - slack) >= 0:
-        limit = _common_limit(lengths, room)
+    while (available := max_tokens - fixed - slack) >= 0:
+        limit = _common_limit(lengths, available)
         turns = [
             turn if length <= limit else _cut(turn, part, limit, encode, decode)
             for turn, part, length in zip(sample.turns, parts, lengths, strict=True)
@@ -49,7 +49,7 @@ def fit(
 
 
 def _around(turn: AskedTurn) -> tuple[str, str, str]:
-    """What stands before the question, the question, and what stands after it."""
+    """Return the text before the question, the question, and the text after it."""
     at = -1
     if turn.question:
         at = turn.text.rfind(turn.question) if turn.position == "end" else turn.text.find(turn.question)
@@ -60,7 +60,7 @@ def _around(turn: AskedTurn) -> tuple[str, str, str]:
 
 
 def _context(turn: AskedTurn, encode: Encode) -> int:
-    """Tokens of a turn besides its question."""
+    """Return the tokens of a turn besides its question."""
     return len(encode(turn.text)) - len(encode(turn.question))
 
 
@@ -69,9 +69,9 @@ def _fixed(turn: AskedTurn, encode: Encode) -> int:
     return len(encode(turn.question)) + max(gold, turn.max_new_tokens)
 
 
-def _common_limit(lengths: Sequence[int], room: int) -> int:
-    """The greatest length such that all, cut to it, fit the room."""
-    left, limit = room, 0
+def _common_limit(lengths: Sequence[int], available: int) -> int:
+    """Return the greatest length such that all texts, cut to it, fit the available tokens."""
+    left, limit = available, 0
     ordered = sorted(lengths)
     for index, length in enumerate(ordered):
         limit = left // (len(ordered) - index)
@@ -95,7 +95,7 @@ def _without_middle(text: str, tokens: int, encode: Encode, decode: Decode) -> s
         return text
     head = tokens // 2
     start, stop = decode(ids[:head]) if head else "", decode(ids[len(ids) - (tokens - head) :]) if tokens else ""
-    # Tokenizers may drop the spaces at the ends of a decoded piece; without them the question would stick to a word.
+    # Tokenizers may drop the spaces at the ends of a decoded piece; without them the question would join a word.
     lead, trail = text[: len(text) - len(text.lstrip())], text[len(text.rstrip()) :]
     return lead + (start.strip() + " " + stop.strip()).strip() + trail
 

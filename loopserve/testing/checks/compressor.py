@@ -1,4 +1,4 @@
-"""Check a decode compressor's selections: their form, their budget, and what is forced in or gone."""
+"""Check a decode compressor's selections: form, budget, forced pairs and evicted pairs."""
 
 from __future__ import annotations
 
@@ -34,27 +34,27 @@ def _evicting(subject: Subject) -> DecodeCompressor[Any]:
 
 
 def selections_have_the_right_form(subject: Subject) -> None:
-    """Each selection is a KVSelection with int64 indices [Hkv, S] and one length per KV head."""
+    """Check that each selection is a KVSelection with int64 indices [Hkv, S] and one length per KV head."""
     talk = RecordedConversation(subject.compressor, *subject.script()).run(subject.steps)
     assert not talk.malformed, talk.malformed[0]
     talk.well_formed()
 
 
 def selections_are_for_its_own_layers(subject: Subject) -> None:
-    """Selections are given only for the layers of the compressor."""
+    """Check that selections are given only for the layers of the compressor."""
     talk = RecordedConversation(subject.compressor, *subject.script()).run(subject.steps)
     assert not talk.strangers, f"it answered for layer {talk.strangers[0]}, the model has {len(talk.layers)}"
 
 
 def selections_are_sorted(subject: Subject) -> None:
-    """The positions of each head are in ascending order."""
+    """Check that the positions of each head are in ascending order."""
     for given in held(subject).given:
         for kept in given.heads:
             assert not (kept[1:] < kept[:-1]).any(), f"layer {given.layer}, turn {given.turn}: {kept.tolist()[:12]}"
 
 
 def selections_are_unique(subject: Subject) -> None:
-    """No head keeps a position twice."""
+    """Check that no head keeps a position twice."""
     for given in held(subject).given:
         for kept in given.heads:
             twice = kept.numel() - kept.unique().numel()
@@ -62,7 +62,7 @@ def selections_are_unique(subject: Subject) -> None:
 
 
 def selections_are_in_range(subject: Subject) -> None:
-    """Positions lie from 0 to below the boundary, and the boundary within the tokens seen."""
+    """Check that positions lie from 0 to below the boundary, and the boundary within the tokens seen."""
     for given in held(subject).given:
         boundary = given.selection.boundary
         assert 0 <= boundary <= given.length, f"boundary {boundary} is outside the {given.length} tokens seen"
@@ -72,7 +72,7 @@ def selections_are_in_range(subject: Subject) -> None:
 
 
 def budget_is_exact(subject: Subject) -> None:
-    """The first output of a turn attends to exactly the budget (its own pair may come on top), mean over heads and layers."""
+    """Check that the first output of a turn attends to exactly the budget, besides its own pair, mean over heads and layers."""
     budget, talk = _budget(subject), held(subject)
     first = 0
     for number, (_, outputs) in enumerate(subject.steps[1::2]):
@@ -82,7 +82,7 @@ def budget_is_exact(subject: Subject) -> None:
 
 
 def nothing_is_selected_within_the_budget(subject: Subject) -> None:
-    """A conversation that fits the budget is attended to whole: the compressor answers None."""
+    """Check that a conversation that fits the budget is attended to whole: the compressor returns None."""
     budget = _budget(subject)
     if budget < 8:
         raise NotApplicable(f"a budget of {budget} is too small to stay within")
@@ -92,7 +92,7 @@ def nothing_is_selected_within_the_budget(subject: Subject) -> None:
 
 
 def a_thousand_outputs_stay_in_budget(subject: Subject) -> None:
-    """Over an answer of 1,000 outputs never more is attended than the budget and the outputs themselves."""
+    """Check that over an answer of 1,000 outputs the attended pairs never exceed the budget and the outputs themselves."""
     budget = _budget(subject)
     prompt = subject.steps[0][1]
     script = subject.script(layers=1, tokens=prompt + LONG_ANSWER)
@@ -104,7 +104,7 @@ def a_thousand_outputs_stay_in_budget(subject: Subject) -> None:
 
 
 def sinks_are_kept(subject: Subject) -> None:
-    """Where `sink_tokens` says so, every head of every selection keeps the first tokens of the conversation."""
+    """Check that with the option `sink_tokens`, every head of every selection keeps the first tokens of the conversation."""
     sinks = forced_of(subject.compressor, "sink_tokens")
     if not sinks:
         raise NotApplicable("it has no sink_tokens")
@@ -118,7 +118,7 @@ def sinks_are_kept(subject: Subject) -> None:
 
 
 def recent_window_is_kept(subject: Subject) -> None:
-    """Where `recent_window` says so, the last tokens of the input are in the selection a turn's answer begins with."""
+    """Check that with the option `recent_window`, the last tokens of the input are in the selection at the beginning of an answer."""
     recent = forced_of(subject.compressor, "recent_window")
     if not recent:
         raise NotApplicable("it has no recent_window")
@@ -136,7 +136,7 @@ def _assert_kept(wanted: Tensor, heads: list[Tensor], boundary: int, where: str)
 
 
 def filler_is_never_selected(subject: Subject) -> None:
-    """Of a head that holds fewer pairs behind filler, only pairs it holds are selected; asked of scored policies."""
+    """Check that a head that holds fewer pairs behind filler selects only pairs that it holds (scored policies only)."""
     compressor = subject.compressor
     if not isinstance(compressor, ScoredCompressor):
         raise NotApplicable("no wrapper can make its heads ragged")
@@ -158,7 +158,7 @@ def filler_is_never_selected(subject: Subject) -> None:
 
 
 def retention_is_as_declared(subject: Subject) -> None:
-    """Every selection says the retention that the policy declares, and its capabilities allow it."""
+    """Check that every selection has the retention that the policy declares, and its capabilities allow it."""
     variants = [subject.compressor]
     if Retention.EVICT in subject.policy.effective_capabilities.retentions:
         variants += [each for each in [evicting(subject.compressor)] if each is not None]
@@ -166,18 +166,18 @@ def retention_is_as_declared(subject: Subject) -> None:
         declared = compressor.retention
         assert declared in compressor.effective_capabilities.retentions, f"{declared} is not among its capabilities"
         for given in held(subject, compressor=compressor).given:
-            said = given.selection.retention
-            assert said is declared, f"declares {declared}, but a selection of turn {given.turn} says {said}"
+            stated = given.selection.retention
+            assert stated is declared, f"declares {declared}, but a selection of turn {given.turn} says {stated}"
 
 
 def evicted_pairs_stay_gone(subject: Subject) -> None:
-    """Under retention evict, a pair that was evicted is never selected again."""
+    """Check that under retention evict, a pair that was evicted is never selected again."""
     talk = held(subject, compressor=_evicting(subject))
     assert not talk.gone, f"selected after their eviction: {talk.gone[0]}"
 
 
 def evicted_bytes_are_freed(subject: Subject) -> None:
-    """Under retention evict the store shrinks to what was selected, and the state holds no part of the old store."""
+    """Check that under retention evict the store shrinks to what was selected, and the state holds no part of the old store."""
     talk = _Keepsake(_evicting(subject), *subject.script())
     talk.prefill(subject.steps[0][1])
     talk.well_formed()
@@ -189,7 +189,7 @@ def evicted_bytes_are_freed(subject: Subject) -> None:
 
 
 class _Keepsake(RecordedConversation):
-    """Hold on to every store that a selection ends, so that its address is not given out anew."""
+    """Keep every store that a selection ends, so that its address is not used again."""
 
     def __init__(self, compressor: DecodeCompressor[Any], queries: Tensor, keys: Tensor) -> None:
         super().__init__(compressor, queries, keys)
@@ -203,7 +203,7 @@ class _Keepsake(RecordedConversation):
 
 
 def tensors(value: Any, known: set[int] | None = None) -> list[Tensor]:
-    """Return every tensor that a state holds, however deep."""
+    """Return every tensor that a state holds, at any depth."""
     known = set() if known is None else known
     if id(value) in known:
         return []

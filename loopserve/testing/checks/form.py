@@ -1,4 +1,4 @@
-"""Check what every policy promises before it serves: its name, its documentation, its options."""
+"""Check the static properties of a policy: its name, its documentation, its options."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ _NAME = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")
 
 
 def name_is_snake_case(subject: Subject) -> None:
-    """The name is lower-case words joined by underscores, as stack files write it."""
+    """Check that the name is lower-case words joined by underscores, as stack files write it."""
     name = getattr(subject.policy, "name", None)
     assert isinstance(name, str) and _NAME.fullmatch(name), f"name is {name!r}"
 
 
 def docstring_says_what_it_does(subject: Subject) -> None:
-    """The class has a docstring of its own whose first paragraph is a sentence, since `policies ls` shows it."""
+    """Check that the class has a docstring of its own whose first paragraph is a sentence, since `policies ls` shows it."""
     text = type(subject.policy).__dict__.get("__doc__") or ""
     assert len(text.split("\n\n")[0].split()) >= 3, f"the docstring begins with {text[:40]!r}"
 
 
 def paper_is_a_link_or_empty(subject: Subject) -> None:
-    """The class declares its own paper: an http link, or "" where there is none."""
+    """Check that the class declares its own paper: an http link, or "" where there is none."""
     paper = type(subject.policy).__dict__.get("paper")
     assert isinstance(paper, str), "the class itself declares no paper"
     assert not paper or re.match(r"https?://\S+\.\S+$", paper), f"paper is {paper!r}"
 
 
 def docstring_gives_the_link(subject: Subject) -> None:
-    """A policy that has a paper gives its link in the docstring, where a reader of the code looks."""
+    """Check that a policy that has a paper gives its link in the docstring."""
     paper = str(getattr(subject.policy, "paper", ""))
     if not paper:
         raise NotApplicable("it has no paper")
@@ -48,16 +48,18 @@ def docstring_gives_the_link(subject: Subject) -> None:
 
 
 def capabilities_are_declared(subject: Subject) -> None:
-    """Capabilities and `effective_capabilities` are Capabilities, and an object can do no more than its class declares."""
-    able, declared = subject.policy.effective_capabilities, subject.policy.capabilities
-    for each in (able, declared):
+    """Check that capabilities and `effective_capabilities` are Capabilities, and an object can do no more than its class declares."""
+    effective, declared = subject.policy.effective_capabilities, subject.policy.capabilities
+    for each in (effective, declared):
         assert isinstance(each, Capabilities), f"expected Capabilities, got {each!r}"
-    assert able.layer_types <= declared.layer_types, "the object serves layer types that the class does not declare"
-    assert able.retentions <= declared.retentions, "the object can retain in ways that the class does not declare"
+    assert effective.layer_types <= declared.layer_types, (
+        "the object serves layer types that the class does not declare"
+    )
+    assert effective.retentions <= declared.retentions, "the object can retain in ways that the class does not declare"
 
 
 def config_is_frozen(subject: Subject) -> None:
-    """No option can be changed after the policy is made, since all sessions share it."""
+    """Check that no option can be changed after the policy is made, since all sessions share it."""
     config = subject.policy.config
     assert config.model_config.get("frozen"), "Config is not frozen"
     for name in type(config).model_fields:
@@ -69,7 +71,7 @@ def config_is_frozen(subject: Subject) -> None:
 
 
 def unknown_options_are_refused(subject: Subject) -> None:
-    """An option that does not exist is an error, so that a misspelt one is not silently ignored."""
+    """Check that an option that does not exist is an error, so that a misspelt one is not silently ignored."""
     given = {name: getattr(subject.policy.config, name) for name in type(subject.policy.config).model_fields}
     try:
         type(subject.policy.config)(**given | {"no_such_option": 1})
@@ -79,13 +81,13 @@ def unknown_options_are_refused(subject: Subject) -> None:
 
 
 def options_are_described(subject: Subject) -> None:
-    """Every option has a description, from which the documentation and the command line are made."""
+    """Check that every option has a description, from which the documentation and the command line are made."""
     bare = [name for name, field in type(subject.policy.config).model_fields.items() if not field.description]
     assert not bare, f"no description: {', '.join(bare)}"
 
 
 class _Inside:
-    """Return the inner policies of a wrapper, from what they are written as (``core.policy.wrappers.Maker``)."""
+    """Hold the inner policies of a wrapper, from their written form (``core.policy.wrappers.Maker``)."""
 
     def __init__(self, policy: AnyPolicy) -> None:
         self.known: dict[str, Any] = {}
@@ -102,7 +104,7 @@ class _Inside:
 
 
 def options_survive_a_yaml_round_trip(subject: Subject) -> None:
-    """What a stack file says of the policy, written and read again, makes an equal policy."""
+    """Check that the policy, written to a stack file and read again, makes an equal policy."""
     policy = subject.policy
     before = written(policy)
     options: dict[str, Any] = {**parse_yaml(to_yaml(before), "round trip").data}
@@ -112,7 +114,7 @@ def options_survive_a_yaml_round_trip(subject: Subject) -> None:
 
 
 def import_needs_no_transformers(subject: Subject) -> None:
-    """The policy's module does not import transformers when it is imported: a policy knows no model family."""
+    """Check that the policy's module does not import transformers when it is imported: a policy depends on no model family."""
     module = sys.modules.get(type(subject.policy).__module__)
     path = getattr(module, "__file__", None)
     if path is None:

@@ -1,4 +1,4 @@
-"""Check that a policy changes nothing but its session's state while it serves."""
+"""Check that a policy changes only its session's state while it serves."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from loopserve.testing.checks.calls import attended, first_turn
 from loopserve.testing.recorded import RecordedConversation
 from loopserve.testing.subject import Subject
 
-_SEED = 86243  # one that no policy is likely to set itself
+_SEED = 86243  # a value that no policy is likely to set itself
 
 
 def policy_object_stays_as_it_is(subject: Subject) -> None:
-    """Serving changes no attribute of the policy object, since one object serves every session."""
+    """Check that serving changes no attribute of the policy object, since one object serves every session."""
     before = {name: snapshot(value) for name, value in vars(subject.policy).items()}
     _serve(subject)
     after = {name: snapshot(value) for name, value in vars(subject.policy).items()}
@@ -34,7 +34,7 @@ def policy_object_stays_as_it_is(subject: Subject) -> None:
 
 
 def random_state_is_left_alone(subject: Subject) -> None:
-    """A draw comes from a generator of the policy's own: the global states of torch and of Python stay as they are."""
+    """Check that a draw comes from a generator of the policy's own: the global states of torch and of Python stay as they are."""
     python = random.getstate()
     try:
         with torch.random.fork_rng(devices=[]):
@@ -49,7 +49,7 @@ def random_state_is_left_alone(subject: Subject) -> None:
 
 
 def inputs_stay_unchanged(subject: Subject) -> None:
-    """No tensor of a call is written to, neither by choosing nor by attending."""
+    """Check that no tensor of a call is written to, neither by choosing nor by attending."""
     if isinstance(subject.policy, DecodeCompressor):
         watched = _Watched(subject.policy)
         RecordedConversation(watched, *subject.script()).run(subject.steps[:2])
@@ -97,7 +97,7 @@ class _Watched(DecodeCompressor[Any]):
 
 
 def snapshot(value: Any, above: tuple[int, ...] = ()) -> Any:
-    """Return what a value holds in a form that stays the same and can be compared, whatever happens to the value."""
+    """Return a copy of a value in a form that can be compared, and that later changes of the value do not affect."""
     if id(value) in above:
         return "a value that holds itself"
     above = (*above, id(value))

@@ -1,4 +1,4 @@
-"""Check a decode compressor's state: sessions apart, forks alike, undone turns without a trace."""
+"""Check a decode compressor's state: separate sessions, forks, and undone turns."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from loopserve.testing.subject import NotApplicable, Subject
 
 
 def same_conversation_gives_the_same_selections(subject: Subject) -> None:
-    """Equal conversations get equal selections, unless the policy declares that it is not deterministic."""
+    """Check that equal conversations get equal selections, unless the policy declares that it is not deterministic."""
     if not subject.policy.effective_capabilities.deterministic:
         raise NotApplicable("it declares that it is not deterministic")
     found = difference(held(subject), held(subject))
@@ -20,7 +20,7 @@ def same_conversation_gives_the_same_selections(subject: Subject) -> None:
 
 
 def _alone(subject: Subject, seed: int = 0) -> RecordedConversation:
-    """Return a conversation of its own. Raises NotApplicable if a second one differs, since then no comparison says anything."""
+    """Return a conversation of one session. Raises NotApplicable if a second one differs, since a comparison then proves nothing."""
     alone = held(subject, seed)
     if difference(alone, held(subject, seed)) is not None:
         raise NotApplicable("it is not deterministic, so a difference would say nothing")
@@ -28,7 +28,7 @@ def _alone(subject: Subject, seed: int = 0) -> RecordedConversation:
 
 
 def interleaved_sessions_equal_solo_ones(subject: Subject) -> None:
-    """Two conversations that take turns get the selections that each gets alone, from one policy object."""
+    """Check that two sessions that alternate get the selections that each gets alone, from one policy object."""
     alone = [_alone(subject, seed) for seed in (0, 1)]
     mixed = [RecordedConversation(subject.compressor, *subject.script(seed)) for seed in (0, 1)]
     for step in subject.steps:
@@ -40,7 +40,7 @@ def interleaved_sessions_equal_solo_ones(subject: Subject) -> None:
 
 
 def state_survives_a_fork(subject: Subject) -> None:
-    """A deep copy of the state goes on as the state itself would, whenever it is made."""
+    """Check that a deep copy of the state continues as the state itself would, at any time."""
     alone = _alone(subject)
     forked = RecordedConversation(subject.compressor, *subject.script()).run(subject.steps, fork=True)
     found = difference(alone, forked)
@@ -48,7 +48,7 @@ def state_survives_a_fork(subject: Subject) -> None:
 
 
 def state_can_be_written_to_disk(subject: Subject) -> None:
-    """A state is written as JSON and tensors after each step of a conversation, and what is read goes on as the state itself would."""
+    """Check that a state can be written as JSON and tensors after each step, and continues equally after it is read again."""
     alone = _alone(subject)
     written = RecordedConversation(subject.compressor, *subject.script())
     for step in subject.steps:
@@ -59,13 +59,13 @@ def state_can_be_written_to_disk(subject: Subject) -> None:
 
 
 def written_and_read(policy: Policy, state: Any) -> Any:
-    """Return what a policy reads of its own state after it went through a file."""
+    """Return a policy's state after it was written to a file and read again."""
     tree, tensors = policy.pack_state(state)
     return policy.unpack_state((json.loads(json.dumps(tree, allow_nan=False)), tensors))
 
 
 def an_undone_turn_leaves_no_trace(subject: Subject) -> None:
-    """A turn taken back, with state and cache as they were before it, does not show in what follows."""
+    """Check that a turn that is undone, with state and cache as they were before it, has no effect on later selections."""
     plain = _alone(subject)
     undone = RecordedConversation(subject.compressor, *subject.script()).run(subject.steps[:2])
     undone.cache.release()
@@ -86,7 +86,7 @@ def an_undone_turn_leaves_no_trace(subject: Subject) -> None:
 
 
 def a_prompt_may_come_in_chunks(subject: Subject) -> None:
-    """Of a turn that is read in chunks nothing is selected before the last one, which gives selections as usual."""
+    """Check that a turn that is read in chunks selects nothing before the last chunk, which gives the usual selections."""
     held(subject)
     talk = RecordedConversation(subject.compressor, *subject.script())
     prompt = subject.steps[0][1]
@@ -98,7 +98,7 @@ def a_prompt_may_come_in_chunks(subject: Subject) -> None:
 
 
 def held_bytes_are_a_number(subject: Subject) -> None:
-    """The bytes that the state holds beside the store are a whole number, from 0 up, at any time."""
+    """Check that the bytes that the state holds beside the store are a whole number, from 0 up, at any time."""
     talk = RecordedConversation(subject.compressor, *subject.script())
     for steps in (subject.steps[:0], subject.steps[:2]):
         given = subject.compressor.held_bytes(talk.run(steps).state)

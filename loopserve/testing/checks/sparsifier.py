@@ -18,7 +18,7 @@ from loopserve.testing.variants import leaves_something_out, widest
 
 _TOLERANCE = 1e-4
 _FILLER = 3  # columns that the last KV head does not hold, where there has been a ragged eviction
-_LOUD = 50.0  # what filler is replaced with, to see whether anything listens
+_LOUD = 50.0  # replacement values of filler, which must have no effect
 
 
 def _masked_scores(mask: Tensor, inputs: AttentionInputs) -> Tensor:
@@ -35,7 +35,7 @@ def _usable_mask(pattern: AttentionPattern, inputs: AttentionInputs) -> Tensor:
 
 
 def pattern_covers_the_block(subject: Subject) -> None:
-    """The pattern's size and mask are those of the call: query heads, new tokens, total tokens."""
+    """Check that the pattern's size and mask are those of the call: query heads, new tokens, total tokens."""
     inputs = first_turn()
     pattern, wanted = subject.sparsifier.sparsify(inputs), (4, 48, 48)
     assert tuple(pattern.size) == wanted, f"size is {pattern.size}, the call's is {wanted}"
@@ -43,7 +43,7 @@ def pattern_covers_the_block(subject: Subject) -> None:
 
 
 def pattern_is_causal(subject: Subject) -> None:
-    """No query attends to a key that comes after it."""
+    """Check that no query attends to a key that comes after it."""
     inputs = first_turn()
     mask = _usable_mask(subject.sparsifier.sparsify(inputs), inputs)
     later = mask & (torch.arange(inputs.total_tokens, device="cpu") > inputs.columns[:, None])
@@ -51,7 +51,7 @@ def pattern_is_causal(subject: Subject) -> None:
 
 
 def every_query_sees_itself(subject: Subject) -> None:
-    """Every query attends at least to its own key, so that no softmax is empty."""
+    """Check that every query attends at least to its own key, so that no softmax is empty."""
     inputs = first_turn()
     mask = _usable_mask(subject.sparsifier.sparsify(inputs), inputs)
     own = mask[:, torch.arange(inputs.new_tokens, device="cpu"), inputs.columns]
@@ -59,7 +59,7 @@ def every_query_sees_itself(subject: Subject) -> None:
 
 
 def attend_equals_masked_attention(subject: Subject) -> None:
-    """Attending through the pattern equals dense attention under the pattern's mask, to 1e-4 in float32."""
+    """Check that attending through the pattern equals dense attention under the pattern's mask, to 1e-4 in float32."""
     inputs = first_turn()
     pattern = subject.sparsifier.sparsify(inputs)
     mask = _usable_mask(pattern, inputs)
@@ -70,7 +70,7 @@ def attend_equals_masked_attention(subject: Subject) -> None:
 
 
 def lse_is_that_of_the_mask(subject: Subject) -> None:
-    """The log-sum-exp that a pattern gives when asked is that of the scores under its mask."""
+    """Check that the log-sum-exp that a pattern gives when asked is that of the scores under its mask."""
     inputs = first_turn()
     pattern = subject.sparsifier.sparsify(inputs)
     mask = _usable_mask(pattern, inputs)
@@ -81,7 +81,7 @@ def lse_is_that_of_the_mask(subject: Subject) -> None:
 
 
 def rows_are_those_of_the_mask(subject: Subject) -> None:
-    """Rows asked for by their columns are the same rows of the whole mask."""
+    """Check that rows asked for by their columns are the same rows of the whole mask."""
     inputs = first_turn()
     pattern = subject.sparsifier.sparsify(inputs)
     wanted = torch.tensor([1, 17, 46], dtype=torch.long, device="cpu")
@@ -89,7 +89,7 @@ def rows_are_those_of_the_mask(subject: Subject) -> None:
 
 
 def density_counts_the_mask(subject: Subject) -> None:
-    """Cell density is the share of causal cells inside the mask, and tile density lies between 0 and 1."""
+    """Check that cell density is the share of causal cells inside the mask, and tile density lies between 0 and 1."""
     inputs = first_turn()
     pattern = subject.sparsifier.sparsify(inputs)
     counted = _usable_mask(pattern, inputs).tril().sum((1, 2)).float() / pattern.causal_pairs
@@ -99,7 +99,7 @@ def density_counts_the_mask(subject: Subject) -> None:
 
 
 def sparsity_is_in_effect(subject: Subject) -> None:
-    """Of a turn of 48 tokens something is left out, unless it is declared passive: dense patterns prove nothing."""
+    """Check that a turn of 48 tokens is not computed densely, unless the policy is declared passive: dense patterns prove nothing."""
     if subject.policy.effective_capabilities.passive:
         raise NotApplicable("it declares that it leaves every layer as it is")
     assert leaves_something_out(subject.sparsifier), (
@@ -108,13 +108,13 @@ def sparsity_is_in_effect(subject: Subject) -> None:
 
 
 def history_is_accepted(subject: Subject) -> None:
-    """A later turn of 20 tokens, and one of a single token, over a history get causal patterns of the right size."""
+    """Check that a later turn of 20 tokens, and one of a single token, over a history get causal patterns of the right size."""
     for new in (20, 1):
         _assert_serves(subject, make_inputs(new_tokens=new, total_tokens=60, turn=1))
 
 
 def gaps_in_positions_are_accepted(subject: Subject) -> None:
-    """After an eviction, where KV heads hold different positions, a turn gets a causal pattern of the right size."""
+    """Check that after an eviction, where KV heads hold different positions, a turn gets a causal pattern of the right size."""
     _require_evictions(subject)
     _assert_serves(subject, make_inputs(new_tokens=20, total_tokens=60, turn=1, evicted=8))
 
@@ -138,7 +138,7 @@ def _assert_serves(subject: Subject, inputs: AttentionInputs) -> None:
 
 
 def filler_is_never_attended(subject: Subject) -> None:
-    """What stands in filler columns of a head that holds fewer pairs changes no output."""
+    """Check that the content of filler columns of a head that holds fewer pairs changes no output."""
     _require_evictions(subject)
     outputs = []
     for loud in (0.0, _LOUD):
@@ -151,7 +151,7 @@ def filler_is_never_attended(subject: Subject) -> None:
 
 
 def same_inputs_give_the_same_pattern(subject: Subject) -> None:
-    """Equal inputs and seed give equal patterns, unless the policy declares that it is not deterministic."""
+    """Check that equal inputs and seed give equal patterns, unless the policy declares that it is not deterministic."""
     if not subject.policy.effective_capabilities.deterministic:
         raise NotApplicable("it declares that it is not deterministic")
     one, two = (subject.sparsifier.sparsify(first_turn()).to_mask() for _ in range(2))
@@ -159,7 +159,7 @@ def same_inputs_give_the_same_pattern(subject: Subject) -> None:
 
 
 def rows_of_a_batch_are_independent(subject: Subject) -> None:
-    """Another conversation served in between changes nothing: each gets the pattern it gets alone."""
+    """Check that another conversation served in between changes nothing: each gets the pattern it gets alone."""
     alone = subject.sparsifier.sparsify(first_turn()).to_mask()
     if not torch.equal(alone, subject.sparsifier.sparsify(first_turn()).to_mask()):
         raise NotApplicable("it is not deterministic, so a difference would say nothing")
@@ -168,7 +168,7 @@ def rows_of_a_batch_are_independent(subject: Subject) -> None:
 
 
 def sparsifier_state_survives_a_fork(subject: Subject) -> None:
-    """What the policy writes into its state can be copied and written to disk, and the copies serve the next turn alike."""
+    """Check that the state that the policy writes can be copied and written to disk, and the copies serve the next turn equally."""
     inputs = first_turn()
     subject.sparsifier.sparsify(inputs)
     if not inputs.state:
@@ -183,7 +183,7 @@ def sparsifier_state_survives_a_fork(subject: Subject) -> None:
 
 
 def widest_setting_is_dense(subject: Subject) -> None:
-    """With every share (above 0, at most 1) at 1 and every width beyond the conversation, all causal cells are in."""
+    """Check that with every share (above 0, at most 1) at 1 and every width beyond the conversation, all causal cells are in."""
     wide = widest(subject.policy)
     if wide is None:
         raise NotApplicable("it has no option for a share or a width")
@@ -196,7 +196,7 @@ def widest_setting_is_dense(subject: Subject) -> None:
 
 
 def gpu_is_never_waited_for(subject: Subject) -> None:
-    """On a GPU, choosing and attending are queued: nothing waits for the device."""
+    """Check that on a GPU, selection and attention are queued: nothing waits for the device."""
     if not torch.cuda.is_available():
         raise NotApplicable("there is no GPU")
     inputs = _on_gpu(make_inputs(new_tokens=256, total_tokens=1024, turn=1))
@@ -204,7 +204,7 @@ def gpu_is_never_waited_for(subject: Subject) -> None:
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        again = replace(inputs, scratch={}, state={})  # what the first call computed must not help the second
+        again = replace(inputs, scratch={}, state={})  # the first call's cached results must not help the second
         attended(subject.sparsifier.sparsify(again), again)
     finally:
         torch.cuda.set_sync_debug_mode("default")
