@@ -91,10 +91,10 @@ class LongBenchTask:
             yield Sample(f"{index:04d}-{position}-distance{distance}", self.name, asked)
 
     def _turn(self, group: Sequence[Item], index: int, distance: int, position: Position) -> AskedTurn:
-        item, about = group[index], index - distance
-        words = len(item.context.split())
+        own, about = group[index], index - distance
+        words = len(own.context.split())
         if about < 0:
-            text = f"Here is a {self.set.context}. I will ask about it in a later message.\n\n{item.context}"
+            text = f"Here is a {self.set.context}. I will ask about it in a later message.\n\n{own.context}"
             return AskedTurn(text, "", (), None, self.set.metric, 1, {"set": self.set.name, "words": words})
         item = group[about]
         where = WHERE[position] if not distance else EARLIER.format(number=about + 1)
@@ -110,7 +110,7 @@ class LongBenchTask:
             labels["classes"] = list(item.classes)
         if self.set.first_line:
             labels["first_line"] = True
-        text = place(item.context, question, position, self.set.example)
+        text = place(own.context, question, position, self.set.example)
         return AskedTurn(text, question, item.answers, position, self.set.metric, self.set.max_new_tokens, labels)
 
     def _items(self) -> tuple[list[Item], list[BrokenSample]]:
