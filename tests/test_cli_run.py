@@ -212,7 +212,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
     monkeypatch.setitem(sys.modules, "loopserve.bench.demo", SimpleNamespace(run_demo=run_demo))
     plots = SimpleNamespace(plot_demo=lambda result, path: asked.update(plot=path, drawn=result))
-    monkeypatch.setitem(sys.modules, "loopserve.bench.plots", plots)
+    monkeypatch.setitem(sys.modules, "loopserve.bench.figures", plots)
     return asked
 
 

@@ -1,12 +1,21 @@
-"""Define the samples of benchmark tasks: dialogues whose turns have a question, gold answers and a metric."""
+"""Define tasks: dialogues whose turns have a question, gold answers and a metric, and the options that every task shares.
+
+An option that takes one value or several stands for one case per value.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field
 
 Position = Literal["begin", "middle", "end"]
+POSITIONS: tuple[Position, ...] = ("begin", "middle", "end")
+OneOrMore = int | tuple[int, ...]
+Places = Position | tuple[Position, ...]
+Value = TypeVar("Value", int, Position)
 
 
 @dataclass(frozen=True)
@@ -54,3 +63,18 @@ class Task(Protocol):
     def samples(self, limit: int | None, seed: int) -> Iterator[Sample | BrokenSample]:
         """Yield at most ``limit`` dialogues: equal ones for equal seeds, in the same order."""
         ...
+
+
+class TaskOptions(BaseModel):
+    """Hold the options of a task, as a suite file gives them."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str | None = Field(
+        None, min_length=1, description="Name in results; the task's own by default. For a task that a suite has twice."
+    )
+
+
+def several(value: Value | tuple[Value, ...]) -> tuple[Value, ...]:
+    """Return one value or several as a sequence."""
+    return value if isinstance(value, tuple) else (value,)

@@ -59,7 +59,7 @@ def decode(
 ) -> None:
     """Milliseconds per output token after a long history, re-scoring included, beside transformers' own model."""
     loaded = _suite(suite)
-    from loopserve.bench.speed.decode import run_decode
+    from loopserve.bench.speed.models import run_decode
 
     _show(run_decode(loaded, device=device, runs=runs, progress=_progress), output, format)
 
@@ -74,7 +74,7 @@ def prefill(
 ) -> None:
     """Time to first token of a later turn over a long history, and short turns end to end."""
     loaded = _suite(suite)
-    from loopserve.bench.speed.prefill import run_prefill
+    from loopserve.bench.speed.models import run_prefill
 
     _show(run_prefill(loaded, device=device, runs=runs, progress=_progress), output, format)
 
@@ -88,7 +88,7 @@ def conversation(
 ) -> None:
     """Time to first token and per token of every turn of a growing conversation, dense and sparse."""
     loaded = _suite(suite)
-    from loopserve.bench.speed.prefill import run_conversation
+    from loopserve.bench.speed.models import run_conversation
 
     _show(run_conversation(loaded, device=device, progress=_progress), output, format)
 
@@ -135,7 +135,7 @@ def report(
         raise ConfigError(f"{', '.join(map(str, files))}: no rows yet")
     shown = [row for row in rows if not only or row["op"] in only]
     if plots is not None:
-        from loopserve.bench.plots import plot_speed
+        from loopserve.bench.figures import plot_speed
 
         try:
             plots.mkdir(parents=True, exist_ok=True)
@@ -229,7 +229,7 @@ def batch(
     settings: Settings = context.obj
     settings.stacks(stacks)
     from loopserve.bench.rows import append_rows
-    from loopserve.bench.speed.batch import SESSIONS, run_batch_bench, run_wait_bench
+    from loopserve.bench.speed.engine import SESSIONS, run_batch_bench, run_wait_bench
 
     if wait:
         result = run_wait_bench(model=model, stack=stacks[0], runs=runs, dtype=dtype, progress=_progress)

@@ -48,7 +48,7 @@ def demo(
     else:
         render(result)
     if plot is not None:  # last: a picture that fails must not take the figures with it
-        from loopserve.bench.plots import plot_demo
+        from loopserve.bench.figures import plot_demo
 
         plot_demo(result, plot)
 

@@ -1,13 +1,16 @@
-"""Make seeded attention inputs of every form that an engine can pass to a policy."""
+"""Make a policy's inputs: seeded attention inputs of every form, a layer's rotary positions and output weight, a record."""
 
 from __future__ import annotations
+
+from collections import defaultdict
 
 import torch
 from torch import Tensor
 
 from loopserve.core.policy.interfaces import AttentionInputs, KVSelection, LayerSpec, LayerType, Phase, Record
-from loopserve.testing.parts import PlainParts
-from loopserve.testing.records import FakeRecord
+from loopserve.core.policy.layers import LayerParts, Need
+
+_BASE = 10_000.0
 
 
 def make_inputs(
@@ -90,3 +93,50 @@ def _positions(
         kept = torch.randperm(history + evicted, generator=source, device="cpu")[: history - filler].sort().values
         rows.append(torch.cat([torch.full((filler,), -1, dtype=torch.long, device="cpu"), kept, tail]))
     return torch.stack(rows)
+
+
+class PlainParts(LayerParts):
+    """Rotate by halves as Llama does; the output weight is drawn from a seed."""
+
+    def __init__(self, query_heads: int, head_dim: int, width: int | None = None, seed: int = 0) -> None:
+        """Take the width of the model; that of all heads together by default."""
+        source = torch.Generator().manual_seed(seed)
+        self._weight = torch.randn(
+            query_heads, head_dim, width or query_heads * head_dim, generator=source, dtype=torch.float32, device="cpu"
+        )
+
+    def lacks(self, need: Need) -> str | None:
+        return None
+
+    def rotate(self, vectors: Tensor, positions: Tensor, *, back: bool = False) -> Tensor:
+        half = vectors.shape[-1] // 2
+        speeds = _BASE ** (-torch.arange(half, dtype=torch.float32, device=vectors.device) / half)
+        angles = positions.float()[:, None] * speeds * (-1 if back else 1)
+        cos, sin = angles.cos(), angles.sin()
+        first, second = vectors[..., :half], vectors[..., half:]
+        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+    def output_weight(self) -> Tensor:
+        return self._weight
+
+
+class FakeRecord:
+    """Keep each value that a policy reports, for a test to read (``interfaces.Record``)."""
+
+    def __init__(self) -> None:
+        self.counters: dict[str, float] = defaultdict(float)
+        self.values: dict[str, list[Tensor]] = defaultdict(list)
+        self.bytes: dict[str, float] = defaultdict(float)
+
+    def count(self, name: str, amount: float = 1.0) -> None:
+        self.counters[name] += amount
+
+    def mean(self, name: str, value: float | Tensor) -> None:
+        self.values[name].append(_tensor(value).detach().clone())
+
+    def read(self, kind: str, amount: float) -> None:
+        self.bytes[kind] += amount
+
+
+def _tensor(value: float | Tensor) -> Tensor:
+    return value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float32, device="cpu")

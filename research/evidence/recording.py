@@ -9,8 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from loopserve.api import Engine
-from loopserve.bench.capture import Recorder
-from loopserve.bench.heads import Heads
+from loopserve.bench.heads import Heads, Recorder
 from loopserve.bench.recall import Layout, RecallTask, lay_out
 from loopserve.chat_session import ChatSession
 from loopserve.core.stack.stack import PolicyStack

@@ -9,7 +9,7 @@ import pytest
 
 from loopserve.api import load_stack
 from loopserve.bench.demo import demo_dialogues, equal_budget, run_demo
-from loopserve.bench.plots import plot_demo
+from loopserve.bench.figures import plot_demo
 from loopserve.core.errors import ConfigError
 
 STACKS = ("dense", "loopserve", "snapkv", "streaming_llm")

@@ -18,7 +18,7 @@ from loopserve.policies.decode.adakv import AdaKVDecode
 from loopserve.policies.decode.knorm import KnormDecode
 from loopserve.policies.decode.snapkv import SnapKVDecode
 from loopserve.policies.prefill.dense import DensePrefill
-from loopserve.testing.parts import PlainParts
+from loopserve.testing.inputs import PlainParts
 
 SNAP = {"policy": "snapkv", "budget": 64, "window": 16, "retention": "evict"}
 

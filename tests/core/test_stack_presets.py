@@ -9,7 +9,7 @@ from loopserve.core.stack.config import parse_yaml, to_yaml
 from loopserve.core.stack.stack import preset_file, preset_names, resolve_stack
 from loopserve.core.stack.stack_file import read_stack
 from loopserve.plugins import load_registry
-from loopserve.testing.parts import PlainParts
+from loopserve.testing.inputs import PlainParts
 
 LAYERS = [LayerSpec(index, LayerType.FULL, 4, 2, 8, parts=PlainParts(4, 8)) for index in range(4)]
 

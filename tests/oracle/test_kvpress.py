@@ -31,8 +31,7 @@ from loopserve.policies.decode.pyramidkv import PyramidKVDecode, pyramid
 from loopserve.policies.decode.snapkv import SnapKVDecode
 from loopserve.policies.decode.streaming_llm import StreamingLLMDecode
 from loopserve.policies.decode.tova import TOVADecode
-from loopserve.testing.parts import PlainParts
-from loopserve.testing.records import FakeRecord
+from loopserve.testing.inputs import FakeRecord, PlainParts
 from loopserve.testing.scripted import ScriptedConversation
 
 FIXTURES = Path(__file__).parent / "fixtures"

@@ -16,8 +16,7 @@ from loopserve.policies.prefill.a_shape import AShapePrefill
 from loopserve.policies.prefill.dense import DensePrefill
 from loopserve.policies.prefill.loopserve import LoopServePrefill
 from loopserve.testing.assertions import assert_pattern, unchanged
-from loopserve.testing.inputs import make_inputs
-from loopserve.testing.records import FakeRecord
+from loopserve.testing.inputs import FakeRecord, make_inputs
 from loopserve.testing.strategies import attention_inputs
 
 

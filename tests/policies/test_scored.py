@@ -14,8 +14,7 @@ from loopserve.core.policy.scoring import ScoredCompressor
 from loopserve.policies.decode.random import RandomDecode
 from loopserve.policies.decode.snapkv import SnapKVDecode
 from loopserve.testing.assertions import assert_selection, unchanged
-from loopserve.testing.inputs import make_inputs
-from loopserve.testing.records import FakeRecord
+from loopserve.testing.inputs import FakeRecord, make_inputs
 from loopserve.testing.scripted import ScriptedConversation
 from loopserve.testing.strategies import attention_inputs
 

@@ -12,7 +12,7 @@ from loopserve_keydiff import BareKeyDiffDecode
 from loopserve.core.policy.interfaces import Retention
 from loopserve.core.policy.registry import Kind
 from loopserve.testing import parametrize_with_policy_checks
-from loopserve.testing.recorded import held
+from loopserve.testing.scripted import held
 from loopserve.testing.subject import Subject
 from tests.policies.small import COMPRESSORS, POLICIES, built, registered, small, spec
 

@@ -6,10 +6,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from loopserve.bench.quality.estimates import chance, gather, interval, mean
 from loopserve.bench.quality.records import Record, turns
 from loopserve.bench.quality.run import Run
-from loopserve.bench.quality.summary import group_of
+from loopserve.bench.quality.summary import chance, gather, group_of, interval, mean
 from loopserve.bench.quality.tables import Table, plus_minus
 from loopserve.core.errors import ConfigError
 

@@ -10,7 +10,7 @@ from statistics import fmean
 from typing import Any
 
 from loopserve.bench.figures import svg
-from loopserve.bench.quality import maps, plots
+from loopserve.bench.quality import plots
 from loopserve.bench.quality.records import turns
 from loopserve.bench.quality.run import Run
 from loopserve.bench.quality.summary import summarise
@@ -90,7 +90,7 @@ def _plots(run: Run) -> Iterator[tuple[str, Any]]:
     for stack in run.stacks:
         if cells := _cells(run.of_stack(stack)):
             caption = f"{stack}: share of the causal cells that each head's lines or blocks compute, mean over turns."
-            yield caption, maps.head_map(cells, stack, "cells computed")
+            yield caption, plots.head_map(cells, stack, "cells computed")
 
 
 def _alphas(run: Run, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -1,4 +1,7 @@
-"""Plot scores against attended share, by turn, and over a setting, from rows of ``summary.summarise``."""
+"""Plot scores against attended share, by turn, over a setting, and per layer and head.
+
+Line plots take rows of ``summary.summarise``. Heat maps take values by layer and head.
+"""
 
 from __future__ import annotations
 
@@ -139,3 +142,32 @@ def _by(rows: Iterable[Record], name: str) -> dict[str, list[Record]]:
     for row in rows:
         found.setdefault(row[name], []).append(row)
     return found
+
+
+def head_map(values: Sequence[Sequence[float | None]], title: str, label: str) -> Any:
+    """Draw a cell per layer (row) and head (column) with its share as text.
+
+    label: meaning of the colours. None leaves a cell empty.
+    """
+    layers, heads = len(values), max(len(row) for row in values)
+    numbers = [[float("nan") if value is None else value for value in row] for row in values]
+    drawn = figure(1.6 + 0.62 * heads, 1.4 + 0.5 * layers)
+    axes = drawn.subplots()
+    image = axes.imshow(numbers, aspect="auto", cmap="viridis")
+    low, high = image.get_clim()
+    for layer, row in enumerate(values):
+        for head, value in enumerate(row):
+            if value is not None:
+                dark = value < (low + high) / 2
+                axes.text(
+                    head,
+                    layer,
+                    f"{100 * value:.0f} %",
+                    ha="center",
+                    va="center",
+                    fontsize=7,
+                    color="white" if dark else "black",
+                )
+    axes.set(title=title, xlabel="head", ylabel="layer", xticks=range(heads), yticks=range(layers))
+    per_cent(drawn.colorbar(image, label=label).ax.yaxis)
+    return drawn

@@ -24,10 +24,7 @@ from typing import Any
 from loopserve.api import Engine, StackLike, load_stack
 from loopserve.bench import metrics
 from loopserve.bench.budget import budget_of
-from loopserve.bench.quality.agreement import Distributions
-from loopserve.bench.quality.contestants import Contestant, contestants
-from loopserve.bench.quality.conversation import Answered, Conversation, History
-from loopserve.bench.quality.manifest import claim, read_manifest
+from loopserve.bench.quality.conversation import Answered, Conversation, Distributions, History
 from loopserve.bench.quality.records import (
     FILE,
     Key,
@@ -39,8 +36,8 @@ from loopserve.bench.quality.records import (
     key_of,
     turn_record,
 )
-from loopserve.bench.quality.run import Run
-from loopserve.bench.quality.suite import Found, QualitySuite, suite_digest, suite_tasks
+from loopserve.bench.quality.run import Run, claim, read_manifest
+from loopserve.bench.quality.suite import Contestant, Found, QualitySuite, contestants, suite_digest, suite_tasks
 from loopserve.bench.rows import provenance
 from loopserve.bench.samples import AskedTurn, BrokenSample, Sample, Task
 from loopserve.bench.tasks import fit

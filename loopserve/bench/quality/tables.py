@@ -6,10 +6,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from loopserve.bench.quality.estimates import gather, mean, standard_error
 from loopserve.bench.quality.records import Record, turns
 from loopserve.bench.quality.run import Run
-from loopserve.bench.quality.summary import group_of, summarise
+from loopserve.bench.quality.summary import gather, group_of, mean, standard_error, summarise
 
 Cell = Callable[[Record], str]
 _NONE = "-"

@@ -45,7 +45,7 @@ def target_for(device: str) -> Target:
         raise ConfigError(f"device {device!r} is unknown to the benchmark (known: cpu, cuda)")
     if not torch.cuda.is_available():
         raise ConfigError(f"device {device!r}: torch sees no GPU here")
-    from loopserve.bench.speed.gpu import CudaTarget
+    from loopserve.bench.speed.baselines import CudaTarget
 
     return CudaTarget(device)
 

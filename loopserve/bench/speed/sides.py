@@ -13,9 +13,9 @@ from typing import Any, Literal
 import torch
 
 from loopserve.bench.rows import Row
-from loopserve.bench.speed.audit import audited
 from loopserve.bench.speed.candidates import DTYPES
 from loopserve.bench.speed.paired import watched
+from loopserve.bench.speed.parity import audited
 from loopserve.bench.speed.suite import Dtype, ModelShape
 from loopserve.core.engine.engine import TokenEngine
 from loopserve.core.engine.sampling import SamplingConfig

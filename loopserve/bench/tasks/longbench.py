@@ -3,32 +3,166 @@
 Construction (docs/benchmark_tasks.md): the items of one set are shuffled by the seed and taken in groups, one item per
 turn. Each group is asked at every position. In the cross-turn variant (``distance``) a turn asks about the context of
 an earlier turn, and its own context is a distractor.
+
+Twelve English sets are recombined. Metrics, answer lengths and the first-line rule are LongBench's. The wording is
+ours, because LongBench's prompts put an instruction before and after the context, and a question at the begin must not
+be restated at the end.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from itertools import product
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from loopserve.bench.samples import AskedTurn, BrokenSample, Position, Sample
-from loopserve.bench.tasks.longbench_sets import EARLIER, SETS, WHERE
-from loopserve.bench.tasks.options import POSITIONS, OneOrMore, Places, TaskOptions, several
-from loopserve.bench.tasks.placement import place
+from loopserve.bench.samples import (
+    POSITIONS,
+    AskedTurn,
+    BrokenSample,
+    OneOrMore,
+    Places,
+    Position,
+    Sample,
+    TaskOptions,
+    several,
+)
 from loopserve.bench.tasks.source import DataFile, Row, data_files, digest, gold_answers, open_zip, read_rows
 from loopserve.core.errors import ConfigError
 from loopserve.core.stack.config import mistake
 
+Kind = Literal["question answering", "summarisation", "few-shot"]
+WHERE: Mapping[Position, str] = {"begin": "that follows", "middle": "that stands around this request", "end": "above"}
+EARLIER = "in my message number {number}"
+_CUE = re.compile(r"\s*(Type|Answer|Summary):\s*$")
+_BRIEF = "Give the answer only, as briefly as you can."
+_NEAR = 0.2  # maximum distance of a border from half of the context, as a share, before smaller parts are tried
+_PARAGRAPH = re.compile(r"\n\s*\n")
+_LINE = re.compile(r"\n")
+_SENTENCE = re.compile(r"(?<=[.!?])\s+")
+_WORD = re.compile(r"\s+")
 VERSION = "1"
 REPOSITORY = "THUDM/LongBench"
 ARCHIVE = "data.zip"
 DOWNLOAD = "hf download {repository} data.zip --repo-type dataset --local-dir {folder}"
+
+
+@dataclass(frozen=True)
+class LongBenchSet:
+    """Hold one set. ``request`` is the turn's request; {where} names the context's place, {input} the item's own question."""
+
+    name: str
+    kind: Kind
+    context: str
+    """What the context is, for a turn that only tells it."""
+    request: str
+    metric: str
+    max_new_tokens: int
+    example: str | None = None
+    """Pattern at which an example of a few-shot context begins; a question never splits an example."""
+
+    @property
+    def first_line(self) -> bool:
+        """Return whether only the first line is scored: in few-shot sets models continue with examples of their own."""
+        return self.kind == "few-shot"
+
+    def question(self, asked: str, where: str) -> str:
+        """Return the request with an item's question, without a cue at its end (``Answer:``), since the context may follow it."""
+        return self.request.format(where=where, input=_CUE.sub("", asked)).strip()
+
+
+def _answer(name: str, context: str, tokens: int, extra: str = "") -> LongBenchSet:
+    request = f"Answer a question about the {context} {{where}}. {_BRIEF}{extra}\nQuestion: {{input}}"
+    return LongBenchSet(name, "question answering", context, request, "qa_f1", tokens)
+
+
+def _summary(name: str, context: str, request: str) -> LongBenchSet:
+    return LongBenchSet(name, "summarisation", context, request, "rouge_l", 512)
+
+
+_YES_NO = " Answer a yes-or-no question with yes or no, and say unanswerable if the article does not answer it."
+
+SETS: Mapping[str, LongBenchSet] = {
+    each.name: each
+    for each in (
+        _answer("narrativeqa", "story", 128),
+        _answer("qasper", "article", 128, _YES_NO),
+        _answer("multifieldqa_en", "text", 64),
+        _answer("hotpotqa", "collection of passages", 32),
+        _answer("2wikimqa", "collection of passages", 32),
+        _answer("musique", "collection of passages", 32),
+        _summary("gov_report", "government report", "Write a summary of the government report {where}, one page long."),
+        _summary(
+            "qmsum",
+            "meeting transcript",
+            "Answer a question about the meeting transcript {where}, in one or a few sentences.\nQuestion: {input}",
+        ),
+        _summary("multi_news", "news collection", "Write a summary of the news collection {where}, one page long."),
+        LongBenchSet(
+            "trec",
+            "few-shot",
+            "list of classified questions",
+            "Say of which type a question is, as in the list of classified questions {where}. Give the type only.\n{input}",
+            "classification",
+            64,
+            r"^Question:",
+        ),
+        LongBenchSet(
+            "samsum",
+            "few-shot",
+            "list of summarised dialogues",
+            "Summarise a dialogue, as in the list of summarised dialogues {where}.\n{input}",
+            "rouge_l",
+            128,
+            r"^Dialogue:",
+        ),
+        LongBenchSet(
+            "triviaqa",
+            "few-shot",
+            "list of passages with questions and answers",
+            "Answer the question about a passage, as in the list of passages with questions and answers {where}. "
+            "Give the answer only.\n{input}",
+            "qa_f1",
+            32,
+            r"^Passage:",
+        ),
+    )
+}
+
+
+def place(context: str, question: str, position: Position, boundary: str | None = None) -> str:
+    """Return the turn's text. In the middle, the question is at the border nearest to half of the context.
+
+    boundary: a pattern; borders are at its matches (before an example of a few-shot context). Otherwise borders are
+    between paragraphs or, where none is within a fifth of the context from half, between lines, sentences, words. An
+    empty context gives the question alone.
+    """
+    if not context:
+        return question
+    if position == "begin":
+        return f"{question}\n\n{context}"
+    if position == "end":
+        return f"{context}\n\n{question}"
+    at = _middle(context, boundary)
+    return f"{context[:at].rstrip()}\n\n{question}\n\n{context[at:].lstrip()}"
+
+
+def _middle(context: str, boundary: str | None) -> int:
+    """Return the index of the border to use, never at an end unless there is no border inside."""
+    patterns = [re.compile(boundary, re.MULTILINE)] if boundary else [_PARAGRAPH, _LINE, _SENTENCE, _WORD]
+    nearest: list[int] = []
+    for pattern in patterns:
+        borders = [match.start() for match in pattern.finditer(context) if 0 < match.start() < len(context)]
+        nearest += [min(borders, key=lambda at: abs(2 * at - len(context)))] if borders else []
+        if nearest and abs(2 * nearest[-1] - len(context)) <= 2 * _NEAR * len(context):
+            break
+    return nearest[-1] if nearest else len(context) // 2
 
 
 class LongBenchOptions(TaskOptions):

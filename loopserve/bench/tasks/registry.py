@@ -7,11 +7,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from loopserve.bench.samples import Task
+from loopserve.bench.samples import Task, TaskOptions
 from loopserve.bench.tasks import synthetic
-from loopserve.bench.tasks.longbench import LongBenchOptions, LongBenchTask
-from loopserve.bench.tasks.longbench_sets import SETS
-from loopserve.bench.tasks.options import TaskOptions
+from loopserve.bench.tasks.longbench import SETS, LongBenchOptions, LongBenchTask
 from loopserve.bench.tasks.published import PublishedOptions, PublishedTask
 from loopserve.core.errors import ConfigError, did_you_mean
 from loopserve.core.stack.config import Document

@@ -16,8 +16,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import Field, model_validator
 
 from loopserve.bench.recall import HELD_OUT_SEED, LIST_ALL, MARKERS_PER_TURN, RecallTask, Turn, make_dialogue
-from loopserve.bench.samples import AskedTurn, Position, Sample
-from loopserve.bench.tasks.options import POSITIONS, OneOrMore, Places, TaskOptions, several
+from loopserve.bench.samples import POSITIONS, AskedTurn, OneOrMore, Places, Position, Sample, TaskOptions, several
 from loopserve.bench.vocabulary import PLACES
 from loopserve.core.stack.config import mistake
 

@@ -1,11 +1,11 @@
 """Collect the checks of the conformance kit, one function and one sentence each; about thirty apply to a policy."""
 
 from loopserve.core.policy.interfaces import DecodeCompressor, PrefillSparsifier
-from loopserve.testing.checks import compressor, form, serving, sessions, sparsifier
+from loopserve.testing.checks import compressor, policy, sparsifier
 from loopserve.testing.subject import Check
 
 CHECKS: tuple[Check, ...] = (
-    *(Check(each, None) for each in (*form.CHECKS, *serving.CHECKS)),
+    *(Check(each, None) for each in policy.CHECKS),
     *(Check(each, PrefillSparsifier) for each in sparsifier.CHECKS),
-    *(Check(each, DecodeCompressor) for each in (*compressor.CHECKS, *sessions.CHECKS)),
+    *(Check(each, DecodeCompressor) for each in compressor.CHECKS),
 )

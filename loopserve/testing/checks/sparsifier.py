@@ -4,21 +4,39 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from loopserve.core.policy.interfaces import AttentionInputs, Need
 from loopserve.core.policy.patterns import AttentionPattern
-from loopserve.testing.checks.calls import attended, first_turn
-from loopserve.testing.checks.sessions import written_and_read
+from loopserve.testing.checks.compressor import written_and_read
 from loopserve.testing.inputs import make_inputs
 from loopserve.testing.subject import NotApplicable, Subject
 from loopserve.testing.variants import leaves_something_out, widest
 
+NEW = 48
 _TOLERANCE = 1e-4
 _FILLER = 3  # columns that the last KV head does not hold, where there has been a ragged eviction
 _LOUD = 50.0  # replacement values of filler, which must have no effect
+
+
+def first_turn(seed: int = 0) -> AttentionInputs:
+    return make_inputs(new_tokens=NEW, total_tokens=NEW, seed=seed, structured=True)
+
+
+def attended(pattern: AttentionPattern, inputs: AttentionInputs, **options: Any) -> tuple[Tensor, Tensor | None]:
+    """Return the attention through a pattern: output ``[Hq, Tq, D]``, and the log-sum-exp with ``need_lse``."""
+    return pattern.attend(
+        inputs.queries,
+        inputs.keys,
+        inputs.values,
+        scaling=inputs.scaling,
+        softcap=inputs.softcap,
+        first_valid=inputs.first_valid,
+        **options,
+    )
 
 
 def _masked_scores(mask: Tensor, inputs: AttentionInputs) -> Tensor:

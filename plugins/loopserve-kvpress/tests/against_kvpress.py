@@ -16,8 +16,7 @@ from loopserve_kvpress import KVPressDecode
 
 from loopserve.core.errors import LoopServeError
 from loopserve.core.policy.interfaces import AttentionInputs, LayerSpec, LayerType, Phase
-from loopserve.testing.parts import PlainParts
-from loopserve.testing.records import FakeRecord
+from loopserve.testing.inputs import FakeRecord, PlainParts
 from tests.oracle.make_fixtures import LAYER, MODELS, SEED, capture, queries_of, tiny
 
 BUDGET = 40

@@ -20,9 +20,7 @@ from loopserve.core.policy.registry import Kind, Registry
 from loopserve.core.stack.stack import resolve_stack
 from loopserve.policies import loopserve_register_policies as built_in
 from loopserve.testing import parametrize_with_policy_checks
-from loopserve.testing.inputs import make_inputs
-from loopserve.testing.parts import PlainParts
-from loopserve.testing.records import FakeRecord
+from loopserve.testing.inputs import FakeRecord, PlainParts, make_inputs
 
 FROZEN = Path(__file__).parents[3] / "tests/oracle/fixtures/grouped.safetensors"  # kvpress's own answers
 BARE = {"sink_tokens": 0, "recent_window": 0}

@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 
 from loopserve.api import Engine, load_stack
-from loopserve.bench.quality.contestants import contestants
-from loopserve.bench.quality.manifest import claim
 from loopserve.bench.quality.records import FILE, RecordFile, key_of
+from loopserve.bench.quality.run import claim
 from loopserve.bench.quality.runner import Examiner, Settings
+from loopserve.bench.quality.suite import contestants
 from tests.bench.quality.small import SNAPKV, Words, random_model
 
 

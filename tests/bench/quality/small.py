@@ -9,9 +9,9 @@ from random import Random
 from typing import Any
 
 from loopserve.api import Engine, load_stack
-from loopserve.bench.quality.contestants import contestants
 from loopserve.bench.quality.records import Record
 from loopserve.bench.quality.runner import Examiner, Settings
+from loopserve.bench.quality.suite import contestants
 from loopserve.bench.samples import AskedTurn, BrokenSample, Sample, Task
 from loopserve.bench.vocabulary import CODE_WORDS, PLACES
 from loopserve.models.loading import load

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from loopserve.api import Engine
-from loopserve.bench.quality.agreement import Distributions
-from loopserve.bench.quality.conversation import Conversation
+from loopserve.bench.quality.conversation import Conversation, Distributions
 from loopserve.core.errors import ModelError
 from loopserve.models.layers import set_implementation
 from tests.bench.quality.small import SNAPKV, random_model

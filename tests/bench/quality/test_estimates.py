@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from loopserve.bench.quality.comparison import Difference, compare_runs, compare_stacks
-from loopserve.bench.quality.estimates import chance, gather, interval, mean, standard_error
 from loopserve.bench.quality.run import Run
+from loopserve.bench.quality.summary import chance, gather, interval, mean, standard_error
 from loopserve.core.errors import ConfigError
 
 

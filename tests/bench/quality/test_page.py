@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from loopserve.bench.figures import save, svg
-from loopserve.bench.quality import maps, page
+from loopserve.bench.quality import page, plots
 from loopserve.bench.quality.run import Run
 from loopserve.bench.quality.summary import summarise
 from loopserve.bench.quality.tables import tables
@@ -124,5 +124,5 @@ def test_heads_and_settings_are_drawn_where_they_differ(run: Run) -> None:
 
 
 def test_pictures_can_be_saved(tmp_path: Path) -> None:
-    drawn = maps.head_map([[0.1, 0.9], [None, 0.4]], "lines", "share")
+    drawn = plots.head_map([[0.1, 0.9], [None, 0.4]], "lines", "share")
     assert save(drawn, tmp_path / "map.png").read_bytes().startswith(b"\x89PNG") and svg(drawn, "x").startswith("<svg")

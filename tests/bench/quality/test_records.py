@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loopserve.bench.quality.manifest import claim, read_manifest
 from loopserve.bench.quality.records import RecordFile, read_records
+from loopserve.bench.quality.run import claim, read_manifest
 from loopserve.core.errors import ConfigError
 
 TURNS = (2, 1, 3)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from loopserve.bench.speed.batch import run_batch_bench, run_wait_bench
+from loopserve.bench.speed.engine import run_batch_bench, run_wait_bench
 
 
 def test_both_sides_give_the_same_tokens() -> None:

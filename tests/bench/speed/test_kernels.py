@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend
 
-from loopserve.bench import capture
+from loopserve.bench import heads as bench_heads
 from loopserve.bench.heads import Heads
 from loopserve.bench.rows import Row, quantiles
 from loopserve.bench.speed import kernels, paired
+from loopserve.bench.speed.baselines import BACKENDS, flex_mask, flex_rival, fused_dense
 from loopserve.bench.speed.candidates import Candidate, Case
 from loopserve.bench.speed.decode_ops import decode_case
-from loopserve.bench.speed.gpu import BACKENDS, flex_mask, flex_rival, fused_dense
 from loopserve.bench.speed.kernels import CpuTarget, measure, run_kernels
 from loopserve.bench.speed.paired import Runner, Watched, paired_runs, watched
 from loopserve.bench.speed.prefill_ops import prefill_case
@@ -180,14 +180,14 @@ def test_watching_ends_with_its_block() -> None:
 
 
 def test_the_bundled_models_heads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(capture, "_LONGEST", 600)
-    capture._recorded.cache_clear()
-    cut, repeated = capture.model_heads(8, 64, 400), capture.model_heads(2, 900, 900)
+    monkeypatch.setattr(bench_heads, "_LONGEST", 600)
+    bench_heads._recorded.cache_clear()
+    cut, repeated = bench_heads.model_heads(8, 64, 400), bench_heads.model_heads(2, 900, 900)
     assert cut.queries.shape == (8, 64, 64) and cut.keys.shape == (4, 400, 64) and "cut to 400" in cut.data
     assert repeated.keys.shape == (1, 900, 64) and "repeated to 900" in repeated.data
     with pytest.raises(ConfigError, match="18 query heads cannot be had"):
-        capture.model_heads(18, 64, 400)
-    capture._recorded.cache_clear()
+        bench_heads.model_heads(18, 64, 400)
+    bench_heads._recorded.cache_clear()
 
 
 class GpuOnCpu(CpuTarget):

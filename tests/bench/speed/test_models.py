@@ -6,10 +6,9 @@ import pytest
 import torch
 
 from loopserve.bench.rows import Row
-from loopserve.bench.speed.audit import audited
-from loopserve.bench.speed.decode import run_decode
+from loopserve.bench.speed.models import run_conversation, run_decode, run_prefill
+from loopserve.bench.speed.parity import audited
 from loopserve.bench.speed.planted import PlantedSparsifier
-from loopserve.bench.speed.prefill import run_conversation, run_prefill
 from loopserve.bench.speed.sides import EngineSide, PlainSide, SharedModel
 from loopserve.bench.speed.suite import ModelShape
 from loopserve.kernels.backend import Operation

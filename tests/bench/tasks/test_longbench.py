@@ -13,7 +13,7 @@ import pytest
 from loopserve.bench.metrics import METRICS, score
 from loopserve.bench.samples import BrokenSample, Sample
 from loopserve.bench.tasks import task_by_name
-from loopserve.bench.tasks.longbench_sets import SETS, WHERE
+from loopserve.bench.tasks.longbench import SETS, WHERE
 from loopserve.core.errors import ConfigError
 
 SHIPPED = ("gov_report", "hotpotqa", "multifieldqa_en", "qmsum", "samsum", "trec", "triviaqa")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from loopserve.bench.tasks.placement import place
+from loopserve.bench.tasks.longbench import place
 
 PARAGRAPHS = "One is here. It is short.\n\nTwo is much longer than the first was, by far.\n\nThree."
 
