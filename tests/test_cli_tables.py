@@ -120,8 +120,8 @@ def test_rows_of_speed_fit(width: int, capsys: pytest.CaptureFixture[str]) -> No
     results = Path(__file__).parents[1] / "benchmarks" / "results" / "cpu.jsonl"
     ops = {json.loads(line)["op"] for line in results.read_text().splitlines()}
     out = printed(["bench", "report", str(results)], capsys)
+    from loopserve.bench.report import table
     from loopserve.bench.rows import latest, read_rows
-    from loopserve.bench.speed.table import table
 
     figures = {cell for row in table(latest(read_rows(results))) for cell in row[4:9]}
     tables = "\n".join(line for line in out.splitlines() if "thread(s)" not in line and "break-even" not in line)

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from loopserve.bench.report import count, crossing
 from loopserve.bench.rows import Row
-from loopserve.bench.speed.table import count, crossing
 from loopserve.core.errors import ConfigError
 
 # Okabe and Ito's palette for colour vision deficiencies, without its yellow, which has too little contrast on white.

@@ -84,7 +84,7 @@ METRICS: Mapping[str, Metric] = {
     "classification": classification,
     "edit_similarity": lambda prediction, gold, _: edit_similarity(prediction, gold),
 }
-"""By name, each called with prediction, gold answer and class names; ``score`` does so for several gold answers."""
+"""Metrics by name, each called with prediction, gold answer and class names."""
 
 
 def score(metric: str, prediction: str, answers: Sequence[str], labels: Mapping[str, Any] | None = None) -> float:

@@ -79,7 +79,7 @@ class RecallTask:
     again_share: float = 0.0
     """Share of the asked places that an earlier question asked for already; at 0 no place is asked for twice."""
     distance: int | None = None
-    """How many turns back every asked fact was told, as far as there are so many turns and facts; None draws it per place."""
+    """Number of turns since every asked fact was stated, limited by the turns and facts there are; None draws it per place."""
     list_all: Literal["no", "named", "unnamed"] = "no"
     """Each turn tells `keys` facts and no more, and asks for all, naming the places or not; the answer goes in the order told."""
 

@@ -104,7 +104,7 @@ def quantiles(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 _NEEDED = ("op", "device", "threads", "versions", "commit", "date")
-"""What any row of ``loopserve bench`` has."""
+"""Fields of every row of ``loopserve bench``."""
 
 
 def append_rows(path: Path, rows: Iterable[Row]) -> None:

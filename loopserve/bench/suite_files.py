@@ -27,7 +27,7 @@ _FIELDS = {
     SuiteKind.SPEED: {"prefill_kernels", "decode_kernels", "decode", "prefill", "short", "conversation"},
     SuiteKind.QUALITY: {"tasks"},
 }
-"""What only suites of a kind have."""
+"""Fields that only suites of one kind have."""
 
 _COMMAND = {SuiteKind.SPEED: "loopserve bench kernels, decode or prefill", SuiteKind.QUALITY: "loopserve bench run"}
 

@@ -97,7 +97,7 @@ SLOTS: dict[str, tuple[str, ...]] = {
     "{feeling}": FEELINGS,
     "{weather}": WEATHER,
 }
-"""What may stand in for each slot of a small-talk sentence."""
+"""Words for each slot of a small-talk sentence."""
 
 SMALL_TALK: tuple[str, ...] = (
     "we had {food} for lunch {time} .",

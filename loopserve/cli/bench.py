@@ -125,8 +125,8 @@ def report(
             raise typer.BadParameter("--plots and --only are for rows of speed; a run's page has its plots inside")
         quality.report_run(files[0], by or (), markdown, output_dir, format)
         return
+    from loopserve.bench import report as speed
     from loopserve.bench.rows import latest, read_rows
-    from loopserve.bench.speed import table as speed
 
     if by or output_dir is not None:
         raise typer.BadParameter("--by and --output-dir are for quality runs: give a run's directory")
@@ -289,7 +289,7 @@ def _show(rows: Iterator[dict[str, Any]], output: Path | None, format: Format) -
 
 
 def _print_rows(rows: Iterable[dict[str, Any]]) -> None:
-    from loopserve.bench.speed import table as speed
+    from loopserve.bench import report as speed
 
     rows = list(rows)
     print_table(speed.COLUMNS, speed.table(rows), keys=4, prose=("case", "note"))

@@ -16,8 +16,7 @@ from loopserve.core.policy.interfaces import PrefillSparsifier
 from loopserve.core.policy.registry import Kind
 from loopserve.testing.checks import CHECKS
 from loopserve.testing.extra import require
-from loopserve.testing.subject import Check, NotApplicable, NotConforming, Outcome, Subject
-from loopserve.testing.variants import AnyPolicy, AnyPolicyClass
+from loopserve.testing.subject import AnyPolicy, AnyPolicyClass, Check, NotApplicable, NotConforming, Outcome, Subject
 
 
 @dataclass(frozen=True)

@@ -111,7 +111,7 @@ class Run:
 
 
 _NEEDED = {"suite", "model", "lineup", "stacks", "settings", "metrics"}
-"""What the manifest of a run says of it."""
+"""Required fields of a manifest's identity."""
 
 
 def open_run(directory: Path) -> Run:

@@ -30,7 +30,7 @@ class Table:
 
 
 GROUPS = ("task", "position", "turn")
-"""What scores are broken down by in any run."""
+"""Groupings of scores in every run."""
 
 
 def tables(run: Run, by: Sequence[str] = (), *, times: bool = True) -> list[Table]:

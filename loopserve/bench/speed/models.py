@@ -16,8 +16,8 @@ from statistics import fmean, median
 import torch
 
 from loopserve.api import load_stack
+from loopserve.bench.heads import PlantedSparsifier
 from loopserve.bench.rows import Row, provenance, ratio, times
-from loopserve.bench.speed.planted import PlantedSparsifier
 from loopserve.bench.speed.sides import EngineSide, PlainSide, SharedModel
 from loopserve.bench.speed.suite import Conversation, Decode, Dtype, ModelShape, Prefill, Short, Suite, cases
 from loopserve.core.engine.sampling import SamplingConfig

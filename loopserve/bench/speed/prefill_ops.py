@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loopserve.bench.heads import Heads, model_heads, random_heads, structured_heads
+from loopserve.bench.heads import Heads, PlantedSparsifier, model_heads, random_heads, structured_heads
 from loopserve.bench.speed.candidates import DTYPES, Candidate, Case, as_call, described, preset_sparsifier
 from loopserve.bench.speed.parity import (
     Verdict,
@@ -19,7 +19,6 @@ from loopserve.bench.speed.parity import (
     sampled_rows,
     verdict,
 )
-from loopserve.bench.speed.planted import PlantedSparsifier
 from loopserve.bench.speed.suite import KernelPrefill
 from loopserve.core.policy.interfaces import PrefillSparsifier
 from loopserve.core.policy.patterns import TILE, AttentionPattern, BlockPattern, DensePattern, LinePattern

@@ -60,7 +60,7 @@ class LongBenchSet:
     name: str
     kind: Kind
     context: str
-    """What the context is, for a turn that only tells it."""
+    """Kind of the context, for a turn that only contains it."""
     request: str
     metric: str
     max_new_tokens: int

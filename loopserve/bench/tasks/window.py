@@ -12,7 +12,7 @@ from loopserve.core.errors import InputError
 Encode = Callable[[str], Sequence[int]]
 Decode = Callable[[Sequence[int]], str]
 TEMPLATE_TOKENS = 16
-"""Room for what a chat template adds to a turn."""
+"""Tokens reserved for the additions of a chat template to a turn."""
 
 
 def fit(

@@ -13,8 +13,7 @@ from loopserve.core.policy.interfaces import DecodeCompressor, KVSelection, Obse
 from loopserve.core.policy.scoring import ScoredCompressor
 from loopserve.testing.inputs import make_inputs
 from loopserve.testing.scripted import RecordedConversation, difference, held
-from loopserve.testing.subject import NotApplicable, Subject
-from loopserve.testing.variants import budget_of, evicting, forced_of
+from loopserve.testing.subject import NotApplicable, Subject, budget_of, evicting, forced_of
 
 LONG_ANSWER = 1000
 

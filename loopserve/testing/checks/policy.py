@@ -28,8 +28,7 @@ from loopserve.core.stack.config import parse_strictly, parse_yaml, to_yaml
 from loopserve.testing.assertions import unchanged
 from loopserve.testing.checks.sparsifier import attended, first_turn
 from loopserve.testing.scripted import RecordedConversation
-from loopserve.testing.subject import NotApplicable, Subject
-from loopserve.testing.variants import AnyPolicy
+from loopserve.testing.subject import AnyPolicy, NotApplicable, Subject
 
 _NAME = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")
 _SEED = 86243  # a value that no policy is likely to set itself

@@ -13,8 +13,7 @@ from loopserve.core.policy.interfaces import AttentionInputs, Need
 from loopserve.core.policy.patterns import AttentionPattern
 from loopserve.testing.checks.compressor import written_and_read
 from loopserve.testing.inputs import make_inputs
-from loopserve.testing.subject import NotApplicable, Subject
-from loopserve.testing.variants import leaves_something_out, widest
+from loopserve.testing.subject import NotApplicable, Subject, leaves_something_out, widest
 
 NEW = 48
 _TOLERANCE = 1e-4

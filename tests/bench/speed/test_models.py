@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from loopserve.bench.heads import PlantedSparsifier
 from loopserve.bench.rows import Row
 from loopserve.bench.speed.models import run_conversation, run_decode, run_prefill
 from loopserve.bench.speed.parity import audited
-from loopserve.bench.speed.planted import PlantedSparsifier
 from loopserve.bench.speed.sides import EngineSide, PlainSide, SharedModel
 from loopserve.bench.speed.suite import ModelShape
 from loopserve.kernels.backend import Operation

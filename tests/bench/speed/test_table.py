@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 
-from loopserve.bench.report import renew
+from loopserve.bench.report import COLUMNS, break_even, crossing, line, markdown, renew, table
 from loopserve.bench.rows import Row, append_rows, latest, read_rows
-from loopserve.bench.speed.table import COLUMNS, break_even, crossing, line, markdown, table
 from loopserve.cli import main
 from loopserve.core.errors import ConfigError
 
