@@ -108,7 +108,7 @@ def page(found: list[tuple[str, str, str]], seconds: float) -> str:
         "# Model families",
         "",
         "Made by `python -m research.families docs/families.md`: a tiny random model of every causal family of transformers",
-        f"{version('transformers')}, under the stack `dense`, its logits compared with transformers' own ({seconds:.0f} s on two cores).",
+        f"{version('transformers')}, under the stack `dense`, its logits compared with transformers' own ({seconds:.0f} s, 2 cores).",
         "",
         ", ".join(f"{count} {result}" for result, count in sorted(counts.items())) + ".",
         "",
