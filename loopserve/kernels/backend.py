@@ -3,11 +3,11 @@
 An operation has up to four implementations with one signature:
 
 - ``reference``: readable PyTorch, the ground truth; serves everything, anywhere.
-- ``packed``: fast plain PyTorch. Serves CPUs; where it says so, any device.
+- ``torch``: fast plain PyTorch. Serves CPUs; where it says so, any device.
 - ``cpu``: compiled C (``kernels.native``), where a C compiler is or was at hand.
 - ``triton``: compiled for NVIDIA GPUs; on a CPU only interpreted (``TRITON_INTERPRET=1``), for tests.
 
-``LOOPSERVE_KERNELS=auto|reference|packed|cpu|triton`` chooses for a whole process, ``with use(name)`` for a block. ``auto`` takes
+``LOOPSERVE_KERNELS=auto|reference|torch|cpu|triton`` chooses for a whole process, ``with use(name)`` for a block. ``auto`` takes
 the fastest that serves the call. A choice other than ``auto`` that has no implementation of an operation, or cannot serve a
 call, gives way to the next slower one; if it cannot run on this machine at all, it is an error.
 """
@@ -28,13 +28,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-FASTEST_FIRST = ("triton", "cpu", "packed", "reference")
+FASTEST_FIRST = ("triton", "cpu", "torch", "reference")
 CHOICES = ("auto", *reversed(FASTEST_FIRST))
 _VARIABLE = "LOOPSERVE_KERNELS"
 _DTYPES = {
     "triton": (torch.float32, torch.bfloat16, torch.float16),
     "cpu": (torch.float32, torch.bfloat16),
-    "packed": (torch.float32, torch.bfloat16, torch.float16),
+    "torch": (torch.float32, torch.bfloat16, torch.float16),
 }
 _forced: ContextVar[str | None] = ContextVar("loopserve_kernels", default=None)
 _operations: dict[str, Operation] = {}
@@ -51,7 +51,7 @@ class Choice(NamedTuple):
 class Operation:
     """One operation and its implementations.
 
-    modules: implementation by module path, imported when first needed. any_device: the packed path runs well on any device.
+    modules: implementation by module path, imported when first needed. any_device: ``torch`` serves it on any device.
     limits: by implementation, what it cannot serve: given the operation's own arguments, the reason, or None.
     """
 
@@ -101,7 +101,7 @@ class Operation:
             return "interpreted kernels are for tests"
         if dtype not in _DTYPES[name]:
             return f"{str(dtype).removeprefix('torch.')} is served by the reference only"
-        if name == "packed":
+        if name == "torch":
             return None if device == "cpu" or self.any_device else f"runs on CPUs, this is {device}"
         return unavailable(name, device)
 
@@ -136,7 +136,7 @@ def _resolve(module: str, name: str) -> Callable[..., Any]:
 @cache
 def unavailable(name: str, device: str) -> str | None:
     """Why the implementations of a name cannot run on a device at all; None if they can."""
-    if name in ("reference", "packed"):
+    if name in ("reference", "torch"):
         return None
     if name == "cpu":
         if device != "cpu":

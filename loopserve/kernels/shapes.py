@@ -84,6 +84,11 @@ def check_range(what: str, indices: Tensor, total: int, lowest: int = 0) -> None
 def check_lines(op: str, verticals: Tensor, slashes: Tensor, heads: int, total: int, device: torch.device) -> None:
     """Raise ValueError unless both are bool ``[heads, total]`` on this device."""
     for name, lines in (("verticals", verticals), ("slashes", slashes)):
-        if lines.shape != (heads, total) or lines.dtype != torch.bool:
-            raise ValueError(f"{op}: {name} must be bool [{heads}, {total}], got {lines.dtype} {list(lines.shape)}")
-        check_device(op, name, lines, device)
+        check_flags(op, name, lines, (heads, total), device)
+
+
+def check_flags(op: str, name: str, flags: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+    """Raise ValueError unless ``flags`` are bool of this shape on this device."""
+    if flags.shape != shape or flags.dtype != torch.bool:
+        raise ValueError(f"{op}: {name} must be bool {list(shape)}, got {flags.dtype} {list(flags.shape)}")
+    check_device(op, name, flags, device)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from loopserve.kernels.native import library
 
-FAST = ("packed", "cpu") if library.unavailable() is None else ("packed",)
+FAST = ("torch", "cpu") if library.unavailable() is None else ("torch",)
 IMPLEMENTATIONS = ("reference", *FAST)
 
 

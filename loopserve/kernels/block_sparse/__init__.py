@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from loopserve.kernels import backend
 from loopserve.kernels.block_sparse import cpu
 from loopserve.kernels.gpu import limits
-from loopserve.kernels.shapes import check, check_device
+from loopserve.kernels.shapes import check, check_flags
 
 # A tile beyond the last column is one tile, however large. A number that an int64 has no room for would wrap round in C.
 _LARGEST = 128
 _OPERATION = backend.operation(
-    "block_sparse", "packed", "cpu", "triton", limits={"cpu": cpu.limit, "triton": limits.blocks}
+    "block_sparse", "torch", "cpu", "triton", limits={"cpu": cpu.limit, "triton": limits.blocks}
 )
 
 
@@ -38,9 +37,7 @@ def block_sparse(
     if tile < 1:
         raise ValueError(f"block_sparse: tile={tile} must be at least 1")
     wanted = (queries.shape[0], -(-queries.shape[1] // tile), -(-keys.shape[1] // tile))
-    if blocks.shape != wanted or blocks.dtype != torch.bool:
-        raise ValueError(f"block_sparse: blocks must be bool {list(wanted)}, got {blocks.dtype} {list(blocks.shape)}")
-    check_device("block_sparse", "blocks", blocks, queries.device)
+    check_flags("block_sparse", "blocks", blocks, wanted, queries.device)
     tile = min(tile, max(keys.shape[1], _LARGEST))
     found: tuple[Tensor, Tensor] = _OPERATION(
         queries, keys, values, blocks, tile=tile, scaling=scaling, softcap=softcap, first_valid=first_valid

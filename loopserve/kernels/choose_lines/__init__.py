@@ -13,11 +13,11 @@ from torch import Tensor
 from loopserve.kernels import backend
 from loopserve.kernels.choose_lines import cpu
 from loopserve.kernels.gpu import limits
-from loopserve.kernels.select_lines import TILE, Cost, LineSelection, finish, prepare
+from loopserve.kernels.select_lines.options import TILE, Cost, LineSelection, finish, prepare
 from loopserve.kernels.shapes import check
 
 _OPERATION = backend.operation(
-    "choose_lines", "packed", "cpu", "triton", limits={"cpu": cpu.limit, "triton": limits.choice}
+    "choose_lines", "torch", "cpu", "triton", limits={"cpu": cpu.limit, "triton": limits.choice}
 )
 
 

@@ -13,11 +13,11 @@ from loopserve.kernels.gpu import limits
 
 __all__ = ["DecodeRequest", "decode_attention", "decode_attention_batch"]
 _OPERATION = backend.operation(
-    "decode_attention", "packed", "cpu", "triton", limits={"cpu": cpu.limit, "triton": limits.attention}
+    "decode_attention", "torch", "cpu", "triton", limits={"cpu": cpu.limit, "triton": limits.attention}
 )
 _BATCH = backend.operation(
     "decode_attention_batch",
-    "packed",
+    "torch",
     "cpu",
     "triton",
     package="decode_attention",

@@ -10,7 +10,7 @@ from loopserve.kernels.gpu import limits
 from loopserve.kernels.shapes import check
 
 _OPERATION = backend.operation(
-    "dense_attention", "packed", "cpu", "triton", limits={"cpu": cpu.limit, "triton": limits.attention}
+    "dense_attention", "torch", "cpu", "triton", limits={"cpu": cpu.limit, "triton": limits.attention}
 )
 
 

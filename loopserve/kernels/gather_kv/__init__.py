@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from torch import Tensor, int64
 
 from loopserve.kernels import backend
 from loopserve.kernels.shapes import check_device, check_range
 
-_OPERATION = backend.operation("gather_kv", "packed", "cpu", "triton")
+_OPERATION = backend.operation("gather_kv", "torch", "cpu", "triton")
 
 
 def gather_kv(keys: Tensor, values: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
@@ -18,7 +17,7 @@ def gather_kv(keys: Tensor, values: Tensor, indices: Tensor) -> tuple[Tensor, Te
     """
     if keys.dim() != 3 or values.dim() != 3 or values.shape[:2] != keys.shape[:2]:
         raise ValueError(f"gather_kv: keys {list(keys.shape)} and values {list(values.shape)} must be [Hkv, n, D]")
-    if indices.dim() != 2 or indices.shape[0] != keys.shape[0] or indices.dtype != torch.long:
+    if indices.dim() != 2 or indices.shape[0] != keys.shape[0] or indices.dtype != int64:
         raise ValueError(f"gather_kv: indices {indices.dtype} {list(indices.shape)} must be int64 [{keys.shape[0]}, S]")
     if values.dtype != keys.dtype:  # the compiled kernel copies both by the size of a key's numbers
         raise ValueError(f"gather_kv: got keys in {keys.dtype} and values in {values.dtype}")

@@ -25,7 +25,7 @@ class LineScores(NamedTuple):
 
 
 _OPERATION = backend.operation(
-    "line_scores", "packed", "cpu", "triton", limits={"cpu": cpu.limit, "triton": limits.scores}
+    "line_scores", "torch", "cpu", "triton", limits={"cpu": cpu.limit, "triton": limits.scores}
 )
 
 

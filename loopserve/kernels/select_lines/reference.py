@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from loopserve.kernels.line_scores.packed import diagonal_sums
+from loopserve.kernels.line_scores.torch import diagonal_sums
 from loopserve.kernels.select_lines.geometry import cells_added, keys_added, total_cost
 
 # Of a mass of 1, what counts as nothing: probabilities arrive in float32, and their sums miss 1 by about this much.

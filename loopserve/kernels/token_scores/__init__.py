@@ -14,7 +14,7 @@ from loopserve.kernels.token_scores import cpu
 OverRows = Literal["mean", "sum", "max"]
 _OVER_ROWS = ("mean", "sum", "max")
 _OPERATION = backend.operation(
-    "token_scores", "packed", "cpu", "triton", limits={"cpu": cpu.limit, "triton": limits.scores}
+    "token_scores", "torch", "cpu", "triton", limits={"cpu": cpu.limit, "triton": limits.scores}
 )
 
 

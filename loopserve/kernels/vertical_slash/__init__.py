@@ -10,7 +10,7 @@ from loopserve.kernels.shapes import check, check_lines
 from loopserve.kernels.vertical_slash import cpu
 
 _OPERATION = backend.operation(
-    "vertical_slash", "packed", "cpu", "triton", limits={"cpu": cpu.limit, "triton": limits.lines}
+    "vertical_slash", "torch", "cpu", "triton", limits={"cpu": cpu.limit, "triton": limits.lines}
 )
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from loopserve.kernels.line_scores.packed import row_probabilities
-from loopserve.kernels.select_lines.packed import select_lines
+from loopserve.kernels.line_scores.torch import row_probabilities
+from loopserve.kernels.select_lines.torch import select_lines
 
 
 def choose_lines(

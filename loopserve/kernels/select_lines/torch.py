@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from loopserve.kernels.line_scores.packed import diagonal_sums
+from loopserve.kernels.line_scores.torch import diagonal_sums
 from loopserve.kernels.select_lines.geometry import cells_added, keys_added, total_cost
 from loopserve.kernels.select_lines.reference import NEGLIGIBLE
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loopserve.kernels.dense_attention.packed import dense_attention
+from loopserve.kernels.dense_attention.torch import dense_attention
 from loopserve.kernels.fused import MASKED, fused, merge, serves, settle
 from loopserve.kernels.masked import masked_attention
 from loopserve.kernels.vertical_slash.reference import line_mask

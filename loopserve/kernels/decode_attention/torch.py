@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from loopserve.kernels.decode_attention.request import DecodeRequest
-from loopserve.kernels.dense_attention.packed import dense_attention
-from loopserve.kernels.gather_kv.packed import gather_kv
+from loopserve.kernels.dense_attention.torch import dense_attention
+from loopserve.kernels.gather_kv.torch import gather_kv
 
 
 def decode_attention(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from loopserve.kernels.line_scores.packed import row_probabilities
+from loopserve.kernels.line_scores.torch import row_probabilities
 
 _NUMBERS = 1 << 21  # scores held at once: 8 MiB in float32
 
