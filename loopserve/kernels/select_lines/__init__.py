@@ -1,5 +1,5 @@
-"""Which lines of each head hold a wanted share of its attention at the lowest cost: greedy by gain per cost, overlap
-counted out.
+"""Select the lines of each head that cover a share of its attention at the lowest cost, greedily by uncovered mass per
+cost.
 """
 
 from __future__ import annotations
@@ -34,16 +34,19 @@ def select_lines(
     tile: int = TILE,
     most_cost: float = math.inf,
 ) -> LineSelection:
-    """Lines whose union holds at least ``alpha`` of the weighted mass of the sampled rows, per head.
+    """Return lines whose union covers at least ``alpha`` of the weighted mass of the sampled rows, per head.
 
-    probabilities float32 ``[Hq, r, n]``: softmax rows of queries at ``columns`` int64 ``[r]``; the block is the last
-    ``new_tokens`` of n columns. cost ``length``: cells of the block that a line adds to the union. ``tile``: keys that
-    a kernel working in tiles of ``tile`` rows computes more: a vertical 1, an isolated slash ``tile``, a slash next to
-    a chosen one 1 (less where a line crosses only part of the block). row_weights ``[r]`` or ``[Hq, r]``: what a row's
-    mass counts. row_floor: in addition every sampled row must reach this share. forced lines ``[n]`` or ``[Hq, n]`` are
-    taken first. most_cost: a head whose target would cost more is given up, its coverage staying below the target, as soon
-    as the rate of its best line tells, so that a head without structure costs next to nothing (on a GPU, where all heads
-    take the same rounds, it is not). A probability that is not finite counts as no mass. ValueError for what makes no sense.
+    probabilities float32 ``[Hq, r, n]``: softmax rows of queries at ``columns`` int64 ``[r]``. The block is the last
+    ``new_tokens`` of n columns. Probabilities that are not finite count as 0.
+
+    cost ``length``: the cells of the block that a line adds to the union. cost ``tile``: the additional keys that a
+    kernel with tiles of ``tile`` rows computes. A vertical costs 1, an isolated slash ``tile``, a slash next to a
+    chosen one 1, and less where a line crosses only part of the block.
+
+    row_weights ``[r]`` or ``[Hq, r]``: weight of each row's mass. row_floor: share that every sampled row must reach in
+    addition. forced_verticals, forced_slashes ``[n]`` or ``[Hq, n]``: lines taken first. most_cost: a head stops below
+    its target as soon as the rate of its best line shows that the target would cost more. On a GPU stopping saves no
+    time, since all heads run the same rounds. Raises ValueError for arguments out of range or that do not fit together.
     """
     if probabilities.dim() != 3 or 0 in probabilities.shape:
         raise ValueError(f"select_lines: probabilities {list(probabilities.shape)} must be non-empty [Hq, r, n]")

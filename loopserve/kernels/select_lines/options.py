@@ -16,11 +16,11 @@ MOST_TILE = 256
 
 
 class LineSelection(NamedTuple):
-    """The chosen lines of each head, and what they reach on the sampled rows.
+    """Hold the chosen lines of each head and their coverage of the sampled rows.
 
     verticals, slashes: bool ``[Hq, n]``. coverage ``[Hq]``: weighted share of the rows' mass on the union. row_coverage
-    ``[Hq, r]``: share of each row's mass. cost ``[Hq]``: cells of the union (``length``), or keys computed per tile of
-    64 rows, averaged over the block (``tile``).
+    ``[Hq, r]``: share of each row's mass. cost ``[Hq]``: cells of the union (``length``), or keys computed per tile,
+    averaged over the block (``tile``).
     """
 
     verticals: Tensor
@@ -45,9 +45,10 @@ def prepare(
     tile: int,
     most_cost: float,
 ) -> dict[str, Any]:
-    """The options of an implementation, checked (but for the columns): weights ``[Hq, r]``, forced lines ``[Hq, 2, n]``.
+    """Check the options and return them as an implementation takes them: weights ``[Hq, r]``, forced lines ``[Hq, 2,
+    n]``.
 
-    ValueError for what makes no sense.
+    The columns are checked elsewhere. Raises ValueError for options out of range or that do not fit together.
     """
     rows, device = len(columns), columns.device
     if not 0 < new_tokens <= total:
@@ -59,7 +60,7 @@ def prepare(
     weights = torch.ones(heads, rows, dtype=torch.float32, device=device) if row_weights is None else row_weights
     check_device(op, "row_weights", weights, device)
     fits = weights.shape in ((rows,), (heads, rows))
-    # Reading a value waits for an accelerator, so there the values are the caller's business.
+    # Reading a value synchronises with an accelerator. So on a GPU the caller must ensure the values.
     if not fits or (device.type == "cpu" and not bool(((weights >= 0) & (weights < math.inf)).all())):
         raise ValueError(
             f"{op}: row_weights {list(weights.shape)} must be [{rows}] or [{heads}, {rows}], finite and none negative"
@@ -80,7 +81,9 @@ def prepare(
 
 
 def finish(chosen: Tensor, covered: Tensor, mass: Tensor, spent: Tensor, weights: Tensor) -> LineSelection:
-    """What an implementation found (lines ``[Hq, 2, n]``, masses ``[Hq, r]``, cost ``[Hq]``), as shares."""
+    """Return the result of an implementation (lines ``[Hq, 2, n]``, masses ``[Hq, r]``, cost ``[Hq]``) with masses as
+    shares.
+    """
     weights = weights.to(covered.dtype)
     return LineSelection(
         verticals=chosen[:, 0],
@@ -92,5 +95,5 @@ def finish(chosen: Tensor, covered: Tensor, mass: Tensor, spent: Tensor, weights
 
 
 def _share(part: Tensor, whole: Tensor) -> Tensor:
-    """part / whole; of nothing, everything is covered."""
+    """Divide part by whole; a share of nothing is 1."""
     return (part / whole.clamp(min=1e-30)).masked_fill(whole <= 0, 1.0).clamp(max=1.0)
