@@ -13,7 +13,7 @@ from loopserve.kernels.native.scores import Scores
 
 
 class _Selection(Structure):
-    """Mirror the struct ``Selection`` of select_lines.c."""
+    """Mirror the struct ``Selection`` of greedy.h."""
 
     _fields_ = [  # ctypes requires a list
         ("scores", Scores),

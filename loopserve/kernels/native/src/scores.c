@@ -1,8 +1,8 @@
-// What some rows attend to: softmax rows with the masses of their lines, and scores of tokens.
+// Compute softmax rows with the masses of their lines, and scores of tokens.
 #include "common.h"
 #include "rows.h"
 
-// Room of one thread.
+// Buffers of one thread.
 typedef struct {
     Tile tile;
     float *rows;       // token scores: [ROWS][total]
@@ -30,7 +30,7 @@ static void line_scores_of(Room *own, const Scores *s, int64_t head) {
     for (int64_t d = 0; d < total; d++) slash[d] = own->backwards[total - 1 - d];
 }
 
-// Add one query head's weights, rows [count][total] from column `from` on, joined, to the scores of its KV head.
+// Reduce the weights of one query head, rows [count][total] from column `from` on, and add them to the scores of its KV head.
 static void add_head(const Tile *t, const float *rows, int64_t lane, int64_t count, const Scores *s, int64_t from, int64_t number,
                      float *joined, float *tokens) {
     float share = 1.0f / (s->group * (s->join == 0 ? s->rows : 1));
@@ -50,10 +50,10 @@ static void add_head(const Tile *t, const float *rows, int64_t lane, int64_t cou
     for (int64_t k = 0; k < number; k++) tokens[from + k] += joined[k] * share;
 }
 
-// Where a head's rows are few, the heads of a group share a tile, and the keys are read once for all.
+// With few rows per head, the heads of a group share a tile, so that the keys are read once for all.
 static void token_scores_of(Room *own, const Scores *s, int64_t kv) {
     int64_t size = s->half ? 2 : 4, total = s->total, start = s->first_valid ? s->first_valid[kv] : 0;
-    int64_t together = s->rows <= ROWS ? ROWS / s->rows : 1;  // heads of a tile
+    int64_t together = s->rows <= ROWS ? ROWS / s->rows : 1;  // heads per tile
     float *tokens = s->tokens + kv * total;
     memset(tokens, 0, total * 4);
     for (int64_t head = 0; head < s->group; head += together)
@@ -74,7 +74,7 @@ static void token_scores_of(Room *own, const Scores *s, int64_t kv) {
         }
 }
 
-// Each returns 0, or 1 if memory ran out.
+// Each function returns 0, or 1 if memory ran out.
 static int for_each(const Scores *s, int tokens) {
     int failed = 0;
     int64_t items = tokens ? s->heads / s->group : s->heads;
