@@ -79,7 +79,7 @@ def write_best_kernel(
         all_above += tl.sum(found, 0)
         above += tl.sum(tl.where(block < this, found, 0), 0)
         equals += tl.sum(tl.load(equal_counts + block, mask=block < this, other=0), 0)
-    room = wanted - all_above  # how many of those equal to the least are selected
+    ties = wanted - all_above  # how many of those equal to the least are selected
     column = this * BLOCK + tl.arange(0, BLOCK)
     inside = column < total
     bound = tl.load(least + row)
@@ -88,8 +88,8 @@ def write_best_kernel(
     is_equal = (inside & (number == bound)).to(tl.int32)
     equal_before = equals + tl.cumsum(is_equal, 0) - is_equal
     above_before = above + tl.cumsum(is_above, 0) - is_above
-    taken = (is_above > 0) | ((is_equal > 0) & (equal_before < room))
-    place = above_before + tl.minimum(equal_before, room)
+    taken = (is_above > 0) | ((is_equal > 0) & (equal_before < ties))
+    place = above_before + tl.minimum(equal_before, ties)
     tl.store(places + row * wanted + place, column.to(tl.int64), mask=taken)
 
 

@@ -44,9 +44,7 @@ def summarise_pages(
         page = min(page, max(total, 1))
     pages = -(-total // page)
     if low.shape != high.shape or low.shape[0] != heads or low.shape[1] < pages or low.shape[2] != dim:
-        raise ValueError(
-            f"summarise_pages: bounds {list(low.shape)} have no room for {pages} pages of {list(keys.shape)}"
-        )
+        raise ValueError(f"summarise_pages: bounds {list(low.shape)} cannot hold {pages} pages of {list(keys.shape)}")
     if codes is not None and (bits not in BITS or dim * bits % 8 or codes.shape[2:] != (page, dim * bits // 8)):
         raise ValueError(f"summarise_pages: codes {list(codes.shape)} do not hold {bits} bits of {dim} channels")
     if not 0 <= first <= pages or {low.dtype, high.dtype} != {keys.dtype}:
@@ -54,7 +52,7 @@ def summarise_pages(
             f"summarise_pages: pages of {page} from {first} in {low.dtype} do not fit keys in {keys.dtype}"
         )
     if codes is not None and (codes.dtype != torch.uint8 or codes.shape[0] != heads or codes.shape[1] < pages):
-        raise ValueError(f"summarise_pages: codes {codes.dtype} {list(codes.shape)} have no room for {pages} pages")
+        raise ValueError(f"summarise_pages: codes {codes.dtype} {list(codes.shape)} cannot hold {pages} pages")
     for name, each in (("bounds", low), ("bounds", high), ("codes", codes)):
         if each is not None:
             check_device("summarise_pages", name, each, keys.device)

@@ -111,19 +111,19 @@ def build(target: Path, wanted: tuple[Level, ...], compiler: str) -> None:
     """Compile the sources for each level and link them to ``target``, atomically. Raises BuildError."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".build-") as folder:
-            room = Path(folder)
-            library = room / "library.so"
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".build-") as created:
+            folder = Path(created)
+            library = folder / "library.so"
             try:
-                _compile(room, library, wanted, compiler, threads=("-fopenmp",))
+                _compile(folder, library, wanted, compiler, threads=("-fopenmp",))
             except BuildError:  # without OpenMP the kernels run on one thread
-                _compile(room, library, wanted, compiler, threads=())
+                _compile(folder, library, wanted, compiler, threads=())
             os.replace(library, target)
     except OSError as error:
         raise BuildError(f"cannot write {target}: {error.strerror}") from error
 
 
-def _compile(room: Path, library: Path, wanted: tuple[Level, ...], compiler: str, threads: tuple[str, ...]) -> None:
+def _compile(folder: Path, library: Path, wanted: tuple[Level, ...], compiler: str, threads: tuple[str, ...]) -> None:
     files = sorted(SOURCES.glob("*.c"))
     digest = f'-DLS_DIGEST="{source_digest()}"'
     jobs: list[tuple[Path, str, tuple[str, ...]]] = []
@@ -136,7 +136,7 @@ def _compile(room: Path, library: Path, wanted: tuple[Level, ...], compiler: str
 
     def run(job: tuple[Path, str, tuple[str, ...]]) -> str:
         source, name, flags = job
-        made = str(room / f"{source.stem}-{name}.o")
+        made = str(folder / f"{source.stem}-{name}.o")
         _run([compiler, *_COMMON, *threads, *flags, *extra_flags(), "-c", str(source), "-o", made])
         return made
 

@@ -143,7 +143,7 @@ static void attend_part(const Plan *p, int64_t kv, int64_t split) {
 // Attend for `number` sessions. Return 0, or 1 if memory ran out.
 int LS(decode_attention_batch)(const Attention *requests, int64_t number) {
     int64_t threads = requests[0].threads, items = 0, heads = 0, states = 0, outputs = 0;
-    Plan *plans = room(number * sizeof(Plan));
+    Plan *plans = allocate(number * sizeof(Plan));
     if (!plans) return 1;
     for (int64_t i = 0; i < number; i++) plans[i] = plan_of(requests + i, threads);
     if (number > 1 && threads > 1) qsort(plans, number, sizeof(Plan), by_size);
@@ -154,7 +154,7 @@ int LS(decode_attention_batch)(const Attention *requests, int64_t number) {
         states += p->kv_heads * p->splits * p->lines, outputs += p->kv_heads * p->splits * p->lines * p->a->dim;
     }
     // One allocation for all sessions: outputs, whose sizes are multiples of a vector, states, counts.
-    char *scratch = room(outputs * 4 + states * sizeof(State) + heads * sizeof(int));
+    char *scratch = allocate(outputs * 4 + states * sizeof(State) + heads * sizeof(int));
     if (!scratch) { free(plans); return 1; }
     float *output = (float *)scratch;
     State *state = (State *)(scratch + outputs * 4);

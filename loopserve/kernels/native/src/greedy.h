@@ -59,11 +59,11 @@ static int greedy_open(Greedy *g, const Selection *s) {
     *g = (Greedy){.rows = rows, .total = total, .history = total - s->new_tokens, .new_tokens = s->new_tokens, .tile = s->tile,
                   .blocks = blocks, .columns = s->scores.columns};
     // Lines are padded to whole blocks and blocks to whole vectors. The padding has no gain.
-    for (int kind = 0; kind < 2; kind++) g->gain[kind] = room(blocks * BLOCK * 8), g->cost[kind] = room(blocks * BLOCK * 8);
-    g->weights = room(rows * 8), g->bound = room((2 * blocks + DW) * 8), g->cheapest = room(2 * blocks * 8);
-    g->best = room(2 * blocks * 4), g->exact = room(2 * blocks);
-    g->computed = room(total + s->tile), g->span = room((total + s->tile) * 8);
-    g->candidates = room(total * sizeof(Candidate));
+    for (int kind = 0; kind < 2; kind++) g->gain[kind] = allocate(blocks * BLOCK * 8), g->cost[kind] = allocate(blocks * BLOCK * 8);
+    g->weights = allocate(rows * 8), g->bound = allocate((2 * blocks + DW) * 8), g->cheapest = allocate(2 * blocks * 8);
+    g->best = allocate(2 * blocks * 4), g->exact = allocate(2 * blocks);
+    g->computed = allocate(total + s->tile), g->span = allocate((total + s->tile) * 8);
+    g->candidates = allocate(total * sizeof(Candidate));
     if (!(g->gain[0] && g->gain[1] && g->cost[0] && g->cost[1] && g->weights && g->bound && g->cheapest && g->best && g->exact &&
           g->computed && g->span && g->candidates))
         return 0;

@@ -40,9 +40,9 @@ typedef struct {
 static int desk_open(Desk *d, const KeyCodes *k) {
     int64_t stride = k->columns + k->page + 2 * VW, rows = k->rows < TOGETHER ? k->rows : TOGETHER;
     d->stride = stride;
-    d->steps = room(TOGETHER * k->dim * 4), d->bytes = room(TOGETHER * 2 * k->dim);
-    d->logits = room(rows * stride * 4), d->best = room(stride * 4), d->codes = room(stride * 4), d->kept = room(stride * 4);
-    d->places = room(stride * 4), d->jumps = room((k->budget + 1) * 8);
+    d->steps = allocate(TOGETHER * k->dim * 4), d->bytes = allocate(TOGETHER * 2 * k->dim);
+    d->logits = allocate(rows * stride * 4), d->best = allocate(stride * 4), d->codes = allocate(stride * 4), d->kept = allocate(stride * 4);
+    d->places = allocate(stride * 4), d->jumps = allocate((k->budget + 1) * 8);
     return d->steps && d->bytes && d->logits && d->best && d->codes && d->kept && d->places && d->jumps;
 }
 

@@ -171,7 +171,7 @@ static int select_head(Greedy *g, const Selection *s, int64_t head, const float 
     for (int64_t i = 0; i < rows; i++) {
         mass[i] = sum_of_row(p + i * stride, g->columns[i] + 1);
         if (isfinite(mass[i]) || p == *clean) continue;
-        if (!*clean) *clean = room(rows * stride * 4);
+        if (!*clean) *clean = allocate(rows * stride * 4);
         if (!*clean) return 0;
         finite_rows(p, *clean, rows, total, stride);
         p = *clean, vertical = NULL, i = -1;  // recompute the sums
@@ -214,7 +214,7 @@ int LS(select_lines)(const Selection *s) {
         int64_t stride = s->given ? of->total : (of->total + 15) / 16 * 16 + 16;
         int ready = greedy_open(&g, s);
         if (!s->given) {
-            p = room(of->rows * stride * 4), vertical = room(of->total * 4), backwards = room(of->total * 4);
+            p = allocate(of->rows * stride * 4), vertical = allocate(of->total * 4), backwards = allocate(of->total * 4);
             ready = ready && p && vertical && backwards && tile_open(&t, of->dim, of->half, of->scaling);
         }
         if (!ready) failed = 1;

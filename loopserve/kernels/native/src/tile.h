@@ -45,7 +45,7 @@ static const float nothing[ROWS] __attribute__((unused)) = {
     N16, N16, N16, N16};
 
 // Allocate a buffer. Large ones request huge pages, since a page fault per 4 KiB takes longer than filling it.
-static inline __attribute__((unused)) void *room(size_t bytes) {
+static inline __attribute__((unused)) void *allocate(size_t bytes) {
     size_t step = bytes >= LARGE ? LARGE : 64;
     void *found = aligned_alloc(step, (bytes + step - 1) / step * step + (step == 64 ? 64 : 0));
 #if defined(__linux__)
@@ -57,9 +57,9 @@ static inline __attribute__((unused)) void *room(size_t bytes) {
 static __attribute__((unused)) int tile_open(Tile *t, int64_t dim, int half, float scale) {
     t->dim = dim, t->half = half, t->scale = scale * LOG2E;
     t->pairs = half && LS_BF16;
-    t->queries = room(dim * ROWS * 4), t->scores = room(KEYS * ROWS * 4), t->weights = room(KEYS / 2 * ROWS * 4);
-    t->values = room(KEYS * dim * 4), t->keys = room(KEYS * dim * 4), t->output = room(dim * ROWS * 4);
-    t->most = room(ROWS * 4), t->sum = room(ROWS * 4);
+    t->queries = allocate(dim * ROWS * 4), t->scores = allocate(KEYS * ROWS * 4), t->weights = allocate(KEYS / 2 * ROWS * 4);
+    t->values = allocate(KEYS * dim * 4), t->keys = allocate(KEYS * dim * 4), t->output = allocate(dim * ROWS * 4);
+    t->most = allocate(ROWS * 4), t->sum = allocate(ROWS * 4);
     return t->queries && t->scores && t->weights && t->values && t->keys && t->output && t->most && t->sum;
 }
 

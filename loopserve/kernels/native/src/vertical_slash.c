@@ -40,8 +40,8 @@ static int lines_open(Lines *l, const Attention *a, int64_t head) {
     *l = (Lines){.start = a->first_valid ? a->first_valid[head / a->group] : 0};
     int64_t chosen = 0, found = 0;
     for (int64_t x = 0; x < total; x++) chosen += slashes[x], found += verticals[x];
-    l->verticals = room(found * 4), l->lonely = room(chosen * 4), l->bands = room(chosen * sizeof(Band));
-    l->on_vertical = room(total), l->key_bias = room((total + 2 * ROWS) * 4), l->offset_bias = room((total + 2 * ROWS) * 4);
+    l->verticals = allocate(found * 4), l->lonely = allocate(chosen * 4), l->bands = allocate(chosen * sizeof(Band));
+    l->on_vertical = allocate(total), l->key_bias = allocate((total + 2 * ROWS) * 4), l->offset_bias = allocate((total + 2 * ROWS) * 4);
     if (!l->verticals || !l->lonely || !l->bands || !l->on_vertical || !l->key_bias || !l->offset_bias) return 0;
     memcpy(l->on_vertical, verticals, total);
     for (int64_t x = 0; x < total + 2 * ROWS; x++) l->key_bias[x] = l->offset_bias[x] = -INFINITY;
@@ -207,7 +207,7 @@ int LS(vertical_slash)(const Attention *a) {
     int64_t tiles = (a->rows + ROWS - 1) / ROWS, items = a->heads * tiles, size = a->half ? 2 : 4;
     int failed = 0, sparse = a->slashes != NULL;
     Lines *lines = calloc(a->heads, sizeof(Lines));
-    Work *work = room(items * sizeof(Work));
+    Work *work = allocate(items * sizeof(Work));
     float causal[3 * ROWS], windowed[3 * ROWS];
     for (int r = 0; r < 3 * ROWS; r++) causal[r] = r < ROWS ? -INFINITY : 0, windowed[r] = r < ROWS ? 0 : -INFINITY;
     if (!lines || !work) { free(lines), free(work); return 1; }
@@ -228,7 +228,7 @@ int LS(vertical_slash)(const Attention *a) {
             qsort(work, items, sizeof(Work), longest_first);
         }
         Tile t;
-        Lonely own = {room(CHUNK * ROWS * 4), room(ROWS * a->dim * 4)};
+        Lonely own = {allocate(CHUNK * ROWS * 4), allocate(ROWS * a->dim * 4)};
         if (!tile_open(&t, a->dim, a->half, a->scaling) || !own.scores || !own.output) failed = 1;
 #pragma omp barrier
 #pragma omp for schedule(dynamic, 1)
