@@ -35,7 +35,7 @@ class ScorerConfig(ScoredConfig):
 
     reads_queries: bool = Field(
         True,
-        description="Whether the scorer looks at hidden states or the module's rotation (SnapKV does, Knorm does not).",
+        description="Whether the scorer reads hidden states or the module's rotation (SnapKV does, Knorm does not).",
     )
     attentions: bool = Field(
         False, description="Give the scorer the attention of the turn's rows; memory grows with rows times pairs."
@@ -167,7 +167,7 @@ class KVPressDecode(ScorerDecode):
         press: str = Field(
             description="A class of kvpress, such as SnapKVPress, or a scorer that a distribution names."
         )
-        options: dict[str, Option] = Field(default_factory=dict, description="What the scorer is made with.")
+        options: dict[str, Option] = Field(default_factory=dict, description="Options of the scorer.")
 
         @model_validator(mode="after")
         def _can_be_made(self) -> KVPressDecode.Config:
