@@ -1,8 +1,9 @@
-"""Tensors in, tensors out: one folder per operation, a readable reference in each. Imports nothing of loopserve outside
-itself.
+"""Compute attention and KV selection on plain tensors, one folder per operation.
 
-One conversation at a time: queries ``[Hq, Tq, D]``, keys and values ``[Hkv, Tk, D]``; query head h reads KV head h //
-group. A column is the index of a key; unless columns are given, query i stands at column Tk - Tq + i and sees the
-columns up to it. Every operation is a folder with one public function of its name; ``backend`` decides which
-implementation serves a call.
+Each folder holds one public function of its name and a readable reference. ``backend`` selects the implementation that
+serves a call. The package imports nothing else of loopserve.
+
+Tensors belong to one session: queries ``[Hq, Tq, D]``, keys and values ``[Hkv, Tk, D]``. Query head h attends to KV
+head h // group. A column is the index of a key. Unless columns are given, query i has column Tk - Tq + i and sees the
+columns up to its own.
 """

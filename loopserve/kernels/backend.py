@@ -1,15 +1,16 @@
-"""Which implementation of an operation runs: decided here, and nowhere else.
+"""Select the implementation of each operation.
 
 An operation has up to four implementations with one signature:
 
-- ``reference``: readable PyTorch, the ground truth; serves everything, anywhere.
-- ``packed``: fast plain PyTorch. Serves CPUs; where it says so, any device.
-- ``cpu``: compiled C (``kernels.native``), where a C compiler is or was at hand.
-- ``triton``: compiled for NVIDIA GPUs; on a CPU only interpreted (``TRITON_INTERPRET=1``), for tests.
+- ``reference``: readable PyTorch that defines the result. It serves every dtype on every device.
+- ``torch``: fast PyTorch for CPUs, and for any device where the operation declares it.
+- ``cpu``: compiled C (``kernels.native``). It needs a C compiler or a library built before.
+- ``triton``: kernels for NVIDIA GPUs. On a CPU they run only interpreted (``TRITON_INTERPRET=1``), for tests.
 
-``LOOPSERVE_KERNELS=auto|reference|packed|cpu|triton`` chooses for a whole process, ``with use(name)`` for a block. ``auto`` takes
-the fastest that serves the call. A choice other than ``auto`` that has no implementation of an operation, or cannot serve a
-call, gives way to the next slower one; if it cannot run on this machine at all, it is an error.
+``LOOPSERVE_KERNELS=auto|reference|torch|cpu|triton`` sets the choice of a process, ``with use(name)`` that of a block.
+``auto`` takes the fastest implementation that serves the call. Any other choice falls back to the next slower
+implementation where an operation lacks it or the call exceeds its limits. A choice that cannot run on this machine
+raises RuntimeError.
 """
 
 from __future__ import annotations
@@ -28,20 +29,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-FASTEST_FIRST = ("triton", "cpu", "packed", "reference")
+FASTEST_FIRST = ("triton", "cpu", "torch", "reference")
 CHOICES = ("auto", *reversed(FASTEST_FIRST))
 _VARIABLE = "LOOPSERVE_KERNELS"
 _DTYPES = {
     "triton": (torch.float32, torch.bfloat16, torch.float16),
     "cpu": (torch.float32, torch.bfloat16),
-    "packed": (torch.float32, torch.bfloat16, torch.float16),
+    "torch": (torch.float32, torch.bfloat16, torch.float16),
 }
 _forced: ContextVar[str | None] = ContextVar("loopserve_kernels", default=None)
 _operations: dict[str, Operation] = {}
 
 
 class Choice(NamedTuple):
-    """What serves a call, and why nothing faster does."""
+    """Name the implementation that serves a call, and the reason why no faster one does."""
 
     name: str
     why: str
@@ -49,10 +50,11 @@ class Choice(NamedTuple):
 
 @dataclass(frozen=True)
 class Operation:
-    """One operation and its implementations.
+    """Hold one operation and its implementations.
 
-    modules: implementation by module path, imported when first needed. any_device: the packed path runs well on any device.
-    limits: by implementation, what it cannot serve: given the operation's own arguments, the reason, or None.
+    modules: module path of each implementation, imported at first use. any_device: ``torch`` serves every device.
+    limits: for an implementation, a function that takes the arguments of the operation and returns why it cannot serve
+    them, or None.
     """
 
     name: str
@@ -61,7 +63,7 @@ class Operation:
     limits: dict[str, Callable[..., str | None]] = field(default_factory=dict)
 
     def __call__(self, first: Tensor, *args: Any, **options: Any) -> Any:
-        """Run the implementation that serves this call; ``first`` says device and dtype."""
+        """Run the fastest implementation that serves the call; ``first`` determines device and dtype."""
         for name in self._candidates(first.device.type, first.dtype):
             limit = self.limits.get(name)
             if limit is None or limit(first, *args, **options) is None:
@@ -69,11 +71,11 @@ class Operation:
         raise AssertionError("the reference serves everything")
 
     def implementation(self, name: str) -> Callable[..., Any]:
-        """One implementation by name. KeyError if the operation has none of it."""
+        """Return an implementation by name. Raises KeyError if the operation has none of that name."""
         return _resolve(self.modules[name], self.name)
 
     def choose(self, device: str, dtype: torch.dtype) -> Choice:
-        """Who serves such tensors, shapes aside, and why."""
+        """Return the implementation for this device and dtype, whatever the shapes, and the reason."""
         reasons: list[str] = []
         for name in _eligible():
             reason = self._refusal(name, device, dtype)
@@ -101,7 +103,7 @@ class Operation:
             return "interpreted kernels are for tests"
         if dtype not in _DTYPES[name]:
             return f"{str(dtype).removeprefix('torch.')} is served by the reference only"
-        if name == "packed":
+        if name == "torch":
             return None if device == "cpu" or self.any_device else f"runs on CPUs, this is {device}"
         return unavailable(name, device)
 
@@ -116,10 +118,10 @@ def operation(
     any_device: bool = False,
     limits: dict[str, Callable[..., str | None]] | None = None,
 ) -> Operation:
-    """Make an operation known; called once, in the package that defines it.
+    """Register an operation; each defining package calls this once.
 
-    implementations: names beside ``reference``; each is the function ``name`` of the module of that name in the package, which is
-    called like the operation unless it holds several.
+    implementations: names besides ``reference``. Each is the function ``name`` in the module of that implementation.
+    package: the folder, where it is not called like the operation.
     """
     home = f"{__name__.rpartition('.')[0]}.{package or name}"
     modules = {each: f"{home}.{each}" for each in ("reference", *implementations)}
@@ -135,8 +137,8 @@ def _resolve(module: str, name: str) -> Callable[..., Any]:
 
 @cache
 def unavailable(name: str, device: str) -> str | None:
-    """Why the implementations of a name cannot run on a device at all; None if they can."""
-    if name in ("reference", "packed"):
+    """Return why no implementation of this name can run on the device, or None if one can."""
+    if name in ("reference", "torch"):
         return None
     if name == "cpu":
         if device != "cpu":
@@ -152,7 +154,7 @@ def unavailable(name: str, device: str) -> str | None:
 
 
 def chosen() -> str:
-    """The choice in force. Raises ValueError for a name that is none."""
+    """Return the choice in force. Raises ValueError for an unknown name."""
     name = _forced.get() or os.environ.get(_VARIABLE) or "auto"
     if name not in CHOICES:
         raise ValueError(f"{_VARIABLE}={name!r} is unknown (known: {', '.join(CHOICES)})")
@@ -160,7 +162,7 @@ def chosen() -> str:
 
 
 def _eligible() -> tuple[str, ...]:
-    """Names to try, fastest first."""
+    """Return the names to try, fastest first."""
     name = chosen()
     return FASTEST_FIRST if name == "auto" else FASTEST_FIRST[FASTEST_FIRST.index(name) :]
 
@@ -172,7 +174,7 @@ def _wanted_because() -> str:
 
 @contextmanager
 def use(name: str) -> Iterator[None]:
-    """Choose for the length of a block."""
+    """Set the choice for the length of a block. Raises ValueError for an unknown name."""
     token = _forced.set(name)
     try:
         chosen()
@@ -182,16 +184,18 @@ def use(name: str) -> Iterator[None]:
 
 
 def operations() -> dict[str, Operation]:
-    """Every operation by name."""
+    """Return every operation by name."""
     package = __name__.rpartition(".")[0]
-    for module in iter_modules(import_module(package).__path__):  # an operation is known once its package was imported
+    for module in iter_modules(import_module(package).__path__):  # importing a package registers its operations
         if module.ispkg:
             import_module(f"{package}.{module.name}")
     return dict(sorted(_operations.items()))
 
 
 def describe(device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[dict[str, str]]:
-    """A row per operation, which implementation serves such tensors and why: keys operation, implementation, why."""
+    """Return a row per operation with the implementation for this device and dtype: keys operation, implementation,
+    why.
+    """
     rows = []
     for name, each in operations().items():
         choice = each.choose(device, dtype)

@@ -1,4 +1,6 @@
-"""Large tensors in large pages: with pages of 4 KiB, the first touch of each and every scattered read cost more than the work."""
+"""Back large tensors with huge pages: with 4 KiB pages, first touches and scattered reads cost more than the
+computation.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +11,13 @@ from typing import Any
 
 from torch import Tensor
 
-_LARGE = 4 << 20  # bytes from which it pays
+_LARGE = 4 << 20  # bytes; below, the call costs more than it saves
 
 
 def large_pages(tensor: Tensor) -> Tensor:
-    """The tensor, fresh from its allocation, after asking the system to back it by large pages. Where that is not possible, nothing
-    happens.
+    """Ask the system to back a newly allocated tensor with huge pages, and return the tensor.
+
+    Does nothing for small tensors, for other devices, or where the system has no huge pages.
     """
     size = tensor.untyped_storage().nbytes()
     if size >= _LARGE and tensor.device.type == "cpu":
@@ -27,7 +30,7 @@ def large_pages(tensor: Tensor) -> Tensor:
 
 @cache
 def _advise() -> Any:
-    """``madvise`` of the C library, or None where there are no large pages."""
+    """Return ``madvise`` of the C library, or None where there are no huge pages."""
     if not hasattr(mmap, "MADV_HUGEPAGE"):
         return None
     try:

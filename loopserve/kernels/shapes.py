@@ -1,5 +1,7 @@
-"""The check every operation makes before it dispatches: one clear error instead of a wrong answer or a crash further
-down. Compiled kernels read memory by address, so what they could read amiss (a dtype, a device, a range) is refused here.
+"""Check shapes, dtypes and devices before an operation dispatches.
+
+Compiled kernels read memory by address. So every argument that could lead to a wrong read (shape, dtype, device, index
+range) is rejected here.
 """
 
 from __future__ import annotations
@@ -17,10 +19,9 @@ def check(
     columns: Tensor | None = None,
     first_valid: Tensor | None = None,
 ) -> None:
-    """Raise ValueError unless the tensors fit together: queries ``[Hq, Tq, D]``, keys ``[Hkv, Tk, D]``, values ``[Hkv,
-    Tk, Dv]``.
+    """Raise ValueError unless queries ``[Hq, Tq, D]``, keys ``[Hkv, Tk, D]`` and values ``[Hkv, Tk, Dv]`` fit together.
 
-    Without ``columns`` the queries are the last of the keys, so they cannot be more.
+    Without ``columns`` the queries are the last Tq columns, so Tq must not exceed Tk.
     """
     rows, held = queries.shape, keys.shape
     if len(rows) != 3 or len(held) != 3 or 0 in rows or 0 in held:
@@ -50,7 +51,7 @@ def check_columns(op: str, columns: Tensor, rows: int, total: int, device: torch
     if columns.shape != (rows,) or columns.dtype != torch.long:
         raise ValueError(f"{op}: {rows} rows need int64 columns [{rows}], got {columns.dtype} {list(columns.shape)}")
     check_device(op, "columns", columns, device)
-    # Reading a value waits for an accelerator, so there the range is the caller's business.
+    # Reading a value synchronises with an accelerator. So on a GPU the caller must ensure the range.
     if columns.device.type == "cpu":
         check_range(f"{op}: columns", columns, total)
 
@@ -67,7 +68,7 @@ def check_first_valid(op: str, first_valid: Tensor, of: Tensor) -> None:
 
 
 def check_device(op: str, name: str, tensor: Tensor, device: torch.device) -> None:
-    """Raise ValueError unless a tensor is where the others are."""
+    """Raise ValueError unless a tensor is on the device of the others."""
     if tensor.device != device:
         raise ValueError(f"{op}: {name} are on {tensor.device}, the rest is on {device}")
 
@@ -84,6 +85,11 @@ def check_range(what: str, indices: Tensor, total: int, lowest: int = 0) -> None
 def check_lines(op: str, verticals: Tensor, slashes: Tensor, heads: int, total: int, device: torch.device) -> None:
     """Raise ValueError unless both are bool ``[heads, total]`` on this device."""
     for name, lines in (("verticals", verticals), ("slashes", slashes)):
-        if lines.shape != (heads, total) or lines.dtype != torch.bool:
-            raise ValueError(f"{op}: {name} must be bool [{heads}, {total}], got {lines.dtype} {list(lines.shape)}")
-        check_device(op, name, lines, device)
+        check_flags(op, name, lines, (heads, total), device)
+
+
+def check_flags(op: str, name: str, flags: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+    """Raise ValueError unless ``flags`` are bool of this shape on this device."""
+    if flags.shape != shape or flags.dtype != torch.bool:
+        raise ValueError(f"{op}: {name} must be bool {list(shape)}, got {flags.dtype} {list(flags.shape)}")
+    check_device(op, name, flags, device)

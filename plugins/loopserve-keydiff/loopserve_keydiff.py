@@ -1,4 +1,4 @@
-"""Implement KeyDiff to the letter as a loopserve plugin: one score, one hook."""
+"""Implement KeyDiff as in the paper, as a loopserve plugin: one score, one hook."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ LOOPSERVE_API = (1, 0)
 
 
 class BareKeyDiffDecode(ScoredCompressor):
-    """Keep the pairs whose keys differ most from the average key, wherever they stand (KeyDiff without forced pairs).
+    """Keep the pairs whose keys differ most from the average key, at any position (KeyDiff without forced pairs).
 
     Paper: https://arxiv.org/abs/2504.15364. Variant, as in kvpress: ``s_t = -cos(K_t, mean_t(K_t / |K_t|))`` per KV
     head, on rotated keys.
 
-    Deviations: chosen once per turn over all stored pairs, where the paper evicts block by block while the prompt is
-    read. The built-in policy ``keydiff`` keeps sinks and a recent window besides; here, as in the paper, nothing is kept
-    for where it stands.
+    Deviations: pairs are chosen once per turn over all stored pairs, where the paper evicts block by block during
+    prefill. The built-in policy ``keydiff`` also keeps sinks and a recent window. Here, as in the paper, no pair is
+    kept for its position.
 
-    Multi-turn: scored anew at the end of each turn's prefill, over the whole history (retention ``keep``) or over the
-    survivors (``evict``).
+    Multi-turn: scores are computed at the end of each turn's prefill, over the whole history (retention ``keep``) or
+    over the survivors (``evict``).
     """
 
     name: ClassVar[str] = "keydiff_bare"
@@ -41,10 +41,10 @@ class BareKeyDiffDecode(ScoredCompressor):
 
     def score(self, inputs: AttentionInputs) -> Tensor:
         directions = normalize(inputs.keys.float(), dim=-1)
-        if inputs.first_valid is not None:  # columns before it are filler: they must not pull the average
+        if inputs.first_valid is not None:  # columns before it are filler and must not count in the average
             columns = torch.arange(inputs.total_tokens, device=directions.device)
             directions = directions * (columns >= inputs.first_valid[:, None])[..., None]
-        # The sum has the direction of the mean, and the cosine asks for no more.
+        # The cosine depends on the direction only, and the sum has the direction of the mean.
         return -cosine_similarity(inputs.keys.float(), directions.sum(dim=1, keepdim=True), dim=-1)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from loopserve.kernels.native import library
 
-FAST = ("packed", "cpu") if library.unavailable() is None else ("packed",)
+FAST = ("torch", "cpu") if library.unavailable() is None else ("torch",)
 IMPLEMENTATIONS = ("reference", *FAST)
 
 
@@ -46,7 +46,7 @@ def make(
     filler: bool = False,
     softcap: float | None = None,
 ) -> Case:
-    """Normal numbers; whatever must not be read (room behind the last column, filler columns) is NaN."""
+    """Normal numbers; whatever must not be read (memory behind the last column, filler columns) is NaN."""
     generator = torch.Generator().manual_seed(seed)
 
     def buffer() -> Tensor:

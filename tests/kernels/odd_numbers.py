@@ -57,7 +57,9 @@ def given(every: list[tuple[float | None, str, float, float]]) -> None:
             if most == INF:  # what is not finite is no mass: the rest is covered, in this head and in the others
                 finite = odd.nan_to_num(0.0, 0.0, 0.0)
                 assert (selection.coverage >= alpha - 1e-4).all(), name
-                torch.testing.assert_close(told(selection, finite, columns), selection.coverage, atol=1e-4, rtol=1e-4)
+                torch.testing.assert_close(
+                    coverage_of(selection, finite, columns), selection.coverage, atol=1e-4, rtol=1e-4
+                )
         for name, factor in FACTORS.items():
             odd = plain.clone()
             odd[1] *= factor
@@ -66,8 +68,8 @@ def given(every: list[tuple[float | None, str, float, float]]) -> None:
                 check(name, selection, len(plain))
 
 
-def told(selection: LineSelection, probabilities: Tensor, columns: Tensor) -> Tensor:
-    """The share of each head's mass on the lines, cell by cell."""
+def coverage_of(selection: LineSelection, probabilities: Tensor, columns: Tensor) -> Tensor:
+    """Return the share of each head's mass on the lines, cell by cell."""
     offsets = columns[:, None] - torch.arange(TOTAL)
     mask = (selection.verticals[:, None] | selection.slashes[:, offsets.clamp(min=0)]) & (offsets >= 0)
     whole = probabilities.sum((1, 2))

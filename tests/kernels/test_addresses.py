@@ -168,7 +168,7 @@ def test_nothing_chosen_is_no_address_to_read(implementation: str) -> None:
 
 
 def test_pairs_of_two_dtypes_are_refused() -> None:
-    """They are copied by the size of a key's numbers, which would write twice the room of these values."""
+    """They are copied by the size of a key's numbers, which would write past these values."""
     with pytest.raises(ValueError, match="values in torch"):
         gather_kv(normal(2, 9, 16), normal(2, 9, 16).bfloat16(), torch.zeros(2, 4, dtype=torch.long))
 

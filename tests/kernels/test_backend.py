@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+from importlib import import_module
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -11,7 +15,7 @@ from loopserve.kernels.backend import FASTEST_FIRST, Operation
 
 def test_an_unknown_backend_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOOPSERVE_KERNELS", "cuda13")
-    with pytest.raises(ValueError, match=r"'cuda13' is unknown \(known: auto, reference, packed, cpu, triton\)"):
+    with pytest.raises(ValueError, match=r"'cuda13' is unknown \(known: auto, reference, torch, cpu, triton\)"):
         backend.chosen()
     with pytest.raises(ValueError, match="'fast' is unknown"), backend.use("fast"):
         pass
@@ -29,8 +33,8 @@ def test_the_variable_and_the_override_decide(dense: Operation, monkeypatch: pyt
     assert choice() != "reference"
     monkeypatch.setenv("LOOPSERVE_KERNELS", "reference")
     assert choice() == "reference"
-    with backend.use("packed"):
-        assert choice() == "packed"
+    with backend.use("torch"):
+        assert choice() == "torch"
         assert choice(dtype=torch.float64) == "reference"
         assert choice("cuda") == "reference"
     assert choice() == "reference"
@@ -50,8 +54,8 @@ def test_what_a_faster_one_cannot_serve_goes_to_the_next() -> None:
 
     operation = Operation(
         "describe_kernel",
-        {"reference": "tests.kernels.test_backend", "packed": "nowhere"},
-        limits={"packed": odd},
+        {"reference": "tests.kernels.test_backend", "torch": "nowhere"},
+        limits={"torch": odd},
     )
     assert operation(torch.tensor(2.0)) == "reference"
     with pytest.raises(ModuleNotFoundError, match="nowhere"):
@@ -82,3 +86,12 @@ def test_every_operation_says_what_serves_it_and_why() -> None:
         assert {row["why"] for row in backend.describe()} == {"LOOPSERVE_KERNELS=reference"}
     in_double = {row["operation"]: row["why"] for row in backend.describe("cpu", torch.float64)}
     assert "float64 is served by the reference only" in in_double["vertical_slash"]
+
+
+def test_packages_leave_the_names_of_libraries_to_their_implementations() -> None:
+    """Importing ``package.torch`` binds ``torch`` in the package to that module, so the package must not use the library's name."""
+    for each in backend.operations().values():
+        package = import_module(each.modules["reference"].rpartition(".")[0])
+        source = ast.parse(Path(str(package.__file__)).read_text(encoding="utf-8"))
+        used = {node.id for node in ast.walk(source) if isinstance(node, ast.Name)}
+        assert not used & each.modules.keys() & {"torch", "triton"}, package.__name__

@@ -109,7 +109,7 @@ def switched() -> Iterator[None]:
 
 @pytest.fixture(params=IMPLEMENTATIONS)
 def wanted(request: pytest.FixtureRequest) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """What one thread finds, by seed; made before the default dtype changes."""
+    """Return what one thread finds, by seed; made before the default dtype changes."""
     with backend.use(request.param):
         yield request.param, [{name: tuple(call()) for name, call in operations(s).items()} for s in range(THREADS)]
 

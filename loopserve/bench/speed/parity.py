@@ -7,7 +7,7 @@ repeated in float64.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +20,7 @@ from loopserve.core.policy.patterns import TILE, BlockPattern, LinePattern
 from loopserve.kernels import backend
 from loopserve.kernels.backend import Operation
 from loopserve.kernels.block_sparse import block_sparse
+from loopserve.kernels.decode_attention import DecodeRequest
 from loopserve.kernels.dense_attention import dense_attention
 from loopserve.kernels.line_scores.reference import row_probabilities
 from loopserve.kernels.vertical_slash import vertical_slash
@@ -170,7 +171,9 @@ def _judge(operation: Operation, audit: Audit, result: Any, args: tuple[Any, ...
         _judge_choice(audit, result, args, options)
         return
     reference = _IMPLEMENTATION(operation, "reference")
-    if name == "gather_kv":
+    if name == "decode_attention_batch":
+        _judge_batch(reference, audit, result, args[1], options)
+    elif name == "gather_kv":
         pairs = list(zip(result, reference(*args, **options), strict=True))
         same = all(torch.equal(ours, theirs) for ours, theirs in pairs)
         error = max(relative(*pair) for pair in pairs)
@@ -182,6 +185,17 @@ def _judge(operation: Operation, audit: Audit, result: Any, args: tuple[Any, ...
         exact = reference(*map(_double, args), **options)
         judged = verdict(ours, exact if isinstance(exact, Tensor) else exact[0], None, dtype)
         audit.note(name, judged.worst, judged.why)
+
+
+def _judge_batch(
+    reference: Any, audit: Audit, result: Any, requests: Sequence[DecodeRequest], options: dict[str, Any]
+) -> None:
+    """Compare each session's output of one kernel call with the reference in float64."""
+    doubled = [DecodeRequest(*map(_double, each)) for each in requests]
+    exact = reference(doubled[0].queries, doubled, **options)
+    for (ours, _), (theirs, _), request in zip(result, exact, requests, strict=True):
+        judged = verdict(ours, theirs, None, request.queries.dtype)
+        audit.note("decode_attention_batch", judged.worst, judged.why)
 
 
 def _newest(name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -1,19 +1,18 @@
-"""Attention of new queries on a list of key tiles per query tile and head."""
+"""Compute attention of new queries on the key tiles that are selected per head and query tile."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from loopserve.kernels import backend
 from loopserve.kernels.block_sparse import cpu
 from loopserve.kernels.gpu import limits
-from loopserve.kernels.shapes import check, check_device
+from loopserve.kernels.shapes import check, check_flags
 
-# A tile beyond the last column is one tile, however large. A number that an int64 has no room for would wrap round in C.
+# A tile larger than the number of columns is one tile. Clamping keeps the size within an int64 of the C kernel.
 _LARGEST = 128
 _OPERATION = backend.operation(
-    "block_sparse", "packed", "cpu", "triton", limits={"cpu": cpu.limit, "triton": limits.blocks}
+    "block_sparse", "torch", "cpu", "triton", limits={"cpu": cpu.limit, "triton": limits.blocks}
 )
 
 
@@ -28,19 +27,17 @@ def block_sparse(
     softcap: float | None = None,
     first_valid: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(output ``[Hq, Tq, D]``, log-sum-exp float32 ``[Hq, Tq]``) of end-aligned queries over the chosen tiles, causal
-    inside them.
+    """Return output ``[Hq, Tq, D]`` and log-sum-exp float32 ``[Hq, Tq]`` over the selected tiles, causal within them.
 
-    blocks: bool ``[Hq, ceil(Tq / tile), ceil(Tk / tile)]``; query tiles count from the first query, key tiles from
-    column 0. A row without a cell gives 0 and -inf. ValueError for shapes that do not fit.
+    The queries are the last Tq columns. blocks: bool ``[Hq, ceil(Tq / tile), ceil(Tk / tile)]``. Query tiles are
+    counted from the first query, key tiles from column 0. A row without a selected cell gets output 0 and log-sum-exp
+    -inf. Raises ValueError for arguments that do not fit together.
     """
     check("block_sparse", queries, keys, values, first_valid=first_valid)
     if tile < 1:
         raise ValueError(f"block_sparse: tile={tile} must be at least 1")
     wanted = (queries.shape[0], -(-queries.shape[1] // tile), -(-keys.shape[1] // tile))
-    if blocks.shape != wanted or blocks.dtype != torch.bool:
-        raise ValueError(f"block_sparse: blocks must be bool {list(wanted)}, got {blocks.dtype} {list(blocks.shape)}")
-    check_device("block_sparse", "blocks", blocks, queries.device)
+    check_flags("block_sparse", "blocks", blocks, wanted, queries.device)
     tile = min(tile, max(keys.shape[1], _LARGEST))
     found: tuple[Tensor, Tensor] = _OPERATION(
         queries, keys, values, blocks, tile=tile, scaling=scaling, softcap=softcap, first_valid=first_valid

@@ -1,4 +1,4 @@
-"""Block attention by the compiled kernel."""
+"""Run block-sparse attention with the compiled C kernel."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from loopserve.kernels.native.attention import attend, serves
 def limit(
     queries: Tensor, keys: Tensor, values: Tensor, blocks: Tensor, *, softcap: float | None, **_: object
 ) -> str | None:
-    """What it cannot serve."""
+    """Return why the kernel cannot serve these arguments, or None."""
     return serves(queries, values, softcap)
 
 

@@ -1,4 +1,4 @@
-"""Block attention by definition: tiles spread into a mask, then masked attention."""
+"""Define block-sparse attention: expand the tiles to a mask, then compute masked attention."""
 
 from __future__ import annotations
 

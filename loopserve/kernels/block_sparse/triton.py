@@ -1,4 +1,4 @@
-"""Block attention on a GPU: the chosen key tiles of each query tile as a list, walked by a persistent kernel."""
+"""Compute block-sparse attention on a GPU: a persistent kernel iterates over the list of key tiles of each query tile."""
 
 from __future__ import annotations
 
@@ -58,7 +58,10 @@ def block_sparse_kernel(
     PRECISION: tl.constexpr,
     HAS_FILLER: tl.constexpr,
 ) -> None:
-    """Steps are keys of the listed blocks, KEYS at a time. A block of TILE rows is ROWS at a time, as tiles of rows."""
+    """Compute attention over the keys of the listed blocks, KEYS per step.
+
+    A block of TILE rows is split into tiles of ROWS rows.
+    """
     row = tl.arange(0, ROWS)
     key = tl.arange(0, KEYS)
     for item in range(tl.program_id(0), tl.load(item_count), tl.num_programs(0)):
@@ -138,7 +141,7 @@ def block_sparse(
     compacted(visible.view(len(counts), -1), starts, indices)
     tiles = -(-rows // tile_rows)
     steps = (counts * (tile // tile_keys)).view(heads, -1)
-    # A block of rows may be several tiles; the last may have fewer rows than a block.
+    # A block of rows may consist of several tiles. The last block may have fewer rows.
     steps = steps[:, :, None].expand(-1, -1, tile // tile_rows).reshape(heads, -1)[:, :tiles].reshape(-1)
     work = work_list(steps)
     output = queries.new_empty(heads, rows, value_channels)
@@ -197,7 +200,9 @@ def block_sparse(
 
 
 def _visible(blocks: Tensor, rows: int, total: int, tile: int) -> tuple[Tensor, int]:
-    """(blocks without those that lie after all rows of their query tile, how many could be left per head)."""
+    """Return the blocks without those after all rows of their query tile, and the largest possible number of blocks per
+    head.
+    """
     numbers = range(blocks.shape[1])
     seen = [-(-min(total - rows + (number + 1) * tile, total) // tile) for number in numbers]
     last = torch.arange(1, blocks.shape[1] + 1, device=blocks.device) * tile + (total - rows)

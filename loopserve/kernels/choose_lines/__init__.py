@@ -1,7 +1,8 @@
-"""The lines of each head, chosen from the attention of some rows: ``line_scores`` and ``select_lines`` in one.
+"""Select the vertical and slash lines of each head from the attention of sampled rows: ``line_scores`` and
+``select_lines`` in one call.
 
-An operation of its own because the rows of all heads are large (heads x rows x keys) and nobody else needs them: a compiled
-kernel goes head by head, and a head's rows never leave the cache.
+It is an operation of its own because the rows of all heads are large (heads x rows x keys). A compiled kernel processes
+one head at a time, so that the rows of a head stay in the cache.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ from torch import Tensor
 from loopserve.kernels import backend
 from loopserve.kernels.choose_lines import cpu
 from loopserve.kernels.gpu import limits
-from loopserve.kernels.select_lines import TILE, Cost, LineSelection, finish, prepare
+from loopserve.kernels.select_lines.options import TILE, Cost, LineSelection, finish, prepare
 from loopserve.kernels.shapes import check
 
 _OPERATION = backend.operation(
-    "choose_lines", "packed", "cpu", "triton", limits={"cpu": cpu.limit, "triton": limits.choice}
+    "choose_lines", "torch", "cpu", "triton", limits={"cpu": cpu.limit, "triton": limits.choice}
 )
 
 
@@ -39,8 +40,10 @@ def choose_lines(
     tile: int = TILE,
     most_cost: float = math.inf,
 ) -> LineSelection:
-    """Lines that hold a share ``alpha`` of the softmax rows of queries ``[Hq, r, D]`` standing at ``columns`` over keys ``[Hkv, n,
-    D]``; all options as in ``line_scores`` and ``select_lines``, and so are the errors.
+    """Return lines that cover a share ``alpha`` of the attention of queries ``[Hq, r, D]`` at ``columns`` over keys
+    ``[Hkv, n, D]``.
+
+    Options and errors are those of ``line_scores`` and ``select_lines``.
     """
     check("choose_lines", queries, keys, columns=columns, first_valid=first_valid)
     options = prepare(

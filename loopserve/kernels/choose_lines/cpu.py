@@ -1,4 +1,4 @@
-"""Scoring and the exact greedy by the compiled kernel, one head after another."""
+"""Run scoring and exact greedy selection with the compiled C kernel, one head at a time."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ from loopserve.kernels.native.lines import select
 
 
 def limit(queries: Tensor, keys: Tensor, *_: object, softcap: float | None, **__: object) -> str | None:
-    """What it cannot serve."""
+    """Return why the kernel cannot serve these arguments, or None."""
     return scores.serves(queries, keys, softcap)
 
 
 def choose_lines(
     queries: Tensor, keys: Tensor, columns: Tensor, new_tokens: int, *, softcap: float | None, **options: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(chosen bool ``[Hq, 2, n]``, covered and whole mass per row ``[Hq, r]``, cost ``[Hq]``). See the package."""
+    """Return chosen lines bool ``[Hq, 2, n]``, covered and total mass per row ``[Hq, r]``, cost ``[Hq]``.
+
+    See the package.
+    """
     return select(columns, new_tokens, queries=queries, keys=keys, **options)

@@ -1,4 +1,4 @@
-"""Scoring, then selecting; nothing waits for the device in between."""
+"""Score the lines, then select, without synchronising with the device."""
 
 from __future__ import annotations
 
@@ -21,6 +21,9 @@ def choose_lines(
     first_valid: Tensor | None,
     **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(chosen bool ``[Hq, 2, n]``, covered and whole mass per row ``[Hq, r]``, cost ``[Hq]``). See the package."""
+    """Return chosen lines bool ``[Hq, 2, n]``, covered and total mass per row ``[Hq, r]``, cost ``[Hq]``.
+
+    See the package.
+    """
     rows = line_scores(queries, keys, columns, scaling=scaling, softcap=softcap, first_valid=first_valid)[0]
     return select_lines(rows, columns, new_tokens, **options)

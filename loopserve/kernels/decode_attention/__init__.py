@@ -1,4 +1,6 @@
-"""Attention of the newest few queries over an active set: a copy of its own, or chosen columns of the store in place."""
+"""Compute attention of the last few queries over an active set: a separate copy, or chosen columns of the store in
+place.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +15,11 @@ from loopserve.kernels.gpu import limits
 
 __all__ = ["DecodeRequest", "decode_attention", "decode_attention_batch"]
 _OPERATION = backend.operation(
-    "decode_attention", "packed", "cpu", "triton", limits={"cpu": cpu.limit, "triton": limits.attention}
+    "decode_attention", "torch", "cpu", "triton", limits={"cpu": cpu.limit, "triton": limits.attention}
 )
 _BATCH = backend.operation(
     "decode_attention_batch",
-    "packed",
+    "torch",
     "cpu",
     "triton",
     package="decode_attention",
@@ -37,11 +39,13 @@ def decode_attention(
     tail: int = 0,
     need_lse: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """(output ``[Hq, t, D]``, log-sum-exp float32 ``[Hq, t]`` if asked for) of queries ``[Hq, t, D]`` over ``[Hkv, n, D]``.
+    """Return output ``[Hq, t, D]`` and, with ``need_lse``, log-sum-exp float32 ``[Hq, t]`` of queries ``[Hq, t, D]``
+    over keys ``[Hkv, n, D]``.
 
-    The last t columns are the queries' own tokens, causal among themselves. Every column is attended; with ``columns`` int64 ``[Hkv,
-    S]`` only those (sorted, below ``tail``, left-padded with -1 where a head keeps fewer) and every column from ``tail`` on.
-    first_valid ``[Hkv]``: columns before it are filler of heads that hold fewer pairs. ValueError for what does not fit.
+    The last t columns belong to the queries themselves and are causal. Without ``columns`` every column is attended.
+    columns int64 ``[Hkv, S]``: attend these and every column from ``tail`` on. They must be sorted, below ``tail``, and
+    left-padded with -1 where a head keeps fewer. first_valid ``[Hkv]``: columns before it are filler of heads that hold
+    fewer pairs. Raises ValueError for arguments that do not fit together.
     """
     check_request("decode_attention", DecodeRequest(queries, keys, values, first_valid, columns, tail))
     output, lse = _OPERATION(
@@ -61,10 +65,11 @@ def decode_attention(
 def decode_attention_batch(
     requests: Sequence[DecodeRequest], *, scaling: float, softcap: float | None = None, need_lse: bool = False
 ) -> list[tuple[Tensor, Tensor | None]]:
-    """Return what ``decode_attention`` gives for each of several sessions of one layer, computed by one kernel call.
+    """Return the results of ``decode_attention`` for several sessions of one layer, computed by one kernel call.
 
-    Sessions may differ in t, in the number of keys and in what is chosen of them. The outputs are for reading: with one t for
-    all they may be views of one tensor ``[sessions, Hq, t, D]``. ValueError names the request that does not fit.
+    Sessions may differ in t, in the number of keys and in the chosen columns. The outputs are read-only: where t is the
+    same for all, they may be views of one tensor ``[sessions, Hq, t, D]``. Raises ValueError that names the request
+    that does not fit.
     """
     if not requests:
         return []

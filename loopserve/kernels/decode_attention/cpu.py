@@ -1,4 +1,4 @@
-"""Attention over the active set by the compiled kernels."""
+"""Run attention over the active set with the compiled C kernels."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from loopserve.kernels.native.attention import attend, attend_batch, serves
 
 
 def limit(queries: Tensor, keys: Tensor, values: Tensor, *, softcap: float | None, **_: object) -> str | None:
-    """What it cannot serve."""
+    """Return why the kernel cannot serve these arguments, or None."""
     return serves(queries, values, softcap)
 
 
 def batch_limit(_: Tensor, requests: Sequence[DecodeRequest], *, softcap: float | None, **__: object) -> str | None:
-    """What it cannot serve of a batch, whose requests agree in all but their lengths."""
+    """Return why the kernel cannot serve a batch, or None. The requests agree in all but their lengths."""
     problem = serves(requests[0].queries, requests[0].values, softcap)
     if problem is None and max([each.keys.shape[1] for each in requests]) > MOST_COLUMNS:
         return f"more than {MOST_COLUMNS} columns"
@@ -37,7 +37,7 @@ def decode_attention(
     tail: int,
     need_lse: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """See the package. The log-sum-exp costs nothing here and always comes."""
+    """See the package. The log-sum-exp has no extra cost here and is always returned."""
     if columns is None:
         return dense_attention(queries, keys, values, scaling=scaling, first_valid=first_valid)
     return attend(queries, keys, values, scaling=scaling, kernel="decode_attention", columns=columns, tail=tail)
@@ -46,7 +46,7 @@ def decode_attention(
 def decode_attention_batch(
     _: Tensor, requests: Sequence[DecodeRequest], *, scaling: float, softcap: float | None, need_lse: bool = True
 ) -> list[tuple[Tensor, Tensor | None]]:
-    """See the package. Each result is that of ``decode_attention`` for the request alone, bit by bit."""
+    """See the package. Each result equals that of ``decode_attention`` for the request alone, bit by bit."""
     group = requests[0].queries.shape[0] // requests[0].keys.shape[0]
     most = FEW // group
     together = [each.columns is not None or each.queries.shape[1] <= most for each in requests]

@@ -1,4 +1,4 @@
-"""Dense attention under a mask of what is active."""
+"""Define decode attention: dense attention under a mask of the active columns."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def decode_attention(
     tail: int,
     need_lse: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """See the package. The log-sum-exp costs nothing here and always comes."""
+    """See the package. The log-sum-exp has no extra cost here and is always returned."""
     mask = visible(query_columns(queries, keys), keys.shape[1], first_valid=first_valid)
     if columns is not None:
         active = torch.zeros(keys.shape[0], keys.shape[1] + 1, dtype=torch.bool, device=keys.device)
-        active.scatter_(1, columns + 1, True)  # fillers are -1 and fall into the extra column
+        active.scatter_(1, columns + 1, True)  # fillers are -1 and index the extra column
         active = active[:, 1:]
         active[:, tail:] = True
         mask = mask & active[:, None]

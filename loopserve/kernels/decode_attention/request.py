@@ -1,4 +1,4 @@
-"""One session's share of a batch of decode steps."""
+"""Define the arguments of one session in a batch of decode steps."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from loopserve.kernels.shapes import check, check_device, check_range
 
 
 class DecodeRequest(NamedTuple):
-    """Hold one session's arguments of ``decode_attention``; see there."""
+    """Hold one session's arguments of ``decode_attention``, where they are documented."""
 
     queries: Tensor
     keys: Tensor
@@ -41,8 +41,9 @@ def check_request(op: str, request: DecodeRequest) -> None:
 
 
 def check_requests(op: str, requests: Sequence[DecodeRequest]) -> None:
-    """Raise ValueError, naming the request, unless each fits and all are of one layer: what may differ is t, the number of keys and
-    what is chosen of them.
+    """Raise ValueError that names the request unless each request fits and all belong to one layer.
+
+    Requests may differ in t, in the number of keys and in the chosen columns.
     """
     first, held, pairs = (each.shape for each in requests[0][:3])
     kind, device = requests[0].queries.dtype, requests[0].queries.device

@@ -1,13 +1,14 @@
-"""Attention of a few queries on a GPU: the heads of a group are rows of one tile, the keys are split over programs.
+"""Compute attention of a few queries on a GPU: the heads of a group are rows of one tile, and the keys are split over
+programs.
 
-How many parts there are follows from shapes alone, so a step can be captured in a CUDA graph: with the active set at
-the end of a buffer of constant size, ``first_valid`` says on the device how much of it is held.
+The number of parts follows from shapes alone, so that a step can be captured in a CUDA graph. With the active set at
+the end of a buffer of constant size, ``first_valid`` gives its length on the device.
 
-Sessions of different lengths are served by one launch of another kernel around the same steps: where a session's tensors lie
-and how long they are is loaded from a table. A session is split by its own length as if it were alone.
+One launch of a second kernel serves sessions of different lengths. It loads the addresses and lengths of each session
+from a table. Each session is split by its own length, as in a call of its own.
 
-Chosen columns are read where they lie: a program counts slots, first the S chosen ones, then the tail, and reads a
-chosen row by its number. A row is a few cache lines, so scattered rows cost no more bytes than neighbours would.
+Chosen columns are read in place: a program counts slots, first the S chosen columns, then the tail. A row spans whole
+cache lines, so scattered rows cost no more bytes than adjacent ones.
 """
 
 from __future__ import annotations
@@ -38,11 +39,11 @@ from loopserve.kernels.gpu.table import aligned, by_session, place, uploaded
 from loopserve.kernels.gpu.tiles import load_rows, store_rows
 
 _LEAST_KEYS = 256  # per part
-_BATCH_ROWS = 32  # of a tile, at most: with 64, what is loaded for a session no longer fits into the registers
+_BATCH_ROWS = 32  # of a tile, at most: with 64, the values loaded for a session exceed the registers
 
 
 class _Split(NamedTuple):
-    """How the slots of one session are shared out: ``parts`` parts of ``slots`` slots."""
+    """Describe how the slots of one session are split: ``parts`` parts of ``slots`` slots."""
 
     parts: int
     slots: int
@@ -81,8 +82,10 @@ def decode_kernel(
     HAS_COLUMNS: tl.constexpr,
     SPLIT: tl.constexpr,
 ) -> None:
-    """Grid: parts of the slots, KV heads, tiles of rows. SPLIT: output and lse are parts of ROWS rows, else ``[Hkv, GROUP *
-    rows]``. Slots are the ``chosen`` columns ``[Hkv, chosen]`` and those from ``tail`` on; without HAS_COLUMNS all columns.
+    """Compute attention of one tile of rows over one part of the slots. Grid: parts, KV heads, tiles of rows.
+
+    SPLIT: output and lse hold parts of ROWS rows, else ``[Hkv, GROUP * rows]``. Slots are the ``chosen`` columns
+    ``[Hkv, chosen]`` and those from ``tail`` on; without HAS_COLUMNS all columns.
     """
     part = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
@@ -109,7 +112,7 @@ def decode_kernel(
 
 
 def _split(slots: int, programs: int, shape: Tile, device: torch.device) -> _Split:
-    """Share out the slots of a session that has ``programs`` tiles of rows, so that it could fill the device alone."""
+    """Split the slots of a session with ``programs`` tiles of rows into enough parts to occupy the device alone."""
     parts = min(-(-2 * processors(device) // programs), -(-slots // _LEAST_KEYS))
     part_slots = -(-slots // (parts * shape.keys)) * shape.keys
     return _Split(-(-slots // part_slots), part_slots)
@@ -132,7 +135,7 @@ def decode_attention(
     owners, total, value_channels = values.shape
     group = heads // owners
     shape = attention_tile(queries, value_channels)
-    if columns is None and group * rows > shape.rows:  # enough rows to share the work out without splitting keys
+    if columns is None and group * rows > shape.rows:  # enough rows to occupy the device without splitting keys
         return dense_attention(
             queries, keys, values, scaling=scaling, softcap=softcap, first_valid=first_valid, need_lse=need_lse
         )
@@ -216,9 +219,13 @@ def decode_batch_kernel(
     HAS_COLUMNS: tl.constexpr,
     ALIGNED: tl.constexpr,
 ) -> None:
-    """Grid: parts of the longest session, KV heads of all sessions, tiles of rows. table ``[sessions, FIELDS]`` as ``_fields`` fills
-    it. sample: any pointer to numbers of the queries' type. ALIGNED: all places divide by 16 bytes, and all strides by so many
-    numbers; 0 if not. Output and lse ``[sessions, Hkv, GROUP * most_rows]`` of sessions that have one part, else parts of ROWS rows.
+    """Compute attention of several sessions.
+
+    Grid: parts of the longest session, KV heads of all sessions, tiles of rows.
+
+    table ``[sessions, FIELDS]``: as ``_fields`` fills it. sample: any pointer to numbers of the dtype of the queries.
+    ALIGNED: every address is a multiple of 16 bytes and every stride a multiple of this many numbers; 0 if not. Output
+    and lse: ``[sessions, Hkv, GROUP * most_rows]`` for sessions of one part, else parts of ROWS rows.
     """
     part = tl.program_id(0)
     session = tl.program_id(1) // OWNERS
@@ -231,7 +238,7 @@ def decode_batch_kernel(
     q_head, k_head, v_head = tl.load(entry + 5), tl.load(entry + 7), tl.load(entry + 9)
     q_row, k_row = tl.load(entry + 6).to(tl.int32), tl.load(entry + 8).to(tl.int32)
     v_row = tl.load(entry + 10).to(tl.int32)
-    if ALIGNED:  # of what is loaded the compiler knows nothing, and would read number by number
+    if ALIGNED:  # the compiler knows no alignment of loaded addresses, and would read single numbers
         q, k, v = tl.multiple_of(q, 16), tl.multiple_of(k, 16), tl.multiple_of(v, 16)
         q_head, q_row = tl.multiple_of(q_head, ALIGNED), tl.multiple_of(q_row, ALIGNED)
         k_head, k_row = tl.multiple_of(k_head, ALIGNED), tl.multiple_of(k_row, ALIGNED)
@@ -240,7 +247,7 @@ def decode_batch_kernel(
     chosen, tail = tl.load(entry + 13).to(tl.int32), tl.load(entry + 14).to(tl.int32)
     parts, part_slots = tl.load(entry + 15).to(tl.int32), tl.load(entry + 16).to(tl.int32)
     row = tile * ROWS + tl.arange(0, ROWS)
-    inside = row < tl.where(part < parts, GROUP * rows, 0)  # a part too many has nothing to do
+    inside = row < tl.where(part < parts, GROUP * rows, 0)  # shorter sessions have fewer parts
     channel = tl.arange(0, PADDED)
     places = q + (head * GROUP + row // rows)[:, None] * q_head + (row % rows)[:, None] * q_row + channel[None, :]
     q_tile = tl.load(places, mask=inside[:, None] & (channel < CHANNELS)[None, :], other=0.0)
@@ -271,7 +278,7 @@ _FIELDS = 18  # of a session in the table
 
 
 def _fields(request: DecodeRequest, split: _Split, first_part: int) -> list[int]:
-    """A session as ``decode_batch_kernel`` reads it."""
+    """Return the row of a session in the table of ``decode_batch_kernel``."""
     queries, keys, values, first_valid, columns, tail = request
     kind, device = queries.dtype, queries.device
     return [
@@ -293,7 +300,7 @@ def _fields(request: DecodeRequest, split: _Split, first_part: int) -> list[int]
 
 
 def _read_by_place(request: DecodeRequest) -> DecodeRequest:
-    """The request with tensors that can be read from the place of their first number on."""
+    """Return the request with tensors that a kernel can read from the address of their first number."""
     queries, keys, values, first_valid, columns, tail = request
     return DecodeRequest(
         readable(queries),
@@ -313,7 +320,7 @@ def decode_attention_batch(
     softcap: float | None = None,
     need_lse: bool = True,
 ) -> list[tuple[Tensor, Tensor | None]]:
-    """See the package. Where t is the same for all, each session is split and computed as if it were alone."""
+    """See the package. Where t is the same for all, each session is split and computed as in a call of its own."""
     if len(requests) == 1:
         queries, keys, values, first_valid, columns, tail = requests[0]
         found_alone = decode_attention(

@@ -1,4 +1,4 @@
-"""Dense causal attention: over everything, a sliding window, or for rows that stand anywhere."""
+"""Compute dense causal attention: over all keys, in a sliding window, or for queries at arbitrary columns."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from loopserve.kernels.gpu import limits
 from loopserve.kernels.shapes import check
 
 _OPERATION = backend.operation(
-    "dense_attention", "packed", "cpu", "triton", limits={"cpu": cpu.limit, "triton": limits.attention}
+    "dense_attention", "torch", "cpu", "triton", limits={"cpu": cpu.limit, "triton": limits.attention}
 )
 
 
@@ -26,11 +26,11 @@ def dense_attention(
     first_valid: Tensor | None = None,
     need_lse: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """(output ``[Hq, Tq, D]``, log-sum-exp of the scores float32 ``[Hq, Tq]`` if asked for). An empty row gives 0 and
-    -inf.
+    """Return output ``[Hq, Tq, D]`` and, with ``need_lse``, the log-sum-exp of the scores float32 ``[Hq, Tq]``.
 
-    columns int64 ``[Tq]``: where the queries stand (None = the last ones). window: a query sees its own column and the
-    window - 1 before it. first_valid ``[Hkv]``: columns before it are filler. ValueError for shapes that do not fit.
+    columns int64 ``[Tq]``: columns of the queries; None: the last Tq. window: a query sees its own column and the
+    window - 1 before it. first_valid ``[Hkv]``: columns before it are filler. A row that sees no key gets output 0 and
+    log-sum-exp -inf. Raises ValueError for arguments that do not fit together.
     """
     check("dense_attention", queries, keys, values, columns=columns, first_valid=first_valid)
     if window is not None and window < 1:
@@ -41,7 +41,7 @@ def dense_attention(
         values,
         scaling=scaling,
         softcap=softcap,
-        # A number that an int64 has no room for would wrap round in C.
+        # Clamping keeps the window within an int64 of the C kernel.
         window=None if window is None else min(window, keys.shape[1]),
         columns=columns,
         first_valid=first_valid,

@@ -1,4 +1,4 @@
-"""Dense attention by the compiled kernels."""
+"""Run dense attention with the compiled C kernels."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from torch import Tensor
 
 from loopserve.kernels.native.attention import ROWS, attend, serves
 
-FEW = 16  # query rows of a KV head up to which cells are computed one by one, with channels in the lanes
+FEW = 16  # query rows per KV head up to which cells are computed one by one, with channels in the vector lanes
 
 
 def limit(
@@ -19,7 +19,7 @@ def limit(
     columns: Tensor | None = None,
     **_: object,
 ) -> str | None:
-    """What it cannot serve."""
+    """Return why the kernel cannot serve these arguments, or None."""
     if columns is not None:
         return "rows that stand anywhere"
     if window is not None and window < min(ROWS, keys.shape[1]):
@@ -39,9 +39,9 @@ def dense_attention(
     first_valid: Tensor | None = None,
     need_lse: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """See the package. The log-sum-exp costs nothing here and always comes."""
+    """See the package. The log-sum-exp has no extra cost here and is always returned."""
     few = queries.shape[0] // keys.shape[0] * queries.shape[1] <= FEW
-    if few and window is not None:  # the last rows see no column before the first one's window but one each
+    if few and window is not None:  # each later row leaves out one more column than the first row
         few = window >= keys.shape[1]
     kernel = "decode_attention" if few else "vertical_slash"
     return attend(queries, keys, values, scaling=scaling, kernel=kernel, window=window, first_valid=first_valid)

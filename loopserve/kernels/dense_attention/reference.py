@@ -1,4 +1,4 @@
-"""Dense attention by definition: every visible cell, one softmax per row."""
+"""Define dense attention: all visible cells, one softmax per row."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def dense_attention(
     first_valid: Tensor | None = None,
     need_lse: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """See the package. The log-sum-exp costs nothing here and always comes."""
+    """See the package. The log-sum-exp has no extra cost here and is always returned."""
     seen = visible(query_columns(queries, keys, columns), keys.shape[1], window=window, first_valid=first_valid)
     mask = per_query_head(seen, queries.shape[0])
     return masked_attention(queries, keys, values, mask, scaling=scaling, softcap=softcap)

@@ -1,6 +1,6 @@
-"""Dense attention on a GPU: PyTorch's fused kernels where they do the very thing, else a plain tiled kernel.
+"""Compute dense attention on a GPU: with PyTorch's fused kernels where they support the case, else with a tiled kernel.
 
-Each tile of rows walks the keys that any of its rows may see; only at both ends of that range cells are masked.
+A tile of rows iterates over the keys that any of its rows sees. Cells are masked only at both ends of that range.
 """
 
 from __future__ import annotations
@@ -55,9 +55,10 @@ def dense_kernel(
     WINDOWED: tl.constexpr,
     ANYWHERE: tl.constexpr,
 ) -> None:
-    """Grid: tiles of rows, query heads. Late tiles, which see most, start first.
+    """Compute dense attention of one tile of rows. Grid: tiles of rows, query heads.
 
-    WINDOWED: rows do not see all from the first key on. ANYWHERE: columns are read.
+    The last tiles, which see the most keys, start first. WINDOWED: rows do not see all keys from the first on.
+    ANYWHERE: the columns of the rows are loaded.
     """
     head = tl.program_id(1).to(tl.int64)
     start = (tl.num_programs(0) - 1 - tl.program_id(0)) * ROWS
@@ -122,7 +123,7 @@ def dense_attention(
     """See the package."""
     rows, total = queries.shape[1], keys.shape[1]
     plain = columns is None and first_valid is None and not softcap and (window is None or window >= total)
-    # Of float32 and grouped heads PyTorch would build the whole matrix of scores.
+    # For float32 with grouped heads PyTorch would materialise the whole score matrix.
     fused = queries.is_cuda and queries.dtype in (torch.float16, torch.bfloat16) and values.shape[2] == queries.shape[2]
     if plain and fused and not need_lse and rows in (1, total):
         output = scaled_dot_product_attention(

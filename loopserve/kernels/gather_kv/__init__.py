@@ -1,26 +1,25 @@
-"""Copies of chosen pairs."""
+"""Copy chosen KV pairs."""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from torch import Tensor, int64
 
 from loopserve.kernels import backend
 from loopserve.kernels.shapes import check_device, check_range
 
-_OPERATION = backend.operation("gather_kv", "packed", "cpu", "triton")
+_OPERATION = backend.operation("gather_kv", "torch", "cpu", "triton")
 
 
 def gather_kv(keys: Tensor, values: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
-    """Pairs ``[Hkv, S, D]`` at columns ``indices`` int64 ``[Hkv, S]`` of keys and values ``[Hkv, n, D]``.
+    """Return copies ``[Hkv, S, D]`` of keys and values ``[Hkv, n, D]`` at columns ``indices`` int64 ``[Hkv, S]``.
 
-    ValueError for shapes that do not fit or a column that is not there.
+    Raises ValueError for shapes that do not fit together, and on a CPU for indices out of range.
     """
     if keys.dim() != 3 or values.dim() != 3 or values.shape[:2] != keys.shape[:2]:
         raise ValueError(f"gather_kv: keys {list(keys.shape)} and values {list(values.shape)} must be [Hkv, n, D]")
-    if indices.dim() != 2 or indices.shape[0] != keys.shape[0] or indices.dtype != torch.long:
+    if indices.dim() != 2 or indices.shape[0] != keys.shape[0] or indices.dtype != int64:
         raise ValueError(f"gather_kv: indices {indices.dtype} {list(indices.shape)} must be int64 [{keys.shape[0]}, S]")
-    if values.dtype != keys.dtype:  # the compiled kernel copies both by the size of a key's numbers
+    if values.dtype != keys.dtype:  # the compiled kernel uses one element size for both
         raise ValueError(f"gather_kv: got keys in {keys.dtype} and values in {values.dtype}")
     for name, each in (("values", values), ("indices", indices)):
         check_device("gather_kv", name, each, keys.device)

@@ -1,4 +1,4 @@
-"""The copy by the compiled kernel: one call for all heads, keys and values."""
+"""Copy pairs with the compiled C kernel: one call for all heads, keys and values."""
 
 from __future__ import annotations
 

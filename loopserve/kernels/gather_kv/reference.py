@@ -1,4 +1,4 @@
-"""The copy by plain indexing."""
+"""Copy pairs by indexing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The copy on a GPU: one kernel for keys and values, whole rows at a time."""
+"""Copy pairs on a GPU: one kernel for keys and values, whole rows at a time."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def gather_kernel(
     VALUE_CHANNELS: tl.constexpr,
     VALUE_PADDED: tl.constexpr,
 ) -> None:
-    """Grid: blocks of chosen columns, KV heads. A column that is not there is never read; it gives NaN, which shows."""
+    """Copy rows. Grid: blocks of chosen columns, KV heads. A column out of range is not read and gives NaN."""
     head = tl.program_id(1).to(tl.int64)
     slot = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = slot < chosen
@@ -52,7 +52,7 @@ def gather_kernel(
 
 
 def gather_kv(keys: Tensor, values: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
-    """See the package. The range of indices cannot be checked without waiting for the device."""
+    """See the package. Index ranges are not checked, since that would synchronise with the device."""
     keys, values = readable(keys), readable(values)
     heads, chosen = indices.shape
     key_copies = keys.new_empty(heads, chosen, keys.shape[2])

@@ -1,4 +1,4 @@
-"""What the Triton kernels of several operations share: tile steps, work lists, line sums, launching.
+"""Share code between the Triton kernels of several operations: tile steps, work lists, line sums, launching.
 
-Not an operation. Nothing here imports triton until an operation's ``triton`` module is resolved.
+This is not an operation. Triton is imported only when the ``triton`` module of an operation is resolved.
 """

@@ -1,8 +1,9 @@
-"""The columns of the best numbers of each row, exactly and in order: PyTorch finds the smallest number that is still in,
-two kernels share out the room among equals and write the columns. Nothing waits and nothing is sorted.
+"""Select the columns of the best numbers of each row, exactly and in order, without sorting and without synchronising.
 
-Numbers are compared as integers: ``ordered`` turns floats into such, which leaves room above and below for what is
-forced in or out.
+PyTorch finds the smallest number that is selected. Two kernels then count the numbers per block and write the columns.
+
+Numbers are compared as int32: ``ordered`` maps floats to integers and leaves the extreme values for columns that are
+forced in or left out.
 """
 
 from __future__ import annotations
@@ -15,16 +16,16 @@ from torch import Tensor
 from loopserve.kernels.gpu.launch import launch
 
 _BLOCK = 2048
-_BLOCKS = 128  # whose counts are read in one go
+_BLOCKS = 128  # blocks whose counts are read at once
 FORCED = 2**31 - 1  # above every float
 LEFT_OUT = -(2**31)  # below
 
 
 @triton.jit
 def ordered(x: tl.tensor) -> tl.tensor:
-    """float32 as int32 of the same order: both zeros are equal, NaN is as low as -inf.
+    """Map float32 to int32 of the same order: both zeros are equal, NaN equals -inf.
 
-    By integers only, so that no compiler's idea of a float gets between.
+    Only integer operations are used, since a compiler may simplify float comparisons.
     """
     number = x.to(tl.int32, bitcast=True)
     size = number & 0x7FFFFFFF
@@ -36,8 +37,9 @@ def ordered(x: tl.tensor) -> tl.tensor:
 def count_best_kernel(
     numbers: tl.tensor, least: tl.tensor, counts: tl.tensor, total: tl.tensor, blocks: tl.tensor, BLOCK: tl.constexpr
 ) -> None:
-    """Per block and row, how many numbers lie above the row's ``least`` and how many equal it: counts ``[2, H,
-    blocks]``. Grid: blocks, rows.
+    """Count per block and row the numbers above ``least`` and those equal to it: counts ``[2, H, blocks]``.
+
+    Grid: blocks, rows.
     """
     row = tl.program_id(1).to(tl.int64)
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -62,7 +64,10 @@ def write_best_kernel(
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
 ) -> None:
-    """The columns of the ``wanted`` best numbers, ascending; of those that equal ``least`` the first. Grid: blocks, rows."""
+    """Write the columns of the ``wanted`` best numbers, ascending; of those equal to ``least`` the first.
+
+    Grid: blocks, rows.
+    """
     row = tl.program_id(1).to(tl.int64)
     this = tl.program_id(0)
     above_counts = counts + row * blocks
@@ -74,7 +79,7 @@ def write_best_kernel(
         all_above += tl.sum(found, 0)
         above += tl.sum(tl.where(block < this, found, 0), 0)
         equals += tl.sum(tl.load(equal_counts + block, mask=block < this, other=0), 0)
-    room = wanted - all_above  # for those that equal the least
+    ties = wanted - all_above  # how many of those equal to the least are selected
     column = this * BLOCK + tl.arange(0, BLOCK)
     inside = column < total
     bound = tl.load(least + row)
@@ -83,14 +88,16 @@ def write_best_kernel(
     is_equal = (inside & (number == bound)).to(tl.int32)
     equal_before = equals + tl.cumsum(is_equal, 0) - is_equal
     above_before = above + tl.cumsum(is_above, 0) - is_above
-    taken = (is_above > 0) | ((is_equal > 0) & (equal_before < room))
-    place = above_before + tl.minimum(equal_before, room)
+    taken = (is_above > 0) | ((is_equal > 0) & (equal_before < ties))
+    place = above_before + tl.minimum(equal_before, ties)
     tl.store(places + row * wanted + place, column.to(tl.int64), mask=taken)
 
 
 def best_columns(numbers: Tensor, wanted: int) -> Tensor:
-    """Columns of the ``wanted`` largest integers of each row ``[H, n]`` (dense), sorted: int64 ``[H, wanted]``. The
-    lowest columns of equals.
+    """Return the columns of the ``wanted`` largest integers of each dense row ``[H, n]``, sorted: int64 ``[H,
+    wanted]``.
+
+    Of equal numbers the lowest columns win.
     """
     rows, total = numbers.shape
     columns = torch.empty(rows, wanted, dtype=torch.long, device=numbers.device)

@@ -1,4 +1,4 @@
-"""Flags to indices on the device: the places of the set flags of each row, without asking how many there are."""
+"""Convert flags to indices on the device, without reading how many are set."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _BLOCK = 2048
 def compact_kernel(
     flags: tl.tensor, starts: tl.tensor, indices: tl.tensor, length: tl.tensor, stride: tl.tensor, BLOCK: tl.constexpr
 ) -> None:
-    """One program per row; ``starts`` says where its indices begin."""
+    """Write the indices of the set flags of one row, from ``starts`` on. Grid: rows."""
     row = tl.program_id(0)
     place = tl.load(starts + row)
     for begin in range(0, length, BLOCK):
@@ -28,7 +28,7 @@ def compact_kernel(
 
 
 def compacted(flags: Tensor, starts: Tensor, indices: Tensor) -> Tensor:
-    """Fill ``indices`` int32 with the ascending places of the set flags bool ``[R, n]``, row r from ``starts[r]``
+    """Fill ``indices`` int32 with the ascending indices of the set flags bool ``[R, n]``, row r from ``starts[r]``
     (int64) on.
     """
     block = min(_BLOCK, max(16, 1 << (flags.shape[1] - 1).bit_length()))
@@ -47,7 +47,10 @@ def compacted(flags: Tensor, starts: Tensor, indices: Tensor) -> Tensor:
 
 
 def compacted_rows(flags: Tensor, capacity: int, filler: int) -> Tensor:
-    """The same as a table int32 ``[R, capacity]``, filled up with ``filler``; no row may hold more."""
+    """Return the indices of the set flags as a table int32 ``[R, capacity]``, padded with ``filler``.
+
+    No row may have more than ``capacity`` set flags.
+    """
     indices = torch.full((flags.shape[0], capacity), filler, dtype=torch.int32, device=flags.device)
     starts = torch.arange(flags.shape[0], device=flags.device) * capacity
     return compacted(flags, starts, indices)

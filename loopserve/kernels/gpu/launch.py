@@ -1,6 +1,6 @@
-"""The one door to the device: every kernel is started here, so a test can see (and compile) what would be started.
+"""Launch kernels, and choose tile shapes for the device.
 
-Also what a launch is shaped by: how many processors the device has, and which tile suits its memory.
+Every kernel is launched by ``launch``, so that a test can record and compile it.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-_INTERPRETED_PROCESSORS = 3  # few and odd: the interpreter then walks persistent loops and splits rows
+_INTERPRETED_PROCESSORS = 3  # small and odd, so that interpreted tests cover persistent loops and split rows
 
 
 class Tile(NamedTuple):
-    """The shape of one step of attention: rows of queries by keys, and how the compiler spreads and pipelines it."""
+    """Describe one step of attention: query rows by keys, warps and pipeline stages."""
 
     rows: int
     keys: int
@@ -25,7 +25,7 @@ class Tile(NamedTuple):
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-    """Start a kernel on the device of its first tensor."""
+    """Launch a kernel on the device of its first tensor."""
     device = next(each.device for each in args if isinstance(each, Tensor))
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         _start(kernel, grid, args, options)
@@ -37,7 +37,7 @@ def _start(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: d
 
 @cache
 def processors(device: torch.device) -> int:
-    """Streaming multiprocessors of a device."""
+    """Return the number of streaming multiprocessors of a device."""
     if device.type != "cuda":
         return _INTERPRETED_PROCESSORS
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
@@ -45,21 +45,23 @@ def processors(device: torch.device) -> int:
 
 @cache
 def generation(device: torch.device) -> int:
-    """Major compute capability: 8 Ampere and Ada, 9 Hopper, 10 and more Blackwell."""
+    """Return the major compute capability: 8 Ampere and Ada, 9 Hopper, 10 and more Blackwell."""
     return int(torch.cuda.get_device_capability(device)[0]) if device.type == "cuda" else 9
 
 
 def padded(channels: int) -> int:
-    """Channels of a tile: the next power of two, at least what a matrix instruction takes."""
+    """Return the channels of a tile: the next power of two, at least the minimum of a matrix instruction."""
     return max(16, 1 << (channels - 1).bit_length())
 
 
 def attention_tile(queries: Tensor, value_channels: int) -> Tile:
-    """The tile for many rows. Rows stay at 64: isolated slashes cost rows + 1 keys per tile, and ``select_lines``
-    counts in 64.
+    """Return the tile for many rows.
+
+    Tiles have 64 rows where possible: an isolated slash costs rows + 1 keys per tile, and ``select_lines`` computes
+    costs for 64.
     """
     width = max(padded(queries.shape[2]), padded(value_channels))
-    if queries.element_size() == 4:  # three products for one take many registers
+    if queries.element_size() == 4:  # three products per product need many registers
         return Tile(32, 32, 4, 2)
     hopper = generation(queries.device) >= 9
     if width <= 64:
@@ -68,12 +70,15 @@ def attention_tile(queries: Tensor, value_channels: int) -> Tile:
 
 
 def precision(dtype: torch.dtype) -> str:
-    """How float32 is multiplied: in three TensorFloat-32 products, whose error is that of float32. Others ignore it."""
+    """Return how float32 is multiplied: as three TensorFloat-32 products with the error of float32.
+
+    Other dtypes ignore it.
+    """
     return "tf32x3" if dtype == torch.float32 else "ieee"
 
 
 def readable(tensor: Tensor) -> Tensor:
-    """The tensor with its last dimension dense, as every kernel reads it; a copy only if it is not."""
+    """Return the tensor with a dense last dimension, as every kernel needs it; copy only if necessary."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
@@ -81,5 +86,7 @@ LOG2E = 1.4426950408889634
 
 
 def score_factors(scaling: float, softcap: float | None) -> tuple[float, float]:
-    """(inner, outer): base-2 scores are ``inner * product``, or ``outer * tanh(inner * product)`` under a softcap."""
+    """Return (inner, outer): base-2 scores are ``inner * product``, or ``outer * tanh(inner * product)`` with a
+    softcap.
+    """
     return (scaling / softcap, softcap * LOG2E) if softcap else (scaling * LOG2E, 1.0)

@@ -1,4 +1,4 @@
-"""What the Triton kernels cannot serve, by the arguments of the operations; known without importing triton."""
+"""Return what the Triton kernels cannot serve, by the arguments of each operation, without importing triton."""
 
 from __future__ import annotations
 
@@ -14,64 +14,64 @@ if TYPE_CHECKING:
     from loopserve.kernels.key_codes.layout import KeyCodes
 
 LARGEST_HEAD = 256  # channels; a wider tile of keys and values does not fit into shared memory
-LARGEST_HEAD_FLOAT32 = 128  # float32 takes twice the room, and three products for one
-BLOCKS = (16, 32, 64, 128)  # what a tile of a matrix instruction can be cut into
-MOST_ROWS = 64  # of a tile; what is joined over rows must be one
-LONGEST = 1 << 21  # columns; distances are kept in the upper bits of an int32
+LARGEST_HEAD_FLOAT32 = 128  # float32 needs twice the memory, and three products per product
+BLOCKS = (16, 32, 64, 128)  # tile sizes that the matrix instructions support
+MOST_ROWS = 64  # of a tile; a maximum over rows is computed within one tile
+LONGEST = 1 << 21  # columns; distances are stored in the upper bits of an int32
 
 
 def attention(queries: Tensor, keys: Tensor, values: Tensor, *args: object, **options: object) -> str | None:
-    """Of ``dense_attention`` and ``decode_attention``."""
+    """Check ``dense_attention`` and ``decode_attention``; return the reason, or None."""
     return _head(queries, max(queries.shape[2], values.shape[2]))
 
 
 def decode_batch(queries: Tensor, requests: Sequence[DecodeRequest], **options: object) -> str | None:
-    """Of ``decode_attention_batch``, whose requests agree in head sizes."""
+    """Check ``decode_attention_batch``, whose requests agree in head sizes."""
     return attention(queries, requests[0].keys, requests[0].values)
 
 
 def scores(queries: Tensor, *args: object, **options: object) -> str | None:
-    """Of ``line_scores`` and ``token_scores``."""
+    """Check ``line_scores`` and ``token_scores``."""
     return _head(queries, queries.shape[2])
 
 
 def lines(queries: Tensor, keys: Tensor, values: Tensor, *args: object, **options: object) -> str | None:
-    """Of ``vertical_slash``."""
+    """Check ``vertical_slash``."""
     return attention(queries, keys, values) or (f"more than {LONGEST} columns" if keys.shape[1] > LONGEST else None)
 
 
 def blocks(queries: Tensor, keys: Tensor, values: Tensor, *args: object, tile: int, **options: object) -> str | None:
-    """Of ``block_sparse``."""
+    """Check ``block_sparse``."""
     problem = None if tile in BLOCKS else f"tiles other than {', '.join(map(str, BLOCKS))}"
     return attention(queries, keys, values) or problem
 
 
 def selection(probabilities: Tensor, *args: object, row_floor: float = 0.0, **options: object) -> str | None:
-    """Of ``select_lines``."""
+    """Check ``select_lines``."""
     if row_floor > 0:
-        return "a floor per row"  # how many rounds it takes is not known beforehand
+        return "a floor per row"  # the number of rounds is not known before the call
     return f"more than {LONGEST} columns" if probabilities.shape[2] > LONGEST else None
 
 
 def choice(queries: Tensor, keys: Tensor, *args: object, **options: Any) -> str | None:
-    """Of ``choose_lines``, by the rows that it would make."""
+    """Check ``choose_lines`` by the size of its softmax rows."""
     return scores(queries) or selection(keys[None, 0, :, 0].expand(1, 1, -1), **options)
 
 
 def summaries(
     keys: Tensor, _page: int, _first: int, low: Tensor, high: Tensor, codes: Tensor | None, *_: object
 ) -> str | None:
-    """Of ``summarise_pages``."""
+    """Check ``summarise_pages``."""
     return _pages(low, high, low if codes is None else codes)
 
 
 def codes(queries: Tensor, of: KeyCodes, *_: object, **__: object) -> str | None:
-    """Of ``code_logits``."""
+    """Check ``code_logits``."""
     return _pages(of.low, of.high, of.codes)
 
 
 def jumps(queries: Tensor, of: KeyCodes, *_: object, observed: Tensor | None, **__: object) -> str | None:
-    """Of ``code_jumps``."""
+    """Check ``code_jumps``."""
     if queries.shape[0] // len(of.low) * queries.shape[1] > MOST_ROWS:
         return f"more than {MOST_ROWS} rows for a head"
     if observed is not None and observed.stride(1) != 1:

@@ -1,8 +1,7 @@
-"""Mass along vertical and slash lines of sampled rows, counting only what no earlier line holds.
+"""Compute the mass along vertical and slash lines of sampled rows, each cell counted for the line of the lowest rank.
 
-A line is numbered ``kind * n + x``: vertical x is key column x, slash x the cells of offset x. In a row standing at
-column c, line x of either kind meets line c - x of the other, in one cell. Lines have ranks: a cell belongs to the line
-of the lower rank.
+Line ``kind * n + x`` is vertical x (key column x) for kind 0 and slash x (offset x) for kind 1. In a row at column c,
+line x of either kind meets line c - x of the other kind in one cell. The cell belongs to the line with the lower rank.
 """
 
 from __future__ import annotations
@@ -14,15 +13,15 @@ from torch import Tensor
 
 from loopserve.kernels.gpu.launch import launch
 
-TAKEN = -1  # rank of a line whose cells count no more
-FREE = 2**31 - 1  # rank of a line that takes no part
+TAKEN = -1  # rank of a line whose cells are covered
+FREE = 2**31 - 1  # rank of a line that is not tried
 _LINES = 128
 _ROWS = 16
 
 
 @triton.jit
 def finite(mass: tl.tensor) -> tl.tensor:
-    """Mass, where what is not finite counts as none."""
+    """Return the mass, with 0 for values that are not finite."""
     return tl.where(tl.abs(mass) < float("inf"), mass, 0.0)
 
 
@@ -39,8 +38,10 @@ def owned_cells(
     total: tl.tensor,
     RANKED: tl.constexpr,
 ) -> tl.tensor:
-    """(mass ``[R, L]`` of the cells that lines hold in rows, the numbers of the lines that meet them there). Lines
-    below 0 hold none.
+    """Return the mass ``[R, L]`` of the cells that lines hold in rows, and the lines of the other kind that meet them
+    there.
+
+    Lines below 0 hold none.
     """
     inside = row < rows
     column = tl.load(columns + row, mask=inside, other=-1).to(tl.int32)
@@ -76,10 +77,10 @@ def line_masses_kernel(
     LISTED: tl.constexpr,
     ASKED: tl.constexpr,
 ) -> None:
-    """Mass of ``count`` lines per head; grid: blocks of lines, heads.
+    """Sum the mass of ``count`` lines per head. Grid: blocks of lines, heads.
 
-    The lines listed, or those from ``first`` on. RANKED: cells of lines with lower ranks do not count; without OWN_RANK
-    only those taken. ASKED: heads whose ``wanted`` is not above 0 are left as they are.
+    Computes the listed lines, or those from ``first`` on. RANKED: cells of lines with lower ranks do not count; without
+    OWN_RANK only those of taken lines. ASKED: heads whose ``wanted`` is not above 0 are skipped.
     """
     head = tl.program_id(1).to(tl.int64)
     slot = tl.program_id(0) * LINES + tl.arange(0, LINES)
@@ -118,7 +119,10 @@ def take_lines_kernel(
     LINES: tl.constexpr,
     ROWS: tl.constexpr,
 ) -> None:
-    """What the listed lines own is lost to the lines that cross them; grid: blocks of lines, heads."""
+    """Subtract the cells of the listed lines from the gains of the lines that cross them.
+
+    Grid: blocks of lines, heads.
+    """
     head = tl.program_id(1).to(tl.int64)
     slot = tl.program_id(0) * LINES + tl.arange(0, LINES)
     line = tl.load(lines + head * count + slot, mask=slot < count, other=-1).to(tl.int32)
@@ -140,7 +144,7 @@ def covered_kernel(
     total: tl.tensor,
     KEYS: tl.constexpr,
 ) -> None:
-    """Mass of a row on taken lines; grid: rows, heads."""
+    """Sum the mass of a row on taken lines. Grid: rows, heads."""
     head = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0)
     column = tl.load(columns + row).to(tl.int32)
@@ -167,11 +171,11 @@ def line_masses(
     slashes_only: bool = False,
     wanted: Tensor | None = None,
 ) -> Tensor:
-    """Weighted mass float32 of lines over rows ``[H, r, n]`` at ``columns``: of all lines ``[H, 2 * n]``, of slashes
-    ``[H, n]``, or of listed ones int32 ``[H, K]`` (below 0: none).
+    """Return the weighted mass float32 of lines over rows ``[H, r, n]`` at ``columns``.
 
-    weights ``[H, r]``. ranks int32 ``[H, 2 * n]``; ``own_rank``: a line is counted without the cells of lines before
-    it, else without those of taken lines only. wanted ``[H]``: heads with 0 or less are not computed, and give 0.
+    Lines are all ``[H, 2 * n]``, all slashes ``[H, n]``, or listed ones int32 ``[H, K]`` (below 0: none). weights ``[H,
+    r]``. ranks int32 ``[H, 2 * n]``. own_rank: a line is counted without the cells of lines of lower rank, else without
+    those of taken lines only. wanted ``[H]``: heads with 0 or less are not computed and give 0.
     """
     heads, rows, total = probabilities.shape
     count = lines.shape[1] if lines is not None else total if slashes_only else 2 * total
@@ -205,7 +209,7 @@ def line_masses(
 def take_lines(
     probabilities: Tensor, columns: Tensor, weights: Tensor, ranks: Tensor, lines: Tensor, gains: Tensor
 ) -> None:
-    """Correct ``gains`` ``[H, 2 * n]`` in place for listed lines int32 ``[H, K]`` (below 0: none) being taken."""
+    """Correct ``gains`` ``[H, 2 * n]`` in place for taking the listed lines int32 ``[H, K]`` (below 0: none)."""
     heads, rows, total = probabilities.shape
     launch(
         take_lines_kernel,
@@ -226,7 +230,7 @@ def take_lines(
 
 
 def covered_masses(probabilities: Tensor, columns: Tensor, ranks: Tensor) -> Tensor:
-    """Mass ``[H, r]`` of each row on the lines whose rank is ``TAKEN``."""
+    """Return the mass ``[H, r]`` of each row on the lines whose rank is ``TAKEN``."""
     heads, rows, total = probabilities.shape
     covered = torch.empty(heads, rows, dtype=torch.float32, device=probabilities.device)
     launch(

@@ -1,4 +1,4 @@
-"""Joining the parts of rows whose keys were split: outputs weigh by their log-sum-exps."""
+"""Merge the partial results of rows whose keys were split, weighted by their log-sum-exps."""
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ def merge_kernel(
     PADDED: tl.constexpr,
     PARTS: tl.constexpr,
 ) -> None:
-    """One program per tile of rows. PARTS: every tile has so many, in order; 0: counts are read, 1 means already
-    done.
+    """Merge the parts of one tile of rows.
+
+    PARTS: the number of parts of every tile, in order; 0: the count is loaded, and 1 means already written.
     """
     tile = tl.program_id(0)
     head = tile // tiles
@@ -71,12 +72,12 @@ def merge_parts(
 ) -> None:
     """Write rows ``[H, T, D]`` and ``[H, T]`` (dense) from float32 parts ``[P, tile_rows, D]`` and ``[P, tile_rows]``.
 
-    A tile of rows has ``parts`` parts one after another, or where ``first_part`` and ``part_count`` int32 ``[H *
-    tiles]`` say; tiles that count one part were written by the kernel that found it.
+    A tile of rows has ``parts`` consecutive parts, or those that ``first_part`` and ``part_count`` int32 ``[H *
+    tiles]`` give. Tiles with one part were written by the kernel that computed it.
     """
     heads, rows, channels = output.shape
     tiles = -(-rows // tile_rows)
-    unused = part_lse  # a place to point at where nothing is read
+    unused = part_lse  # a valid pointer where nothing is read
     launch(
         merge_kernel,
         (heads * tiles,),

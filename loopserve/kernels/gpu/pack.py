@@ -1,4 +1,4 @@
-"""Chosen columns copied together, so that attention reads them as it reads any keys that stand side by side."""
+"""Copy chosen columns into contiguous memory, so that attention reads them like adjacent keys."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def pack_columns_kernel(
     VALUE_PADDED: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Copy the chosen columns of a query head's keys and values together; grid: blocks of columns, query heads."""
+    """Copy the chosen columns of a query head's keys and values. Grid: blocks of columns, query heads."""
     head = tl.program_id(1).to(tl.int64)
     slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     held = slot < tl.load(count + head * count_step)
@@ -48,9 +48,11 @@ def pack_columns_kernel(
 def packed_columns(
     keys: Tensor, values: Tensor, columns: Tensor, count: Tensor, capacity: int, *, block: int
 ) -> tuple[Tensor, Tensor]:
-    """(keys ``[Hq, capacity, D]``, values) of the first ``count`` int32 ``[Hq]`` of ``columns`` int32 ``[Hq, n]``, from
-    ``[Hkv, n, D]``. ``capacity`` is a multiple of ``block``; columns beyond it are left out, room that is not needed is
-    left as it is.
+    """Return keys ``[Hq, capacity, D]`` and values of the first ``count`` int32 ``[Hq]`` of ``columns`` int32 ``[Hq,
+    n]``.
+
+    Copies from keys and values ``[Hkv, n, D]``. ``capacity`` is a multiple of ``block``. Columns beyond it are left
+    out, and unused slots stay uninitialised.
     """
     heads, total = columns.shape
     packed_keys = keys.new_empty(heads, capacity, keys.shape[2])

@@ -1,5 +1,5 @@
-"""Bounds and codes of pages of keys: a program per page and stretch of channels, keys read twice, the second time from
-the cache.
+"""Compute the bounds and codes of pages of keys: one program per page and block of channels reads the keys twice, the
+second time from the cache.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from torch import Tensor
 
 from loopserve.kernels.gpu.launch import launch, padded, readable
 
-_CHANNELS = 128  # that a program summarises
-_ROWS = 32  # keys of a page that a step takes
+_CHANNELS = 128  # bytes of a key that a program summarises
+_ROWS = 32  # keys of a page per step
 
 
 @triton.jit(do_not_specialize=["first", "total"])
@@ -33,7 +33,10 @@ def summarise_pages_kernel(
     BITS: tl.constexpr,
     WIDTH: tl.constexpr,
 ) -> None:
-    """Grid: pages from ``first`` on, blocks of WIDTH bytes, KV heads. A byte holds PARTS channels; BITS 0: bounds only."""
+    """Summarise one page.
+
+    Grid: pages from ``first`` on, blocks of WIDTH bytes, KV heads. A byte holds PARTS channels; BITS 0: bounds only.
+    """
     page = first.to(tl.int64) + tl.program_id(0)
     head = tl.program_id(2).to(tl.int64)
     BYTES: tl.constexpr = CHANNELS // PARTS
@@ -57,7 +60,7 @@ def summarise_pages_kernel(
     tl.store(high + bounds_at, largest.to(high.dtype.element_ty), mask=used)
     if BITS > 0:
         most = (1 << BITS) - 1.0
-        # Rounded as the reference divides: a code next to its neighbour is half a step of error.
+        # Divides as the reference does: other rounding would give the neighbouring code, half a step off.
         step = tl.maximum(
             tl.div_rn(largest - smallest, tl.full([PARTS, WIDTH], most, tl.float32)), 1.1754943508222875e-38
         )
@@ -70,7 +73,7 @@ def summarise_pages_kernel(
             key = tl.load(places, mask=held, other=0.0).to(tl.float32)
             exact = tl.div_rn(key - smallest[None, :, :], tl.broadcast_to(step[None, :, :], [ROWS, PARTS, WIDTH]))
             exact = tl.minimum(tl.maximum(exact, 0.0), most)
-            # Added to 1.5 * 2^23 a float is rounded to a whole number, which then stands in its lowest bits.
+            # Adding 1.5 * 2^23 rounds a float to an integer in its lowest bits.
             code = (exact + 12582912.0).to(tl.int32, bitcast=True) & 0xFF
             packed = tl.sum(code << (part * BITS)[None, :, None], 1).to(tl.uint8)
             held = (row < count)[:, None] & (byte < BYTES)[None, :]
@@ -81,7 +84,7 @@ def summarise_pages_kernel(
 def summarise_pages(
     keys: Tensor, page: int, first: int, low: Tensor, high: Tensor, codes: Tensor | None, bits: int
 ) -> None:
-    """See ``key_codes``. The buffers' pages lie side by side."""
+    """See ``key_codes``. The pages of the buffers must be contiguous."""
     keys = readable(keys)
     heads, total, channels = keys.shape
     pages = -(-total // page) - first

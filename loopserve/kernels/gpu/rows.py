@@ -1,5 +1,7 @@
-"""Softmax rows over all keys without ever holding the scores of all heads: first each row's log-sum-exp, keys split
-over programs; then the probabilities once more, tile by tile, written or only summed.
+"""Compute softmax rows over all keys without storing the scores of all heads.
+
+The first pass computes the log-sum-exp of each row, with the keys split over programs. The second pass computes the
+probabilities tile by tile, and writes or sums them.
 """
 
 from __future__ import annotations
@@ -46,7 +48,10 @@ def row_sums_kernel(
     PRECISION: tl.constexpr,
     HAS_FILLER: tl.constexpr,
 ) -> None:
-    """Base-2 log-sum-exps per part of the keys, ``[parts, Hkv, GROUP * rows]``; grid: tiles of rows, parts, KV heads."""
+    """Compute base-2 log-sum-exps per part of the keys, ``[parts, Hkv, GROUP * rows]``.
+
+    Grid: tiles of rows, parts, KV heads.
+    """
     part = tl.program_id(1)
     head = tl.program_id(2).to(tl.int64)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -101,10 +106,11 @@ def row_masses_kernel(
     WRITES: tl.constexpr,
     LARGEST: tl.constexpr,
 ) -> None:
-    """Joined rows per key; grid: tiles of keys, KV heads.
+    """Reduce rows per key. Grid: tiles of keys, KV heads.
 
-    WRITES: each row goes to ``probabilities`` and each query head's sum to ``masses [Hq, n]``; else the group's heads
-    are added up, times ``factor``, in ``masses [Hkv, n]``. LARGEST: a head's rows are joined by maximum, not sum.
+    WRITES: store each row in ``probabilities`` and the sum of each query head in ``masses [Hq, n]``. Otherwise sum over
+    the heads of a group, times ``factor``, in ``masses [Hkv, n]``. LARGEST: reduce the rows of a head by maximum
+    instead of sum.
     """
     head = tl.program_id(1).to(tl.int64)
     keys = tl.program_id(0) * KEYS + tl.arange(0, KEYS)
@@ -126,7 +132,7 @@ def row_masses_kernel(
             q_tile = load_rows(q + place * CHANNELS, row, CHANNELS, inside, CHANNELS, PADDED)
             scores = scored(q_tile, k_tile, inner, outer, SOFTCAP, PRECISION)
             seen = held[None, :] & (keys[None, :] <= column[:, None])
-            # A row that sees nothing has a base of -inf; nothing of it is seen, so any other base will do.
+            # A row that sees no key has base -inf. Its cells are all masked, so the base is replaced by a finite one.
             base = tl.where(base == float("-inf"), 0.0, base)
             found = tl.where(seen, tl.exp2(scores - base[:, None]), 0.0)
             if WRITES:
@@ -156,8 +162,10 @@ def row_masses(
     largest: bool = False,
     factor: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """(probabilities ``[Hq, r, n]``, sums over rows ``[Hq, n]``) if ``writes``; else (nothing, joined over rows and
-    summed over each group, times ``factor``, ``[Hkv, n]``). All float32.
+    """Return probabilities ``[Hq, r, n]`` and sums over rows ``[Hq, n]`` if ``writes``; else None and the reduced rows
+    summed over each group, times ``factor``, ``[Hkv, n]``.
+
+    All are float32.
     """
     queries, keys, columns = queries.contiguous(), readable(keys), columns.contiguous()
     heads, rows, channels = queries.shape
@@ -227,7 +235,7 @@ def row_masses(
 
 
 def _joined(parts: Tensor) -> Tensor:
-    """Base-2 log-sum-exps ``[R]`` of parts ``[P, R]``."""
+    """Merge base-2 log-sum-exps of parts ``[P, R]`` to ``[R]``."""
     peak = parts.amax(0)
     base = peak.masked_fill(peak == float("-inf"), 0.0)
     return (parts - base).exp2().sum(0).log2() + base

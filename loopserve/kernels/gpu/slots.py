@@ -1,6 +1,6 @@
-"""Attention of a tile of rows over one part of an active set, inlined into the kernels of decoding.
+"""Compute attention of a tile of rows over one part of an active set; inlined into the decode kernels.
 
-Slots count what is attended: first the chosen columns, then every column from the tail on.
+Slots number the attended columns: first the chosen columns, then every column from the tail on.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ def attend_slots(
     PRECISION: tl.constexpr,
     HAS_COLUMNS: tl.constexpr,
 ) -> tl.tensor:
-    """(output, natural log-sum-exp) of the rows over the slots from ``begin`` on, ``part_slots`` at most.
+    """Return output and natural log-sum-exp of the rows over at most ``part_slots`` slots from ``begin`` on.
 
-    k, v, columns: places of one KV head's first. first: columns before it are filler. Row i of the tile is the query of the
-    column ``total - rows + row[i] % rows``.
+    k, v, columns: addresses of the first element of one KV head. first: columns before it are filler. Row i of the tile
+    is the query of column ``total - rows + row[i] % rows``.
     """
     column = total - rows + row % rows
     peak = tl.full([ROWS], float("-inf"), tl.float32)
@@ -54,7 +54,7 @@ def attend_slots(
         for slot0 in range(begin, last, KEYS):
             slot = slot0 + tl.arange(0, KEYS)
             taken = tl.load(columns + slot, mask=slot < last, other=-1)
-            # Below 0 stands no column. Nothing beyond the tail either: a wrong index must not read outside.
+            # Negative entries are padding. Entries from the tail on are skipped too, so that a wrong index reads nothing outside.
             held = (taken >= 0) & (taken < tail)
             k_tile = load_rows(k, taken, k_row, held, CHANNELS, PADDED)
             v_tile = load_rows(v, taken, v_row, held, VALUE_CHANNELS, VALUE_PADDED)
@@ -63,7 +63,7 @@ def attend_slots(
             acc, sums, peak = taken_in(acc, sums, peak, scores, v_tile, PRECISION)
         begin, end = tail + tl.maximum(begin - chosen, 0), tail + tl.maximum(end - chosen, 0)
     begin = tl.maximum(begin, first)
-    clear = tl.minimum(end, total - rows + 1)  # before it every row sees every key
+    clear = tl.minimum(end, total - rows + 1)  # every row sees every key before it
     whole = begin + tl.maximum(clear - begin, 0) // KEYS * KEYS
     acc, sums, peak = spans(
         acc, sums, peak, q_tile, k, v, k_row, v_row, begin, whole, row, column,

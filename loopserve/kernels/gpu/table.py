@@ -1,4 +1,4 @@
-"""Numbers of the host that a kernel reads from memory: places of tensors, strides and lengths of sessions that differ."""
+"""Write tables that kernels load: addresses, strides and lengths of sessions that differ."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ _ALIGNED = 16  # bytes that are read at once
 
 
 def place(name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device) -> int:
-    """Give the address of a tensor's first number, for a kernel that is told its strides by a table.
+    """Return the address of a tensor's first number, for a kernel that loads the strides from a table.
 
-    Raise ValueError unless the kernel would read such numbers there, those of the last dimension side by side.
+    Raises ValueError unless dtype and device fit and the last dimension is dense.
     """
     if tensor.dtype is not dtype or tensor.device != device or tensor.stride(-1) != 1 or tensor.is_neg():
         held = f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}, strides {list(tensor.stride())}"
@@ -23,15 +23,16 @@ def place(name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device) -
 
 
 def uploaded(numbers: Sequence[int], device: torch.device) -> Tensor:
-    """Bring int64 numbers to a device without waiting for it."""
+    """Copy int64 numbers to a device without synchronising."""
     found = torch.frombuffer(array("q", numbers), dtype=torch.int64)
     return found if device.type == "cpu" else found.pin_memory().to(device, non_blocking=True)
 
 
 def aligned(table: Sequence[Sequence[int]], places: slice, strides: slice, element_size: int) -> int:
-    """By how many numbers all strides in the rows of a table divide, if rows begin where the device reads 16 bytes at once; else 0.
+    """Return by how many numbers all strides in the rows of a table divide, if addresses are multiples of 16 bytes;
+    else 0.
 
-    Of a place that a kernel loads by itself the compiler knows nothing, unless it is told.
+    The compiler cannot derive the alignment of an address that a kernel loads, so it is passed as a constant.
     """
     step = _ALIGNED // element_size
     good = all(
@@ -42,7 +43,9 @@ def aligned(table: Sequence[Sequence[int]], places: slice, strides: slice, eleme
 
 
 def by_session(whole: Tensor, heads: int, rows: list[int]) -> Sequence[Tensor]:
-    """Each session's rows ``[Hq, t, ...]`` of ``[sessions * Hkv, group * most t, ...]``; views where t is the same for all."""
+    """Return the rows ``[Hq, t, ...]`` of each session from ``[sessions * Hkv, group * most t, ...]``, as views where t
+    is the same for all.
+    """
     rest = whole.shape[2:]
     if rows.count(rows[0]) == len(rows):
         return whole.view(len(rows), heads, rows[0], *rest).unbind()

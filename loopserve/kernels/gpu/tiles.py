@@ -1,4 +1,4 @@
-"""Steps of attention over one tile, inlined into the kernels. Scores and log-sum-exps inside are base 2."""
+"""Compute steps of attention over one tile; inlined into the kernels. Scores and log-sum-exps are base 2 inside."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ import triton.language as tl
 def load_rows(
     base: tl.tensor, rows: tl.tensor, stride: tl.tensor, inside: tl.tensor, CHANNELS: tl.constexpr, PADDED: tl.constexpr
 ) -> tl.tensor:
-    """Rows of a matrix as ``[len(rows), PADDED]``; what is not inside is 0 and not read. Places are 64 bits wide."""
+    """Load rows of a matrix as ``[len(rows), PADDED]``; rows that are not inside give 0 and are not read.
+
+    Addresses are 64-bit.
+    """
     channel = tl.arange(0, PADDED)
     places = base + rows.to(tl.int64)[:, None] * stride + channel[None, :]
     mask = inside[:, None]
@@ -29,7 +32,7 @@ def store_rows(
     CHANNELS: tl.constexpr,
     PADDED: tl.constexpr,
 ) -> None:
-    """The reverse of ``load_rows``."""
+    """Store rows of a tile; the reverse of ``load_rows``."""
     channel = tl.arange(0, PADDED)
     places = base + rows.to(tl.int64)[:, None] * stride + channel[None, :]
     mask = inside[:, None]
@@ -42,10 +45,12 @@ def store_rows(
 def scored(
     q: tl.tensor, k: tl.tensor, inner: tl.tensor, outer: tl.tensor, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr
 ) -> tl.tensor:
-    """Scores of rows ``[R, D]`` and keys ``[K, D]``: float32 ``[R, K]``."""
+    """Return scores float32 ``[R, K]`` of rows ``[R, D]`` and keys ``[K, D]``."""
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * inner
     if SOFTCAP:
-        scores = outer * (1.0 - 2.0 / (tl.exp(2.0 * scores) + 1.0))  # tanh, which saturates instead of overflowing
+        scores = outer * (
+            1.0 - 2.0 / (tl.exp(2.0 * scores) + 1.0)
+        )  # tanh in a form that saturates instead of overflowing
     return scores
 
 
@@ -53,11 +58,9 @@ def scored(
 def taken_in(
     acc: tl.tensor, total: tl.tensor, peak: tl.tensor, scores: tl.tensor, v: tl.tensor, PRECISION: tl.constexpr
 ) -> tl.tensor:
-    """The running softmax after one more tile of scores (-inf where not seen): sums ``[R, D]``, ``[R]``, peak
-    ``[R]``.
-    """
+    """Update the running softmax with one tile of scores (-inf where masked): sums ``[R, D]``, ``[R]``, maxima ``[R]``."""
     higher = tl.maximum(peak, tl.max(scores, 1))
-    base = tl.where(higher == float("-inf"), 0.0, higher)  # a row that has seen nothing yet: -inf - -inf is NaN
+    base = tl.where(higher == float("-inf"), 0.0, higher)  # a row that has seen no key yet: -inf - -inf is NaN
     weights = tl.exp2(scores - base[:, None])
     shrink = tl.exp2(peak - base)
     acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
@@ -66,7 +69,7 @@ def taken_in(
 
 @triton.jit
 def finished(acc: tl.tensor, total: tl.tensor, peak: tl.tensor) -> tl.tensor:
-    """(output, natural log-sum-exp) of a running softmax; an empty row is 0 and -inf."""
+    """Return output and natural log-sum-exp of a running softmax; an empty row gets 0 and -inf."""
     empty = total == 0.0
     divisor = tl.where(empty, 1.0, total)
     lse = tl.where(empty, float("-inf"), (peak + tl.log2(divisor)) * 0.6931471805599453)
@@ -98,10 +101,10 @@ def spans(
     PRECISION: tl.constexpr,
     MASKED: tl.constexpr,
 ) -> tl.tensor:
-    """The running softmax after the keys ``[begin, end)``, tile by tile.
+    """Update the running softmax with the keys ``[begin, end)``, tile by tile.
 
-    k, v: places of key 0. MASKED: row i sees the keys ``oldest[i]`` to ``newest[i]`` only; else every row sees all of
-    them, and their number is a multiple of KEYS.
+    k, v: addresses of key 0. MASKED: row i sees only the keys ``oldest[i]`` to ``newest[i]``. Otherwise every row sees
+    all of them, and their number is a multiple of KEYS.
     """
     for key0 in range(begin, end, KEYS):
         keys = key0 + tl.arange(0, KEYS)

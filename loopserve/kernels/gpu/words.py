@@ -1,4 +1,4 @@
-"""Flags as overlapping 64-bit words, so that a kernel reads as many flags on end, from any place, in two loads."""
+"""Store flags as overlapping 64-bit words, so that a kernel reads 64 flags from any position in two loads."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from loopserve.kernels.gpu.launch import launch
 
-WORD_PADDING = 256  # flags before and behind a head's, all unset, so that a window may begin or end outside
+WORD_PADDING = 256  # unset flags before and after those of a head, so that a window may begin or end outside
 
 
 @triton.jit(do_not_specialize=["total", "word_count"])
@@ -21,7 +21,7 @@ def words_kernel(
     PADDING: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Flags bool ``[H, n]`` as overlapping words; grid: blocks of words, heads."""
+    """Pack flags bool ``[H, n]`` into overlapping words. Grid: blocks of words, heads."""
     head = tl.program_id(1)
     word = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     bit = tl.arange(0, 64)
@@ -36,7 +36,7 @@ def words_kernel(
 
 
 def flag_words(flags: Tensor) -> Tensor:
-    """Flags bool ``[H, n]`` as int64 ``[H, W]``: word w holds 64 flags from ``32 * w - WORD_PADDING`` on."""
+    """Return flags bool ``[H, n]`` as int64 ``[H, W]``: word w holds 64 flags from ``32 * w - WORD_PADDING`` on."""
     flags = flags.contiguous()
     heads, total = flags.shape
     count = (total + 2 * WORD_PADDING) // 32
@@ -57,7 +57,7 @@ def flag_words(flags: Tensor) -> Tensor:
 
 @triton.jit
 def window(words: tl.tensor, start: tl.tensor, PADDING: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
-    """The 64 flags from ``start`` on (any place, one or a vector) as two int32."""
+    """Return the 64 flags from ``start`` on (one position or a vector) as two int32."""
     place = start + PADDING
     shift = (place & 31).to(tl.int64)
     low = (tl.load(words + (place >> 5)) >> shift).to(tl.int32)

@@ -1,6 +1,6 @@
-"""Work lists made on the device: which program computes what, longest first, long rows cut into parts.
+"""Build work lists on the device: which program computes which tiles, longest first, long rows split into parts.
 
-All sizes come from shapes alone and all counts stay on the device, so making a list never waits for it.
+All sizes follow from shapes and all counts stay on the device, so that building a list does not synchronise.
 """
 
 from __future__ import annotations
@@ -13,15 +13,16 @@ from torch import Tensor
 from loopserve.kernels.gpu.launch import processors
 
 _PROGRAMS_PER_PROCESSOR = 2
-_LEAST_PART = 8  # tiles; below, starting and merging a part costs more than it spreads
+_LEAST_PART = 8  # tiles; a smaller part costs more to start and merge than it saves
 
 
 @dataclass(frozen=True)
 class WorkList:
-    """items int32 ``[capacity, 4]``: tile of rows, first and end step, and the part to write or -1 to write the result.
+    """Hold the items int32 ``[capacity, 4]``: tile of rows, first and end step, and the part to write or -1 for the
+    result.
 
-    count int32 ``[1]``: items. first_part, part_count int32 ``[R]``: the parts of each tile of rows. parts: room for
-    parts. programs: how many programs share the list.
+    count int32 ``[1]``: number of items. first_part, part_count int32 ``[R]``: the parts of each tile of rows. parts:
+    capacity for parts. programs: number of programs that share the list.
     """
 
     items: Tensor
@@ -33,10 +34,10 @@ class WorkList:
 
 
 def work_list(steps: Tensor) -> WorkList:
-    """A list for ``steps`` int32 ``[R]``, the tiles that each tile of rows has to compute.
+    """Build a list for ``steps`` int32 ``[R]``, the number of tiles that each tile of rows computes.
 
-    A part is at least what every program would get if work could be spread freely, so a row longer than that is cut
-    and no list is longer than R plus the programs.
+    A part has at least the even share of a program. So only rows above that share are split, and the list has at most R
+    plus ``programs`` items.
     """
     rows, device = len(steps), steps.device
     programs = _PROGRAMS_PER_PROCESSOR * processors(device)
@@ -44,7 +45,7 @@ def work_list(steps: Tensor) -> WorkList:
     fair = (steps.sum() + programs - 1).div(programs, rounding_mode="floor").clamp(min=_LEAST_PART)
     parts = (steps + fair - 1).div(fair, rounding_mode="floor").clamp(min=1)
     ends = parts.cumsum(0)
-    # A row without steps stays in the list: its zeros must be written too.
+    # A row without steps stays in the list, since its zeros must be written.
     number = torch.arange(capacity, device=device)
     row = torch.searchsorted(ends, number, right=True).clamp(max=rows - 1)
     size = (steps + parts - 1).div(parts, rounding_mode="floor")[row]

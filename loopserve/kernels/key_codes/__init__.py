@@ -1,7 +1,7 @@
-"""Short codes of keys: a few bits per channel between the bounds of a key's page, and what they tell of a query.
+"""Encode keys with a few bits per channel between the bounds of their page, and estimate logits from the codes.
 
-A page is a run of neighbouring columns. key = low + code * (high - low) / (2^bits - 1), channel by channel. From the codes follow
-nearly the logits of all keys, at a fraction of the keys' bytes; with them, which columns a query should look at.
+A page is a run of adjacent columns. Per channel, key = low + code * (high - low) / (2^bits - 1). The codes give
+approximate logits of all keys and rank the columns for a query, while reading a fraction of the keys' bytes.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ _JUMPS = backend.operation(
 def summarise_pages(
     keys: Tensor, page: int, first: int, low: Tensor, high: Tensor, codes: Tensor | None = None, bits: int = 0
 ) -> None:
-    """Write bounds, and codes where given, of the pages from ``first`` on of keys ``[Hkv, n, D]`` into buffers laid out as in
-    ``KeyCodes`` with room for all pages. ValueError if they do not fit.
+    """Write the bounds, and the codes where given, of the pages from ``first`` on of keys ``[Hkv, n, D]`` into buffers.
+
+    The buffers are laid out as in ``KeyCodes`` and must hold all pages. Raises ValueError for arguments that do not fit
+    together.
     """
     heads, total, dim = keys.shape
     if page < 1:
         raise ValueError(f"summarise_pages: page={page} must be at least 1")
     if (
         codes is None
-    ):  # a page beyond the last column is one page; a number that an int64 has no room for would wrap round in C
+    ):  # a page larger than the number of columns is one page; keeps the size within an int64 of the C kernel
         page = min(page, max(total, 1))
     pages = -(-total // page)
     if low.shape != high.shape or low.shape[0] != heads or low.shape[1] < pages or low.shape[2] != dim:
-        raise ValueError(
-            f"summarise_pages: bounds {list(low.shape)} have no room for {pages} pages of {list(keys.shape)}"
-        )
+        raise ValueError(f"summarise_pages: bounds {list(low.shape)} cannot hold {pages} pages of {list(keys.shape)}")
     if codes is not None and (bits not in BITS or dim * bits % 8 or codes.shape[2:] != (page, dim * bits // 8)):
         raise ValueError(f"summarise_pages: codes {list(codes.shape)} do not hold {bits} bits of {dim} channels")
     if not 0 <= first <= pages or {low.dtype, high.dtype} != {keys.dtype}:
@@ -52,7 +52,7 @@ def summarise_pages(
             f"summarise_pages: pages of {page} from {first} in {low.dtype} do not fit keys in {keys.dtype}"
         )
     if codes is not None and (codes.dtype != torch.uint8 or codes.shape[0] != heads or codes.shape[1] < pages):
-        raise ValueError(f"summarise_pages: codes {codes.dtype} {list(codes.shape)} have no room for {pages} pages")
+        raise ValueError(f"summarise_pages: codes {codes.dtype} {list(codes.shape)} cannot hold {pages} pages")
     for name, each in (("bounds", low), ("bounds", high), ("codes", codes)):
         if each is not None:
             check_device("summarise_pages", name, each, keys.device)
@@ -60,7 +60,9 @@ def summarise_pages(
 
 
 def code_logits(queries: Tensor, of: KeyCodes, *, scaling: float) -> Tensor:
-    """Nearly the scaled logits of all coded keys for queries ``[Hq, r, D]``: float32 ``[Hkv, group * r, columns]``."""
+    """Return approximate scaled logits of all coded keys for queries ``[Hq, r, D]``: float32 ``[Hkv, group * r,
+    columns]``.
+    """
     _check("code_logits", queries, of)
     found: Tensor = _LOGITS(queries, of, scaling=scaling)
     return found
@@ -76,12 +78,13 @@ def code_jumps(
     scaling: float,
     observed: Tensor | None = None,
 ) -> Tensor:
-    """The base columns and the ``budget`` best others before ``tail``, sorted: int64 ``[Hkv, S + budget]``.
+    """Return the base columns and the ``budget`` best other columns before ``tail``, sorted: int64 ``[Hkv, S +
+    budget]``.
 
-    Others are ranked by their logit as the codes tell it, the largest over the queries ``[Hq, r, D]`` of a group; equal ones: the
-    lowest column first. base int64 ``[Hkv, S]``: sorted columns below ``tail``. At least ``budget`` others must exist.
-    observed float32 ``[Hkv, tail]``: the queries' softmax over all coded columns, mean over the group's, is added to it.
-    ValueError for what does not fit.
+    Other columns are ranked by the largest coded logit over the queries ``[Hq, r, D]`` of a group. Of equal ones the
+    lowest column wins. base int64 ``[Hkv, S]``: sorted columns below ``tail``. At least ``budget`` other columns must
+    exist. observed float32 ``[Hkv, tail]``: the softmax of the queries over all coded columns, averaged over the group,
+    is added to it. Raises ValueError for arguments that do not fit together.
     """
     _check("code_jumps", queries, of)
     heads, width = base.shape

@@ -1,4 +1,4 @@
-"""Codes and what follows from them by the compiled kernels."""
+"""Encode keys and compute coded logits with the compiled C kernels."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
     from loopserve.kernels.key_codes.layout import KeyCodes
 
 
-_MOST_CHANNELS = 4096  # the kernels keep a key on the stack of a thread
+_MOST_CHANNELS = 4096  # the kernels store a key on the stack of a thread
 
 
 class _KeyCodes(Structure):
-    """``KeyCodes`` of key_codes.c."""
+    """Mirror the struct ``KeyCodes`` of key_codes.c."""
 
-    _fields_ = [  # ctypes wants a plain list
+    _fields_ = [  # ctypes requires a list
         *((name, c_void_p) for name in ("queries", "low", "high", "codes", "logits", "base", "chosen", "observed")),
         *(
             (name, c_int64)
@@ -33,7 +33,7 @@ class _KeyCodes(Structure):
 
 
 def limit(queries: Tensor, of: KeyCodes, *_: object, **__: object) -> str | None:
-    """What it cannot serve."""
+    """Return why the kernel cannot serve these arguments, or None."""
     if of.low.dtype not in (torch.float32, torch.bfloat16):
         return f"bounds in {of.low.dtype}"
     return _channels(queries.shape[-1]) or _pages(of.low, of.high, of.codes)
@@ -42,7 +42,7 @@ def limit(queries: Tensor, of: KeyCodes, *_: object, **__: object) -> str | None
 def limit_pages(
     keys: Tensor, _page: int, _first: int, low: Tensor, high: Tensor, codes: Tensor | None, *_: object
 ) -> str | None:
-    """The same for summaries."""
+    """Return why the kernel cannot summarise these pages, or None."""
     if codes is not None and codes.shape[-1] % 16:
         return f"codes of {codes.shape[-1]} bytes are not a multiple of 16"
     return _channels(keys.shape[-1]) or _pages(low, high, codes)
@@ -55,7 +55,10 @@ def _channels(dim: int) -> str | None:
 
 
 def _pages(low: Tensor, high: Tensor, codes: Tensor | None) -> str | None:
-    """The kernels are told one stride for both bounds, and read what belongs to a head on end."""
+    """Return why the kernel cannot read these buffers, or None.
+
+    It takes one stride for both bounds, and expects the pages of a head contiguous.
+    """
     dense = low.stride() == high.stride() and low.stride()[1:] == (low.shape[2], 1)
     if codes is not None:
         dense = dense and codes.stride()[1:] == (codes.shape[2] * codes.shape[3], codes.shape[3], 1)
@@ -65,7 +68,7 @@ def _pages(low: Tensor, high: Tensor, codes: Tensor | None) -> str | None:
 def summarise_pages(
     keys: Tensor, page: int, first: int, low: Tensor, high: Tensor, codes: Tensor | None, bits: int
 ) -> None:
-    """See the package. The buffers' pages must lie side by side."""
+    """See the package. The pages of the buffers must be contiguous."""
     keys = rows_of(keys)
     kind, (heads, total, dim) = number_type(keys), keys.shape
     bounds, coded = (heads, low.shape[1], dim), (heads, low.shape[1], page, dim * bits // 8)
@@ -118,7 +121,7 @@ def code_jumps(
 
 
 def _call(queries: Tensor, of: KeyCodes, scaling: float) -> tuple[_KeyCodes, Tensor]:
-    """The call, and the queries it points to, which must live as long."""
+    """Return the arguments of the kernel, and the queries they point to, which must stay alive during the call."""
     heads, pages, dim = of.low.shape
     kind, page = number_type(of.low), of.codes.shape[2]
     held = queries.float().contiguous()

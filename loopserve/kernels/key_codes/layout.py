@@ -1,4 +1,4 @@
-"""How the codes of a layer's keys lie in memory."""
+"""Define the memory layout of a layer's key codes."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from torch import Tensor
 
 
 class KeyCodes(NamedTuple):
-    """low, high ``[Hkv, P, D]``: bounds of each page. codes uint8 ``[Hkv, P, page, D * bits / 8]``, those behind the last column mean
-    nothing: byte j holds the channels j, j + width, j + 2 width, ..., the first in the lowest bits. columns: keys coded.
+    """Hold the bounds and codes of a layer's keys.
+
+    low, high ``[Hkv, P, D]``: bounds of each page. codes uint8 ``[Hkv, P, page, D * bits / 8]``: byte j holds the
+    channels j, j + width, j + 2 width, ..., the first in the lowest bits. Codes after the last column are undefined.
+    columns: number of coded keys.
     """
 
     low: Tensor

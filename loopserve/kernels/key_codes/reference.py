@@ -1,4 +1,4 @@
-"""Codes and what follows from them, by definition."""
+"""Define key codes, coded logits and the ranking of columns."""
 
 from __future__ import annotations
 
@@ -27,7 +27,9 @@ def summarise_pages(
 
 
 def encode(keys: Tensor, low: Tensor, high: Tensor, page: int, bits: int) -> Tensor:
-    """Keys ``[Hkv, T, D]`` as steps between their page's bounds ``[Hkv, P, D]``: packed uint8 ``[Hkv, P, page, D * bits / 8]``."""
+    """Encode keys ``[Hkv, T, D]`` as steps between the bounds ``[Hkv, P, D]`` of their page: packed uint8 ``[Hkv, P,
+    page, D * bits / 8]``.
+    """
     padded = pad(keys, (0, 0, 0, low.shape[1] * page - keys.shape[1]))
     paged = padded.view(keys.shape[0], -1, page, keys.shape[2]).float()
     step = ((high.float() - low.float()) / (2**bits - 1)).clamp(min=torch.finfo(torch.float32).tiny)
@@ -40,7 +42,7 @@ def encode(keys: Tensor, low: Tensor, high: Tensor, page: int, bits: int) -> Ten
 
 
 def unpack(packed: Tensor, bits: int) -> Tensor:
-    """Codes of packed bytes: uint8, the last dimension ``8 / bits`` times as long."""
+    """Return the codes in packed bytes as uint8; the last dimension is ``8 / bits`` times as long."""
     return torch.cat([(packed >> (bits * place)) & (2**bits - 1) for place in range(8 // bits)], dim=-1)
 
 

@@ -1,7 +1,9 @@
-"""Codes on a GPU: one pass over them gives each block of columns its logits, nothing unpacked ever reaches memory.
+"""Compute coded logits on a GPU: one pass over the codes gives the logits of each block of columns, without storing
+decoded keys.
 
-A tile is a few pages, or a part of one: bounds are read once per page, codes become keys in registers, and the rows of a
-group meet them on matrix units. Jumps need of the logits only the largest per column, as an integer that sorts alike.
+A tile covers a few pages, or a part of one. Bounds are read once per page, codes are decoded in registers, and the rows
+of a group are multiplied on matrix units. ``code_jumps`` stores only the largest logit per column, as an integer of the
+same order.
 """
 
 from __future__ import annotations
@@ -24,8 +26,8 @@ if TYPE_CHECKING:
 __all__ = ["code_jumps", "code_logits", "summarise_pages"]
 
 _KEYS = 64  # columns of a tile
-_BYTES = 64  # of a code, that a step of a tile takes
-_OBSERVED = 512  # columns of a block whose softmax is added
+_BYTES = 64  # bytes of a code per step of a tile
+_OBSERVED = 512  # columns per block of ``observe_kernel``
 
 
 @triton.jit(do_not_specialize=["rows", "columns", "tail"])
@@ -54,10 +56,10 @@ def code_logits_kernel(
     RANKS: tl.constexpr,
     SUMS: tl.constexpr,
 ) -> None:
-    """Grid: blocks of PAGES times PAGE_ROWS columns, KV heads, tiles of rows.
+    """Compute logits of one block of columns. Grid: blocks of PAGES times PAGE_ROWS columns, KV heads, tiles of rows.
 
-    WRITES: logits ``[Hkv, rows, columns]``. RANKS: the largest of all rows, which are one tile, as ordered integers
-    ``[Hkv, tail]``. SUMS: log-sum-exps per block, ``[Hkv, rows, blocks]``.
+    WRITES: store logits ``[Hkv, rows, columns]``. RANKS: store the largest over all rows, which form one tile, as
+    ordered integers ``[Hkv, tail]``. SUMS: store log-sum-exps per block, ``[Hkv, rows, blocks]``.
     """
     head = tl.program_id(1).to(tl.int64)
     row = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
@@ -65,7 +67,7 @@ def code_logits_kernel(
     PARTS: tl.constexpr = 8 // BITS
     BYTES: tl.constexpr = CHANNELS // PARTS
     KEYS: tl.constexpr = PAGES * PAGE_ROWS
-    CUTS: tl.constexpr = (PAGE + PAGE_ROWS - 1) // PAGE_ROWS  # tiles of a page that is longer than one
+    CUTS: tl.constexpr = (PAGE + PAGE_ROWS - 1) // PAGE_ROWS  # tiles per page, where a page is longer than a tile
     unit = tl.program_id(0) * PAGES + tl.arange(0, PAGES)
     page = (unit // CUTS).to(tl.int64)
     there = page * PAGE < columns
@@ -93,7 +95,7 @@ def code_logits_kernel(
             q_part = tl.load(places, mask=inside[:, None] & used[None, :], other=0.0)
             scores = tl.dot(q_part, tl.trans(keys), scores, input_precision="tf32x3")
 
-    # The same columns once more, side by side as the scores have them.
+    # The same columns again, in the layout of the scores.
     index = tl.arange(0, KEYS)
     unit = tl.program_id(0) * PAGES + index // PAGE_ROWS
     key = unit % CUTS * PAGE_ROWS + index % PAGE_ROWS
@@ -128,7 +130,7 @@ def observe_kernel(
     tail: tl.tensor,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Add the mean of the rows' softmax; grid: blocks of columns, KV heads."""
+    """Add the mean softmax of the rows. Grid: blocks of columns, KV heads."""
     head = tl.program_id(1).to(tl.int64)
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = column < tail
@@ -141,7 +143,7 @@ def observe_kernel(
 
 
 class _Found(NamedTuple):
-    """What ``_pass`` was asked for; the rest is empty. See ``code_logits_kernel``."""
+    """Hold the requested results of ``_pass``; the others are None. See ``code_logits_kernel``."""
 
     logits: Tensor
     numbers: Tensor
@@ -149,10 +151,10 @@ class _Found(NamedTuple):
 
 
 def _pass(queries: Tensor, of: KeyCodes, scaling: float, *, tail: int, writes: bool, ranks: bool, sums: bool) -> _Found:
-    """Read all codes once."""
+    """Read all codes once and compute what is requested."""
     heads, _, channels = of.low.shape
     page = of.codes.shape[2]
-    held = queries.float().contiguous()  # small, and then multiplied like the bounds
+    held = queries.float().contiguous()  # few numbers, and multiplied with bounds of this dtype
     rows = queries.shape[0] // heads * queries.shape[1]
     tile_rows = min(MOST_ROWS, padded(rows))
     page_rows = min(_KEYS, triton.next_power_of_2(page))
@@ -220,6 +222,6 @@ def code_jumps(
             BLOCK=_OBSERVED,
             num_warps=4,
         )
-    # With the base above all others, it and the best others are the best, in order and without merging.
+    # The base is ranked above all others, so that one selection returns base and best others in order.
     numbers = found.numbers.scatter_(1, base, FORCED)
     return best_columns(numbers, base.shape[1] + budget)

@@ -1,4 +1,4 @@
-"""Attention of some rows over all keys, and what it puts on each vertical and slash line."""
+"""Compute the attention of sampled rows over all keys, and its mass on each vertical and slash line."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from loopserve.kernels.shapes import check
 
 
 class LineScores(NamedTuple):
-    """What rows attend to, float32.
+    """Hold the attention of sampled rows, float32.
 
-    probabilities ``[Hq, r, n]``: softmax rows, zero where a row sees nothing. vertical ``[Hq, n]``: mass per key
-    column. slash ``[Hq, n]``: mass per offset (query column minus key column).
+    probabilities ``[Hq, r, n]``: softmax rows, zero where a row sees no key. vertical ``[Hq, n]``: mass per key column.
+    slash ``[Hq, n]``: mass per offset (query column minus key column).
     """
 
     probabilities: Tensor
@@ -25,7 +25,7 @@ class LineScores(NamedTuple):
 
 
 _OPERATION = backend.operation(
-    "line_scores", "packed", "cpu", "triton", limits={"cpu": cpu.limit, "triton": limits.scores}
+    "line_scores", "torch", "cpu", "triton", limits={"cpu": cpu.limit, "triton": limits.scores}
 )
 
 
@@ -38,10 +38,10 @@ def line_scores(
     softcap: float | None = None,
     first_valid: Tensor | None = None,
 ) -> LineScores:
-    """Row-softmax of queries ``[Hq, r, D]`` standing at ``columns`` int64 ``[r]`` over keys ``[Hkv, n, D]``, with its
-    line masses.
+    """Return the softmax rows of queries ``[Hq, r, D]`` at ``columns`` int64 ``[r]`` over keys ``[Hkv, n, D]``, with
+    their line masses.
 
-    first_valid ``[Hkv]``: columns before it are filler. ValueError for shapes that do not fit.
+    first_valid ``[Hkv]``: columns before it are filler. Raises ValueError for arguments that do not fit together.
     """
     check("line_scores", queries, keys, columns=columns, first_valid=first_valid)
     found = _OPERATION(queries, keys, columns, scaling=scaling, softcap=softcap, first_valid=first_valid)

@@ -1,4 +1,4 @@
-"""Line masses by the compiled kernel."""
+"""Compute line masses with the compiled C kernel."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from loopserve.kernels.native import scores
 
 
 def limit(queries: Tensor, keys: Tensor, *_: Tensor, softcap: float | None, **__: object) -> str | None:
-    """What it cannot serve."""
+    """Return why the kernel cannot serve these arguments, or None."""
     return scores.serves(queries, keys, softcap)
 
 

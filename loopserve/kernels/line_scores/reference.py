@@ -1,4 +1,4 @@
-"""Line masses by definition: softmax rows, then sums down the columns and along the diagonals."""
+"""Define line masses: softmax rows, summed over columns and along diagonals."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from loopserve.kernels.masked import masked_softmax, per_query_head, scaled_scor
 def row_probabilities(
     queries: Tensor, keys: Tensor, columns: Tensor, *, scaling: float, softcap: float | None, first_valid: Tensor | None
 ) -> Tensor:
-    """Softmax over the visible keys, float32 ``[Hq, r, n]``."""
+    """Return the softmax over the visible keys, float32 ``[Hq, r, n]``."""
     mask = per_query_head(visible(columns, keys.shape[1], first_valid=first_valid), queries.shape[0])
     return masked_softmax(scaled_scores(queries, keys, scaling=scaling, softcap=softcap), mask)[0].float()
 

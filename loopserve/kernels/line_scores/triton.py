@@ -1,5 +1,7 @@
-"""Line masses on a GPU: the rows and their sums down the columns in one kernel, the diagonals in another, without
-atomics, so that equal inputs give equal bits.
+"""Compute line masses on a GPU.
+
+One kernel computes the rows and their sums per column, another the diagonals. Neither uses atomics, so equal inputs
+give equal bits.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""The compiled CPU kernels: C sources, how they are built, and how they are called."""
+"""Build, load and call the compiled CPU kernels."""

@@ -1,6 +1,6 @@
-"""Tensors as C sees them: the one place where the address of a tensor is taken.
+"""Pass tensors to C: the only module that takes the address of a tensor.
 
-C is told no dtype, no layout and no size by an address. So each is checked here against what the C source expects.
+An address carries no dtype, layout or size. So each is checked here against what the C source expects.
 """
 
 from __future__ import annotations
@@ -8,16 +8,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-MOST_COLUMNS = 2**31 - 2**16  # the C sources count columns in int32, and some a tile beyond the last
+MOST_COLUMNS = 2**31 - 2**16  # the C sources count columns in int32, some up to a tile past the last
 
 
 def rows_of(tensor: Tensor) -> Tensor:
-    """The tensor itself if the numbers of its last dimension lie side by side, else a copy in which they do."""
+    """Return the tensor if its last dimension is dense, else a copy with a dense last dimension."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def number_type(tensor: Tensor) -> torch.dtype:
-    """Give the dtype of a tensor if the C sources have code for it. Raise ValueError for any other."""
+    """Return the dtype of a tensor if the C sources support it. Raises ValueError for any other."""
     if tensor.dtype is torch.float32 or tensor.dtype is torch.bfloat16:
         return tensor.dtype
     raise ValueError(f"the compiled kernels read float32 and bfloat16, not {tensor.dtype}")
@@ -26,10 +26,12 @@ def number_type(tensor: Tensor) -> torch.dtype:
 def address(
     name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...], *, strided: int = 0, written: bool = False
 ) -> int:
-    """Give the address of a tensor's first number. Raise ValueError unless C would read exactly this tensor there.
+    """Return the address of a tensor's first number.
 
-    strided: the number of leading dimensions whose strides C is told. The other dimensions must lie side by side.
-    written: C writes into the tensor, so no two of its numbers may share a place.
+    Raises ValueError unless dtype, device, shape and strides fit the C kernel.
+
+    strided: number of leading dimensions whose strides are passed to C. The other dimensions must be contiguous.
+    written: C writes into the tensor, so no two of its numbers may share memory.
     """
     fits = tensor.dtype is dtype and tensor.shape == shape and tensor.is_cpu and not tensor.is_neg()
     if not fits or not (_dense_behind(tensor, strided, written) if strided else tensor.is_contiguous()):
@@ -51,13 +53,15 @@ def optional(
     strided: int = 0,
     written: bool = False,
 ) -> int | None:
-    """Give the address as ``address`` does, or None for None."""
+    """Return the address as ``address`` does, or None for None."""
     return None if tensor is None else address(name, tensor, dtype, shape, strided=strided, written=written)
 
 
 def _dense_behind(tensor: Tensor, strided: int, written: bool) -> bool:
-    """Whether the dimensions behind the first ``strided`` lie side by side."""
-    if not written and strided == tensor.dim() - 1 and tensor.stride(-1) == 1:  # most calls, in each step of each layer
+    """Return whether the dimensions after the first ``strided`` are contiguous."""
+    if (
+        not written and strided == tensor.dim() - 1 and tensor.stride(-1) == 1
+    ):  # the common case, checked in every step of every layer
         return True
     expected = 1
     sizes, strides = tensor.shape, tensor.stride()

@@ -1,4 +1,4 @@
-"""The compiled attention of new queries over a store: on lines, or dense."""
+"""Call the compiled attention of new queries over a store, on lines or dense."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ DecodeArguments = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, in
 
 
 class _Attention(Structure):
-    """``Attention`` of attention.h; strides count numbers."""
+    """Mirror the struct ``Attention`` of attention.h; strides count numbers."""
 
-    _fields_ = [  # ctypes wants a plain list
+    _fields_ = [  # ctypes requires a list
         *(
             (name, c_void_p)
             for name in (
@@ -44,12 +44,12 @@ class _Attention(Structure):
     ]
 
 
-_PACKED = Struct("10P16qf4x")  # the same fields: filled in one step, not one by one
+_PACKED = Struct("10P16qf4x")  # the same fields; a struct format fills them in one call
 assert _PACKED.size == sizeof(_Attention)
 
 
 def serves(queries: Tensor, values: Tensor, softcap: float | None) -> str | None:
-    """Why the compiled attention cannot compute this, or None."""
+    """Return why the compiled attention cannot serve these arguments, or None."""
     dim = queries.shape[-1]
     if softcap:
         return "softcap"
@@ -75,10 +75,12 @@ def attend(
     tail: int = 0,
     blocks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(output ``[Hq, Tq, D]``, log-sum-exp ``[Hq, Tq]``) of end-aligned queries, on lines (verticals and slashes, bool
-    ``[Hq, Tk]``) or on every cell within a window of at least ``ROWS``. kernel: ``decode_attention`` for few queries,
-    which may attend to ``columns`` int64 ``[Hkv, S]`` and what stands from ``tail`` on; ``block_sparse`` for
-    ``blocks`` bool ``[Hq, row tiles, key tiles]``, ``window`` rows and keys each.
+    """Return output ``[Hq, Tq, D]`` and log-sum-exp ``[Hq, Tq]`` of the last Tq queries.
+
+    The queries attend on lines (verticals and slashes, bool ``[Hq, Tk]``), or to every cell within a window of at least
+    ``ROWS``. kernel ``decode_attention``: for few queries, which may attend to ``columns`` int64 ``[Hkv, S]`` and every
+    column from ``tail`` on. kernel ``block_sparse``: for ``blocks`` bool ``[Hq, row tiles, key tiles]`` of ``window``
+    rows and keys each.
     """
     queries, keys, values = rows_of(queries), rows_of(keys), rows_of(values)
     kind = number_type(queries)
@@ -128,10 +130,12 @@ def attend(
 def attend_batch(
     requests: Sequence[DecodeArguments], *, scaling: float, need_lse: bool = True
 ) -> list[tuple[Tensor, Tensor | None]]:
-    """Give (output ``[Hq, t, D]``, log-sum-exp ``[Hq, t]`` if asked for) of each of several sessions by one call of the kernel.
+    """Return output ``[Hq, t, D]`` and, with ``need_lse``, log-sum-exp ``[Hq, t]`` of several sessions by one kernel
+    call.
 
-    A request is (queries, keys, values, first_valid, columns, tail) as ``attend`` takes them. Requests differ in t, in the
-    number of keys and in what they choose. With one t for all, the outputs are views of one tensor ``[sessions, Hq, t, D]``.
+    A request is (queries, keys, values, first_valid, columns, tail) as ``attend`` takes them. Requests may differ in t,
+    in the number of keys and in the chosen columns. Where t is the same for all, the outputs are views of one tensor
+    ``[sessions, Hq, t, D]``.
     """
     example = requests[0][0]
     kind, (heads, _, dim) = number_type(example), example.shape
@@ -140,7 +144,7 @@ def attend_batch(
     output = large_pages(example.new_empty(sum(rows), heads, dim))
     lse = torch.empty(sum(rows), heads, dtype=torch.float32, device="cpu")
     place, lse_place = address("output", output, kind, output.shape), address("lse", lse, torch.float32, lse.shape)
-    calls, kept = (_Attention * len(rows))(), []  # kept: copies must live until C has read them
+    calls, kept = (_Attention * len(rows))(), []  # kept: copies must stay alive during the call
     for index, (count, (queries, keys, values, starts, columns, tail)) in enumerate(zip(rows, requests, strict=True)):
         queries, keys, values = rows_of(queries), rows_of(keys), rows_of(values)
         starts = None if starts is None else starts.contiguous()
@@ -184,7 +188,7 @@ def attend_batch(
 
 
 def _by_session(whole: Tensor, rows: list[int]) -> Sequence[Tensor]:
-    """Views ``[Hq, t, ...]`` of sessions that lie one behind the other, each head by head, in ``[sum t, Hq, ...]``."""
+    """Return views ``[Hq, t, ...]`` of consecutive sessions, each ordered by head, in ``[sum t, Hq, ...]``."""
     heads, rest = whole.shape[1], whole.shape[2:]
     if rows.count(rows[0]) == len(rows):
         return whole.view(len(rows), heads, rows[0], *rest).unbind()

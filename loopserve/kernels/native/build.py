@@ -1,7 +1,8 @@
-"""Builds the C sources into one shared library: several times over, once for each instruction set it may run on.
+"""Build the C sources into one shared library with a variant per instruction set.
 
-Knows compilers and files, nothing of torch. Used at first use (this machine's instruction set only), by ``loopserve kernels build``
-and for a platform wheel (all of the architecture). Nothing is downloaded, and no header beyond the C library's is needed.
+The module depends on compilers and files only, not on torch. The build runs at first use (for this machine's
+instruction set), by ``loopserve kernels build``, and for a platform wheel (for all instruction sets of the
+architecture). It downloads nothing and needs only the headers of the C library.
 """
 
 from __future__ import annotations
@@ -20,21 +21,21 @@ from pathlib import Path
 
 SOURCES = Path(__file__).parent / "src"
 _COMMON = ("-std=gnu11", "-O3", "-fPIC", "-fno-math-errno", "-ffp-contract=fast", "-fno-trapping-math", "-Wall")
-# -fno-math-errno and -fno-trapping-math let loops vectorise. -ffast-math is left out on purpose: linking with it makes old gcc
-# set a flush-to-zero mode for the whole process, and NaN checks would vanish.
+# -fno-math-errno and -fno-trapping-math let loops vectorise. -ffast-math is not used: linking with it makes old gcc
+# set flush-to-zero for the whole process, and the compiler would remove NaN checks.
 
 
 class BuildError(Exception):
-    """No library could be made, and why."""
+    """Report why no library could be built."""
 
 
 @dataclass(frozen=True)
 class Level:
-    """An instruction set: what the compiler is told, and the macro by which a compiler says it has it."""
+    """Describe an instruction set: its compiler flags, and the macro that a compiler defines for it."""
 
     name: str
     flags: tuple[str, ...]
-    macro: str | None = None  # None: every processor of the architecture has it
+    macro: str | None = None  # None: part of every processor of the architecture
 
 
 _GENERIC = Level("generic", ())  # NEON is part of every aarch64
@@ -51,18 +52,18 @@ _X86 = (  # best first
 
 
 def extra_flags() -> tuple[str, ...]:
-    """More for the compiler, from ``$LOOPSERVE_CFLAGS``; a sanitizer, say."""
+    """Return additional compiler flags from ``$LOOPSERVE_CFLAGS``, for example for a sanitizer."""
     return tuple(shlex.split(os.environ.get("LOOPSERVE_CFLAGS", "")))
 
 
 def levels() -> tuple[Level, ...]:
-    """The instruction sets of this architecture, best first."""
+    """Return the instruction sets of this architecture, best first."""
     return _X86 if platform.machine() in ("x86_64", "AMD64") else (_GENERIC,)
 
 
 @cache
 def source_digest() -> str:
-    """Changes with every change of a source."""
+    """Return a digest that changes with every change of a source."""
     digest = hashlib.sha256()
     for path in sorted(SOURCES.iterdir()):
         digest.update(path.name.encode() + path.read_bytes())
@@ -70,7 +71,7 @@ def source_digest() -> str:
 
 
 def find_compiler() -> str:
-    """Path of a C compiler: ``$CC``, else the first of cc, gcc, clang. Raises BuildError."""
+    """Return the path of a C compiler: ``$CC``, else the first of cc, gcc, clang. Raises BuildError."""
     wanted = os.environ.get("CC")
     for name in (wanted,) if wanted else ("cc", "gcc", "clang"):
         path = shutil.which(name)
@@ -82,13 +83,14 @@ def find_compiler() -> str:
 
 
 def compiler_version(compiler: str) -> str:
-    """The first line that a compiler says of itself. Raises BuildError."""
+    """Return the first line of the compiler's version output. Raises BuildError."""
     return _run([compiler, "--version"]).partition("\n")[0]
 
 
 def machine_level(compiler: str) -> Level:
-    """The best instruction set of the machine this runs on, as its compiler sees it; ``$LOOPSERVE_CPU_LEVEL`` names a lower one, to
-    compare. Raises BuildError.
+    """Return the best instruction set of this machine, as its compiler detects it. Raises BuildError.
+
+    ``$LOOPSERVE_CPU_LEVEL`` names a lower one, for comparisons.
     """
     wanted = os.environ.get("LOOPSERVE_CPU_LEVEL")
     if wanted:
@@ -109,19 +111,19 @@ def build(target: Path, wanted: tuple[Level, ...], compiler: str) -> None:
     """Compile the sources for each level and link them to ``target``, atomically. Raises BuildError."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".build-") as folder:
-            room = Path(folder)
-            library = room / "library.so"
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".build-") as created:
+            folder = Path(created)
+            library = folder / "library.so"
             try:
-                _compile(room, library, wanted, compiler, threads=("-fopenmp",))
-            except BuildError:  # a compiler without OpenMP still gives fast kernels, on one thread
-                _compile(room, library, wanted, compiler, threads=())
+                _compile(folder, library, wanted, compiler, threads=("-fopenmp",))
+            except BuildError:  # without OpenMP the kernels run on one thread
+                _compile(folder, library, wanted, compiler, threads=())
             os.replace(library, target)
     except OSError as error:
         raise BuildError(f"cannot write {target}: {error.strerror}") from error
 
 
-def _compile(room: Path, library: Path, wanted: tuple[Level, ...], compiler: str, threads: tuple[str, ...]) -> None:
+def _compile(folder: Path, library: Path, wanted: tuple[Level, ...], compiler: str, threads: tuple[str, ...]) -> None:
     files = sorted(SOURCES.glob("*.c"))
     digest = f'-DLS_DIGEST="{source_digest()}"'
     jobs: list[tuple[Path, str, tuple[str, ...]]] = []
@@ -134,7 +136,7 @@ def _compile(room: Path, library: Path, wanted: tuple[Level, ...], compiler: str
 
     def run(job: tuple[Path, str, tuple[str, ...]]) -> str:
         source, name, flags = job
-        made = str(room / f"{source.stem}-{name}.o")
+        made = str(folder / f"{source.stem}-{name}.o")
         _run([compiler, *_COMMON, *threads, *flags, *extra_flags(), "-c", str(source), "-o", made])
         return made
 

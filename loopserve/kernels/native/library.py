@@ -1,15 +1,17 @@
-"""The compiled library: found, or built at first use, and its functions by name.
+"""Load the compiled library, or build it at first use, and return its functions by name.
 
-Looked for in this order:
+The library is searched in this order:
 
-1. beside this file, where a platform wheel has it;
-2. in the cache folder, as this machine's compiler builds it (the file's name is made of sources, compiler, flags and instruction set);
+1. beside this file, where a platform wheel installs it;
+2. in the cache folder, as built by this machine's compiler (the file name depends on sources, compiler, flags and
+   instruction set);
 3. built into the cache folder;
-4. without a working compiler: any library of the cache folder that was built of these sources with these flags and has an
-   instruction set of this processor. A second stage of a container image and a computer without development tools are served so.
+4. without a working compiler: any library of the cache folder built from these sources with these flags for an
+   instruction set of this processor. This serves later stages of container images and machines without development
+   tools.
 
-The cache folder is ``$LOOPSERVE_CACHE``, else ``$XDG_CACHE_HOME/loopserve``, else ``~/.cache/loopserve``. Beside each library
-stands a JSON record of what it was built by.
+The cache folder is ``$LOOPSERVE_CACHE``, else ``$XDG_CACHE_HOME/loopserve``, else ``~/.cache/loopserve``. A JSON record
+beside each library describes its build.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ _log = logging.getLogger("loopserve")
 
 @cache
 def unavailable() -> str | None:
-    """Why there are no compiled kernels here; None if there are. Said once to the log."""
+    """Return why compiled kernels are unavailable, or None. Logs the reason once."""
     try:
         _load()
     except build.BuildError as error:
@@ -44,7 +46,9 @@ def unavailable() -> str | None:
 
 
 def describe() -> dict[str, str]:
-    """Which library serves: keys path, level (its instruction set), threads (openmp or one) and, where recorded, compiler."""
+    """Return the library in use: keys path, level (instruction set), threads (openmp or one) and, where recorded,
+    compiler.
+    """
     library = _load()
     record = _record(Path(library._name))
     return {
@@ -55,10 +59,10 @@ def describe() -> dict[str, str]:
 
 
 def build_into_cache(*, every_level: bool = False) -> Path:
-    """Compile the kernels into the cache folder now; the library's path.
+    """Compile the kernels into the cache folder and return the path of the library. Raises BuildError.
 
-    every_level: for all instruction sets of the architecture, as an image that runs on several machines needs; else for this
-    machine's. Raises BuildError.
+    every_level: build for all instruction sets of the architecture, as an image for several machines needs; else for
+    this machine's.
     """
     compiler = build.find_compiler()
     wanted = build.levels() if every_level else (build.machine_level(compiler),)
@@ -72,12 +76,14 @@ def build_into_cache(*, every_level: bool = False) -> Path:
 
 @cache
 def level() -> str:
-    """The instruction set in use: the best that the library and the processor have, or the one ``$LOOPSERVE_CPU_LEVEL`` names."""
+    """Return the instruction set in use: the best of library and processor, or the one that ``$LOOPSERVE_CPU_LEVEL``
+    names.
+    """
     return _usable(_load())[0]
 
 
 def _usable(library: ctypes.CDLL) -> list[str]:
-    """The library's instruction sets that the processor has and ``$LOOPSERVE_CPU_LEVEL`` allows, best first."""
+    """Return the library's instruction sets that the processor has and ``$LOOPSERVE_CPU_LEVEL`` allows, best first."""
     names: list[str] = library.ls_levels().decode().split()
     wanted = os.environ.get("LOOPSERVE_CPU_LEVEL")
     return [name for name in names if not wanted or name == wanted]
@@ -85,7 +91,7 @@ def _usable(library: ctypes.CDLL) -> list[str]:
 
 @cache
 def function(name: str, *kinds: Any) -> Callable[..., Any]:
-    """The C function ``ls_<name>`` of the instruction set in use, taking arguments of these ctypes kinds."""
+    """Return the C function ``ls_<name>`` of the instruction set in use, with arguments of these ctypes kinds."""
     found: Callable[..., Any] = getattr(_load(), f"ls_{name}_{level()}")
     found.argtypes, found.restype = kinds, None  # type: ignore[attr-defined]
     return found
@@ -93,7 +99,7 @@ def function(name: str, *kinds: Any) -> Callable[..., Any]:
 
 @cache
 def call(name: str, *kinds: Any) -> Callable[..., None]:
-    """Like ``function``, for one that answers whether memory ran out: MemoryError if so."""
+    """Return a function like ``function`` that raises MemoryError where the C function reports that memory ran out."""
     found = getattr(_load(), f"ls_{name}_{level()}")
     found.argtypes, found.restype = kinds, ctypes.c_int
 
@@ -105,13 +111,13 @@ def call(name: str, *kinds: Any) -> Callable[..., None]:
 
 
 def threads() -> int:
-    """How many threads a kernel may use: as many as torch does."""
+    """Return how many threads a kernel may use: as many as torch uses."""
     return torch.get_num_threads()
 
 
 @cache
 def _load() -> ctypes.CDLL:
-    """Raises BuildError."""
+    """Load the library. Raises BuildError."""
     if INSTALLED.exists():
         library = _open(INSTALLED)
         if isinstance(library, ctypes.CDLL):
@@ -126,7 +132,7 @@ def _load() -> ctypes.CDLL:
 
 
 def _own() -> ctypes.CDLL:
-    """The library as this machine's compiler makes it, from the cache or built now. Raises BuildError."""
+    """Return this machine's library, from the cache or newly built. Raises BuildError."""
     compiler = build.find_compiler()
     wanted = (build.machine_level(compiler),)
     for levels in (wanted, build.levels()):
@@ -142,7 +148,7 @@ def _own() -> ctypes.CDLL:
 
 
 def _any_cached() -> tuple[ctypes.CDLL | None, list[str]]:
-    """The library of the cache folder with the best instruction set for this processor; why those that would fit were refused."""
+    """Return the cached library with the best instruction set for this processor, and why matching ones were rejected."""
     best: ctypes.CDLL | None = None
     refused: list[str] = []
     ranks = [each.name for each in build.levels()]
@@ -159,7 +165,9 @@ def _any_cached() -> tuple[ctypes.CDLL | None, list[str]]:
 
 
 def _open(path: Path) -> ctypes.CDLL | str:
-    """The library at a path, or why it is none for here: not there, other sources, or no instruction set of this processor."""
+    """Return the library at a path, or why it is unusable: missing, other sources, or no instruction set of this
+    processor.
+    """
     if not path.exists():
         return "it is not there"
     try:
@@ -167,7 +175,7 @@ def _open(path: Path) -> ctypes.CDLL | str:
         library.ls_digest.restype = library.ls_levels.restype = ctypes.c_char_p
         library.ls_has_threads.restype = ctypes.c_int
         digest = library.ls_digest().decode()
-    except (OSError, AttributeError) as error:  # a missing libgomp, another C library, a file that is no library
+    except (OSError, AttributeError) as error:  # a missing libgomp, another C library, not a library
         return str(error)
     if digest != build.source_digest():
         return "it was built of other sources"
@@ -179,7 +187,7 @@ def _open(path: Path) -> ctypes.CDLL | str:
 
 
 def cache_folder() -> Path:
-    """Where a library built at first use is kept."""
+    """Return the folder of libraries built at first use."""
     own = os.environ.get("LOOPSERVE_CACHE")
     if own:
         return Path(own)
@@ -187,7 +195,10 @@ def cache_folder() -> Path:
 
 
 def _target(compiler: str, levels: tuple[build.Level, ...]) -> Path:
-    """Where a library is kept. Changes with all that its record says: a cache may be shared by machines and versions."""
+    """Return the path of a library.
+
+    It depends on everything in its record, since machines and versions may share a cache.
+    """
     made_by = json.dumps(_made_by(compiler, levels), sort_keys=True)
     return cache_folder() / f"native-{hashlib.sha256(made_by.encode()).hexdigest()[:16]}.so"
 
@@ -205,7 +216,7 @@ def _build(target: Path, levels: tuple[build.Level, ...], compiler: str) -> None
     """Build a library and write its record. Raises BuildError."""
     build.build(target, levels, compiler)
     record = target.with_suffix(".json")
-    beside = record.with_name(f"{record.name}.{os.getpid()}")  # a reader never sees half a record
+    beside = record.with_name(f"{record.name}.{os.getpid()}")  # replaced atomically
     try:
         beside.write_text(json.dumps(_made_by(compiler, levels), indent=1) + "\n", encoding="utf-8")
         os.replace(beside, record)
@@ -214,7 +225,7 @@ def _build(target: Path, levels: tuple[build.Level, ...], compiler: str) -> None
 
 
 def _record(path: Path) -> dict[str, Any] | None:
-    """What a library was built by; None where no record stands beside it."""
+    """Return the build record of a library, or None where there is none."""
     try:
         found = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
     except (OSError, ValueError):

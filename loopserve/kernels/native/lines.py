@@ -1,4 +1,4 @@
-"""The compiled choice of lines, from given softmax rows or from the queries whose rows they are."""
+"""Call the compiled selection of lines, from given softmax rows or from queries and keys."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from loopserve.kernels.native.scores import Scores
 
 
 class _Selection(Structure):
-    """``Selection`` of select_lines.c."""
+    """Mirror the struct ``Selection`` of greedy.h."""
 
-    _fields_ = [  # ctypes wants a plain list
+    _fields_ = [  # ctypes requires a list
         ("scores", Scores),
         *((name, c_void_p) for name in ("given", "weights", "forced", "chosen", "covered", "mass", "spent")),
         ("new_tokens", c_int64),
@@ -42,9 +42,10 @@ def select(
     scaling: float = 1.0,
     first_valid: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(chosen bool ``[Hq, 2, n]``, covered mass and whole mass per row float64 ``[Hq, r]`` each, cost ``[Hq]``).
+    """Return chosen lines bool ``[Hq, 2, n]``, covered and total mass per row float64 ``[Hq, r]`` each, cost ``[Hq]``.
 
-    Softmax rows ``[Hq, r, n]`` are given, or made from queries ``[Hq, r, D]`` and keys ``[Hkv, n, D]`` and not kept.
+    Softmax rows ``[Hq, r, n]`` are given, or computed from queries ``[Hq, r, D]`` and keys ``[Hkv, n, D]`` and
+    discarded.
     """
     heads, rows = row_weights.shape
     total = forced.shape[2]

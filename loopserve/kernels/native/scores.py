@@ -1,4 +1,4 @@
-"""The compiled softmax rows and what is summed from them: line masses, token scores."""
+"""Call the compiled softmax rows and their sums: line masses and token scores."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _MOST_COLUMNS = 1 << 24  # rows.h compares columns as float32, which is exact up
 
 
 class Scores(Structure):
-    """``Scores`` of scores.c; strides count numbers."""
+    """Mirror the struct ``Scores`` of rows.h; strides count numbers."""
 
-    _fields_ = [  # ctypes wants a plain list
+    _fields_ = [  # ctypes requires a list
         *((name, c_void_p) for name in ("queries", "keys", "columns", "first_valid")),
         *((name, c_void_p) for name in ("probabilities", "vertical", "slash", "tokens")),
         *((name, c_int64) for name in ("key_head", "key_row")),
@@ -29,7 +29,7 @@ class Scores(Structure):
 
 
 def serves(queries: Tensor, keys: Tensor, softcap: float | None) -> str | None:
-    """Why the compiled scores cannot be computed, or None."""
+    """Return why the compiled scores cannot serve these arguments, or None."""
     if softcap:
         return "softcap"
     if keys.shape[1] > _MOST_COLUMNS:
@@ -39,7 +39,7 @@ def serves(queries: Tensor, keys: Tensor, softcap: float | None) -> str | None:
 
 
 def serves_join(queries: Tensor, keys: Tensor, softcap: float | None, over_rows: str) -> str | None:
-    """The same for token scores."""
+    """Return why the compiled token scores cannot serve these arguments, or None."""
     if over_rows == "max" and queries.shape[1] > _ROWS:
         return f"the maximum over {queries.shape[1]} rows"
     return serves(queries, keys, softcap)
@@ -48,7 +48,7 @@ def serves_join(queries: Tensor, keys: Tensor, softcap: float | None, over_rows:
 def line_scores(
     queries: Tensor, keys: Tensor, columns: Tensor, *, scaling: float, first_valid: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(softmax rows ``[Hq, r, n]``, masses of verticals and slashes ``[Hq, n]`` each), float32."""
+    """Return softmax rows ``[Hq, r, n]`` and masses of verticals and slashes ``[Hq, n]`` each, float32."""
     heads, rows, total = *queries.shape[:2], keys.shape[1]
     probabilities = large_pages(torch.empty(heads, rows, total, dtype=torch.float32, device="cpu"))
     vertical, slash = torch.empty(2, heads, total, dtype=torch.float32, device="cpu")
@@ -65,7 +65,7 @@ def line_scores(
 def token_scores(
     queries: Tensor, keys: Tensor, columns: Tensor, *, scaling: float, first_valid: Tensor | None, over_rows: str
 ) -> Tensor:
-    """Scores ``[Hkv, n]``, float32."""
+    """Return scores ``[Hkv, n]``, float32."""
     tokens = torch.empty(keys.shape[:2], dtype=torch.float32, device="cpu")
     pointers = (None, None, None, address("tokens", tokens, torch.float32, (keys.shape[0], keys.shape[1])))
     _run("token_scores", queries, keys, columns, scaling, first_valid, pointers, JOINS.index(over_rows))

@@ -1,8 +1,7 @@
-"""Per-page bounds of keys, and the best score any key of a page could have for a query (Quest,
-https://arxiv.org/abs/2406.10774).
+"""Compute bounds of keys per page, and an upper bound of the score of any key of a page for a query.
 
-Two functions in one room: the second only makes sense on what the first returns. One implementation each, on any
-device.
+Paper: Quest, https://arxiv.org/abs/2406.10774. Both functions have one implementation for every device. The second
+takes the result of the first.
 """
 
 from __future__ import annotations
@@ -12,8 +11,8 @@ from torch import Tensor
 
 
 def page_bounds(keys: Tensor, page: int) -> tuple[Tensor, Tensor]:
-    """(smallest, largest) value of each key channel per page of ``page`` columns: two ``[Hkv, P, D]``; the last may be
-    partial.
+    """Return the smallest and the largest value of each key channel per page of ``page`` columns, two ``[Hkv, P, D]``;
+    the last page may be partial.
     """
     if page < 1 or keys.dim() != 3 or keys.shape[1] == 0:
         raise ValueError(
@@ -30,16 +29,17 @@ def page_bounds(keys: Tensor, page: int) -> tuple[Tensor, Tensor]:
 
 
 def page_scores(queries: Tensor, low: Tensor, high: Tensor, *, scaling: float) -> Tensor:
-    """Upper bound of the scaled score of any key of a page: float32 ``[Hkv, P]``.
+    """Return an upper bound of the scaled score of any key of a page: float32 ``[Hkv, P]``.
 
-    Per query and channel the larger of query * low and query * high, summed over channels; then the maximum over the
-    queries ``[Hq, t, D]`` and over the query heads of a group, since a page that one of them needs is needed.
+    Per query and channel the larger of query * low and query * high is taken and summed over channels. The result is
+    the maximum over the queries ``[Hq, t, D]`` and over the query heads of a group, so that a page is kept if one of
+    them needs it.
     """
     if low.dim() != 3 or low.shape != high.shape or queries.dim() != 3 or queries.shape[0] % low.shape[0]:
         raise ValueError(
             f"page_scores: queries {list(queries.shape)}, low {list(low.shape)}, high {list(high.shape)} do not fit"
         )
     rows = queries.float().reshape(low.shape[0], -1, queries.shape[2])
-    # A positive query channel meets its largest product at the page's largest key, a negative one at the smallest.
+    # A positive query channel has its largest product with the largest key, a negative one with the smallest.
     bound = rows.clamp(min=0) @ high.float().transpose(1, 2) + rows.clamp(max=0) @ low.float().transpose(1, 2)
     return bound.amax(1) * scaling

@@ -1,40 +1,23 @@
-"""Which lines of each head hold a wanted share of its attention at the lowest cost: greedy by gain per cost, overlap
-counted out.
+"""Select the lines of each head that cover a share of its attention at the lowest cost, greedily by uncovered mass per
+cost.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, NamedTuple
 
-import torch
 from torch import Tensor
 
 from loopserve.kernels import backend
 from loopserve.kernels.gpu import limits
-from loopserve.kernels.shapes import check_columns, check_device, check_lines
+from loopserve.kernels.select_lines.options import MOST_TILE, TILE, Cost, LineSelection, finish, prepare
+from loopserve.kernels.shapes import check_columns
 
-Cost = Literal["length", "tile"]
-TILE = 64  # rows per tile of the kernels whose work the cost ``tile`` counts
-MOST_TILE = 256
+__all__ = ["MOST_TILE", "TILE", "LineSelection", "select_lines"]
+
 _OPERATION = backend.operation(
-    "select_lines", "packed", "cpu", "triton", any_device=True, limits={"triton": limits.selection}
+    "select_lines", "torch", "cpu", "triton", any_device=True, limits={"triton": limits.selection}
 )
-
-
-class LineSelection(NamedTuple):
-    """The chosen lines of each head, and what they reach on the sampled rows.
-
-    verticals, slashes: bool ``[Hq, n]``. coverage ``[Hq]``: weighted share of the rows' mass on the union. row_coverage
-    ``[Hq, r]``: share of each row's mass. cost ``[Hq]``: cells of the union (``length``), or keys computed per tile of
-    64 rows, averaged over the block (``tile``).
-    """
-
-    verticals: Tensor
-    slashes: Tensor
-    coverage: Tensor
-    row_coverage: Tensor
-    cost: Tensor
 
 
 def select_lines(
@@ -51,16 +34,19 @@ def select_lines(
     tile: int = TILE,
     most_cost: float = math.inf,
 ) -> LineSelection:
-    """Lines whose union holds at least ``alpha`` of the weighted mass of the sampled rows, per head.
+    """Return lines whose union covers at least ``alpha`` of the weighted mass of the sampled rows, per head.
 
-    probabilities float32 ``[Hq, r, n]``: softmax rows of queries at ``columns`` int64 ``[r]``; the block is the last
-    ``new_tokens`` of n columns. cost ``length``: cells of the block that a line adds to the union. ``tile``: keys that
-    a kernel working in tiles of ``tile`` rows computes more: a vertical 1, an isolated slash ``tile``, a slash next to
-    a chosen one 1 (less where a line crosses only part of the block). row_weights ``[r]`` or ``[Hq, r]``: what a row's
-    mass counts. row_floor: in addition every sampled row must reach this share. forced lines ``[n]`` or ``[Hq, n]`` are
-    taken first. most_cost: a head whose target would cost more is given up, its coverage staying below the target, as soon
-    as the rate of its best line tells, so that a head without structure costs next to nothing (on a GPU, where all heads
-    take the same rounds, it is not). A probability that is not finite counts as no mass. ValueError for what makes no sense.
+    probabilities float32 ``[Hq, r, n]``: softmax rows of queries at ``columns`` int64 ``[r]``. The block is the last
+    ``new_tokens`` of n columns. Probabilities that are not finite count as 0.
+
+    cost ``length``: the cells of the block that a line adds to the union. cost ``tile``: the additional keys that a
+    kernel with tiles of ``tile`` rows computes. A vertical costs 1, an isolated slash ``tile``, a slash next to a
+    chosen one 1, and less where a line crosses only part of the block.
+
+    row_weights ``[r]`` or ``[Hq, r]``: weight of each row's mass. row_floor: share that every sampled row must reach in
+    addition. forced_verticals, forced_slashes ``[n]`` or ``[Hq, n]``: lines taken first. most_cost: a head stops below
+    its target as soon as the rate of its best line shows that the target would cost more. On a GPU stopping saves no
+    time, since all heads run the same rounds. Raises ValueError for arguments out of range or that do not fit together.
     """
     if probabilities.dim() != 3 or 0 in probabilities.shape:
         raise ValueError(f"select_lines: probabilities {list(probabilities.shape)} must be non-empty [Hq, r, n]")
@@ -82,69 +68,3 @@ def select_lines(
     )
     chosen, covered, mass, spent = _OPERATION(probabilities, columns, new_tokens, **options)
     return finish(chosen, covered, mass, spent, options["row_weights"])
-
-
-def prepare(
-    op: str,
-    columns: Tensor,
-    heads: int,
-    total: int,
-    new_tokens: int,
-    *,
-    alpha: float,
-    cost: str,
-    row_weights: Tensor | None,
-    row_floor: float | None,
-    forced: tuple[Tensor | None, Tensor | None],
-    tile: int,
-    most_cost: float,
-) -> dict[str, Any]:
-    """The options of an implementation, checked (but for the columns): weights ``[Hq, r]``, forced lines ``[Hq, 2, n]``.
-
-    ValueError for what makes no sense.
-    """
-    rows, device = len(columns), columns.device
-    if not 0 < new_tokens <= total:
-        raise ValueError(f"{op}: new_tokens={new_tokens} must lie in [1, {total}]")
-    if not 0.0 <= alpha <= 1.0 or not 0.0 <= (row_floor or 0.0) <= 1.0:
-        raise ValueError(f"{op}: alpha={alpha} and row_floor={row_floor} must lie in [0, 1]")
-    if cost not in ("length", "tile") or not 1 <= tile <= MOST_TILE:
-        raise ValueError(f"{op}: cost={cost!r} must be 'length' or 'tile', tile={tile} from 1 to {MOST_TILE}")
-    weights = torch.ones(heads, rows, dtype=torch.float32, device=device) if row_weights is None else row_weights
-    check_device(op, "row_weights", weights, device)
-    fits = weights.shape in ((rows,), (heads, rows))
-    # Reading a value waits for an accelerator, so there the values are the caller's business.
-    if not fits or (device.type == "cpu" and not bool(((weights >= 0) & (weights < math.inf)).all())):
-        raise ValueError(
-            f"{op}: row_weights {list(weights.shape)} must be [{rows}] or [{heads}, {rows}], finite and none negative"
-        )
-    lines = torch.zeros(heads, 2, total, dtype=torch.bool, device=device)
-    for kind, each in enumerate(forced):
-        if each is not None:
-            check_lines(f"{op} (forced)", each.expand(heads, -1), each.expand(heads, -1), heads, total, device)
-            lines[:, kind] = each
-    return {
-        "alpha": alpha,
-        "tile": tile if cost == "tile" else None,
-        "row_weights": weights.expand(heads, -1),
-        "row_floor": row_floor or 0.0,
-        "most_cost": most_cost,
-        "forced": lines,
-    }
-
-
-def finish(chosen: Tensor, covered: Tensor, mass: Tensor, spent: Tensor, weights: Tensor) -> LineSelection:
-    """What an implementation found (lines ``[Hq, 2, n]``, masses ``[Hq, r]``, cost ``[Hq]``), as shares."""
-    weights = weights.to(covered.dtype)
-    return LineSelection(
-        verticals=chosen[:, 0],
-        slashes=chosen[:, 1],
-        coverage=_share((covered * weights).sum(-1), (mass * weights).sum(-1)).float(),
-        row_coverage=_share(covered, mass).float(),
-        cost=spent.float(),
-    )
-
-
-def _share(part: Tensor, whole: Tensor) -> Tensor:
-    """part / whole; of nothing, everything is covered."""
-    return (part / whole.clamp(min=1e-30)).masked_fill(whole <= 0, 1.0).clamp(max=1.0)

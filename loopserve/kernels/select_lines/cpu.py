@@ -1,4 +1,4 @@
-"""The exact greedy by the compiled kernel, head by head."""
+"""Run the exact greedy selection with the compiled C kernel, one head at a time."""
 
 from __future__ import annotations
 

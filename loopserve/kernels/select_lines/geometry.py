@@ -1,8 +1,8 @@
-"""What a line costs, given the lines already chosen. Shared by the reference and the fast path, batched over heads.
+"""Compute the cost of each line given the lines already chosen, batched over heads.
 
-A block has m new rows over n columns, history p = n - m. Vertical j holds the cells (i, j), slash d the cells (i, p + i
-- d); line x of either kind is m - max(0, x - p) cells long. Vertical j and slash d meet in one cell if p <= j + d < n,
-else in none.
+The block has m new rows over n columns, with p = n - m columns of history. Vertical j holds the cells (i, j), slash d
+the cells (i, p + i - d). Line x of either kind has m - max(0, x - p) cells. Vertical j and slash d share one cell if p
+<= j + d < n, else none.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from torch.nn.functional import pad
 
 
 def line_lengths(new_tokens: int, total: int, device: torch.device | None = None) -> Tensor:
-    """Cells of line x in the block, float64 ``[n]``."""
+    """Return the number of cells of line x in the block, float64 ``[n]``."""
     line = torch.arange(total, dtype=torch.float64, device=device)
     return new_tokens - (line - (total - new_tokens)).clamp(min=0)
 
 
 def cells_added(chosen: Tensor, new_tokens: int) -> Tensor:
-    """Cells that each line would add to the union of the chosen lines bool ``[H, 2, n]``: float64 ``[H, 2, n]``."""
+    """Return how many cells each line adds to the union of the chosen lines bool ``[H, 2, n]``: float64 ``[H, 2, n]``."""
     total = chosen.shape[2]
     history = total - new_tokens
     below = pad(chosen.flip(1).cumsum(2), (1, 0))  # chosen lines of the other kind before x
@@ -31,30 +31,32 @@ def cells_added(chosen: Tensor, new_tokens: int) -> Tensor:
 
 
 def offsets_computed(slashes: Tensor, tile: int) -> Tensor:
-    """Offsets that a tile of rows computes for chosen slashes bool ``[..., n]``: bool ``[..., n + tile - 1]``.
+    """Return which offsets a tile of rows computes for chosen slashes bool ``[..., n]``: bool ``[..., n + tile - 1]``.
 
-    Entry o stands for the key column o - (tile - 1) before the tile's first row; slash d needs the entries d to d +
-    tile - 1.
+    Entry o is the key column o - (tile - 1) before the first row of the tile. Slash d needs the entries d to d + tile -
+    1.
     """
     below = pad(pad(slashes, (0, tile - 1)).cumsum(-1), (tile, 0))  # slashes up to and including entry o - tile
     return below[..., tile:] > below[..., :-tile]
 
 
 def keys_added(chosen: Tensor, new_tokens: int, tile: int) -> Tensor:
-    """Keys per tile, averaged over the block, that a kernel would compute more for each line: float64 ``[H, 2, n]``."""
+    """Return how many additional keys per tile, averaged over the block, a kernel computes for each line: float64 ``[H,
+    2, n]``.
+    """
     total = chosen.shape[2]
     lengths = line_lengths(new_tokens, total, chosen.device) / new_tokens
     span = torch.cat([torch.ones(tile - 1, dtype=lengths.dtype, device=chosen.device), lengths])
     missing = pad((span * ~offsets_computed(chosen[:, 1], tile)).cumsum(-1), (1, 0))
     slash = missing[:, tile:] - missing[:, :-tile]
-    # Sums of many equal numbers miss 0 by a rounding error; a real cost is at least one row of one key.
+    # Rounding leaves sums that should be 0 slightly off. A real cost is at least one row of one key.
     slash = slash.masked_fill(slash < 0.5 / new_tokens, 0.0)
     return torch.stack([lengths.expand_as(slash), slash], dim=1)
 
 
 def total_cost(chosen: Tensor, new_tokens: int, tile: int | None) -> Tensor:
-    """Cost of the chosen lines ``[H, 2, n]``: cells of their union, or keys per tile if ``tile`` is given. float64
-    ``[H]``.
+    """Return the cost float64 ``[H]`` of the chosen lines ``[H, 2, n]``: cells of their union, or keys per tile if
+    ``tile`` is given.
     """
     total = chosen.shape[2]
     lengths = line_lengths(new_tokens, total, chosen.device)

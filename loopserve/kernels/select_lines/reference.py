@@ -1,4 +1,4 @@
-"""The exact greedy, line by line: readable, and what the fast one is measured against."""
+"""Select lines by the exact greedy, line by line; the other implementations are compared with it."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import math
 import torch
 from torch import Tensor
 
-from loopserve.kernels.line_scores.packed import diagonal_sums
+from loopserve.kernels.line_scores.torch import diagonal_sums
 from loopserve.kernels.select_lines.geometry import cells_added, keys_added, total_cost
 
-# Of a mass of 1, what counts as nothing: probabilities arrive in float32, and their sums miss 1 by about this much.
+# Share of the mass that counts as 0: sums of float32 probabilities differ from 1 by about this much.
 NEGLIGIBLE = 1e-6
 
 
@@ -26,8 +26,10 @@ def select_lines(
     most_cost: float,
     forced: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(chosen bool ``[Hq, 2, n]``, covered and whole mass per row ``[Hq, r]``, cost ``[Hq]``); kind 0 is vertical, 1
-    slash. See the package.
+    """Return chosen lines bool ``[Hq, 2, n]``, covered and total mass per row ``[Hq, r]``, cost ``[Hq]``; kind 0 is
+    vertical, 1 slash.
+
+    See the package.
     """
     heads = []
     finite = probabilities.double().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
@@ -43,8 +45,8 @@ def select_lines(
 
 
 class _Head:
-    """One head: uncovered mass ``[r, n]``, its weighted sums along the lines ``[2, n]``, chosen lines, covered mass
-    ``[r]``.
+    """Hold the state of one head: uncovered mass ``[r, n]``, its weighted sums along the lines ``[2, n]``, chosen
+    lines, covered mass ``[r]``.
     """
 
     def __init__(self, mass: Tensor, columns: Tensor, new_tokens: int, tile: int | None, most_cost: float) -> None:
@@ -62,7 +64,7 @@ class _Head:
         self.gains = torch.stack([weighted.sum(0), diagonal_sums(weighted[None], self.columns)[0]])
 
     def take(self, kind: int, line: int) -> None:
-        """Add a line to the union: its mass is covered, and the lines that cross it can no longer gain it."""
+        """Add a line to the union: cover its mass and reduce the gains of the lines that cross it."""
         self.chosen[kind, line] = True
         rows = (self.columns >= line).nonzero().flatten()
         crossing = self.columns[rows] - line
@@ -73,7 +75,7 @@ class _Head:
         self.gains[1 - kind].index_add_(0, crossing, -mass * self.weights[rows])
 
     def cover(self, weights: Tensor, share: float) -> None:
-        """Take lines until the weighted covered mass reaches its share, or nothing is left to gain."""
+        """Take lines until the weighted covered mass reaches its share, or no line has a gain."""
         self._weigh(weights)
         whole = float(self.mass @ weights)
         while (missing := (share - NEGLIGIBLE) * whole - float(self.covered @ weights)) > 0:
@@ -81,7 +83,7 @@ class _Head:
                 return
 
     def lift_rows(self, floor: float) -> None:
-        """Take lines until each row has its share. Only rows still below it say what is worth taking."""
+        """Take lines until each row reaches its share. Only rows still below it count for the gains."""
         while True:
             below = self.covered < (floor - NEGLIGIBLE) * self.mass
             if not torch.equal(below.double(), self.weights):
@@ -96,14 +98,14 @@ class _Head:
             if self.tile is None
             else keys_added(chosen, self.new_tokens, self.tile)
         )
-        # A line may cost nothing: the kernel computes its keys already, and only leaves them out.
+        # A line may cost 0: the kernel computes its keys already, and masks them.
         possible = (self.gains > 1e-12 * float(self.weights.max())) & ~self.chosen
         ratios = torch.where(possible, self.gains / costs[0], -1.0)
-        best = int(ratios.argmax())  # of equals the first: a vertical before a slash, then the lower index
+        best = int(ratios.argmax())  # ties: a vertical before a slash, then the lower index
         if not bool(possible.any()):
             return False
         spent = float(total_cost(chosen, self.new_tokens, self.tile)) if self.most_cost < math.inf else 0.0
-        if spent + missing / float(ratios.flatten()[best]) > self.most_cost:  # no later line brings more for its cost
+        if spent + missing / float(ratios.flatten()[best]) > self.most_cost:  # no later line has a higher gain per cost
             return False
         self.take(*divmod(best, ratios.shape[1]))
         return True

@@ -1,10 +1,11 @@
-"""The greedy on a GPU, without ever waiting for it: a fixed number of rounds, all heads at once.
+"""Select lines greedily on a GPU without synchronising: a fixed number of rounds, all heads at once.
 
 A round ranks the lines whose gain per cost is close to the best, counts each without the cells of those before it, and
-takes them up to the target; what they hold is then lost to the lines that cross them. The mass itself is never changed:
-a cell is uncovered while neither of its lines is taken. Heads that are done take no part in later rounds. Should a
-head not be done after the last round, all lines that remain are ranked once and counted the same way, so the target is
-always reached, at most somewhat dearer.
+takes them up to the target. The gains of the lines that cross them are then reduced. The probabilities are never
+changed: a cell is uncovered while neither of its lines is taken. Heads that reached the target skip later rounds.
+
+If a head has not reached its target after the last round, all remaining lines are ranked once and counted the same way.
+So the target is always reached, at a slightly higher cost.
 """
 
 from __future__ import annotations
@@ -36,8 +37,10 @@ def select_lines(
     most_cost: float,
     forced: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(chosen bool ``[Hq, 2, n]``, covered and whole mass per row ``[Hq, r]``, cost ``[Hq]``); kind 0 is vertical, 1
-    slash. See the package.
+    """Return chosen lines bool ``[Hq, 2, n]``, covered and total mass per row ``[Hq, r]``, cost ``[Hq]``; kind 0 is
+    vertical, 1 slash.
+
+    See the package.
     """
     heads = _Heads(probabilities, columns, new_tokens, alpha, tile, row_weights, forced)
     for _ in range(ROUNDS):
@@ -49,7 +52,7 @@ def select_lines(
 
 
 class _Heads:
-    """All heads: ranks int32, gains, chosen ``[H, 2 * n]``; weighted mass still missing ``[H]``."""
+    """Hold the state of all heads: ranks int32, gains, chosen ``[H, 2 * n]``; missing weighted mass ``[H]``."""
 
     def __init__(
         self,
@@ -68,13 +71,15 @@ class _Heads:
         free = torch.full(self.chosen.shape, FREE, dtype=torch.int32, device=forced.device)
         self.ranks = free.masked_fill_(self.chosen, TAKEN)
         self.gains = line_masses(self.mass, self.columns, weights=self.weights, ranks=self.ranks)
-        # By the kernel, for which what is not finite counts as no mass.
+        # By the kernel, which counts values that are not finite as 0.
         self.row_mass = covered_masses(self.mass, self.columns, torch.full_like(free, TAKEN))
         self.whole = (self.row_mass * self.weights).sum(1)
         # Every uncovered cell is on one vertical.
         uncovered = self.gains[:, : forced.shape[2]].sum(1)
         self.missing = uncovered - (1.0 - alpha + NEGLIGIBLE) * self.whole
-        self.least = NEGLIGIBLE * self.weights.amax(1, keepdim=True)  # corrected sums drift; below, they say nothing
+        self.least = NEGLIGIBLE * self.weights.amax(
+            1, keepdim=True
+        )  # corrected sums drift by rounding; smaller gains are noise
 
     def _costs(self) -> Tensor:
         chosen = self.chosen.view(len(self.chosen), 2, -1)
@@ -83,7 +88,7 @@ class _Heads:
         return added.float().view(self.chosen.shape)
 
     def round(self) -> None:
-        """Take the best lines of each head that misses mass."""
+        """Take the best lines of each head below its target."""
         costs = self._costs()
         possible = (self.gains > self.least) & ~self.chosen & (self.missing > 0)[:, None]
         ratios = (self.gains / costs).masked_fill_(~possible, 0.0)
@@ -96,7 +101,7 @@ class _Heads:
         fits[:, 0].fill_(True)
         tried = (best > 0) & (best >= close) & fits
         gained = self._ranked(lines, tried)
-        # What those before it leave to a line may no longer be worth its cost; the first is worth it by definition.
+        # The gain left by earlier lines may be below the threshold. The first line always reaches it.
         enough = gained >= close * costs.gather(1, lines)
         enough[:, 0].fill_(True)
         tried &= enough
@@ -108,7 +113,7 @@ class _Heads:
         self._settle(lines, taken, gained)
 
     def complete(self) -> None:
-        """Rank all lines that remain, and take them up to the target."""
+        """Rank all remaining lines, and take them up to the target."""
         ratios = (self.gains / self._costs()).masked_fill_(self.chosen, -torch.inf)
         order = ratios.nan_to_num_(nan=0.0, posinf=torch.inf, neginf=-torch.inf).argsort(dim=1, descending=True)
         rank = torch.arange(order.shape[1], dtype=torch.int32, device=order.device).expand_as(order)
@@ -121,26 +126,28 @@ class _Heads:
         self._settle(order, taken, gained)
 
     def _ranked(self, lines: Tensor, tried: Tensor) -> Tensor:
-        """Give the tried lines ``[H, K]`` the ranks of their places, the others none; what each then gains."""
+        """Set the ranks of the tried lines ``[H, K]`` to their positions, and return the gain of each without earlier
+        ones.
+        """
         place = torch.arange(lines.shape[1], dtype=torch.int32, device=lines.device).expand_as(lines)
-        # A line that was taken earlier may stand in the list behind those that are possible.
+        # A line taken earlier may follow the possible ones in the list.
         self.ranks.scatter_(1, lines, torch.where(tried, place, self._resting(lines)))
         listed = lines.masked_fill(~tried, -1).int()
         return line_masses(self.mass, self.columns, weights=self.weights, ranks=self.ranks, own_rank=True, lines=listed)
 
     def _resting(self, lines: Tensor) -> Tensor:
-        """Ranks of lines ``[H, K]`` between rounds."""
+        """Return the ranks of lines ``[H, K]`` between rounds."""
         free = torch.full(lines.shape, FREE, dtype=torch.int32, device=lines.device)
         return free.masked_fill_(self.chosen.gather(1, lines), TAKEN)
 
     def _settle(self, lines: Tensor, taken: Tensor, gained: Tensor) -> None:
-        """Count taken lines ``[H, K]`` as chosen; all others are free again."""
+        """Mark taken lines ``[H, K]`` as chosen, and free all others."""
         self.chosen.scatter_(1, lines, self.chosen.gather(1, lines) | taken)
         self.ranks.scatter_(1, lines, self._resting(lines))
         self.missing = self.missing - (gained * taken).sum(1)
 
 
 def _before(gained: Tensor) -> Tensor:
-    """Sums of what stands before each place ``[H, K]``."""
+    """Return the sums before each position ``[H, K]``."""
     gained = gained.double()
     return gained.cumsum(1) - gained

@@ -1,4 +1,4 @@
-"""How much attention each stored pair gets from a few queries, per KV head."""
+"""Compute how much attention each stored pair gets from a few queries, per KV head."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from loopserve.kernels.token_scores import cpu
 OverRows = Literal["mean", "sum", "max"]
 _OVER_ROWS = ("mean", "sum", "max")
 _OPERATION = backend.operation(
-    "token_scores", "packed", "cpu", "triton", limits={"cpu": cpu.limit, "triton": limits.scores}
+    "token_scores", "torch", "cpu", "triton", limits={"cpu": cpu.limit, "triton": limits.scores}
 )
 
 
@@ -28,11 +28,11 @@ def token_scores(
     first_valid: Tensor | None = None,
     over_rows: OverRows | str = "mean",
 ) -> Tensor:
-    """Row-softmax of queries ``[Hq, r, D]`` at ``columns`` over all keys, joined over rows, mean over the group:
-    float32 ``[Hkv, n]``.
+    """Return the softmax of queries ``[Hq, r, D]`` at ``columns`` over all keys, reduced over rows and averaged over
+    the group: float32 ``[Hkv, n]``.
 
-    over_rows: ``mean``, ``sum`` or ``max`` over the rows of each query head. ValueError for shapes or names that do not
-    fit.
+    over_rows: ``mean``, ``sum`` or ``max`` over the rows of each query head. Raises ValueError for an unknown name or
+    arguments that do not fit together.
     """
     check("token_scores", queries, keys, columns=columns, first_valid=first_valid)
     if over_rows not in _OVER_ROWS:

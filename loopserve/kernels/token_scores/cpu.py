@@ -1,4 +1,4 @@
-"""Token scores by the compiled kernel."""
+"""Compute token scores with the compiled C kernel."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from loopserve.kernels.native import scores
 
 
 def limit(queries: Tensor, keys: Tensor, *_: Tensor, softcap: float | None, over_rows: str, **__: object) -> str | None:
-    """What it cannot serve."""
+    """Return why the kernel cannot serve these arguments, or None."""
     return scores.serves_join(queries, keys, softcap, over_rows)
 
 

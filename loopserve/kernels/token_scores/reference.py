@@ -1,4 +1,4 @@
-"""Token scores by definition: all softmax rows, joined over rows, then over the group."""
+"""Define token scores: all softmax rows, reduced over rows, then averaged over the group."""
 
 from __future__ import annotations
 

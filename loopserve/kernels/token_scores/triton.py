@@ -1,4 +1,4 @@
-"""Token scores on a GPU: keys are read twice, the scores of query heads never exist together."""
+"""Compute token scores on a GPU in two passes over the keys, without storing the scores of query heads."""
 
 from __future__ import annotations
 

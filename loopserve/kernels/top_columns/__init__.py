@@ -1,4 +1,4 @@
-"""The columns of the best scores of each head."""
+"""Select the columns with the best scores of each head."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ _OPERATION = backend.operation("top_columns", "cpu", "triton", limits={"cpu": cp
 def top_columns(
     scores: Tensor, budget: int, *, sink_tokens: int = 0, recent_window: int = 0, first_valid: Tensor | None = None
 ) -> Tensor:
-    """Columns of the ``budget`` best scores per head, sorted: int64 ``[H, min(budget, n)]``.
+    """Return the columns of the ``budget`` best scores per head, sorted: int64 ``[H, min(budget, n)]``.
 
-    scores ``[H, n]``, any float type; NaN counts as lowest. The first ``sink_tokens`` and last ``recent_window`` columns are always
-    among them (recent ones win when the budget is smaller than both). Equal scores: the lowest column wins. first_valid ``[H]``:
-    columns before it are filler; every head must hold at least ``budget`` others. ValueError for shapes that do not fit.
+    scores ``[H, n]``: any float dtype; NaN counts as lowest. The first ``sink_tokens`` and the last ``recent_window``
+    columns are always selected; recent ones win where the budget is smaller than both. Of equal scores the lowest
+    column wins. first_valid ``[H]``: columns before it are filler; every head must have at least ``budget`` others.
+    Raises ValueError for arguments that do not fit together.
     """
     if scores.dim() != 2:
         raise ValueError(f"top_columns: scores {list(scores.shape)} must be [H, n]")
@@ -32,7 +33,7 @@ def top_columns(
     found: Tensor = _OPERATION(
         scores,
         min(budget, total),
-        sink_tokens=min(sink_tokens, total),  # a number that an int64 has no room for would wrap round in C
+        sink_tokens=min(sink_tokens, total),  # keeps the sizes within an int64 of the C kernel
         recent_window=min(recent_window, total),
         first_valid=first_valid,
     )

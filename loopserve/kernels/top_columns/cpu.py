@@ -1,4 +1,4 @@
-"""The choice by the compiled radix search."""
+"""Select columns with the compiled radix search."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from loopserve.kernels.native.arrays import MOST_COLUMNS, address, optional, row
 
 
 def limit(scores: Tensor, *_: object, **__: object) -> str | None:
-    """What it cannot serve."""
+    """Return why the kernel cannot serve these arguments, or None."""
     if scores.shape[1] > MOST_COLUMNS:
         return f"more than {MOST_COLUMNS} columns"
     return None if scores.shape[1] else "no columns"

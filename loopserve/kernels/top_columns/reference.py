@@ -1,4 +1,4 @@
-"""The choice by sorting: ranks by score, moved up or down by what is forced and what is filler."""
+"""Define the selection of columns: sort by score, then move forced columns up and filler down."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def top_columns(
     columns = torch.arange(total, device=scores.device).expand(heads, total)
     start = 0 if first_valid is None else first_valid[:, None]
     order = ranked.argsort(dim=-1, descending=True, stable=True)
-    # Ranks, not scores, are moved, so infinite scores cannot push sinks out.
+    # Ranks instead of scores are changed, so that infinite scores cannot displace sinks.
     rank = torch.empty_like(order).scatter_(1, order, columns)
     recent = columns >= total - recent_window
     rank = torch.where((columns < start + sink_tokens) & ~recent, rank - 2 * total, rank)

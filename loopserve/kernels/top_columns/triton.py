@@ -1,4 +1,6 @@
-"""The choice on a GPU: scores become integers of the same order, those forced in or out go above or below all others."""
+"""Select columns on a GPU: scores become integers of the same order, with forced columns above and filler below all
+others.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,10 @@ def rank_columns_kernel(
     LEFT_OUT: tl.constexpr,
     WIDE: tl.constexpr,
 ) -> None:
-    """Grid: blocks of columns, heads. WIDE: numbers are int64, and forced columns keep their order among themselves."""
+    """Rank columns.
+
+    Grid: blocks of columns, heads. WIDE: numbers are int64, and forced columns keep their order among themselves.
+    """
     head = tl.program_id(1).to(tl.int64)
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = column < total
@@ -53,7 +58,7 @@ def top_columns(
     """See the package."""
     scores = readable(scores)
     heads, total = scores.shape
-    # Only where not all that is forced fits does it matter which of the forced is better.
+    # The order among forced columns matters only where the budget is smaller than their number.
     wide = budget < min(sink_tokens, total) + min(recent_window, total)
     numbers = torch.empty(heads, total, dtype=torch.int64 if wide else torch.int32, device=scores.device)
     if budget:

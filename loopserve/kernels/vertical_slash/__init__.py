@@ -1,4 +1,4 @@
-"""Attention of new queries on the exact union of vertical and slash lines, line sets differing per head."""
+"""Compute attention of new queries on the exact union of vertical and slash lines, which differ per head."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from loopserve.kernels.shapes import check, check_lines
 from loopserve.kernels.vertical_slash import cpu
 
 _OPERATION = backend.operation(
-    "vertical_slash", "packed", "cpu", "triton", limits={"cpu": cpu.limit, "triton": limits.lines}
+    "vertical_slash", "torch", "cpu", "triton", limits={"cpu": cpu.limit, "triton": limits.lines}
 )
 
 
@@ -25,12 +25,11 @@ def vertical_slash(
     softcap: float | None = None,
     first_valid: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(output ``[Hq, Tq, D]``, log-sum-exp float32 ``[Hq, Tq]``) of end-aligned queries over the cells of the chosen
-    lines.
+    """Return output ``[Hq, Tq, D]`` and log-sum-exp float32 ``[Hq, Tq]`` over the cells of the chosen lines.
 
-    verticals, slashes: bool ``[Hq, Tk]``, by key column and by offset (query column minus key column); a cell on two
-    lines counts once. A head with every slash is dense. A row without a cell gives 0 and -inf. ValueError for shapes
-    that do not fit.
+    The queries are the last Tq columns. verticals, slashes: bool ``[Hq, Tk]``, by key column and by offset (query
+    column minus key column). A cell on two lines counts once. A head with every slash is dense. A row without a cell
+    gets output 0 and log-sum-exp -inf. Raises ValueError for arguments that do not fit together.
     """
     check("vertical_slash", queries, keys, values, first_valid=first_valid)
     check_lines("vertical_slash", verticals, slashes, queries.shape[0], keys.shape[1], queries.device)

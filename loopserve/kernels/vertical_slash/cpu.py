@@ -1,4 +1,4 @@
-"""Line attention by the compiled kernel."""
+"""Compute line attention with the compiled C kernel."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from loopserve.kernels.native.attention import attend, serves
 
 
 def limit(queries: Tensor, keys: Tensor, values: Tensor, *_: Tensor, softcap: float | None, **__: object) -> str | None:
-    """What it cannot serve."""
+    """Return why the kernel cannot serve these arguments, or None."""
     return serves(queries, values, softcap)
 
 

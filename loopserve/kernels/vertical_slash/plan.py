@@ -1,8 +1,8 @@
-"""What each tile of rows has to read, worked out on the device.
+"""List on the device which keys each tile of rows reads.
 
-Which keys a tile of rows needs for its slashes depends only on how far they lie before the tile's first row. So the
-chunks of keys are listed once per head, nearest first and not aligned to anything, and a tile reads as many of them as
-begin inside the store. Its verticals are the chosen columns in ascending order, up to its last row.
+The keys that a tile of rows needs for its slashes depend only on their distance before the first row of the tile. So
+the chunks of keys are listed once per head, nearest first and unaligned, and a tile reads those that begin inside the
+store. Its verticals are the chosen columns in ascending order, up to its last row.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from loopserve.kernels.gpu.compact import compacted_rows
 from loopserve.kernels.gpu.words import flag_words
 from loopserve.kernels.gpu.work import WorkList, work_list
 
-LENGTH_BITS = 8  # a chunk is written as its distance, and in the low bits how many of its keys it owns
+LENGTH_BITS = 8  # a chunk is encoded as its distance, with the number of keys it owns in the low bits
 _NEVER = 1 << 30
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Lists per head and counts per tile of rows.
+    """Hold lists per head and counts per tile of rows.
 
     plain_chunks, cut_chunks int32 ``[Hq, C]``: distance << LENGTH_BITS | keys owned, for chunks whose cells are all on
     slashes, and for the others. slash_words, vertical_words int64 ``[Hq, W]``: 64 flags from each 32nd on, slashes by
@@ -43,8 +43,8 @@ class Plan:
 def plan(
     verticals: Tensor, slashes: Tensor, first_valid: Tensor | None, rows: int, *, tile_rows: int, tile_keys: int
 ) -> Plan:
-    """A plan for the last ``rows`` of n columns on lines bool ``[Hq, n]``; columns before ``first_valid`` int64
-    ``[Hq]`` are left out.
+    """Return the plan for the last ``rows`` of n columns on lines bool ``[Hq, n]``, without columns before
+    ``first_valid`` int64 ``[Hq]``.
     """
     verticals, slashes = verticals.contiguous(), slashes.contiguous()
     heads, total = slashes.shape
@@ -52,7 +52,7 @@ def plan(
     plain, cut = _chunks(slashes, tile_rows, tile_keys)
     standing = torch.arange(tiles, device=slashes.device) * tile_rows + total - rows  # column of each tile's first row
     oldest = torch.zeros(1, dtype=torch.long, device=slashes.device) if first_valid is None else first_valid
-    # A chunk is of use while its last key is held: distance <= column of the tile's last row - first held column.
+    # A chunk is used while its last key is in the store: distance <= column of the tile's last row - first held column.
     farthest = (standing + tile_rows - 1 - oldest[:, None]).expand(heads, -1).clamp(min=-1)
     counted = [
         torch.searchsorted(each, (farthest.int() << LENGTH_BITS) + (1 << LENGTH_BITS) - 1, right=True)
@@ -78,10 +78,10 @@ def plan(
 
 
 def _chunks(slashes: Tensor, tile_rows: int, tile_keys: int) -> tuple[Tensor, Tensor]:
-    """(plain, cut) chunks, ascending, filled up with a distance that no tile reaches.
+    """Return (plain, cut) chunks, ascending, padded with a distance that no tile reaches.
 
-    The key at distance b before the last row of a tile meets the offsets b - tile_rows + 1 to b there; distances that
-    meet a chosen one form runs, and each run is cut into chunks from its near end.
+    The key at distance b before the last row of a tile has the offsets b - tile_rows + 1 to b. Distances that meet a
+    chosen offset form runs, and each run is cut into chunks from its near end.
     """
     total = slashes.shape[1]
     length = total + tile_rows - 1
@@ -106,7 +106,7 @@ def _chunks(slashes: Tensor, tile_rows: int, tile_keys: int) -> tuple[Tensor, Te
     cells = below.gather(1, at + tile_keys) - below.gather(1, low)
     whole = real & (cells == tile_rows + tile_keys - 1)
     entries = (starts << LENGTH_BITS) | owned
-    # Sorting moves the fillers behind the chunks of the kind.
+    # Sorting moves the padding after the chunks of the kind.
     plain = entries.masked_fill(~whole, _NEVER).sort(1).values
     cut = entries.masked_fill(whole | ~real, _NEVER).sort(1).values
     return plain, cut

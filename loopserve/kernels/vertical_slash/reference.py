@@ -1,4 +1,4 @@
-"""Line attention by definition: a mask with the cells of the lines, then masked attention."""
+"""Define line attention: masked attention under a mask of the cells of the lines."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from loopserve.kernels.masked import masked_attention, per_query_head, query_col
 
 
 def line_mask(verticals: Tensor, slashes: Tensor, columns: Tensor) -> Tensor:
-    """Cells of the lines that queries at ``columns`` ``[Tq]`` see: bool ``[Hq, Tq, Tk]``."""
+    """Return the cells of the lines that queries at ``columns`` ``[Tq]`` see: bool ``[Hq, Tq, Tk]``."""
     offsets = columns[:, None] - torch.arange(verticals.shape[1], device=verticals.device)
     return (verticals[:, None] | slashes[:, offsets.clamp(min=0)]) & (offsets >= 0)
 

@@ -1,7 +1,9 @@
-"""Line attention on a GPU: a persistent kernel over a work list, each item a stream of tiles of one tile of rows.
+"""Compute line attention on a GPU: a persistent kernel over a work list, each item a sequence of key tiles for one tile
+of rows.
 
-The stream has three parts: chunks of keys whose cells all lie on slashes, chunks that need the pattern of offsets, and
-chosen columns packed together once per head. Slash chunks leave chosen columns out, so a cell counts once.
+The sequence has three parts: chunks of keys whose cells are all on slashes, chunks that need a mask of offsets, and
+chosen columns that are copied together once per head. Slash chunks leave out chosen columns, so that a cell counts
+once.
 """
 
 from __future__ import annotations
@@ -26,9 +28,7 @@ from loopserve.kernels.gpu.words import WORD_PADDING, window
 from loopserve.kernels.vertical_slash.plan import LENGTH_BITS, plan
 
 _LEAST_PACKED = 2048
-_PACKED_SHARE = (
-    8  # room for packed columns: one in so many, at least the above; what is beyond is gathered by each tile
-)
+_PACKED_SHARE = 8  # capacity for copied columns: one in this many, at least _LEAST_PACKED; each tile gathers the others
 
 
 @triton.jit(do_not_specialize=["rows", "total", "tiles", "group", "row_tiles", "chunk_capacity", "word_count"])
@@ -80,7 +80,10 @@ def vertical_slash_kernel(
     HAS_FILLER: tl.constexpr,
     GATHERS: tl.constexpr,
 ) -> None:
-    """See the module. Programs take every so-manyth item of the list, which begins with the longest."""
+    """Compute the items of the work list.
+
+    See the module. Each program takes every ``num_programs``-th item; the longest come first.
+    """
     row = tl.arange(0, ROWS)
     key = tl.arange(0, KEYS)
     for item in range(tl.program_id(0), tl.load(item_count), tl.num_programs(0)):
@@ -130,7 +133,7 @@ def vertical_slash_kernel(
             v_tile = load_rows(values_at, keys, v_row, held, VALUE_CHANNELS, VALUE_PADDED)
             low, high = window(taken, first, PADDING)
             open_keys = held & ((tl.where(key < 32, low, high) >> (key & 31) & 1) == 0)
-            # Slashes are written by descending offset, so a row's cells are as many flags on end.
+            # Slashes are stored by descending offset, so that the cells of a row are adjacent flags.
             near, far = window(slash_words + head * word_count, total - 1 - (row - ROWS + KEYS + distance), PADDING)
             flags = tl.where((key < 32)[None, :], near[:, None], far[:, None])
             seen = open_keys[None, :] & ((flags >> (key & 31)[None, :] & 1) == 1)

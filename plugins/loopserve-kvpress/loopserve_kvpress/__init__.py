@@ -1,4 +1,4 @@
-"""Run kvpress-style scorers as loopserve decode policies: objects with a ``score`` method, called as they are."""
+"""Run scorers with kvpress's interface (a method ``score``), unchanged, as loopserve decode policies."""
 
 from __future__ import annotations
 

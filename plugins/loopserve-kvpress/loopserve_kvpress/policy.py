@@ -28,11 +28,14 @@ from loopserve_kvpress.stand_in import StandInModule, cos_and_sin, parts_of, rot
 
 
 class ScorerConfig(ScoredConfig):
-    """Take loopserve's budget, forced pairs and retention; a scorer's own ratio is set from the budget in every call."""
+    """Configure budget, forced pairs and retention.
+
+    A scorer's own compression ratio is set from the budget in every call.
+    """
 
     reads_queries: bool = Field(
         True,
-        description="Whether the scorer looks at hidden states or the module's rotation (SnapKV does, Knorm does not).",
+        description="Whether the scorer reads hidden states or the module's rotation (SnapKV does, Knorm does not).",
     )
     attentions: bool = Field(
         False, description="Give the scorer the attention of the turn's rows; memory grows with rows times pairs."
@@ -40,10 +43,10 @@ class ScorerConfig(ScoredConfig):
 
 
 class ScorerDecode(ScoredCompressor):
-    """Keep the pairs that a kvpress-style scorer ranks highest; a subclass says which scorer.
+    """Keep the pairs that a kvpress-style scorer ranks highest. Subclasses define the scorer.
 
-    The scorer sees one conversation as a batch of one, the queries of the turn's last prefill call and the whole store.
-    Sinks and a recent window are kept besides; set both to 0 for the scorer's choice alone.
+    The scorer sees one session as a batch of one: the queries of the turn's last prefill call and the whole store.
+    Sinks and a recent window are kept in addition. Set both to 0 to keep only what the scorer ranks highest.
     """
 
     capabilities: ClassVar[Capabilities] = Capabilities(retentions=frozenset(Retention))
@@ -55,7 +58,7 @@ class ScorerDecode(ScoredCompressor):
 
     @property
     def can_be_weighed(self) -> bool:
-        return False  # nothing says that a scorer's answers are positive
+        return False  # scores need not be positive
 
     @property
     def effective_capabilities(self) -> Capabilities:
@@ -65,11 +68,11 @@ class ScorerDecode(ScoredCompressor):
     @property
     @abstractmethod
     def scorer(self) -> Scorer:
-        """Return the object whose ``score`` is called. It is shared by all sessions; loopserve calls a copy."""
+        """Return the object whose ``score`` is called. It is shared by all sessions, and loopserve calls a copy."""
 
     def refuses(self, layer: LayerSpec) -> str | None:
         if not self.config.reads_queries or layer.lacks(Need.ROTARY) is not None or layer.parts is None:
-            return None  # not needed, or refused for that already
+            return None  # not needed, or refused for another reason
         if rotates_by_halves(layer.parts, layer.head_dim):
             return None
         return (
@@ -87,7 +90,7 @@ class ScorerDecode(ScoredCompressor):
         heads, total, _ = inputs.keys.shape
         if inputs.first_valid is None:
             return self._scores(inputs, slice(0, heads), 0, budget)
-        # Heads that hold different numbers of pairs are asked for one by one, or filler would be ranked with the rest.
+        # Heads with different numbers of pairs are scored one by one, since filler would be ranked otherwise.
         rows = torch.full((heads, total), float("-inf"), dtype=torch.float32, device=inputs.keys.device)
         for head, start in enumerate(inputs.first_valid.tolist()):
             rows[head, start:] = self._scores(inputs, slice(head, head + 1), start, budget)[0]
@@ -101,9 +104,9 @@ class ScorerDecode(ScoredCompressor):
         attentions = self._attentions(inputs, own, start) if self.config.attentions else None
         try:
             scorer = _with_ratio(self.scorer, 1 - min(budget + 0.5, keys.shape[1]) / keys.shape[1])
-            # Copies, since a scorer may write into what it is given.
+            # Copies, since a scorer may write into its inputs.
             found = scorer.score(module, hidden, keys[None].clone(), values[None].clone(), attentions, options)
-        except Exception as error:  # somebody else's code: whatever it raises is its reason
+        except Exception as error:  # foreign code may raise anything
             raise PolicyError(f"{self._called}: {type(error).__name__}: {error}") from error
         if not isinstance(found, Tensor) or found.shape != (1, *keys.shape[:2]):
             shape = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
@@ -111,14 +114,12 @@ class ScorerDecode(ScoredCompressor):
         return found[0].float()
 
     def _states(self, inputs: AttentionInputs, own: slice) -> tuple[Tensor | None, dict[str, Any]]:
-        """Return the queries as hidden states ``[1, T, heads * D]``, and the rotation that takes them to their positions."""
+        """Return the queries as hidden states ``[1, T, heads * D]``, and the rotation to their positions."""
         if not self.config.reads_queries:
             return None, {}
         parts, positions = parts_of(inputs), inputs.head_positions(0)[inputs.columns]
         queries = parts.rotate(inputs.queries[own], positions, back=True)
-        queries = queries * (
-            inputs.scaling * queries.shape[2] ** 0.5
-        )  # kvpress divides by the root of D, whatever the model does
+        queries = queries * (inputs.scaling * queries.shape[2] ** 0.5)  # kvpress always divides by the root of D
         hidden = queries.transpose(0, 1).reshape(1, len(positions), -1)
         return hidden, {"position_embeddings": cos_and_sin(parts, positions, hidden[..., : queries.shape[2]])}
 
@@ -132,7 +133,10 @@ class ScorerDecode(ScoredCompressor):
 
 
 def _with_ratio(scorer: Scorer, ratio: float) -> Scorer:
-    """Return a copy that removes this share of the pairs, for scorers that read it; the one given stays as it is."""
+    """Return a copy that removes this share of the pairs, where the scorer has a ratio.
+
+    The given scorer is not changed.
+    """
     if not hasattr(scorer, "compression_ratio"):
         return scorer
     own = copy.deepcopy(scorer)
@@ -141,16 +145,19 @@ def _with_ratio(scorer: Scorer, ratio: float) -> Scorer:
 
 
 class KVPressDecode(ScorerDecode):
-    """Keep the pairs that a scorer of kvpress, or one with the same interface, ranks highest; named in the stack file.
+    """Keep the pairs that a scorer of kvpress, or one with the same interface, ranks highest.
 
-    The package: https://arxiv.org/abs/2510.00636 (KVPress, with Expected Attention). Variant: a press's ``score`` is called as it
-    is, with an attention module made of the queries; its ``compress``, its hooks and its ratio are not used.
+    The stack file names the scorer.
 
-    Deviations: the budget is exact and in tokens, ties go to the lowest position, sinks and a recent window are kept besides.
-    Presses that need true hidden states, ``k_proj``, weights of a surrogate or several passes cannot be served.
+    Paper: https://arxiv.org/abs/2510.00636 (KVPress, with Expected Attention). Variant: the ``score`` of a press is
+    called unchanged, with an attention module that is derived from the queries. Its ``compress``, its hooks and its
+    ratio are not used.
 
-    Multi-turn: scored anew at the end of each turn's prefill over the whole store, by the queries of the new turn (of its
-    last chunk, where it is read in chunks); kvpress has no later turns.
+    Deviations: the budget is exact and in tokens. Ties go to the lowest position. Sinks and a recent window are kept in
+    addition. Presses that need true hidden states, ``k_proj``, weights of another model or several passes are refused.
+
+    Multi-turn: scores are computed at the end of each turn's prefill over the whole store, by the queries of the new
+    turn (of its last chunk, with chunked prefill). kvpress has no later turns.
     """
 
     name: ClassVar[str] = "kvpress"
@@ -160,7 +167,7 @@ class KVPressDecode(ScorerDecode):
         press: str = Field(
             description="A class of kvpress, such as SnapKVPress, or a scorer that a distribution names."
         )
-        options: dict[str, Option] = Field(default_factory=dict, description="What the scorer is made with.")
+        options: dict[str, Option] = Field(default_factory=dict, description="Options of the scorer.")
 
         @model_validator(mode="after")
         def _can_be_made(self) -> KVPressDecode.Config:

@@ -17,18 +17,22 @@ Option = bool | int | float | str | None
 
 
 class Scorer(Protocol):
-    """Describe the interface of ``kvpress.ScorerPress`` that this adapter calls; nothing else of a press is used."""
+    """Describe the part of the interface of ``kvpress.ScorerPress`` that this adapter uses."""
 
     def score(
         self, module: Any, hidden_states: Tensor, keys: Tensor, values: Tensor, attentions: Tensor | None, kwargs: Any
     ) -> Tensor:
-        """Return the importance of each pair, ``[1, Hkv, Tk]``, of keys and values ``[1, Hkv, Tk, D]``; larger is kept."""
+        """Return the importance ``[1, Hkv, Tk]`` of pairs with keys and values ``[1, Hkv, Tk, D]``.
+
+        Pairs with larger values are kept.
+        """
 
 
 def find_scorer(name: str) -> type[Scorer]:
-    """Return the class of a scorer: an entry point of the group ``loopserve_kvpress``, else a class of the package kvpress.
+    """Return the class of a scorer: an entry point of the group ``loopserve_kvpress``, else a class of the package
+    kvpress.
 
-    ConfigError if there is none of that name, or it has no ``score``.
+    Raises ConfigError if there is none of that name, or if it has no ``score``.
     """
     entries = {each.name: each for each in metadata.entry_points(group=GROUP)}
     found = entries[name].load() if name in entries else _of_kvpress(name, entries)
@@ -54,7 +58,7 @@ def _of_kvpress(name: str, entries: Mapping[str, Any]) -> Any:
 
 
 def make_scorer(name: str, options: Mapping[str, Option]) -> Scorer:
-    """Return a scorer with its options. Raises ConfigError if it does not take them."""
+    """Return a scorer with its options. Raises ConfigError if it does not accept them."""
     kind = find_scorer(name)
     if "compression_ratio" in options:
         raise ConfigError("compression_ratio is not needed: the policy's budget says how many pairs are kept")

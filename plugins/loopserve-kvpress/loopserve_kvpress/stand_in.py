@@ -1,8 +1,8 @@
-"""Stand in for a transformers attention module, as far as queries and keys allow.
+"""Replace a transformers attention module for scorers, as far as queries and keys allow.
 
-kvpress reads queries as ``q_proj(hidden_states)`` and rotates them itself. So the hidden states handed over ARE the queries of
-the call, turned back to before their position, and ``q_proj`` leaves them as they are. True hidden states are not to be had;
-whatever else is asked of the module is refused by name.
+kvpress computes queries as ``q_proj(hidden_states)`` and rotates them itself. So the hidden states passed here are the
+queries of the call, rotated back to position 0, and ``q_proj`` returns them unchanged. True hidden states are not
+available. Any other attribute of the module is refused by name.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _PROBED = (0, 1, 300)
 
 
 class Same:
-    """Project nothing; ``weight`` is for scorers that multiply by it themselves."""
+    """Return the input unchanged. ``weight`` is the identity, for scorers that multiply by it."""
 
     def __init__(self, width: int, like: Tensor) -> None:
         self._width, self._like = width, like
@@ -33,7 +33,7 @@ class Same:
 
 
 class StandInModule:
-    """Stand for one attention module in one call; a scorer sees ``kv_heads`` of its heads."""
+    """Replace one attention module in one call. A scorer sees ``kv_heads`` of its heads."""
 
     def __init__(self, inputs: AttentionInputs, kv_heads: int, reads_queries: bool) -> None:
         heads, dim = kv_heads * inputs.group, inputs.keys.shape[2]
@@ -54,8 +54,9 @@ class StandInModule:
             self.rotary_emb = self._rotation_of_what_comes
 
     def _rotation_of_what_comes(self, vectors: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Return cos and sin ``[1, n, D]``. A scorer counts positions from the call's first query; those of a later turn come after
-        the whole conversation.
+        """Return cos and sin ``[1, n, D]`` of future positions.
+
+        A scorer counts positions from the first query of the call. Those of a later turn follow the whole session.
         """
         before = self._inputs.length - self._inputs.new_tokens
         return cos_and_sin(parts_of(self._inputs), position_ids[0] + before, vectors)
@@ -74,7 +75,9 @@ def parts_of(inputs: AttentionInputs) -> LayerParts:
 
 
 def cos_and_sin(parts: LayerParts, positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the rotation by halves at positions ``[n]``, cos and sin ``[1, n, D]`` as transformers' rotary modules give them."""
+    """Return the rotation by halves at positions ``[n]``: cos and sin ``[1, n, D]`` as transformers' rotary modules
+    return them.
+    """
     dim = like.shape[-1]
     probe = torch.zeros(1, len(positions), dim, dtype=like.dtype, device=like.device)
     probe[..., : dim // 2] = 1  # x * cos + rotate_half(x) * sin of (1, 0) is (cos, sin)
@@ -84,7 +87,7 @@ def cos_and_sin(parts: LayerParts, positions: Tensor, like: Tensor) -> tuple[Ten
 
 
 def rotates_by_halves(parts: LayerParts, dim: int) -> bool:
-    """Return whether a layer rotates as kvpress's scorers assume: x * cos + rotate_half(x) * sin, over all channels."""
+    """Return whether a layer rotates as kvpress's scorers assume: x * cos + rotate_half(x) * sin over all channels."""
     vectors = torch.randn(
         1, len(_PROBED), dim, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu"
     )

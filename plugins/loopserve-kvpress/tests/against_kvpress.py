@@ -1,8 +1,8 @@
-"""The adapter against kvpress itself; ``make oracle`` runs this in the environment that has kvpress.
+"""Compare the adapter with kvpress; ``make oracle`` runs this in the environment that has kvpress.
 
 Each press scores a layer of a small random model twice: with the model's own module and hidden states, and through the
-adapter, which knows queries, keys and values only. Prints the largest difference of each, or why it cannot be served; the exit
-status is 1 if a press that should be served differs by more than 1e-5, or one that cannot be is not refused.
+adapter, which has queries, keys and values only. Prints the largest difference of each, or why it is refused. The exit
+status is 1 if a supported press differs by more than 1e-5, or if an unsupported one is not refused.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def inputs_of(found: dict[str, Any], heads: int, kv_heads: int, dim: int, tokens
 
 
 def captured(shape: dict[str, int], implementation: str) -> tuple[dict[str, Any], AttentionInputs]:
-    """What a press of kvpress is given at one layer, and what a policy is."""
+    """Return the inputs of a press of kvpress at one layer, and those of a policy."""
     heads, kv_heads, dim, tokens = (shape[name] for name in ("heads", "kv_heads", "dim", "tokens"))
     ids = torch.randint(0, 256, (1, tokens), generator=torch.Generator().manual_seed(SEED))
     found = capture(tiny(heads, kv_heads, dim, implementation), ids)
@@ -82,7 +82,7 @@ def adapted(press: str, fields: dict[str, Any]) -> KVPressDecode:
 
 
 def difference(press: str, fields: dict[str, Any], shape: dict[str, int]) -> float:
-    """Between the adapter's scores and the press's own on the model's module."""
+    """Return the largest difference between the adapter's scores and the press's own on the model's module."""
     found, inputs = captured(shape, "eager" if fields.get("attentions") else "sdpa")
     ratio = 1 - (BUDGET + 0.5) / shape["tokens"]
     made = getattr(kvpress, press)(compression_ratio=ratio, **fields.get("options", {}))
@@ -92,7 +92,7 @@ def difference(press: str, fields: dict[str, Any], shape: dict[str, int]) -> flo
 
 
 def refusal(press: str) -> str | None:
-    """Why the adapter cannot serve a press; None if it can."""
+    """Return why the adapter refuses a press, or None."""
     _, inputs = captured(MODELS["grouped"], "sdpa")
     try:
         adapted(press, {}).score(inputs)

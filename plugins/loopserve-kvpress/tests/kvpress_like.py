@@ -1,4 +1,4 @@
-"""Scorers with kvpress's interface, from the formulas of the papers: what the adapter is tested with where kvpress is not."""
+"""Define scorers with kvpress's interface, from the formulas of the papers, for tests without kvpress."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def turned(queries: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 @dataclass
 class WindowScorer:
-    """SnapKV: attention of the last rows, pooled; the rows themselves are kept."""
+    """Score as SnapKV: pooled attention of the last rows, which are kept themselves."""
 
     compression_ratio: float = 0.0
     window_size: int = 16
@@ -47,7 +47,7 @@ class WindowScorer:
 
 @dataclass
 class ExpectedScorer:
-    """Expected attention by the mean query alone, turned to the positions to come."""
+    """Score by expected attention of the mean query, rotated to future positions."""
 
     n_future: int = 64
     n_sink: int = 2
@@ -65,7 +65,7 @@ class ExpectedScorer:
 
 @dataclass
 class KeyLengthScorer:
-    """Knorm; looks at nothing but keys."""
+    """Score as Knorm, by keys only."""
 
     def score(self, module: Any, hidden_states: Any, keys: Any, values: Any, attentions: Any, kwargs: Any) -> Tensor:
         length: Tensor = -keys.norm(dim=-1)
@@ -74,7 +74,7 @@ class KeyLengthScorer:
 
 @dataclass
 class ObservedScorer:
-    """Mean attention that each pair got from the rows that see it."""
+    """Score by the mean attention of each pair over the rows that see it."""
 
     def score(self, module: Any, hidden_states: Any, keys: Any, values: Any, attentions: Any, kwargs: Any) -> Tensor:
         total = keys.shape[2]
@@ -84,7 +84,7 @@ class ObservedScorer:
 
 @dataclass
 class RatioScorer:
-    """StreamingLLM: zeros where the ratio says that pairs are removed."""
+    """Score as StreamingLLM: zeros for pairs that the ratio removes."""
 
     compression_ratio: float = 0.0
     n_sink: int = 2
@@ -97,7 +97,7 @@ class RatioScorer:
 
 
 class Careless(KeyLengthScorer):
-    """Writes into what it is given."""
+    """Write into the inputs."""
 
     def score(self, module: Any, hidden_states: Any, keys: Any, values: Any, attentions: Any, kwargs: Any) -> Tensor:
         keys.mul_(0)
@@ -106,7 +106,7 @@ class Careless(KeyLengthScorer):
 
 
 class Curious(KeyLengthScorer):
-    """Wants the keys before their position, from hidden states that are not there."""
+    """Read the keys before rotation from hidden states, which are not available."""
 
     def score(self, module: Any, hidden_states: Any, keys: Any, values: Any, attentions: Any, kwargs: Any) -> Tensor:
         length: Tensor = module.k_proj(hidden_states).norm(dim=-1)
@@ -114,11 +114,11 @@ class Curious(KeyLengthScorer):
 
 
 class Unbatched(KeyLengthScorer):
-    """Forgets the batch dimension."""
+    """Return scores without the batch dimension."""
 
     def score(self, module: Any, hidden_states: Any, keys: Any, values: Any, attentions: Any, kwargs: Any) -> Tensor:
         return super().score(module, hidden_states, keys, values, attentions, kwargs)[0]
 
 
 class NoScorer:
-    """Has no score."""
+    """Define no score."""

@@ -1,4 +1,4 @@
-"""The adapter with scorers of kvpress's interface: what they get, what is made of their answers, what is refused."""
+"""Test the adapter with scorers of kvpress's interface: their inputs, the use of their scores, and refusals."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from loopserve.policies import loopserve_register_policies as built_in
 from loopserve.testing import parametrize_with_policy_checks
 from loopserve.testing.inputs import FakeRecord, PlainParts, make_inputs
 
-FROZEN = Path(__file__).parents[3] / "tests/oracle/fixtures/grouped.safetensors"  # kvpress's own answers
+FROZEN = Path(__file__).parents[3] / "tests/oracle/fixtures/grouped.safetensors"  # scores of kvpress
 BARE = {"sink_tokens": 0, "recent_window": 0}
 
 
 @pytest.fixture(autouse=True)
 def kvpress(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A package of that name with the scorers of this folder."""
+    """Provide a package named kvpress with the scorers of this folder."""
     package = ModuleType("kvpress")
     vars(package).update({name: value for name, value in vars(kvpress_like).items() if isinstance(value, type)})
     monkeypatch.setitem(sys.modules, "kvpress", package)
@@ -81,7 +81,7 @@ def test_a_scorer_gives_what_kvpress_gave_on_a_real_model(press: str, fields: di
 
 
 def test_a_scorer_that_rotates_to_positions_to_come_gives_what_kvpress_gave() -> None:
-    """kvpress's ExpectedAttention without covariance and value norms, sinks aside."""
+    """Compare with kvpress's ExpectedAttention without covariance and value norms, and without sinks."""
     inputs, found = frozen_inputs()
     scores = policy("ExpectedScorer", n_future=64, n_sink=2).score(inputs)[:, 2:]
     assert float((scores - found["scores.expected_attention_mean"][:, 2:]).abs().max()) <= 1e-5
@@ -90,7 +90,7 @@ def test_a_scorer_that_rotates_to_positions_to_come_gives_what_kvpress_gave() ->
 def test_positions_to_come_follow_the_whole_conversation() -> None:
     inputs = make_inputs(new_tokens=8, total_tokens=30, turn=1)
     module = StandInModule(inputs, 2, reads_queries=True)
-    found = module.rotary_emb(inputs.queries, torch.arange(8, 12)[None])  # as a scorer counts that sees 8 queries
+    found = module.rotary_emb(inputs.queries, torch.arange(8, 12)[None])  # as a scorer that sees 8 queries counts
     assert inputs.layer.parts is not None
     torch.testing.assert_close(found, cos_and_sin(inputs.layer.parts, torch.arange(30, 34), inputs.queries))
 
@@ -191,7 +191,7 @@ def test_without_kvpress_it_says_what_to_do(registry: Registry, monkeypatch: pyt
 
 
 class Interleaved(PlainParts):
-    """Rotates neighbouring channels, as GLM does."""
+    """Rotate neighbouring channels, as GLM does."""
 
     def rotate(self, vectors: torch.Tensor, positions: torch.Tensor, *, back: bool = False) -> torch.Tensor:
         order = torch.arange(vectors.shape[-1]).view(-1, 2).T.flatten()
@@ -206,7 +206,7 @@ def test_a_model_that_rotates_otherwise_is_refused_unless_queries_do_not_matter(
 
 
 class OwnDecode(ScorerDecode):
-    """Keeps the pairs with the smallest keys, by a scorer of this file."""
+    """Keep the pairs with the smallest keys, by a scorer of this file."""
 
     name = "own"
     paper = ""
@@ -221,7 +221,7 @@ def test_a_scorer_can_be_a_policy_of_its_own() -> None:
 
 
 class SnapLike(ScorerDecode):
-    """Keeps what the last rows attend to, by a scorer that reads queries."""
+    """Keep the pairs that the last rows attend to, by a scorer that reads queries."""
 
     name = "snap_like"
     paper = ""

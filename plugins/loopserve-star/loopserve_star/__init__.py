@@ -1,4 +1,4 @@
-"""Implement Star Attention as a loopserve plugin: a sparsifier with a pattern and kernels of its own."""
+"""Implement Star Attention as a loopserve plugin with its own pattern and kernels."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Compute star attention block by block: each block is a small dense attention over the anchor's keys and its own.
+"""Compute star attention block by block, each a small dense attention over the keys of the anchor and of the block.
 
-On a GPU with Triton one kernel does all blocks at once (``triton_attention``).
+On a GPU with Triton one kernel computes all blocks (``triton_attention``).
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def star_attention(
     softcap: float | None = None,
     first_valid: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return output ``[Hq, T, D]`` and log-sum-exp float32 ``[Hq, T]`` of queries ``[Hq, T, D]``, the last T of keys ``[Hkv, n,
-    D]``.
+    """Return output ``[Hq, T, D]`` and log-sum-exp float32 ``[Hq, T]`` of queries ``[Hq, T, D]``, the last T columns of
+    keys ``[Hkv, n, D]``.
 
     block, anchor, whole: as in ``StarPattern``. first_valid ``[Hkv]``: columns before it are filler and never attended.
     """
@@ -53,7 +53,7 @@ def in_blocks(
     softcap: float | None = None,
     first_valid: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the same on any device, by one call of dense attention per block."""
+    """Return the result of ``star_attention`` on any device, by one call of dense attention per block."""
     total = keys.shape[1]
     history = total - queries.shape[1]
     outputs, sums = [], []
@@ -64,7 +64,7 @@ def in_blocks(
             held = torch.cat([values[:, :anchor], values[:, begin:end]], dim=1)
             if (
                 first_valid is not None
-            ):  # filler stands on the left: a block has some only behind an anchor of nothing else
+            ):  # filler is on the left: a block contains some only if the whole anchor is filler
                 filler = first_valid.clamp(max=anchor) + (first_valid - begin).clamp(min=0)
         output, lse = dense_attention(
             queries[:, first - history : end - history],
@@ -82,7 +82,9 @@ def in_blocks(
 
 
 def _pieces(history: int, total: int, block: int, anchor: int, whole: int) -> Iterator[tuple[int, int, int]]:
-    """Yield rows from column ``first`` to ``end`` that see the anchor and the columns from ``begin`` on; 0 = everything."""
+    """Yield rows from column ``first`` to ``end`` that see the anchor and the columns from ``begin`` on; 0: all
+    columns.
+    """
     border = max(total - whole, history)
     first = history
     while first < border:

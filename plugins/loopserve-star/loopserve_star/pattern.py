@@ -1,4 +1,4 @@
-"""Define the cells of a star, their cost, and their attention."""
+"""Define the cells of a star pattern, their cost and their attention."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from loopserve_star.attention import star_attention
 
 @dataclass(frozen=True)
 class StarPattern(AttentionPattern):
-    """Divide the columns into blocks of ``block``, which see themselves and the first ``anchor`` columns; the last ``whole`` rows
-    see all.
+    """Divide the columns into blocks of ``block`` that see themselves and the first ``anchor`` columns.
 
-    Blocks are counted from column 0, so a turn may begin and end within one. ValueError for sizes that make no pattern.
+    The last ``whole`` rows see all columns. Blocks are counted from column 0, so a turn may begin and end within one.
+    Raises ValueError for invalid sizes.
     """
 
     heads: int
@@ -56,7 +56,7 @@ class StarPattern(AttentionPattern):
 
     @cached_property
     def _cells(self) -> int:
-        """Count the cells: a row sees all columns up to its own, but for those between anchor and block."""
+        """Count the cells: a row sees all columns up to its own except those between anchor and block."""
         first = self.total_tokens - self.new_tokens
         columns = torch.arange(first, max(self.total_tokens - self.whole, first), device="cpu")
         between = (columns // self.block * self.block - self.anchor).clamp(min=0)
@@ -64,7 +64,9 @@ class StarPattern(AttentionPattern):
 
     @cached_property
     def _tile_density(self) -> float:
-        """Count tiles of 64 keys that tiles of 64 rows compute: those of the anchor, and those from their first row's block on."""
+        """Count the tiles of 64 keys that tiles of 64 rows compute: those of the anchor, and those from the block of
+        their first row on.
+        """
         computed = dense = 0
         for first in range(self.total_tokens - self.new_tokens, self.total_tokens, TILE):
             end = min(first + TILE, self.total_tokens)

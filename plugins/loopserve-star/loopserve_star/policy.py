@@ -11,18 +11,19 @@ from loopserve_star.pattern import StarPattern
 
 
 class StarPrefill(PrefillSparsifier):
-    """Attend from each block of tokens to itself and to the conversation's first tokens; from a turn's last tokens to everything.
+    """Attend from each block of tokens to itself and to the first tokens of the session; from a turn's last tokens to
+    everything.
 
-    Star Attention (https://arxiv.org/abs/2411.17116). Variant: its two phases in one call, the context in blocks behind
-    an anchor and the query over everything; the paper's anchor is as long as a block.
+    Paper: Star Attention (https://arxiv.org/abs/2411.17116). Variant: both phases run in one call, the context in
+    blocks after an anchor and the query over everything. The paper's anchor is as long as a block.
 
-    Deviations: blocks are cut at fixed columns of the conversation, not by spreading a prompt over hosts, so a block may
-    be finished by a later turn. Keys stay at their own positions, where the paper gives each block a copy of the anchor.
-    Which tokens are the query is not known here: the last ``last_rows`` of a turn are taken for it. They are computed in
-    one softmax, which is what the paper's exchange of partial softmaxes gives.
+    Deviations: blocks have fixed columns of the session instead of being spread over hosts, so a later turn may
+    complete a block. Keys keep their own positions, where the paper gives each block a copy of the anchor. The policy
+    does not know which tokens are the query, so it takes the last ``last_rows`` of a turn. They are computed in one
+    softmax, which equals the paper's exchange of partial softmaxes.
 
-    Multi-turn: the last tokens of a later turn see all of the history, its other tokens the anchor and their own block. After
-    an eviction, blocks and anchor are counted over the pairs that are left.
+    Multi-turn: the last tokens of a later turn see the whole history, its other tokens the anchor and their own block.
+    After an eviction, blocks and anchor are counted over the remaining pairs.
     """
 
     name: ClassVar[str] = "star"

@@ -1,4 +1,6 @@
-"""Compute star attention in one Triton kernel: a tile of rows reads the anchor's keys, then those from its first row's block on."""
+"""Compute star attention in one Triton kernel: a tile of rows reads the keys of the anchor, then those from the block
+of its first row on.
+"""
 
 from __future__ import annotations
 
@@ -35,11 +37,11 @@ def _walk(
     PADDED: tl.constexpr,
     SOFTCAP: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """Carry the running softmax (base 2) of a tile of rows over the keys from ``begin`` to ``end``."""
+    """Update the running softmax (base 2) of a tile of rows with the keys from ``begin`` to ``end``."""
     channel = tl.arange(0, PADDED)
     for start in range(begin, end, KEYS):
         key = start + tl.arange(0, KEYS)
-        held = (key >= filler) & (key < end)  # filler may hold anything, NaN too: it is not even read
+        held = (key >= filler) & (key < end)  # filler may hold NaN, so it is not read
         there = held[:, None] & (channel < CHANNELS)[None, :]
         k = tl.load(keys + key.to(tl.int64)[:, None] * key_row + channel[None, :], mask=there, other=0.0)
         v = tl.load(values + key.to(tl.int64)[:, None] * value_row + channel[None, :], mask=there, other=0.0)
@@ -88,7 +90,7 @@ def _star_kernel(
     SOFTCAP: tl.constexpr,
     HAS_FILLER: tl.constexpr,
 ) -> None:
-    """Grid: tiles of rows, query heads."""
+    """Compute one tile of rows. Grid: tiles of rows, query heads."""
     head = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = row < rows
@@ -98,7 +100,7 @@ def _star_kernel(
     end = tl.minimum(first + ROWS, total)
     border = total - whole
     begin = first // block * block
-    apart = (begin > anchor) & (end <= border)  # else everything is walked, once
+    apart = (begin > anchor) & (end <= border)  # otherwise all keys are read once
     anchor_end = tl.where(apart, anchor, 0)
     begin = tl.where(apart, begin, 0)
     filler = 0
@@ -139,7 +141,7 @@ def in_tiles(
     softcap: float | None = None,
     first_valid: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """See ``star_attention``. Keys and values have equally many channels."""
+    """Return the result of ``star_attention``. Keys and values need equally many channels."""
     queries, keys, values = (each if each.stride(2) == 1 else each.contiguous() for each in (queries, keys, values))
     heads, rows, channels = queries.shape
     output = torch.empty(heads, rows, channels, dtype=queries.dtype, device=queries.device)

@@ -1,4 +1,4 @@
-"""The pattern against its definition, cell by cell, and both kernels against a plain mask."""
+"""Compare the pattern with its definition, cell by cell, and both kernels with a plain mask."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FILLED = (
     79,
     True,
     None,
-)  # 80 columns of filler: the anchor, and some of the block
+)  # 80 columns of filler: the anchor, and part of the block
 SMALL = StarPrefill(StarPrefill.Config(block_size=8, anchor_size=4, last_rows=5))
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -41,7 +41,7 @@ def patterns(draw: st.DrawFn, most: int = 150) -> StarPattern:
 
 
 def cells(pattern: StarPattern) -> Tensor:
-    """The definition, one cell at a time."""
+    """Return the cells by definition, one at a time."""
     _, new, total = pattern.size
     mask = torch.zeros(new, total, dtype=torch.bool)
     for row in range(new):
@@ -62,13 +62,15 @@ def test_the_mask_is_the_definition_and_density_counts_it(pattern: StarPattern) 
 
 
 def test_tile_density_counts_tiles_that_are_walked() -> None:
-    """Two blocks of 128 columns behind an anchor of 64: tiles of 64 rows walk 1, 2, 1 + 1 and 1 + 2 tiles of 1, 2, 3, 4."""
+    """Count tiles of two blocks of 128 columns after an anchor of 64: tiles of 64 rows read 1, 2, 1 + 1 and 1 + 2 tiles
+    of 1, 2, 3, 4.
+    """
     pattern = StarPattern(2, 256, 256, block=128, anchor=64)
     assert pattern.tile_density().tolist() == pytest.approx([8 / 10] * 2)
 
 
 def call(pattern: StarPattern, seed: int, filler: bool, softcap: float | None) -> tuple[dict[str, Any], Tensor]:
-    """Inputs for a kernel, and the cells that remain of the pattern once filler is left out."""
+    """Return inputs for a kernel, and the cells of the pattern without filler."""
     source = torch.Generator().manual_seed(seed)
     _, new, total = pattern.size
     shapes = {"queries": (4, new, 24), "keys": (2, total, 24), "values": (2, total, 24)}
@@ -99,9 +101,7 @@ def test_blocks_attend_as_the_mask_says(pattern: StarPattern, seed: int, filler:
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="run by test_the_kernel_under_the_interpreter")
-@settings(
-    steady, max_examples=12, phases=[Phase.explicit, Phase.generate]
-)  # a failure need not be made smaller, which takes minutes
+@settings(steady, max_examples=12, phases=[Phase.explicit, Phase.generate])  # no shrinking, which takes minutes
 @example(*FILLED)
 @given(patterns(), st.integers(0, 1000), st.booleans(), st.sampled_from([None, 5.0]))
 def test_tiles_attend_as_the_mask_says(pattern: StarPattern, seed: int, filler: bool, softcap: float | None) -> None:
@@ -112,7 +112,7 @@ def test_tiles_attend_as_the_mask_says(pattern: StarPattern, seed: int, filler: 
 
 @pytest.mark.skipif(INTERPRETED or find_spec("triton") is None, reason="there is no Triton, or it is being interpreted")
 def test_the_kernel_under_the_interpreter() -> None:
-    """In a process of its own: interpreting must be chosen before a kernel is imported."""
+    """Run in a separate process, since the interpreter must be enabled before a kernel is imported."""
     command = [
         sys.executable,
         "-m",

@@ -42,7 +42,7 @@ def test_sides_leave_the_shared_history_as_it_was_and_agree(shared: SharedModel)
         assert first > 0 and len(steps) == 3
     assert torch.equal(shared.pairs[1].keys[:, :60], before[:, :60])
     assert len(engine.session.tokens) == engine.session.cache.seen + 1 == 60 + 5 + 2
-    assert engine.audit.errors.keys() == {"dense_attention", "decode_attention"} and not engine.audit.problems
+    assert engine.audit.errors.keys() == {"dense_attention", "decode_attention_batch"} and not engine.audit.problems
 
 
 def test_decode_rows(shared: SharedModel) -> None:
@@ -56,7 +56,8 @@ def test_decode_rows(shared: SharedModel) -> None:
         assert row["ratio_sdpa"] > 0 and row["ratio_own_dense"] > 0 and row["ratio_growing_cache"] > 0
         assert row["worst_step_ms"] >= row["typical_step_ms"] > 0 and row["growth_from"] == 70
     ours = next(row for row in rows if row["stack"] == "loopserve")
-    assert ours["impl_parts"]["decode_attention"] and 0 < ours["phase_shares"]["decode_attention"] < 1
+    assert ours["impl_parts"]["decode_attention_batch"]
+    assert 0 < ours["phase_shares"]["decode_attention_batch"] < 1
     assert 0 < ours["phase_shares"]["policy"] < 1 and "unaudited" not in ours
 
 
@@ -83,9 +84,15 @@ def test_a_conversation_has_a_row_per_turn_and_stack() -> None:
     assert rows[-1]["shape"]["n"] == 299 and rows[-1]["ratio_own_dense"] > 0
 
 
-@pytest.mark.parametrize("op", ["decode_attention", "dense_attention"])
+def batch_off(result: list[tuple[torch.Tensor, torch.Tensor]]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return [one_row_off(each) for each in result]
+
+
+@pytest.mark.parametrize("op", ["decode_attention_batch", "dense_attention"])
 def test_a_model_with_a_wrong_operation_gets_no_time(monkeypatch: pytest.MonkeyPatch, op: str) -> None:
-    monkeypatch.setattr(Operation, "implementation", wrong(op, one_row_off))
+    monkeypatch.setattr(
+        Operation, "implementation", wrong(op, batch_off if op == "decode_attention_batch" else one_row_off)
+    )
     part = {**SHAPE, "tokens": 70, "new_tokens": 4, "output_tokens": 3, "dense_output_tokens": 3}
     rows: list[Row] = list(run_decode(suite(decode=[part])))
     for row in rows:

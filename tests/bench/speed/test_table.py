@@ -25,7 +25,7 @@ WHERE = {
 def prefill_row(tokens: int, ratio: float, **changes: Any) -> Row:
     shape = {"q_heads": 8, "kv_heads": 8, "m": tokens, "n": tokens, "head_dim": 64}
     times = {"median_ms": 250.0, "q20_ms": 240.0, "q80_ms": 260.0, "sdpa_ms": 250.0 * ratio}
-    row = {"op": "sparse_prefill", "shape": shape, "dtype": "float32", "data": "structured, seed 0", "impl": "packed"}
+    row = {"op": "sparse_prefill", "shape": shape, "dtype": "float32", "data": "structured, seed 0", "impl": "torch"}
     row |= {"pattern": {"cell_density": 0.104}, "parity": "ok", "ratio_sdpa": ratio, "ratio_own_dense": 2.5}
     return {**row, **times, "rel_err": 0.05, "rel_err_pattern": 1e-6, **WHERE, **changes}
 
@@ -47,7 +47,7 @@ def test_a_line_says_all(tmp_path: Path) -> None:
         "op": "sparse_prefill",
         "case": "8/8 heads, D 64, 16K",
         "dtype": "float32",
-        "by": "packed",
+        "by": "torch",
         "density": "10.4%",
         "ms (20-80 %)": "250 (240-260)",
         "x SDPA": "12.3",
@@ -80,8 +80,8 @@ def test_break_even_lies_between_the_lengths_around_it() -> None:
     rows = [prefill_row(4096, 0.5), prefill_row(16384, 2.0), prefill_row(8192, 3.0, dtype="bfloat16")]
     assert crossing([(4096, 0.5), (16384, 2.0)]) == 8192
     assert break_even(rows) == [
-        "D 64, bfloat16, packed, structured: faster at 8K, the shortest measured",
-        "D 64, float32, packed, structured: from about 8K on",
+        "D 64, bfloat16, torch, structured: faster at 8K, the shortest measured",
+        "D 64, float32, torch, structured: from about 8K on",
     ]
     assert break_even([prefill_row(4096, 0.25)])[0].endswith("not up to 4K (0.25 times as fast there)")
 

@@ -57,7 +57,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the compiler made of a launch."""
+    """Hold what the compiler made of a launch."""
 
     registers: int
     spilled: int  # bytes of stack per thread
@@ -137,7 +137,7 @@ def _resources(binary: bytes) -> tuple[int, int]:
     with TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(binary)
-        told = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", told)
-    assert found is not None, told
+        printed = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", printed)
+    assert found is not None, printed
     return int(found[1]), int(found[2])

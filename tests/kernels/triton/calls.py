@@ -18,7 +18,7 @@ from loopserve.kernels import backend
 from loopserve.kernels.decode_attention import DecodeRequest
 from loopserve.kernels.key_codes.layout import KeyCodes
 
-ROWS, TOTAL = 512, 32768  # enough that columns overflow the packed room and keys are split
+ROWS, TOTAL = 512, 32768  # enough that columns exceed the capacity for packed columns and keys are split
 KV_HEADS, GROUP = 2, 4
 
 
@@ -60,7 +60,7 @@ def sessions(
 
 
 def variants(dtype: torch.dtype, channels: int) -> Iterator[Call]:
-    """What else the same kernels are compiled to, by other options or shapes."""
+    """Yield what else the same kernels are compiled to, by other options or shapes."""
     queries, keys, values = heads(dtype, channels)
     options = {"scaling": 0.1, "softcap": None, "first_valid": None}
     for tile in (16, 32, 128):

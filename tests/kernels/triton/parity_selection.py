@@ -30,7 +30,7 @@ def selected(implementation: str, probabilities: Tensor, columns: Tensor, new: i
         return select_lines(probabilities, columns, new, **options)  # type: ignore[arg-type]
 
 
-def told_truly(selection: LineSelection, probabilities: Tensor, columns: Tensor, alpha: float) -> None:
+def assert_coverage(selection: LineSelection, probabilities: Tensor, columns: Tensor, alpha: float) -> None:
     """Coverage is what the mask says, and at least what was asked for."""
     rows = covered(selection, probabilities, columns)
     torch.testing.assert_close(selection.coverage, rows.mean(1), atol=1e-4, rtol=1e-4)
@@ -43,7 +43,7 @@ def test_it_costs_at_most_two_percent_more(cost_of: str, new: int, total: int) -
     probabilities, columns = rows_of_heads(new, total, 32, seed=1)
     slow = selected("reference", probabilities, columns, new, alpha=0.9, cost=cost_of)
     fast = selected("triton", probabilities, columns, new, alpha=0.9, cost=cost_of)
-    told_truly(fast, probabilities, columns, 0.9)
+    assert_coverage(fast, probabilities, columns, 0.9)
     assert fast.cost.sum() <= 1.02 * slow.cost.sum()
     torch.testing.assert_close(fast.cost, cost(fast, new, cost_of))
 
@@ -53,7 +53,7 @@ def test_too_few_rounds_still_reach_the_target(monkeypatch: pytest.MonkeyPatch) 
     for new, total in [(1, 1), (1, 40), (63, 111)]:
         probabilities, columns = rows_of_heads(new, total, 16, seed=new)
         for alpha in (0.0, 0.7, 1.0):
-            told_truly(selected("triton", probabilities, columns, new, alpha=alpha), probabilities, columns, alpha)
+            assert_coverage(selected("triton", probabilities, columns, new, alpha=alpha), probabilities, columns, alpha)
 
 
 def test_forced_lines_are_in_and_count() -> None:
@@ -65,7 +65,7 @@ def test_forced_lines_are_in_and_count() -> None:
     nothing_else = selected("triton", probabilities, columns, 50, alpha=0.0, **options)
     assert torch.equal(nothing_else.verticals, forced) and torch.equal(nothing_else.slashes, forced)
     more = selected("triton", probabilities, columns, 50, alpha=0.9, **options)
-    told_truly(more, probabilities, columns, 0.9)
+    assert_coverage(more, probabilities, columns, 0.9)
     assert (more.verticals & forced).equal(forced)
 
 

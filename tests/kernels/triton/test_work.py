@@ -1,4 +1,4 @@
-"""A work list names every step of every row once, and never writes past the room it says it needs."""
+"""A work list names every step of every row once, and never writes past the capacity it reports."""
 
 from __future__ import annotations
 

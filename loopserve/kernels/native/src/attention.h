@@ -1,4 +1,4 @@
-// What the attention kernels are called with.
+// Arguments of the attention kernels.
 #pragma once
 #include <stdint.h>
 
@@ -12,7 +12,7 @@ typedef struct {
     const int64_t *columns;              // decode_attention: [heads / group][chosen] sorted columns, -1 before the first
     int64_t query_head, query_row, key_head, key_row, value_head, value_row;  // strides in numbers
     int64_t heads, group, rows, total, dim, window, half, threads;
-    int64_t chosen, tail;  // decode_attention: those and every column from `tail` on; chosen -1: every column
+    int64_t chosen, tail;  // decode_attention: attend these and every column from `tail` on; chosen -1: every column
     float scaling;
 } Attention;
 

@@ -1,8 +1,8 @@
-// The best of many scores: a radix search for the last that gets in, over a few candidates that a sample lets through.
+// Select the best of many scores: a sample excludes most, and a radix search among the others finds the last one selected.
 #pragma once
 #include "vec.h"
 
-// Larger floats have larger codes; NaN counts as lowest, the two zeros as one. No float has code 0.
+// Map floats to codes of the same order: NaN is lowest, both zeros are equal. No float has code 0.
 INLINE uint32_t code_of(float x) {
     uint32_t bits;
     x = x == x ? x + 0.0f : -INFINITY;
@@ -16,7 +16,7 @@ INLINE vu codes_of(vf x) {
     return (~(vu)x & negative) | (((vu)x | 0x80000000u) & ~negative);
 }
 
-// The code of the `wanted`-th best of `count` codes at a step, and how many of those equal to it still get in.
+// Return the `wanted`-th best of `count` codes at a step, and how many of those equal to it are selected.
 static uint32_t threshold(const uint32_t *codes, int64_t count, int64_t step, int64_t wanted, int64_t *equal) {
     static const int shifts[] = {21, 10, 0}, widths[] = {11, 11, 10};
     uint32_t found = 0, known = 0;  // the bits found so far, and their mask
@@ -33,7 +33,7 @@ static uint32_t threshold(const uint32_t *codes, int64_t count, int64_t step, in
     return found;
 }
 
-// Places of codes of at least `least`, in order. places: room for `count` + VW.
+// Write the indices of codes of at least `least`, in order. places: capacity `count` + VW.
 static int64_t at_least(const uint32_t *codes, int64_t count, uint32_t least, int32_t *places) {
     int64_t found = 0, c = 0;
 #if VW == 16
@@ -52,7 +52,7 @@ static int64_t at_least(const uint32_t *codes, int64_t count, uint32_t least, in
     return found;
 }
 
-// Places of the `wanted` best codes (1 to count), in order, of equals the first. places, kept: room for count + VW each.
+// Write the indices of the `wanted` best codes (1 to count), in order; of equal ones the first. places, kept: capacity count + VW.
 static __attribute__((unused)) void best_places(const uint32_t *codes, int64_t count, int64_t wanted, int32_t *places,
                                                 uint32_t *kept, int64_t *out, int64_t first) {
     enum { STEP = 16 };

@@ -1,8 +1,8 @@
-// Attention cell by cell, where rows are few or keys are scattered: channels in the lanes.
+// Compute attention cell by cell, for few rows or scattered keys, with channels in the vector lanes.
 #pragma once
 #include "tile.h"
 
-// Scores of VW rows with one key each.
+// Return the scores of VW rows with one key each.
 INLINE vf row_products(const char *const *rows, const char *const *keys, int64_t dim, int half) {
     vf sums[VW];
 #if LS_BF16
@@ -27,7 +27,7 @@ INLINE vf row_products(const char *const *rows, const char *const *keys, int64_t
     return sums_of(sums);
 }
 
-// output [dim] += weights of one row over the values of its keys.
+// Add to output [dim] the values of the keys of one row, weighted.
 INLINE void add_row(float *output, const float *weights, const char *const *values, int64_t count, int64_t dim, int half) {
     int64_t d = 0;
     for (; d + 4 * VW <= dim; d += 4 * VW) {

@@ -1,4 +1,4 @@
-// Shared by all kernels. Each source is compiled once per instruction set; LS(name) adds the set to a public name.
+// Included by all kernels. Each source is compiled once per instruction set; LS(name) adds the set to a public name.
 #pragma once
 #include <stdint.h>
 

@@ -1,26 +1,26 @@
-// Attention of a few queries over an active set, a copy of its own or chosen columns of the store in place: keys are read once for
-// all query heads of a group; long sets are split over threads and the parts joined by their sums. Many sessions are served by one
-// call. How a session's keys are split follows from its own length and the number of threads alone, and parts are joined in their
-// order, so its result does not depend on the other sessions, bit by bit.
+// Compute attention of a few queries over an active set: a separate copy, or chosen columns of the store in place. Keys are read once
+// for all query heads of a group. Long sets are split over threads, and the parts are merged by their sums. One call serves many
+// sessions. The split of a session depends on its own length and the number of threads only, and parts are merged in order. So the
+// result does not depend on the other sessions, bit by bit.
 #include "attention.h"
 #include "cells.h"
 #include "common.h"
 
-#define CHUNK 256  // keys at once: they stay in the second-level cache for the next query of the group
-#define AHEAD 64   // keys that are asked for before their turn, where they stand in no order
+#define CHUNK 256  // keys per step, so that they stay in the L2 cache for the next query of the group
+#define AHEAD 64   // prefetch distance in keys, where their order is scattered
 
-// What a row has seen so far.
+// Running softmax of a row.
 typedef struct {
     float most, sum;
 } State;
 
-// Ask for a row early. Into the second-level cache, which has many more requests under way than the first.
+// Prefetch a row into the L2 cache, which supports many more outstanding requests than L1.
 INLINE void ask_for(const char *row, int64_t bytes) {
     for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(row + b, 0, 2);
 }
 
-// columns [known]: where the pairs of this chunk stand, `count` of them, and then those of the next. scattered: in no order, and not
-// asked for yet; the first AHEAD keys are.
+// columns [known]: columns of the `count` pairs of this chunk, then those of the next. scattered: in no order, and only the first
+// AHEAD keys are prefetched.
 static void attend_chunk(const Attention *a, const char *query, const char *keys, const char *values, const int64_t *columns,
                          int64_t count, int64_t known, int scattered, State *state, float *output) {
     int64_t size = a->half ? 2 : 4;
@@ -30,7 +30,7 @@ static void attend_chunk(const Attention *a, const char *query, const char *keys
     vf most = splat(state->most);
     for (int64_t i = 0; i < count; i += VW) {
         const char *key[VW];
-        if (scattered)  // the values for the sum below, and the keys of the steps to come
+        if (scattered)  // the values for the sum below, and the keys of later steps
             for (int64_t j = i; j < i + VW && j < count; j++) {
                 ask_for(values + columns[j] * a->value_row * size, a->dim * size);
                 if (j + AHEAD < known) ask_for(keys + columns[j + AHEAD] * a->key_row * size, a->dim * size);
@@ -59,13 +59,13 @@ static void attend_chunk(const Attention *a, const char *query, const char *keys
     add_row(output, scores, value, count, a->dim, a->half);
 }
 
-// How the work on one session is cut: `splits` parts of `per_split` pairs for each KV head, each an item for a thread.
+// Split of the work on one session: `splits` parts of `per_split` pairs per KV head. Each part is an item for a thread.
 typedef struct {
     const Attention *a;
     int64_t kv_heads, lines, pairs, splits, per_split, first;  // lines: rows of a KV head; first: number of its first item
     State *states;   // [kv_heads][splits][lines]
     float *outputs;  // [kv_heads][splits][lines][dim]
-    int *waiting;    // [kv_heads]: parts that are not done yet
+    int *waiting;    // [kv_heads]: unfinished parts
 } Plan;
 
 static Plan plan_of(const Attention *a, int64_t threads) {
@@ -77,17 +77,17 @@ static Plan plan_of(const Attention *a, int64_t threads) {
                   .per_split = (chunks + splits - 1) / splits * CHUNK};
 }
 
-static int by_size(const void *left, const void *right) {  // the longest parts first: what comes last then is short
+static int by_size(const void *left, const void *right) {  // longest parts first, so that the last ones are short
     const Plan *x = left, *y = right;
     int64_t more = y->per_split * y->lines - x->per_split * x->lines;
     return more ? (more > 0 ? 1 : -1) : x->a < y->a ? -1 : x->a > y->a;
 }
 
-// Join the parts of one KV head and write its rows.
+// Merge the parts of one KV head and write its rows.
 static void join(const Plan *p, int64_t kv) {
     const Attention *a = p->a;
     for (int64_t line = 0; line < p->lines; line++) {
-        int64_t place = kv * p->lines + line;  // rows of a group's heads lie one behind the other, as lines do
+        int64_t place = kv * p->lines + line;  // rows of a group's heads are consecutive, as lines are
         const State *states = p->states + kv * p->splits * p->lines + line;
         float most = -INFINITY, sum = 0, *joined = p->outputs + (kv * p->splits * p->lines + line) * a->dim;
         for (int64_t s = 0; s < p->splits; s++) most = fmaxf(most, states[s * p->lines].most);
@@ -109,7 +109,7 @@ static void join(const Plan *p, int64_t kv) {
     }
 }
 
-// One part of one KV head's keys.
+// Attend to one part of the keys of one KV head.
 static void attend_part(const Plan *p, int64_t kv, int64_t split) {
     const Attention *a = p->a;
     int64_t size = a->half ? 2 : 4, sparse = a->chosen >= 0, chosen = sparse ? a->chosen : 0, tail = sparse ? a->tail : 0;
@@ -126,7 +126,7 @@ static void attend_part(const Plan *p, int64_t kv, int64_t split) {
     else if (from < start) from = start;
     for (int64_t at = from; at < to; at += CHUNK) {
         int64_t columns[CHUNK + AHEAD], last = at + CHUNK < to ? at + CHUNK : to, known = last + AHEAD < to ? last + AHEAD : to;
-        for (int64_t i = at; i < known; i++)  // filler in the midst, where none belongs, must not be read before the buffer
+        for (int64_t i = at; i < known; i++)  // misplaced filler (-1) must not read before the buffer
             columns[i - at] = i >= chosen ? tail + i - chosen : own[i] < 0 ? 0 : own[i];
         for (int64_t i = at; sparse && at == from && i < known && i < at + AHEAD; i++)
             ask_for(keys + columns[i - at] * a->key_row * size, a->dim * size);
@@ -140,10 +140,10 @@ static void attend_part(const Plan *p, int64_t kv, int64_t split) {
     }
 }
 
-// `number` sessions at once. Returns 0, or 1 if memory ran out.
+// Attend for `number` sessions. Return 0, or 1 if memory ran out.
 int LS(decode_attention_batch)(const Attention *requests, int64_t number) {
     int64_t threads = requests[0].threads, items = 0, heads = 0, states = 0, outputs = 0;
-    Plan *plans = room(number * sizeof(Plan));
+    Plan *plans = allocate(number * sizeof(Plan));
     if (!plans) return 1;
     for (int64_t i = 0; i < number; i++) plans[i] = plan_of(requests + i, threads);
     if (number > 1 && threads > 1) qsort(plans, number, sizeof(Plan), by_size);
@@ -153,8 +153,8 @@ int LS(decode_attention_batch)(const Attention *requests, int64_t number) {
         items += p->kv_heads * p->splits, heads += p->kv_heads;
         states += p->kv_heads * p->splits * p->lines, outputs += p->kv_heads * p->splits * p->lines * p->a->dim;
     }
-    // One piece of memory for all sessions: the outputs, whose sizes are multiples of a vector's, the states, the counts.
-    char *scratch = room(outputs * 4 + states * sizeof(State) + heads * sizeof(int));
+    // One allocation for all sessions: outputs, whose sizes are multiples of a vector, states, counts.
+    char *scratch = allocate(outputs * 4 + states * sizeof(State) + heads * sizeof(int));
     if (!scratch) { free(plans); return 1; }
     float *output = (float *)scratch;
     State *state = (State *)(scratch + outputs * 4);
@@ -168,7 +168,7 @@ int LS(decode_attention_batch)(const Attention *requests, int64_t number) {
     }
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1) if (threads > 1)
     for (int64_t item = 0; item < items; item++) {
-        int64_t low = 0, high = number;  // plans[low] is the last whose first item is not behind this one
+        int64_t low = 0, high = number;  // plans[low] is the last whose first item is at most this one
         while (high - low > 1) {
             int64_t middle = (low + high) / 2;
             if (plans[middle].first <= item) low = middle;
@@ -177,7 +177,7 @@ int LS(decode_attention_batch)(const Attention *requests, int64_t number) {
         const Plan *p = plans + low;
         int64_t kv = (item - p->first) / p->splits;
         attend_part(p, kv, (item - p->first) % p->splits);
-        if (p->splits == 1 || !__atomic_sub_fetch(p->waiting + kv, 1, __ATOMIC_ACQ_REL)) join(p, kv);  // the last one joins
+        if (p->splits == 1 || !__atomic_sub_fetch(p->waiting + kv, 1, __ATOMIC_ACQ_REL)) join(p, kv);  // the last part to finish merges
     }
     free(plans), free(scratch);
     return 0;

@@ -1,4 +1,4 @@
-// Which of the instruction sets this library was compiled for the processor has: a list of names, best first.
+// List the instruction sets of this library that the processor supports, best first.
 #define _GNU_SOURCE
 #include <string.h>
 

@@ -1,4 +1,4 @@
-// Copies of chosen rows, keys and values in one go.
+// Copy chosen rows of keys and values in one call.
 #include <string.h>
 
 #include "common.h"

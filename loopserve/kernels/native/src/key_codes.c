@@ -1,8 +1,9 @@
-// Logits of all keys from short codes of them, and the columns that they make worth a look.
+// Compute logits of all keys from their codes, and select the best columns.
 //
-// A key's channel is a step number between the smallest and the largest value in its page: key = low + code * step. So a page's
-// logits are one product of the query with `low`, and for each key a product of its codes with query * step. Where the processor
-// multiplies bytes that is made whole numbers of 8 bits, 16 for codes of more than 2: the codes' own error is larger.
+// A code is a step between the smallest and the largest value of a channel in its page: key = low + code * step. So the logit of a
+// key is the product of the query with `low`, computed once per page, plus the product of its codes with query * step. Where the
+// processor multiplies bytes, query * step is rounded to 8-bit integers (16-bit for codes of more than 2 bits). The error of the
+// codes is larger than that of this rounding.
 #include <stdlib.h>
 
 #include "best.h"
@@ -10,11 +11,11 @@
 #include "tile.h"
 
 typedef struct {
-    const float *queries;     // [heads][rows][dim], those of a group together
+    const float *queries;     // [heads][rows][dim], rows of a group adjacent
     const char *low, *high;   // [heads][pages][dim]
     const uint8_t *codes;     // [heads][pages][page][width]; byte j holds channels j, j + width, ..., the first lowest
     float *logits;            // [heads][rows][columns]
-    const int64_t *base;      // [heads][base_count]: sorted columns attended already, all below `tail`
+    const int64_t *base;      // [heads][base_count]: sorted columns that are always chosen, all below `tail`
     int64_t *chosen;          // [heads][base_count + budget]: those and the best others, sorted
     float *observed;          // [heads][tail]: the rows' softmax is added, mean over the rows; or NULL
     int64_t bounds_head, codes_head;  // strides: in numbers, in bytes
@@ -22,12 +23,12 @@ typedef struct {
     float scaling;
 } KeyCodes;
 
-enum { TOGETHER = 4 };  // queries of a group taken at once: a page's bounds are read and its codes unpacked once for all of them
+enum { TOGETHER = 4 };  // queries of a group per pass: bounds are read and codes unpacked once for all of them
 
 typedef struct {
-    int64_t stride;   // columns, and room for a page and two vectors behind them
-    float *steps;     // [TOGETHER][dim]: query * step of the page at hand
-    int8_t *bytes;    // [TOGETHER][2][dim]: the same in 127ths of the largest, and what that leaves in 127ths of one of those
+    int64_t stride;   // columns, padded by a page and two vectors
+    float *steps;     // [TOGETHER][dim]: query * step of the current page
+    int8_t *bytes;    // [TOGETHER][2][dim]: the same in units of largest / 127, and the remainder in units of that / 127
     float scales[TOGETHER], offsets[TOGETHER];  // logit = products * scale + offset
     float *logits;    // [TOGETHER][stride]
     float *best;      // [stride]: maximum over the rows
@@ -39,9 +40,9 @@ typedef struct {
 static int desk_open(Desk *d, const KeyCodes *k) {
     int64_t stride = k->columns + k->page + 2 * VW, rows = k->rows < TOGETHER ? k->rows : TOGETHER;
     d->stride = stride;
-    d->steps = room(TOGETHER * k->dim * 4), d->bytes = room(TOGETHER * 2 * k->dim);
-    d->logits = room(rows * stride * 4), d->best = room(stride * 4), d->codes = room(stride * 4), d->kept = room(stride * 4);
-    d->places = room(stride * 4), d->jumps = room((k->budget + 1) * 8);
+    d->steps = allocate(TOGETHER * k->dim * 4), d->bytes = allocate(TOGETHER * 2 * k->dim);
+    d->logits = allocate(rows * stride * 4), d->best = allocate(stride * 4), d->codes = allocate(stride * 4), d->kept = allocate(stride * 4);
+    d->places = allocate(stride * 4), d->jumps = allocate((k->budget + 1) * 8);
     return d->steps && d->bytes && d->logits && d->best && d->codes && d->kept && d->places && d->jumps;
 }
 
@@ -50,7 +51,7 @@ static void desk_close(Desk *d) {
 }
 
 #if defined(__AVX512VNNI__)
-// Bytes 16 piece to 16 piece + 15 of four keys of `width` bytes.
+// Load bytes 16 piece to 16 piece + 15 of four keys of `width` bytes.
 INLINE __m512i quarter_of(const uint8_t *keys, int64_t width, int64_t piece) {
     if (width == 16) return _mm512_loadu_si512(keys);
     if (width == 32) {
@@ -64,9 +65,8 @@ INLINE __m512i quarter_of(const uint8_t *keys, int64_t width, int64_t piece) {
     return _mm512_inserti32x4(x, _mm_loadu_si128((const __m128i *)(from + 3 * width)), 3);
 }
 
-// Products of 16 keys' codes with the whole numbers of some rows. A lane stands for a key, so nothing is summed across lanes; and
-// codes are not shifted down, but what they give in each place of a byte is, once. width, bits and rows are constants where this
-// is inlined.
+// Multiply the codes of 16 keys with the integers of some rows. A lane holds a key, so nothing is summed across lanes. The products
+// are shifted instead of the codes, once per position in a byte. width, bits and rows are constants where this is inlined.
 INLINE void keys_by_bytes(const int8_t *bytes, int64_t dim, const uint8_t *keys, int64_t width, int bits, int rows, vf *found) {
     enum { MOST = 4 };
     int places = 8 / bits;
@@ -103,7 +103,7 @@ INLINE void keys_by_bytes(const int8_t *bytes, int64_t dim, const uint8_t *keys,
 
 INLINE void page_by_bytes(const KeyCodes *k, const Desk *d, const uint8_t *codes, int64_t width, int bits, int rows,
                           float *const *logits, int64_t first) {
-    uint8_t last[VW * width];  // a page whose length is no multiple of 16 ends with these
+    uint8_t last[VW * width];  // padding for a page whose length is not a multiple of 16
     for (int64_t at = 0; at < k->page; at += VW) {
         const uint8_t *keys = codes + at * width;
         if (at + VW > k->page) {
@@ -117,7 +117,7 @@ INLINE void page_by_bytes(const KeyCodes *k, const Desk *d, const uint8_t *codes
     }
 }
 
-// The same with rows, bits and the usual widths known to the compiler.
+// Dispatch to versions with constant rows, bits and common widths.
 static void any_page_by_bytes(const KeyCodes *k, const Desk *d, const uint8_t *codes, int64_t width, int rows, float *const *logits,
                               int64_t first) {
 #define WITH(width, bits)                                                           \
@@ -135,7 +135,7 @@ static void any_page_by_bytes(const KeyCodes *k, const Desk *d, const uint8_t *c
 #undef WITH
 }
 
-// Numbers `steps` [dim], `most` of them the largest in size, as whole numbers; returns what one of those is worth.
+// Round the numbers `steps` [dim], whose largest magnitude is `most`, to integers. Return the value of one unit.
 INLINE float to_bytes(const float *steps, int64_t dim, int bits, vf most, int8_t *bytes) {
     float largest = _mm512_reduce_max_ps((__m512)most), inverse = largest > 0 ? 127 / largest : 1;
     for (int64_t c = 0; c < dim; c += VW) {
@@ -168,7 +168,7 @@ static void page_by_floats(const KeyCodes *k, const float *steps, const uint8_t 
     }
 }
 
-// What a page's bounds make of some queries, `rows` side by side.
+// Combine `rows` adjacent queries with the bounds of a page.
 static void prepare(const KeyCodes *k, Desk *d, int64_t head, int64_t page, const float *queries, int rows) {
     int64_t dim = k->dim, size = k->half ? 2 : 4, at = (head * k->bounds_head + page * dim) * size;
     float share = 1.0f / ((1 << k->bits) - 1);
@@ -191,7 +191,7 @@ static void prepare(const KeyCodes *k, Desk *d, int64_t head, int64_t page, cons
     }
 }
 
-// Logits [columns] of `rows` queries that lie side by side; the last page may write up to a page and a vector beyond.
+// Compute logits [columns] of `rows` adjacent queries. The last page may write up to a page and a vector past the end.
 static void logits_of(const KeyCodes *k, Desk *d, int64_t head, const float *queries, int rows, float *const *logits) {
     int64_t pages = (k->columns + k->page - 1) / k->page, width = k->dim * k->bits / 8;
     for (int64_t page = 0; page < pages; page++) {
@@ -208,7 +208,7 @@ static void logits_of(const KeyCodes *k, Desk *d, int64_t head, const float *que
     }
 }
 
-// Returns 0, or 1 if memory ran out.
+// Return 0, or 1 if memory ran out.
 int LS(code_logits)(const KeyCodes *k) {
     int failed = 0;
 #pragma omp parallel for num_threads(k->threads) schedule(dynamic, 1) if (k->threads > 1)
@@ -228,7 +228,7 @@ int LS(code_logits)(const KeyCodes *k) {
     return failed;
 }
 
-// Add the row's softmax over all columns, as far as `tail`.
+// Add the softmax of the row over all columns, for columns below `tail`.
 static void observe(const float *logits, int64_t columns, int64_t tail, float share, float *weights, float *observed) {
     float most = -INFINITY;
     int64_t c = 0;
@@ -270,7 +270,7 @@ static void jumps_of(const KeyCodes *k, Desk *d, int64_t head) {
         *out++ = j == k->budget || (i < k->base_count && base[i] < d->jumps[j]) ? base[i++] : d->jumps[j++];
 }
 
-// At least `budget` columns of each head are free: held, before the tail and not in the base. Returns 0, or 1 if memory ran out.
+// Select columns. Each head must have at least `budget` columns before the tail outside the base. Return 0, or 1 if memory ran out.
 int LS(code_jumps)(const KeyCodes *k) {
     int failed = 0;
 #pragma omp parallel num_threads(k->threads) if (k->threads > 1)
@@ -286,7 +286,7 @@ int LS(code_jumps)(const KeyCodes *k) {
     return failed;
 }
 
-// Bounds and codes of the pages from `first` on. bits 0: bounds only.
+// Compute bounds and codes of the pages from `first` on. bits 0: bounds only.
 void LS(summarise_pages)(const char *keys, char *low, char *high, uint8_t *codes, int64_t key_head, int64_t key_row,
                          int64_t bounds_head, int64_t codes_head, int64_t heads, int64_t dim, int64_t page, int64_t bits,
                          int64_t first, int64_t columns, int64_t half, int64_t threads) {
@@ -316,7 +316,7 @@ void LS(summarise_pages)(const char *keys, char *low, char *high, uint8_t *codes
                     for (int64_t part = 0; part < per; part++) {
                         int64_t c = part * width + j;
                         vf x = (KEY(i) - bounds[0][c / VW]) / bounds[1][c / VW];
-                        vi code = (vi)(vmax(-vmax(-x, splat(-most)), (vf){}) + 12582912.0f) & 0xffff;  // rounded, in the low bits
+                        vi code = (vi)(vmax(-vmax(-x, splat(-most)), (vf){}) + 12582912.0f) & 0xffff;  // rounded integer in the low bits
                         bytes |= code << (int)(part * bits);
                     }
                     *(vb_loose *)(packed + i * width + j) = __builtin_convertvector(bytes, vb_loose);

@@ -1,11 +1,11 @@
-// Softmax of some rows over all keys, in two passes over their scores: the first multiplies, keeps each row's maximum and sum, and
-// writes the scores row by row; the second, over the rows as they lie, makes weights of them and sums them up. Keys are read once.
+// Compute the softmax of some rows over all keys in two passes over their scores. The first multiplies, tracks the maximum and sum of
+// each row, and writes the scores. The second reads the scores row by row, turns them into weights and sums them. Keys are read once.
 #pragma once
 #include "tile.h"
 
 typedef struct {
     const char *queries, *keys;
-    const int64_t *columns;      // [rows]: where the queries stand
+    const int64_t *columns;      // [rows]: columns of the queries
     const int64_t *first_valid;  // [heads / group], or NULL
     float *probabilities;        // line scores: [heads][rows][total]
     float *vertical, *slash;     // line scores: [heads][total]
@@ -15,9 +15,9 @@ typedef struct {
     float scaling;
 } Scores;
 
-#define SPAN 1024  // keys of the second pass at once: sums of lines stay in the first-level cache
+#define SPAN 1024  // keys per step of the second pass, so that sums of lines stay in the L1 cache
 
-// First pass for up to ROWS rows of one query head or group: scaled scores (base 2) of keys start <= k < end into
+// Run the first pass for up to ROWS rows of one query head or group: scaled scores (base 2) of keys start <= k < end into
 // rows[r * stride + k], -inf where a row does not see a key. Afterwards tile->most and tile->sum hold each row's figures.
 static __attribute__((unused)) void row_scores(Tile *t, const Scores *s, const char *keys, const int64_t *columns, int64_t count, int64_t start,
                        int64_t end, float *rows, int64_t stride) {
@@ -67,11 +67,11 @@ static __attribute__((unused)) void row_scores(Tile *t, const Scores *s, const c
     }
 }
 
-// What turns a row's scores into weights: 2 to the (score - base) times 1. NaN where a score was: no weight of the row means anything.
+// Factors that turn the scores of a row into weights: 2 to the (score - base) times 1. A NaN score makes all weights of its row NaN.
 static __attribute__((unused)) float base_of(const Tile *t, int r) { return t->sum[r] == 0 ? 0 : t->most[r] + log2f(t->sum[r]); }
 
-// The softmax rows [rows][total] of one query head, `stride` numbers apart, and their masses by key column and by offset counted backwards: entry
-// total - 1 - d holds offset d, so that a row adds up as it lies.
+// Compute the softmax rows [rows][total] of one query head, `stride` numbers apart, and their masses by key column and by offset in
+// reverse order: entry total - 1 - d holds offset d, so that a row is added in memory order.
 static __attribute__((unused)) void softmax_rows(Tile *t, const Scores *s, int64_t head, float *probabilities, int64_t stride,
                                                  float *vertical, float *backwards) {
     int64_t size = s->half ? 2 : 4, total = s->total, kv = head / s->group;

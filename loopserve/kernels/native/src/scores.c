@@ -1,36 +1,36 @@
-// What some rows attend to: softmax rows with the masses of their lines, and scores of tokens.
+// Compute softmax rows with the masses of their lines, and scores of tokens.
 #include "common.h"
 #include "rows.h"
 
-// Room of one thread.
+// Buffers of one thread.
 typedef struct {
     Tile tile;
     float *rows;       // token scores: [ROWS][total]
     float *joined;     // token scores: [SPAN]
     float *backwards;  // line scores: [total]
-} Room;
+} Buffers;
 
-static int open_room(Room *r, const Scores *s, int tokens) {
-    *r = (Room){0};
+static int open_buffers(Buffers *r, const Scores *s, int tokens) {
+    *r = (Buffers){0};
     if (!tile_open(&r->tile, s->dim, s->half, s->scaling)) return 0;
-    if (tokens) r->rows = room(ROWS * s->total * 4), r->joined = room(SPAN * 4);
-    else r->backwards = room(s->total * 4);
+    if (tokens) r->rows = allocate(ROWS * s->total * 4), r->joined = allocate(SPAN * 4);
+    else r->backwards = allocate(s->total * 4);
     return tokens ? r->rows && r->joined : r->backwards != NULL;
 }
 
-static void close_room(Room *r) {
+static void close_buffers(Buffers *r) {
     tile_close(&r->tile);
     free(r->rows), free(r->joined), free(r->backwards);
 }
 
-static void line_scores_of(Room *own, const Scores *s, int64_t head) {
+static void line_scores_of(Buffers *own, const Scores *s, int64_t head) {
     int64_t total = s->total;
     float *slash = s->slash + head * total;
     softmax_rows(&own->tile, s, head, s->probabilities + head * s->rows * total, total, s->vertical + head * total, own->backwards);
     for (int64_t d = 0; d < total; d++) slash[d] = own->backwards[total - 1 - d];
 }
 
-// Add one query head's weights, rows [count][total] from column `from` on, joined, to the scores of its KV head.
+// Reduce the weights of one query head, rows [count][total] from column `from` on, and add them to the scores of its KV head.
 static void add_head(const Tile *t, const float *rows, int64_t lane, int64_t count, const Scores *s, int64_t from, int64_t number,
                      float *joined, float *tokens) {
     float share = 1.0f / (s->group * (s->join == 0 ? s->rows : 1));
@@ -50,10 +50,10 @@ static void add_head(const Tile *t, const float *rows, int64_t lane, int64_t cou
     for (int64_t k = 0; k < number; k++) tokens[from + k] += joined[k] * share;
 }
 
-// Where a head's rows are few, the heads of a group share a tile, and the keys are read once for all.
-static void token_scores_of(Room *own, const Scores *s, int64_t kv) {
+// With few rows per head, the heads of a group share a tile, so that the keys are read once for all.
+static void token_scores_of(Buffers *own, const Scores *s, int64_t kv) {
     int64_t size = s->half ? 2 : 4, total = s->total, start = s->first_valid ? s->first_valid[kv] : 0;
-    int64_t together = s->rows <= ROWS ? ROWS / s->rows : 1;  // heads of a tile
+    int64_t together = s->rows <= ROWS ? ROWS / s->rows : 1;  // heads per tile
     float *tokens = s->tokens + kv * total;
     memset(tokens, 0, total * 4);
     for (int64_t head = 0; head < s->group; head += together)
@@ -74,14 +74,14 @@ static void token_scores_of(Room *own, const Scores *s, int64_t kv) {
         }
 }
 
-// Each returns 0, or 1 if memory ran out.
+// Each function returns 0, or 1 if memory ran out.
 static int for_each(const Scores *s, int tokens) {
     int failed = 0;
     int64_t items = tokens ? s->heads / s->group : s->heads;
 #pragma omp parallel num_threads(s->threads) if (s->threads > 1)
     {
-        Room own;
-        if (!open_room(&own, s, tokens)) failed = 1;
+        Buffers own;
+        if (!open_buffers(&own, s, tokens)) failed = 1;
 #pragma omp barrier
 #pragma omp for schedule(dynamic, 1)
         for (int64_t i = 0; i < items; i++) {
@@ -89,7 +89,7 @@ static int for_each(const Scores *s, int tokens) {
             if (tokens) token_scores_of(&own, s, i);
             else line_scores_of(&own, s, i);
         }
-        close_room(&own);
+        close_buffers(&own);
     }
     return failed;
 }

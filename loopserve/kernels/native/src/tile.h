@@ -1,8 +1,7 @@
-// Attention of one tile of rows over any list of keys: products, online softmax, weighted values.
+// Compute attention of one tile of rows over any list of keys: products, online softmax, weighted values.
 //
-// Rows lie in the lanes of vectors, keys one after another: scores are S[key][row], the output is O[d][row]. So keys and values
-// are read where they are stored, row by row, in any order and with any gaps; the running maximum and sum of a row stay in its
-// lane; and a mask that depends on row minus key is a contiguous load.
+// Vector lanes hold rows: scores are S[key][row], the output is O[d][row]. So keys and values are read in place, in any order and
+// with any gaps. The running maximum and sum of a row stay in its lane. A mask that depends on row minus key is a contiguous load.
 #pragma once
 #include <stdlib.h>
 #if defined(__linux__)
@@ -13,10 +12,10 @@
 
 #define ROWS 64               // rows of a tile
 #define ROW_VECTORS (ROWS / VW)
-#define SLICE 4               // vectors of rows that an inner kernel takes at once
-#define KEYS 64               // keys of a block: its scores stay near
-#define WIDE (VW == 8 ? 2 : 4)  // keys, or channels, that it takes at once: as many sums as there are registers
-#define KEY_STEP 8            // a block's keys come in multiples of this
+#define SLICE 4               // vectors of rows per inner kernel
+#define KEYS 64               // keys per block, so that its scores stay in cache
+#define WIDE (VW == 8 ? 2 : 4)  // keys or channels per inner kernel, limited by registers for sums
+#define KEY_STEP 8            // blocks are padded to a multiple of this
 
 #define LARGE ((size_t)2 << 20)
 #define LOG2E 1.4426950408889634f
@@ -26,18 +25,18 @@ typedef struct {
     int64_t dim;      // channels of queries, keys and values
     int half;         // the numbers are bfloat16
     int vectors;      // of rows in use, 1 to ROW_VECTORS
-    int pairs;        // ... and multiplied in pairs by the processor
-    float scale;      // of scores, times log2(e): the softmax is in powers of 2
+    int pairs;        // bfloat16, and the processor multiplies pairs
+    float scale;      // of scores, times log2(e), since the softmax uses powers of 2
     void *queries;    // packed: float [dim][ROWS], or pairs [dim / 2][ROWS]
     float *scores;    // [KEYS][ROWS]
     uint32_t *weights;  // pairs of bfloat16 [KEYS / 2][ROWS]
-    void *values;     // pairs [KEYS / 2][dim], or float [KEYS][dim] for numbers that were half
-    float *keys;      // float [KEYS][dim] for numbers that were half
+    void *values;     // pairs [KEYS / 2][dim], or float [KEYS][dim] converted from half
+    float *keys;      // float [KEYS][dim] converted from half
     float *output;    // [dim][ROWS]
     float *most, *sum;  // [ROWS]: running maximum of the scores, running sum of their powers
-    int count;        // keys waiting in the block
+    int count;        // keys buffered in the block
     const char *key[KEYS], *value[KEYS];
-    const float *bias[KEYS];  // added to the row's scores (0 or -inf), or none
+    const float *bias[KEYS];  // added to the scores of a row (0 or -inf), or NULL
 } Tile;
 
 static const float nothing[ROWS] __attribute__((unused)) = {
@@ -45,8 +44,8 @@ static const float nothing[ROWS] __attribute__((unused)) = {
 #define N16 N4, N4, N4, N4
     N16, N16, N16, N16};
 
-// Memory for a while. Large pieces ask for large pages: a fault for each 4 KiB takes longer than filling them.
-static inline __attribute__((unused)) void *room(size_t bytes) {
+// Allocate a buffer. Large ones request huge pages, since a page fault per 4 KiB takes longer than filling it.
+static inline __attribute__((unused)) void *allocate(size_t bytes) {
     size_t step = bytes >= LARGE ? LARGE : 64;
     void *found = aligned_alloc(step, (bytes + step - 1) / step * step + (step == 64 ? 64 : 0));
 #if defined(__linux__)
@@ -58,9 +57,9 @@ static inline __attribute__((unused)) void *room(size_t bytes) {
 static __attribute__((unused)) int tile_open(Tile *t, int64_t dim, int half, float scale) {
     t->dim = dim, t->half = half, t->scale = scale * LOG2E;
     t->pairs = half && LS_BF16;
-    t->queries = room(dim * ROWS * 4), t->scores = room(KEYS * ROWS * 4), t->weights = room(KEYS / 2 * ROWS * 4);
-    t->values = room(KEYS * dim * 4), t->keys = room(KEYS * dim * 4), t->output = room(dim * ROWS * 4);
-    t->most = room(ROWS * 4), t->sum = room(ROWS * 4);
+    t->queries = allocate(dim * ROWS * 4), t->scores = allocate(KEYS * ROWS * 4), t->weights = allocate(KEYS / 2 * ROWS * 4);
+    t->values = allocate(KEYS * dim * 4), t->keys = allocate(KEYS * dim * 4), t->output = allocate(dim * ROWS * 4);
+    t->most = allocate(ROWS * 4), t->sum = allocate(ROWS * 4);
     return t->queries && t->scores && t->weights && t->values && t->keys && t->output && t->most && t->sum;
 }
 
@@ -69,7 +68,7 @@ static __attribute__((unused)) void tile_close(Tile *t) {
     free(t->most), free(t->sum);
 }
 
-// Take rows [rows][dim] at a stride in numbers as the tile's queries; lanes without a row are zero.
+// Load rows [rows][dim] at a stride in numbers as the queries of the tile. Lanes without a row are zero.
 static __attribute__((unused)) void tile_queries(Tile *t, const char *rows, int64_t count, int64_t stride) {
     int64_t dim = t->dim, words = t->pairs ? dim / 2 : dim;  // a word is a number or a pair
     int64_t step = stride * (t->half ? 2 : 4);
@@ -97,7 +96,7 @@ static __attribute__((unused)) void tile_begin(Tile *t, const char *rows, int64_
     t->count = 0;
 }
 
-// Scores of `vectors` vectors of rows from `part` on with `wide` keys from `j` on; both are constants where it is inlined.
+// Compute scores of `vectors` vectors of rows from `part` on with `wide` keys from `j` on. Both are constants where this is inlined.
 INLINE void products_of(const Tile *t, float *scores, int j, int part, int vectors, int wide) {
     const float *queries = (const float *)t->queries + part * VW;
     const char *const *key = t->key + j;
@@ -131,7 +130,7 @@ INLINE void products_of(const Tile *t, float *scores, int j, int part, int vecto
     UNROLL for (int i = 0; i < wide; i++) UNROLL for (int v = 0; v < vectors; v++) store(to + i * ROWS + v * VW, sums[i][v]);
 }
 
-// Scores [count][ROWS] of the block's keys, not yet scaled; count is a multiple of KEY_STEP.
+// Compute unscaled scores [count][ROWS] of the keys of the block; count is a multiple of KEY_STEP.
 static __attribute__((unused)) void products(const Tile *t, int count, float *scores) {
     int part = 0;
     for (; t->vectors - part >= 3; part += SLICE)
@@ -142,8 +141,8 @@ static __attribute__((unused)) void products(const Tile *t, int count, float *sc
         for (int j = 0; j < count; j += 8) products_of(t, scores, j, part, 1, 8);
 }
 
-// Add the weighted values of the block's keys to the output. Here as in all running sums, a block is summed by itself: of many
-// thousand small numbers added one by one to a large one, most of each is lost.
+// Add the weighted values of the keys of the block to the output. As in all running sums, a block is summed separately: adding many
+// small numbers one by one to a large one loses most of each.
 INLINE void add_values_of(Tile *t, int count, int64_t d, int part, int vectors, int wide) {
     vf sums[8][SLICE];
     float *output = t->output + d * ROWS + part * VW;
@@ -190,7 +189,7 @@ static __attribute__((unused)) void add_values(Tile *t, int count) {
 }
 
 #if LS_BF16
-// Values of two keys, channel by channel side by side: [count / 2][dim].
+// Interleave the values of two keys by channel: [count / 2][dim].
 static __attribute__((unused)) void pair_values(Tile *t, int count) {
     uint32_t *values = t->values;
     for (int k = 0; k < count; k += 2) {
@@ -216,7 +215,7 @@ static __attribute__((unused)) void pair_weights(Tile *t, int count) {
 }
 #endif
 
-// Rows of half numbers as floats, for processors that do not multiply them.
+// Convert rows of bfloat16 to float, for processors that do not multiply them.
 static __attribute__((unused)) void widen(const char **from, float *to, int count, int64_t dim) {
     for (int k = 0; k < count; k++) {
         for (int64_t d = 0; d < dim; d += VW) store(to + k * dim + d, load_bf16((const bf16 *)from[k] + d));
@@ -224,9 +223,9 @@ static __attribute__((unused)) void widen(const char **from, float *to, int coun
     }
 }
 
-// Scores become weights; the running maximum and sum of each row move on, and with them what the output was scaled by.
+// Turn scores into weights, update the running maximum and sum of each row, and rescale the output.
 static __attribute__((unused)) void tile_softmax(Tile *t, int count) {
-    for (int part = 0; part < t->vectors; part += SLICE) {  // several vectors at once, since each step waits for the last
+    for (int part = 0; part < t->vectors; part += SLICE) {  // several vectors at once to hide latency
         float *scores = t->scores + part * VW;
         vf before[SLICE], most[SLICE], sum[SLICE], base[SLICE];
         UNROLL for (int v = 0; v < SLICE; v++) {
@@ -262,11 +261,11 @@ static __attribute__((unused)) void tile_softmax(Tile *t, int count) {
     }
 }
 
-// Attend to the keys that wait in the block.
+// Attend to the keys buffered in the block.
 static __attribute__((unused)) void tile_flush(Tile *t) {
     int count = t->count;
     if (!count) return;
-    while (count % KEY_STEP) {  // a repeated key that no row sees
+    while (count % KEY_STEP) {  // pad with a repeated key that no row sees
         t->key[count] = t->key[count - 1], t->value[count] = t->value[count - 1], t->bias[count] = nothing;
         count++;
     }
@@ -283,7 +282,7 @@ static __attribute__((unused)) void tile_flush(Tile *t) {
     add_values(t, count);
 }
 
-// One more key. bias [ROWS]: 0 or -inf for each row, or NULL where every row sees it.
+// Add a key. bias [ROWS]: 0 or -inf for each row, or NULL where every row sees the key.
 INLINE void tile_key(Tile *t, const char *key, const char *value, const float *bias) {
     t->key[t->count] = key, t->value[t->count] = value, t->bias[t->count] = bias;
     if (++t->count == KEYS) tile_flush(t);

@@ -1,4 +1,4 @@
-// The columns of the best scores of each head, sorted.
+// Select the columns of the best scores of each head, sorted.
 #include <stdlib.h>
 
 #include "best.h"
@@ -6,7 +6,7 @@
 
 enum { RECENT, SINK, OTHER, FILLER, CLASSES };
 
-// Columns [heads][budget], budget at most total. Returns 0, or 1 if memory ran out.
+// Write columns [heads][budget], budget at most total. Return 0, or 1 if memory ran out.
 int LS(top_columns)(const float *scores, const int64_t *first_valid, int64_t *columns, int64_t heads, int64_t total, int64_t row,
                     int64_t budget, int64_t sinks, int64_t recent, int64_t threads) {
     int failed = 0;
@@ -15,7 +15,7 @@ int LS(top_columns)(const float *scores, const int64_t *first_valid, int64_t *co
         uint32_t *codes = malloc((total + VW) * 4), *kept = malloc((total + VW) * 4);
         int32_t *places = malloc((total + VW) * 4);
         if (codes && kept && places) {
-            // Classes are runs of columns: filler, sinks, others, recent; a better class gets in whole before the next is asked.
+            // Classes are runs of columns: filler, sinks, others, recent. A better class is selected before the next.
             int64_t start = first_valid ? first_valid[head] : 0, tail = total - recent > start ? total - recent : start;
             int64_t after = start + sinks < tail ? start + sinks : tail, edges[CLASSES + 1] = {0, start, after, tail, total};
             static const int run_of[CLASSES] = {3, 1, 2, 0};

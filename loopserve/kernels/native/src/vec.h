@@ -1,4 +1,4 @@
-// Vectors of floats, as wide as the instruction set has them, and the few operations that C's operators lack.
+// Define float vectors of the width of the instruction set, and the operations that C operators lack.
 #pragma once
 #include <math.h>
 #include <stdint.h>
@@ -71,7 +71,7 @@ INLINE int any(vi mask) {
 #endif
 }
 
-// 2 to the x, relative error below 3e-7; exactly 0 for -inf (elsewhere than on AVX512 below -125), so that -inf masks a cell.
+// Return 2 to the x with relative error below 3e-7; exactly 0 for -inf (elsewhere than on AVX512 below -125), so that -inf masks a cell.
 INLINE vf exp2v(vf x) {
 #if VW == 16
     vf f = (vf)_mm512_reduce_ps((__m512)x, 1);  // x - floor(x); 0 for -inf
@@ -83,7 +83,7 @@ INLINE vf exp2v(vf x) {
     p = p * f + 0.9999998807907104f;
     return (vf)_mm512_scalef_ps((__m512)p, (__m512)x);  // p times 2 to the floor(x)
 #else
-    const float magic = 12582912.0f;  // adding 1.5 * 2^23 rounds to a whole number, which then stands in the low bits
+    const float magic = 12582912.0f;  // adding 1.5 * 2^23 rounds to an integer in the low bits
     vi kept = x > -125.0f;
     x = vmax(x, splat(-125.0f));
     vf shifted = x + magic;
@@ -95,7 +95,7 @@ INLINE vf exp2v(vf x) {
     p = p * f + 2.402264791e-1f;
     p = p * f + 6.931472029e-1f;
     p = p * f + 1.0f;
-    return (vf)(((vu)p + ((vu)shifted << 23)) & (vu)kept);  // unsigned: lanes that no row uses hold anything, and may wrap round
+    return (vf)(((vu)p + ((vu)shifted << 23)) & (vu)kept);  // unsigned, since unused lanes may overflow
 #endif
 }
 
@@ -118,9 +118,9 @@ INLINE float sum_of(vf x) {
 #define PAIRS(a, b, ...) __builtin_shuffle(a, b, (vi){__VA_ARGS__})  // gcc before 12
 #endif
 
-// The sums of VW vectors, as one vector.
+// Return the sums of VW vectors as one vector.
 #if VW == 16
-INLINE vf fold1(vf a, vf b) {  // neighbours added: a0+a1.. in even places of blocks of 4
+INLINE vf fold1(vf a, vf b) {  // adds neighbours: a0+a1.. in even positions of blocks of 4
     return PAIRS(a, b, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30) +
            PAIRS(a, b, 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
 }
@@ -156,7 +156,7 @@ INLINE vf sums_of(const vf *x) {
 INLINE vf sums_of(const vf *x) { return (vf){sum_of(x[0]), sum_of(x[1]), sum_of(x[2]), sum_of(x[3])}; }
 #endif
 
-// Rows become columns: x[i][j] and x[j][i] change places.
+// Transpose: swap x[i][j] and x[j][i].
 INLINE void transpose(vf *x) {
 #if defined(__GNUC__) && !defined(__clang__)
 #define SWAP(step)                                                       \

@@ -1,7 +1,7 @@
-// Attention on the exact union of vertical and slash lines, line sets differing per head; with every slash, dense attention.
+// Compute attention on the exact union of vertical and slash lines, which differ per head. With every slash it is dense attention.
 //
-// Slashes that lie close together become bands, computed by tiles; a lonely slash is computed cell by cell. A key on a vertical
-// is left out of both, and all rows of a tile attend to the verticals together: so each cell is computed once.
+// Adjacent slashes form bands that are computed in tiles. An isolated slash is computed cell by cell. Both leave out keys on
+// verticals, to which all rows of a tile attend together. So each cell is computed once.
 #include "attention.h"
 #include "cells.h"
 #include "common.h"
@@ -9,25 +9,25 @@
 
 typedef struct {
     int32_t from, to;  // offsets from <= d < to
-    int32_t whole;     // none of them is missing
+    int32_t whole;     // every offset is chosen
 } Band;
 
-// The lines of one head, sorted for the tiles.
+// Lines of one head, prepared for the tiles.
 typedef struct {
     int32_t *verticals, *lonely;
     Band *bands;
     int64_t vertical_count, lonely_count, band_count;
     uint8_t *on_vertical;   // [total]
-    float *key_bias;        // [ROWS + total + ROWS]: -inf for a key on a vertical or out of reach
+    float *key_bias;        // [ROWS + total + ROWS]: -inf for a key on a vertical or outside the store
     float *offset_bias;     // [ROWS + total + ROWS]: 0 for an offset in a band, -inf for any other
     int64_t start;          // first column that holds a pair
-    double per_row;         // rough cost of a row, in keys
+    double per_row;         // estimated cost of a row, in keys
 } Lines;
 
-// What a cell of a lonely slash costs, in cells of a tile (measured): scattered reads and sums over channels.
+// Measured cost of a cell of an isolated slash, in cells of a tile. It includes scattered reads and sums over channels.
 #define LONELY_FLOAT 5.0
 #define LONELY_HALF 3.5
-#define CHUNK 64  // lonely slashes at once
+#define CHUNK 64  // isolated slashes per step
 
 static void lines_close(Lines *l) {
     free(l->verticals), free(l->lonely), free(l->bands), free(l->on_vertical), free(l->key_bias), free(l->offset_bias);
@@ -40,8 +40,8 @@ static int lines_open(Lines *l, const Attention *a, int64_t head) {
     *l = (Lines){.start = a->first_valid ? a->first_valid[head / a->group] : 0};
     int64_t chosen = 0, found = 0;
     for (int64_t x = 0; x < total; x++) chosen += slashes[x], found += verticals[x];
-    l->verticals = room(found * 4), l->lonely = room(chosen * 4), l->bands = room(chosen * sizeof(Band));
-    l->on_vertical = room(total), l->key_bias = room((total + 2 * ROWS) * 4), l->offset_bias = room((total + 2 * ROWS) * 4);
+    l->verticals = allocate(found * 4), l->lonely = allocate(chosen * 4), l->bands = allocate(chosen * sizeof(Band));
+    l->on_vertical = allocate(total), l->key_bias = allocate((total + 2 * ROWS) * 4), l->offset_bias = allocate((total + 2 * ROWS) * 4);
     if (!l->verticals || !l->lonely || !l->bands || !l->on_vertical || !l->key_bias || !l->offset_bias) return 0;
     memcpy(l->on_vertical, verticals, total);
     for (int64_t x = 0; x < total + 2 * ROWS; x++) l->key_bias[x] = l->offset_bias[x] = -INFINITY;
@@ -70,7 +70,7 @@ static int lines_open(Lines *l, const Attention *a, int64_t head) {
     return 1;
 }
 
-// A thread's room for lonely slashes.
+// Buffers of a thread for isolated slashes.
 typedef struct {
     float *scores;   // [CHUNK][ROWS]
     float *output;   // [ROWS][dim]
@@ -86,7 +86,7 @@ static void attend_lonely(const Attention *a, const Lines *l, const Tile *t, Lon
         int64_t offsets[CHUNK], count = 0;
         for (int64_t i = at; i < l->lonely_count && i < at + CHUNK; i++)
             if (column + rows - 1 - l->lonely[i] >= l->start) offsets[count++] = l->lonely[i];
-        if (!count) return;  // offsets ascend: all others reach too far back as well
+        if (!count) return;  // offsets ascend, so all others are before the start too
         for (int v = 0; v < ROW_VECTORS && v * VW < rows; v++) {
             const char *row[VW], *key[VW];
             for (int r = 0; r < VW; r++) row[r] = queries + (v * VW + r < rows ? v * VW + r : rows - 1) * a->query_row * size;
@@ -102,7 +102,7 @@ static void attend_lonely(const Attention *a, const Lines *l, const Tile *t, Lon
                     }
                 vf score = row_products(row, key, dim, a->half) * t->scale;
                 score = first <= -ROWS ? splat(-INFINITY) : score + load(l->key_bias + ROWS + first);
-                score = where(score == score, score, splat(-INFINITY));  // what a filler column holds may be NaN
+                score = where(score == score, score, splat(-INFINITY));  // a filler column may hold NaN
                 store(own->scores + i * ROWS + v * VW, score);
                 most = vmax(most, score);
             }
@@ -136,7 +136,7 @@ static void attend_lonely(const Attention *a, const Lines *l, const Tile *t, Lon
 
 static void attend_bands(const Attention *a, const Lines *l, Tile *t, const char *keys, const char *values, int64_t column) {
     int64_t key_step = a->key_row * (a->half ? 2 : 4), value_step = a->value_row * (a->half ? 2 : 4);
-    int64_t done = column + ROWS;  // bands reach further and further back; what one has covered, the next leaves out
+    int64_t done = column + ROWS;  // each band reaches further back and skips keys that the last one covered
     for (int64_t b = 0; b < l->band_count; b++) {
         Band band = l->bands[b];
         int64_t from = column - band.to + 1, to = column + ROWS - band.from;
@@ -166,7 +166,7 @@ static void attend_dense(const Attention *a, Tile *t, const char *keys, const ch
     }
 }
 
-// Write the rows of a tile: sums divided out, the lonely slashes' part joined in.
+// Write the rows of a tile: divide by the sums and merge the part of the isolated slashes.
 static void finish(const Attention *a, const Tile *t, const Lonely *own, int lonely, int64_t head, int64_t first, int64_t rows) {
     float scale[ROWS], own_scale[ROWS];
     for (int64_t r = 0; r < rows; r++) {
@@ -202,12 +202,12 @@ static int longest_first(const void *a, const void *b) {
     return (x < y) - (x > y);
 }
 
-// Returns 0, or 1 if memory ran out.
+// Return 0, or 1 if memory ran out.
 int LS(vertical_slash)(const Attention *a) {
     int64_t tiles = (a->rows + ROWS - 1) / ROWS, items = a->heads * tiles, size = a->half ? 2 : 4;
     int failed = 0, sparse = a->slashes != NULL;
     Lines *lines = calloc(a->heads, sizeof(Lines));
-    Work *work = room(items * sizeof(Work));
+    Work *work = allocate(items * sizeof(Work));
     float causal[3 * ROWS], windowed[3 * ROWS];
     for (int r = 0; r < 3 * ROWS; r++) causal[r] = r < ROWS ? -INFINITY : 0, windowed[r] = r < ROWS ? 0 : -INFINITY;
     if (!lines || !work) { free(lines), free(work); return 1; }
@@ -228,7 +228,7 @@ int LS(vertical_slash)(const Attention *a) {
             qsort(work, items, sizeof(Work), longest_first);
         }
         Tile t;
-        Lonely own = {room(CHUNK * ROWS * 4), room(ROWS * a->dim * 4)};
+        Lonely own = {allocate(CHUNK * ROWS * 4), allocate(ROWS * a->dim * 4)};
         if (!tile_open(&t, a->dim, a->half, a->scaling) || !own.scores || !own.output) failed = 1;
 #pragma omp barrier
 #pragma omp for schedule(dynamic, 1)
@@ -263,7 +263,7 @@ int LS(vertical_slash)(const Attention *a) {
     return failed;
 }
 
-// The same on key tiles chosen for each query tile. Returns 0, or 1 if memory ran out.
+// Compute attention on the key tiles selected per query tile. Return 0, or 1 if memory ran out.
 int LS(block_sparse)(const Attention *a) {
     int64_t block = a->window, height = block < ROWS ? block : ROWS, steps = (block + height - 1) / height;
     int64_t block_rows = (a->rows + block - 1) / block, block_columns = (a->total + block - 1) / block;

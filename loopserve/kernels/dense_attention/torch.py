@@ -1,5 +1,5 @@
-"""Dense attention through PyTorch's fused kernel: keys are never repeated over a group, and masked only where they must
-be.
+"""Compute dense attention with PyTorch's fused kernel, without repeating keys over a group, and masked only where
+necessary.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from loopserve.kernels.fused import MASKED, fused, merge, serves
 from loopserve.kernels.masked import masked_attention, query_columns, visible
 
-_FEW_ROWS = 16  # up to here one masked call with the group's heads as rows beats two calls
-_CHUNK = 256  # rows per step where a mask is needed, so that it stays small
+_FEW_ROWS = 16  # up to this many rows, one masked call with the group's heads as rows is faster than two calls
+_CHUNK = 256  # rows per step where a mask is needed; bounds the size of the mask
 
 
 def dense_attention(
@@ -40,7 +40,7 @@ def dense_attention(
         few = queries.shape[1] <= _FEW_ROWS and columns is None and window is None
         if few and serves(values, queries.shape[2], softcap):
             output, lse = _few_rows(queries, keys, values, scaling, first_valid)
-            # Masked filler counts 0 times what it holds: numbers vanish, anything else shows as NaN.
+            # Masked filler has weight 0: finite values have no effect, others give NaN.
             if not bool(output.isnan().any()):
                 return output, lse
         return _ragged(queries, keys, values, scaling, softcap, window, columns, first_valid)
@@ -56,7 +56,7 @@ def dense_attention(
     if rows == total:
         output, lse = fused(queries[None], keys[None], values[None], scaling=scaling, causal=True)
         return output[0], lse[0]
-    # The fused causal flag is right for square blocks only: history without a mask, own block with it, joined.
+    # The fused causal flag assumes a square block. So the history is computed unmasked, the own block causal, and both are merged.
     old, new = slice(None, total - rows), slice(total - rows, None)
     past = fused(queries[None], keys[None, :, old], values[None, :, old], scaling=scaling)
     own = fused(queries[None], keys[None, :, new], values[None, :, new], scaling=scaling, causal=True)
@@ -65,9 +65,7 @@ def dense_attention(
 
 
 def _one_row(queries: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
-    """Plain decoding, where each microsecond shows: the public function, which is quicker to call but gives no
-    log-sum-exp.
-    """
+    """Decode one row through the public function, which has less overhead per call but returns no log-sum-exp."""
     grouped = queries.reshape(1, keys.shape[0], -1, queries.shape[2])
     return scaled_dot_product_attention(grouped, keys[None], values[None], scale=scaling).reshape(
         queries.shape[0], 1, -1
@@ -77,7 +75,7 @@ def _one_row(queries: Tensor, keys: Tensor, values: Tensor, scaling: float) -> T
 def _few_rows(
     queries: Tensor, keys: Tensor, values: Tensor, scaling: float, first_valid: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The last few tokens: the heads of a group become rows of one call, so its keys are read once."""
+    """Compute the last few rows in one call with the heads of a group as rows, so that the keys are read once."""
     heads, rows, dim = queries.shape
     owners, total, group = keys.shape[0], keys.shape[1], heads // keys.shape[0]
     mask = None
@@ -88,7 +86,7 @@ def _few_rows(
     grouped = queries.reshape(1, owners, group * rows, dim)
     output, lse = fused(grouped, keys[None], values[None], scaling=scaling, mask=mask)
     output, lse = output.reshape(heads, rows, dim), lse.reshape(heads, rows)
-    if first_valid is not None and int(first_valid.max()) > total - rows:  # some rows stand in the filler
+    if first_valid is not None and int(first_valid.max()) > total - rows:  # some rows are in the filler
         empty = ~seen.any(-1).repeat_interleave(group, dim=0)
         return output.masked_fill(empty[..., None], 0.0), lse.masked_fill(empty, float("-inf"))
     return output, lse
@@ -103,7 +101,7 @@ def _in_chunks(
     window: int | None,
     columns: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """With a mask, some rows at a time over the columns that they can see."""
+    """Compute rows that need a mask in chunks, each over the columns that it can see."""
     outputs, lses = [], []
     for rows, where in zip(torch.split(queries, _CHUNK, dim=1), torch.split(columns, _CHUNK), strict=True):
         end = int(where.max()) + 1
@@ -133,7 +131,7 @@ def _ragged(
     columns: Tensor | None,
     first_valid: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """One KV head at a time without its filler columns, so that nothing in them is ever read."""
+    """Compute one KV head at a time without its filler columns, so that filler is never read."""
     group, rows = queries.shape[0] // keys.shape[0], queries.shape[1]
     output = queries.new_zeros(queries.shape[0], rows, values.shape[2])
     lse = torch.full((queries.shape[0], rows), float("-inf"), dtype=torch.float32, device=queries.device)

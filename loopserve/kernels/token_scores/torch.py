@@ -1,13 +1,13 @@
-"""Token scores one KV head and a few rows at a time, so that the rows of all heads never exist together."""
+"""Compute token scores for one KV head and a few rows at a time, which bounds the memory."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from loopserve.kernels.line_scores.packed import row_probabilities
+from loopserve.kernels.line_scores.torch import row_probabilities
 
-_NUMBERS = 1 << 21  # scores held at once: 8 MiB in float32
+_NUMBERS = 1 << 21  # scores in memory at once: 8 MiB in float32
 
 
 def token_scores(

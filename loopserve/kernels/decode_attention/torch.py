@@ -1,4 +1,4 @@
-"""Dense attention over the active set; chosen columns are copied together first."""
+"""Compute dense attention over the active set, after copying the chosen columns together."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from loopserve.kernels.decode_attention.request import DecodeRequest
-from loopserve.kernels.dense_attention.packed import dense_attention
-from loopserve.kernels.gather_kv.packed import gather_kv
+from loopserve.kernels.dense_attention.torch import dense_attention
+from loopserve.kernels.gather_kv.torch import gather_kv
 
 
 def decode_attention(
@@ -33,7 +33,9 @@ def decode_attention(
 
 
 def active_pairs(keys: Tensor, values: Tensor, columns: Tensor, tail: int) -> tuple[Tensor, Tensor, Tensor | None]:
-    """A copy of the chosen columns and of all from ``tail`` on, and where filler ends in each head that keeps fewer."""
+    """Return a copy of the chosen columns and all columns from ``tail`` on, and where filler ends in each head that
+    keeps fewer.
+    """
     fillers = (columns < 0).sum(1)
     copies = gather_kv(keys, values, columns.clamp(min=0))
     own_keys, own_values = (

@@ -1,4 +1,4 @@
-"""Block attention query tile by query tile, each over the key tiles gathered for it."""
+"""Compute block-sparse attention per query tile, over a copy of its key tiles."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def block_sparse(
                 keys[owner].index_select(0, columns),
                 values[owner].index_select(0, columns),
             )
-            # Columns ascend, so the last one tells whether any is younger than the tile's first row.
+            # Columns ascend, so the last one shows whether any lies after the tile's first row.
             later = columns > torch.arange(history + start, history + end, device=columns.device)[:, None]
             if serves(values, queries.shape[2], softcap):
                 mask = None

@@ -1,4 +1,4 @@
-"""The copy by whole rows: ``torch.gather`` moves single numbers and was 33 times slower."""
+"""Copy pairs by whole rows: ``torch.gather`` copies single numbers and was 33 times slower."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ from torch import Tensor
 
 
 def gather_kv(keys: Tensor, values: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
-    """See the package. Heads one by one: a narrowed view of a growing buffer cannot be flattened without copying it."""
+    """See the package.
+
+    Heads are copied one by one, since flattening a narrowed view of a larger buffer would copy the buffer.
+    """
     chosen_keys = keys.new_empty(*indices.shape, keys.shape[2])
     chosen_values = values.new_empty(*indices.shape, values.shape[2])
     for head, columns in enumerate(indices):

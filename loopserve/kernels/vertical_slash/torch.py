@@ -1,8 +1,8 @@
-"""Line attention in two parts per head, joined by their log-sum-exps.
+"""Compute line attention in two parts per head, merged by their log-sum-exps.
 
-Slashes: each tile of rows gathers the keys in the ranges that its offsets touch, without those of chosen verticals.
+Slashes: each tile of rows gathers the keys in the ranges that its offsets reach, without those of chosen verticals.
 Which offsets are chosen depends on row minus key alone, so one small mask serves every tile. Verticals: their keys are
-packed once per head and attended by all rows. Together they compute each cell of the union once.
+copied together once per head and attended by all rows. Together the parts compute each cell of the union once.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loopserve.kernels.dense_attention.packed import dense_attention
+from loopserve.kernels.dense_attention.torch import dense_attention
 from loopserve.kernels.fused import MASKED, fused, merge, serves, settle
 from loopserve.kernels.masked import masked_attention
 from loopserve.kernels.vertical_slash.reference import line_mask
 
-# Cost of a cell by rows per tile, relative (measured): taller tiles multiply faster but touch more keys per slash.
+# Measured relative cost of a cell by rows per tile: taller tiles multiply faster but read more keys per slash.
 _TILES = {64: 1.25, 128: 1.1, 256: 1.0}
-_CELLS = 1 << 18  # cells computed per step: mask and gathered keys stay in the processor's cache
-_ROWS = 512  # rows per step over the packed verticals
+_CELLS = 1 << 18  # cells per step, so that mask and gathered keys fit the cache
+_ROWS = 512  # rows per step over the copied verticals
 _CHUNK = 128  # rows per step where the fused kernel cannot serve
 
 
@@ -35,14 +35,14 @@ def vertical_slash(
     softcap: float | None,
     first_valid: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """See the package. Computes in float32: the fused kernel is no faster in half precision on a CPU."""
+    """See the package. Computes in float32, since the fused CPU kernel is no faster in half precision."""
     heads, rows = queries.shape[:2]
     group = heads // keys.shape[0]
     starts = [0] * keys.shape[0] if first_valid is None else first_valid.tolist()
     output = queries.new_zeros(heads, rows, values.shape[2])
     lse = torch.full((heads, rows), float("-inf"), dtype=torch.float32, device=queries.device)
     for owner, start in enumerate(starts):
-        # Filler columns are cut off; offsets do not change, and rows that stand in the filler see nothing.
+        # Filler columns are cut off. Offsets do not change, and rows in the filler see no key.
         own_keys, own_values = keys[owner, start:].float(), values[owner, start:].float()
         held = len(own_keys)
         seeing = slice(max(0, rows - held), rows)
@@ -63,8 +63,8 @@ def _one_head(
     scaling: float,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """(output ``[Tq, D]``, log-sum-exp ``[Tq]``) of queries ``[Tq, D]`` over ``[Tk, D]`` on lines ``[Tk]``, all
-    float32.
+    """Return output ``[Tq, D]`` and log-sum-exp ``[Tq]`` of queries ``[Tq, D]`` over keys ``[Tk, D]`` on lines
+    ``[Tk]``, all float32.
     """
     if bool(slashes.all()):  # every cell
         output, lse = dense_attention(queries[None], keys[None], values[None], scaling=scaling, softcap=softcap)
@@ -85,7 +85,7 @@ def _one_head(
 
 @dataclass(frozen=True)
 class _Reach:
-    """The keys that a tile of rows needs for its slashes, nearest first: key minus first row of the tile, int64
+    """Hold the keys that a tile of rows needs for its slashes, nearest first: key minus first row of the tile, int64
     ``[W]``.
     """
 
@@ -94,21 +94,21 @@ class _Reach:
 
     @classmethod
     def best(cls, slashes: Tensor, rows: int) -> _Reach:
-        """Of the tile heights, the one that computes cheapest."""
+        """Return the tile height with the lowest estimated cost."""
         offsets = slashes.nonzero().flatten()
         found = [cls._of(offsets, tile) for tile in _TILES]
         return min(found, key=lambda each: len(each.steps) * _TILES[each.tile] * max(1, each.tile / rows))
 
     @classmethod
     def _of(cls, offsets: Tensor, tile: int) -> _Reach:
-        # Row i of the tile and offset d meet at step i - d: each offset needs the steps from -d to tile - 1 - d.
+        # Row i of the tile has offset d at step i - d. So each offset needs the steps from -d to tile - 1 - d.
         reached = torch.zeros(int(offsets[-1]) + tile + 1, dtype=torch.int32, device=offsets.device)
         reached[offsets] += 1
         reached[offsets + tile] -= 1
         return cls(tile, tile - 1 - reached.cumsum(0)[:-1].nonzero().flatten())
 
     def mask(self, slashes: Tensor) -> Tensor:
-        """Additive float32 ``[tile, W]``: 0 where row minus step is a chosen offset."""
+        """Return the additive mask float32 ``[tile, W]``: 0 where row minus step is a chosen offset."""
         bias = torch.full((len(slashes) + 2 * self.tile,), MASKED, dtype=torch.float32, device=slashes.device)
         bias[self.tile : -self.tile].masked_fill_(slashes, 0.0)
         row = torch.arange(self.tile, device=slashes.device)
@@ -118,7 +118,7 @@ class _Reach:
 def _on_slashes(
     queries: Tensor, keys: Tensor, values: Tensor, verticals: Tensor, slashes: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor]:
-    """Over the cells of the slashes that lie on no chosen vertical."""
+    """Attend to the cells of the slashes that are on no chosen vertical."""
     rows, total = len(queries), len(keys)
     reach = _Reach.best(slashes, rows)
     tile, pattern = reach.tile, reach.mask(slashes)
@@ -131,7 +131,7 @@ def _on_slashes(
         tiles = max(1, min((rows - start) // tile, _CELLS // (tile * len(reach.steps))))
         end = start + tiles * height
         first = total - rows + start + tile * torch.arange(tiles, device=keys.device)  # column of each tile's first row
-        # Steps run from near to far: what lies before column 0 for the last tile is cut off, for the others it is
+        # Steps run from near to far. Those before column 0 for the last tile are cut off, for other tiles they are
         # masked.
         width = int((reach.steps >= -int(first[-1])).sum())
         if width == 0:
@@ -157,7 +157,7 @@ def _on_slashes(
 def _on_verticals(
     queries: Tensor, keys: Tensor, values: Tensor, chosen: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor]:
-    """Over the chosen columns, causal."""
+    """Attend to the chosen columns, causal."""
     history = len(keys) - len(queries)
     packed_keys, packed_values = keys.index_select(0, chosen), values.index_select(0, chosen)
     output = torch.zeros_like(queries)
@@ -168,7 +168,7 @@ def _on_verticals(
         if seen == 0:
             continue
         mask = None
-        if int(chosen[seen - 1]) > history + start:  # some column is younger than the first row
+        if int(chosen[seen - 1]) > history + start:  # some column lies after the first row
             rows = torch.arange(history + start, history + end, device=keys.device)
             mask = torch.zeros(end - start, seen, dtype=torch.float32, device=keys.device).masked_fill_(
                 chosen[:seen] > rows[:, None], MASKED
@@ -188,8 +188,10 @@ def _by_mask(
     scaling: float,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """For what the fused kernel cannot do (softcap, values of another size): as costly as dense attention, some rows at
-    a time.
+    """Compute under a full mask, some rows at a time, where the fused kernel lacks support (softcap, other value
+    sizes).
+
+    Costs as much as dense attention.
     """
     columns = torch.arange(len(keys) - len(queries), len(keys), device=keys.device)
     outputs, lses = [], []
