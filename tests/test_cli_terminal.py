@@ -39,12 +39,12 @@ import os, sys, time
 from loopserve.cli import main
 from loopserve.core.engine.engine import TokenEngine
 
-run = TokenEngine.run
+run = TokenEngine.run_pass
 def held(self, *arguments, **options):
     while os.path.exists(os.environ["HOLD"]):
         time.sleep(3600)
     return run(self, *arguments, **options)
-TokenEngine.run = held
+TokenEngine.run_pass = held
 main(sys.argv[1:])
 """
 

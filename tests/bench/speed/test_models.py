@@ -46,11 +46,17 @@ def test_sides_leave_the_shared_history_as_it_was_and_agree(shared: SharedModel)
 
 
 def test_decode_rows(shared: SharedModel) -> None:
-    part = {**SHAPE, "tokens": [70, 140], "new_tokens": 4, "output_tokens": 4, "dense_output_tokens": 3}
+    stacks = ["dense", "loopserve-paper", "loopserve", "h2o"]
+    part = {
+        **SHAPE,
+        "tokens": [70, 140],
+        "new_tokens": 4,
+        "output_tokens": 4,
+        "dense_output_tokens": 3,
+        "stacks": stacks,
+    }
     rows = list(run_decode(suite(decode=[part])))
-    assert {row["stack"] for row in rows} == {
-        "dense", "loopserve-paper", "loopserve", PLAIN, "transformers, growing cache"
-    }  # fmt: skip
+    assert {row["stack"] for row in rows} == {*stacks, PLAIN, "transformers, growing cache"}
     for row in rows:
         assert row["op"] == "decode_step" and row["parity"] == "ok" and row["runs"] == 2
         assert row["ratio_sdpa"] > 0 and row["ratio_own_dense"] > 0 and row["ratio_growing_cache"] > 0
@@ -58,7 +64,9 @@ def test_decode_rows(shared: SharedModel) -> None:
     ours = next(row for row in rows if row["stack"] == "loopserve")
     assert ours["impl_parts"]["decode_attention_batch"]
     assert 0 < ours["phase_shares"]["decode_attention_batch"] < 1
-    assert 0 < ours["phase_shares"]["policy"] < 1 and "unaudited" not in ours
+    assert "policy" not in ours["phase_shares"] and "unaudited" not in ours  # so short a history is decoded dense
+    observing = next(row for row in rows if row["stack"] == "h2o")
+    assert 0 < observing["phase_shares"]["policy"] < 1
 
 
 def test_prefill_rows_say_that_the_density_was_planted() -> None:
