@@ -13,7 +13,10 @@ ROOT = Path(__file__).parents[1]
 FILES = sorted(path for folder in ("loopserve", "plugins") for path in (ROOT / folder).rglob("*.py"))
 # Not the field's words, or metaphors where a plain term exists.
 WORDS = re.compile(r"\b(house|room|told|wish|wishes|aside|harms)\b")
-DATA = {"loopserve/bench/recall.py", "loopserve/bench/vocabulary.py"}  # words of the dialogues that the model was trained on
+DATA = {
+    "loopserve/bench/recall.py",
+    "loopserve/bench/vocabulary.py",
+}  # words of the dialogues that the model was trained on
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))

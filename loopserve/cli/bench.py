@@ -1,4 +1,4 @@
-"""``loopserve bench``: timings on this machine; answers of a model are ``cli.quality``'s."""
+"""Define ``loopserve bench``: timings on this machine. Answers of a model are measured by ``cli.quality``."""
 
 from __future__ import annotations
 
@@ -269,7 +269,7 @@ def _progress(said: str) -> None:
 
 
 def _show(rows: Iterator[dict[str, Any]], output: Path | None, format: Format) -> None:
-    """Append each row as it comes, print all of them, and end with code 1 if one was wrong."""
+    """Append each row when it is ready, print all of them, and exit with code 1 if one was wrong."""
     from loopserve.bench.rows import append_rows
 
     found = []

@@ -1,4 +1,4 @@
-"""``loopserve env``: all that a bug report needs."""
+"""Define ``loopserve env``: the facts that a bug report needs."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def _environment(settings: Settings) -> dict[str, Any]:
 
 
 def _compiled() -> dict[str, str] | str:
-    """The library in use, or why there is none."""
+    """Return the compiled library in use, or why there is none."""
     from loopserve.kernels.native import library
 
     return library.unavailable() or library.describe()
@@ -90,7 +90,7 @@ def _version(package: str) -> str:
 
 
 def _required(package: str) -> str:
-    """The version range our own distribution asks for."""
+    """Return the version range that loopserve requires of a package."""
     from importlib import metadata
 
     try:

@@ -1,4 +1,4 @@
-"""``loopserve logs``: the conversations that ``loopserve chat`` has logged."""
+"""Define ``loopserve logs``: the conversations that ``loopserve chat`` has logged."""
 
 from __future__ import annotations
 

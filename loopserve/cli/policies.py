@@ -1,4 +1,4 @@
-"""``loopserve policies``: which there are, who brought them, what their options are."""
+"""Define ``loopserve policies``: list policies, their distributions and their options."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def search_minference(
     """Search, once per model, how many vertical and slash lines each head needs; `minference` reads the file as `sizes`."""
     from loopserve.cli.search import searched
 
-    if Path(output).is_dir() or not Path(output).absolute().parent.is_dir():  # before the search, which takes time
+    if Path(output).is_dir() or not Path(output).absolute().parent.is_dir():  # before the search, which takes long
         raise ConfigError(f"{output}: cannot be written: give a file in a directory that is there")
     sizes = searched(model, text, tokens, share, dtype=dtype, device=device)
     from loopserve.policies.prefill.line_sizes import describe, write_sizes
@@ -164,7 +164,7 @@ _BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusive
 
 
 def _values(option: dict[str, Any], definitions: dict[str, Any]) -> str:
-    """What an option takes, in few words: ``integer > 0``, ``keep | evict``, ``number | null``."""
+    """Return the values of an option in short form: ``integer > 0``, ``keep | evict``, ``number | null``."""
     if "$ref" in option:
         return _values(definitions[option["$ref"].rpartition("/")[2]], definitions)
     if "anyOf" in option:

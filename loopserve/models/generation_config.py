@@ -1,4 +1,4 @@
-"""Read what a model's own ``generation_config`` says about answers."""
+"""Read the stop tokens and the sampling options of a model's ``generation_config``."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def stop_ids(model: PreTrainedModel) -> frozenset[int]:
 def model_sampling(model: PreTrainedModel) -> dict[str, Any]:
     """Return the sampling options that the model's ``generation_config`` sets, by the names of ``SamplingConfig``.
 
-    A model that does not set ``do_sample`` is greedy, as in transformers; one that does draws at temperature 1 where it sets none.
-    The values are not checked.
+    As in transformers, a model that does not set ``do_sample`` is greedy. A model that sets it without a temperature uses 1. The
+    values are not checked.
     """
     config = model.generation_config
     if config is None:
