@@ -57,9 +57,7 @@ class Transcript:
             said["reasoning_content"] = answer.reasoning
         self.messages = [*asked, said]
         self.turns.append(turn)
-        for number in range(
-            len(self.turns) - UNDO_DEPTH
-        ):  # prompts of all turns grow with the square of the conversation
+        for number in range(len(self.turns) - UNDO_DEPTH):  # all prompts grow with the square of the turns
             old = self.turns[number]
             if old.answered.prompt.tokens:
                 prompt = replace(old.answered.prompt, tokens=())

@@ -122,9 +122,7 @@ class Repl:
                 self._say_stopped()
             except LoopServeError as error:
                 self._error(str(error))
-            except (
-                Exception
-            ) as error:  # out of memory, a broken plugin: the turn was rolled back, and the chat continues
+            except Exception as error:  # out of memory, a broken plugin: the turn was rolled back, the chat continues
                 self._error(f"{unexpected(error)}; the conversation stands at its last complete turn, /save keeps it")
 
     def _take(self, line: str) -> None:

@@ -15,12 +15,7 @@ from loopserve.core.policy.interfaces import AttentionInputs, KVSelection, Obser
 from loopserve.core.policy.patterns import AttentionPattern, BlockPattern, DensePattern, LinePattern
 from loopserve.core.policy.row_groups import RowGroups
 
-_OURS = (
-    DensePattern,
-    LinePattern,
-    BlockPattern,
-    RowGroups,
-)  # patterns whose output comes from the kernels of loopserve
+_OURS = (DensePattern, LinePattern, BlockPattern, RowGroups)  # their kernels are part of loopserve
 _ROWS_LOOKED_AT = 8
 
 

@@ -170,10 +170,7 @@ class LayerCache:
         width = selection.indices.shape[1]
         columns = self._columns(selection)
         tail = self.stored - (self.seen - selection.boundary)
-        held_keys, held_values = (
-            self.store.keys,
-            self.store.values,
-        )  # read once, since a ragged store pads them at each access
+        held_keys, held_values = self.store.keys, self.store.values  # once: each access pads a ragged store
         keys, values = gather_kv(held_keys, held_values, columns)
         if tail < self.stored:
             keys = torch.cat([keys, held_keys[:, tail:]], dim=1)

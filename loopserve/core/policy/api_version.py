@@ -11,10 +11,7 @@ from loopserve.core.errors import PluginError
 ApiVersion = tuple[int, int]
 
 API_VERSION: ApiVersion = (1, 0)
-FIRST_API: ApiVersion = (
-    1,
-    0,
-)  # assumed for a plugin that declares none, since no other version existed before declarations
+FIRST_API: ApiVersion = (1, 0)  # of a plugin that declares none: declarations came later
 
 
 def require_api(declared: object, what: str) -> None:

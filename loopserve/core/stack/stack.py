@@ -52,9 +52,7 @@ class PolicyStack:
     overrides: tuple[Override, ...] = ()
     source: str = "python"
     description: str | None = None
-    owners: Owners = field(
-        default_factory=dict
-    )  # the distribution of each policy class, as far as the registry knows it
+    owners: Owners = field(default_factory=dict)  # the distribution of each policy class, if known
 
     def prefill_for(self, layer_index: int, layers_total: int) -> PrefillSparsifier:
         override = self._override(layer_index, layers_total)

@@ -36,17 +36,16 @@ class RocketKVMTDecode(DecodeCompressor[RocketState]):
     """Filter the history once per turn by the last queries, then attend in each step to the filtered pages that the current query
     could need (RocketKV-MT).
 
-    Paper: https://arxiv.org/abs/2502.14051; written from the paper alone. Stage one: attention of the last ``window``
-    queries, maximum over ``kernel`` neighbours, the best ``filter_budget`` pairs per KV head. Stage two: bounds of the
-    keys of ``page`` filtered neighbours on the ``channels`` channels where the group's queries are largest, the best
-    pages for each step's query.
+    Paper: https://arxiv.org/abs/2502.14051. Written from the paper alone. Stage one: attention of the last ``window`` queries,
+    maximum over ``kernel`` neighbours, the best ``filter_budget`` pairs per KV head. Stage two: bounds of the keys of ``page``
+    filtered neighbours on the ``channels`` channels where the group's queries are largest, the best pages for each step's query.
 
-    Variant and deviations: a reading of the paper (its two-level choice along tokens and channels), not of its code, which
-    is not free to use. The budget is exact, so the last page may be taken in part; outputs of this turn come on top. The
-    paper's adaptive split of the compression between the stages is two fields here.
+    Variant and deviations: an interpretation of the paper (its two-level choice along tokens and channels). The license of its code
+    does not permit free use. The budget is exact, so the last page may be taken in part. Outputs of this turn are attended in
+    addition. The paper's adaptive split of the compression between the stages is two fields here.
 
-    Multi-turn: the filter holds for one turn only. The store keeps everything, the next turn's prefill sees all of it and
-    filters anew; that is what sets this form apart from RocketKV, which evicts.
+    Multi-turn: the filter holds for one turn only. The store keeps everything, and the next turn's prefill sees all of it and
+    filters again. RocketKV, in contrast, evicts.
     """
 
     name: ClassVar[str] = "rocketkv_mt"
