@@ -52,10 +52,10 @@ class Transcript:
         """Add a turn that was answered."""
         same, answer = self.common(asked), turn.answered.answer
         self._cut(same)
-        said = {"role": "assistant", "content": answer.text.strip()}
+        reply = {"role": "assistant", "content": answer.text.strip()}
         if answer.reasoning is not None:
-            said["reasoning_content"] = answer.reasoning
-        self.messages = [*asked, said]
+            reply["reasoning_content"] = answer.reasoning
+        self.messages = [*asked, reply]
         self.turns.append(turn)
         for number in range(len(self.turns) - UNDO_DEPTH):  # all prompts grow with the square of the turns
             old = self.turns[number]

@@ -85,17 +85,17 @@ class LoggedConversation:
     @property
     def messages(self) -> list[dict[str, Any]]:
         """Return the complete turns as messages with the answers' tokens, without turns that were undone or not answered."""
-        found: list[dict[str, Any]] = [] if self.system is None else [{"role": "system", "content": self.system}]
+        messages: list[dict[str, Any]] = [] if self.system is None else [{"role": "system", "content": self.system}]
         for turn in self.turns:
             if turn.state is TurnState.ANSWERED:
-                found.append({"role": "user", "content": turn.message})
+                messages.append({"role": "user", "content": turn.message})
                 answer: dict[str, Any] = {"role": "assistant", "content": turn.answer}
                 if turn.reasoning:
                     answer["reasoning_content"] = turn.reasoning
                 if turn.token_ids:
                     answer["token_ids"] = turn.token_ids
-                found.append(answer)
-        return found
+                messages.append(answer)
+        return messages
 
     def take_over(self, messages: Sequence[Mapping[str, str]]) -> None:
         """Begin with the turns of messages that come from elsewhere."""
@@ -133,17 +133,17 @@ class ChatLog:
 
     def conversations(self, *, word: str | None = None, limit: int | None = None) -> list[LoggedConversation]:
         """Return conversations, the latest first. word: only those that contain it, ignoring case."""
-        found = []
+        conversations = []
         with self._reading() as database:
             if database is None:
                 return []
             for (number,) in database.execute("SELECT id FROM conversations ORDER BY updated DESC, id DESC").fetchall():
                 conversation = _loaded(database, number)
                 if word is None or _holds(conversation, word):
-                    found.append(conversation)
-                if limit is not None and len(found) >= limit:
+                    conversations.append(conversation)
+                if limit is not None and len(conversations) >= limit:
                     break
-        return found
+        return conversations
 
     def conversation(self, number: int) -> LoggedConversation:
         """Return one conversation. Raises InputError if its number does not exist."""
@@ -154,10 +154,10 @@ class ChatLog:
 
     def last(self) -> LoggedConversation:
         """Return the conversation that was written last. Raises InputError if there is none."""
-        found = self.conversations(limit=1)
-        if not found:
+        conversations = self.conversations(limit=1)
+        if not conversations:
             raise InputError(f"there is no conversation to go on with: {self.path} holds none")
-        return found[0]
+        return conversations[0]
 
     def remove(self, numbers: Sequence[int]) -> None:
         """Delete conversations and overwrite their text. Raises InputError, and deletes none, if one does not exist."""

@@ -27,11 +27,11 @@ _PACKAGES = (
 def env(context: typer.Context, format: FormatOption = Format.HUMAN) -> None:
     """Versions, device, kernels and plugins, for a bug report."""
     settings: Settings = context.obj
-    found = _environment(settings)
+    environment = _environment(settings)
     if format is Format.JSON:
-        print_json(found)
+        print_json(environment)
         return
-    _print_tree(found)
+    _print_tree(environment)
 
 
 def _print_tree(values: dict[str, Any], indent: str = "") -> None:

@@ -49,12 +49,12 @@ def show_policy(
 ) -> None:
     """One policy (or both of that name) with its options."""
     settings: Settings = context.obj
-    found = settings.plugins().registry.named(name)
+    registrations = settings.plugins().registry.named(name)
     if format is Format.JSON:
-        print_json([_described(each) | {"options": each.config.model_json_schema()} for each in found])
+        print_json([_described(each) | {"options": each.config.model_json_schema()} for each in registrations])
         return
     out = console()
-    for each in found:
+    for each in registrations:
         out.print(f"{each.kind} policy {each.name} (from {each.owner})", markup=False)
         out.print(inspect.getdoc(each.policy) or "", markup=False)
         if each.paper and each.paper not in (each.policy.__doc__ or ""):
@@ -72,7 +72,7 @@ def matrix(context: typer.Context, format: FormatOption = Format.HUMAN) -> None:
     from loopserve.core.stack.compatibility import pairs
 
     settings: Settings = context.obj
-    found = list(pairs(settings.plugins().registry))
+    combinations = list(pairs(settings.plugins().registry))
     if format is Format.JSON:
         print_json(
             {
@@ -84,19 +84,19 @@ def matrix(context: typer.Context, format: FormatOption = Format.HUMAN) -> None:
                         "works": each.reason is None,
                         "reason": each.reason,
                     }
-                    for each in found
+                    for each in combinations
                 ]
             }
         )
         return
-    columns = list(dict.fromkeys(each.prefill for each in found))
+    columns = list(dict.fromkeys(each.prefill for each in combinations))
     rows = []
-    for decode, retention in dict.fromkeys((each.decode, each.retention) for each in found):
-        cells = [each.reason for each in found if (each.decode, each.retention) == (decode, retention)]
+    for decode, retention in dict.fromkeys((each.decode, each.retention) for each in combinations):
+        cells = [each.reason for each in combinations if (each.decode, each.retention) == (decode, retention)]
         rows.append((decode, retention, *("works" if reason is None else "refused" for reason in cells)))
     print_table(("decode \\ prefill", "rest", *columns), rows, keys=2)
     out = console()
-    for reason in dict.fromkeys(each.reason for each in found if each.reason is not None):
+    for reason in dict.fromkeys(each.reason for each in combinations if each.reason is not None):
         out.print(f"refused: {reason}", markup=False)
 
 

@@ -144,15 +144,15 @@ class Repl:
         return text.rstrip().removesuffix(BLOCK).strip("\n")
 
     def _ask(self, message: str) -> None:
-        said: list[str] = []
+        printed: list[str] = []
         self._unanswered = message
         if self.recorder:
             self.recorder.asked(message)
         try:
-            self._print(self.conversation.stream(message, **self._options(self.sampling)), said)
+            self._print(self.conversation.stream(message, **self._options(self.sampling)), printed)
         except KeyboardInterrupt:
             if self.recorder:
-                self.recorder.stopped("".join(said))
+                self.recorder.stopped("".join(printed))
             raise
         except Exception as error:
             if self.recorder:
@@ -160,37 +160,37 @@ class Repl:
             raise
         self._unanswered = None
         if self.recorder:
-            self.recorder.answered("".join(said).strip(), **self._details())
+            self.recorder.answered("".join(printed).strip(), **self._details())
         self._answered()
 
     def _ask_again(self) -> None:
         """Print another answer to the last message. The old answer stays if that is interrupted."""
-        said: list[str] = []
+        printed: list[str] = []
         sampling, changed = other_sampling(self.sampling)
         note = f"({changed} for this answer: else it would be the same)\n" if changed else ""
         try:
-            self._print(self.conversation.stream_retry(**self._options(sampling)), said, note)
+            self._print(self.conversation.stream_retry(**self._options(sampling)), printed, note)
         except BaseException:
             if self.recorder:
-                self.recorder.stopped_again("".join(said))
+                self.recorder.stopped_again("".join(printed))
             raise
         if self.recorder:
-            self.recorder.answered_again("".join(said).strip(), **self._details())
+            self.recorder.answered_again("".join(printed).strip(), **self._details())
         self._answered()
 
-    def _print(self, pieces: Iterator[str], said: list[str], note: str = "") -> None:
+    def _print(self, pieces: Iterator[str], printed: list[str], note: str = "") -> None:
         """Print an answer as it arrives. An interrupted one is closed at once, which rolls the unfinished turn back."""
         self._busy = True
         try:
             with closing(cast(Any, pieces)):
                 for piece in pieces:
-                    if not said:
+                    if not printed:
                         self.answering()
                         self.write(note)
-                    said.append(piece)
+                    printed.append(piece)
                     self.write(piece)
         finally:
-            if not said:
+            if not printed:
                 self.answering()
         self._busy = False
 
@@ -241,10 +241,10 @@ class Repl:
 
     def _details(self) -> dict[str, Any]:
         """Return further fields of an answer for the log."""
-        found: dict[str, Any] = {"stats": self.conversation.turns[-1].as_dict()} if self.conversation.turns else {}
+        details: dict[str, Any] = {"stats": self.conversation.turns[-1].as_dict()} if self.conversation.turns else {}
         if reply := self.conversation.last_reply:
-            found |= {"token_ids": list(reply.token_ids), "reasoning": reply.reasoning or ""}
-        return found
+            details |= {"token_ids": list(reply.token_ids), "reasoning": reply.reasoning or ""}
+        return details
 
     def _answered(self) -> None:
         self._unsaved = True

@@ -72,30 +72,30 @@ class ChatTokenizer:
         check_messages(messages)
         if self.tokenizer.chat_template is None:
             return self._bare_prompt(messages, answered)
-        found, kept = self._view_with(messages, answered)
+        rendering, kept = self._view_with(messages, answered)
         ids: list[int] = []
         cursor = 0
         for entry, start, end in reversed(kept):
             if (
                 entry.prompt.tokens
-                and start == found.at(len(entry.prompt.text))
-                and found.clean(0, start) == entry.prompt.text
+                and start == rendering.at(len(entry.prompt.text))
+                and rendering.clean(0, start) == entry.prompt.text
             ):
                 ids, cursor = [*entry.prompt.tokens, *entry.answer.tokens], end
                 break
         for entry, start, end in kept:
             if start >= cursor and end > cursor:
-                ids += self._encode(found, cursor, start) + list(entry.answer.tokens)
+                ids += self._encode(rendering, cursor, start) + list(entry.answer.tokens)
                 cursor = end
         history = None
-        last = max(found.answers.values(), key=lambda place: place[1], default=None)
-        if last is not None and last[1] >= cursor and self._encoder.begins_with_special(found.text[last[1] :]):
-            ids += self._encode(found, cursor, last[1])
+        last = max(rendering.answers.values(), key=lambda place: place[1], default=None)
+        if last is not None and last[1] >= cursor and self._encoder.begins_with_special(rendering.text[last[1] :]):
+            ids += self._encode(rendering, cursor, last[1])
             history, cursor = len(ids), last[1]
-        ids += self._encode(found, cursor, None)
+        ids += self._encode(rendering, cursor, None)
         if not ids:
             raise ModelError("the model's chat template renders nothing of this conversation")
-        return Prompt(found.clean(), tuple(ids), history)
+        return Prompt(rendering.clean(), tuple(ids), history)
 
     def turn_tokens(self, messages: Sequence[Message], last_token: int | None) -> list[int]:
         """Return the ids that the messages after the last answer add, the generation prompt included.
@@ -113,12 +113,12 @@ class ChatTokenizer:
         standing = list(messages)
         if not standing[answers[-1]]["content"].strip():
             standing[answers[-1]] = {**standing[answers[-1]], "content": "."}  # an empty answer needs a place as well
-        found = self._view(standing, answers[-1:])
-        if answers[-1] not in found.answers:
+        rendering = self._view(standing, answers[-1:])
+        if answers[-1] not in rendering.answers:
             raise ModelError(
                 "the model's chat template drops earlier answers or changes them; it is served through ChatSession only"
             )
-        ids = self._encode(found, found.answers[answers[-1]][1], None)
+        ids = self._encode(rendering, rendering.answers[answers[-1]][1], None)
         return ids[1:] if last_token is not None and ids[:1] == [last_token] else ids
 
     def answer_tokens(self, text: str) -> list[int]:
@@ -190,18 +190,18 @@ class ChatTokenizer:
             given[entry.message] = {"role": "assistant", "content": entry.answer.raw.strip()}
         parted = [entry for entry in answered if entry.answer.raw.strip() != messages[entry.message]["content"].strip()]
         try:
-            found = self._view(given, wrapped)
+            rendering = self._view(given, wrapped)
         except (ModelError, InputError):
             if not parted:
                 raise
-            found = None
-        changed = [entry for entry in parted if found is None or _place(found, entry) is None]
+            rendering = None
+        changed = [entry for entry in parted if rendering is None or _place(rendering, entry) is None]
         if changed:
             for entry in changed:
                 given[entry.message] = messages[entry.message]
-            found = self._view(given, wrapped)
-        assert found is not None
-        return found, [(entry, *place) for entry in answered if (place := _place(found, entry)) is not None]
+            rendering = self._view(given, wrapped)
+        assert rendering is not None
+        return rendering, [(entry, *place) for entry in answered if (place := _place(rendering, entry)) is not None]
 
     def _view(self, messages: Sequence[Message], wrapped: Iterable[int]) -> View:
         thoughts = [number for number, message in enumerate(messages) if "reasoning_content" in message]
@@ -225,26 +225,26 @@ class ChatTokenizer:
     def _bare_prompt(self, messages: Sequence[Message], answered: Sequence[Answered]) -> Prompt:
         """Join the texts of a conversation for a model without template."""
         own = {entry.message: entry.tokens for entry in answered}
-        ids, texts, said = list(self._encoder.prefix), [], ""
+        ids, texts, before = list(self._encoder.prefix), [], ""
         for number, message in enumerate(messages):
             if message["role"] != "assistant":
                 texts.append(message["content"])
                 continue
             ids += self._plain("\n".join(texts))
-            said, texts = said + "\n".join(texts) + message["content"], []
+            before, texts = before + "\n".join(texts) + message["content"], []
             ids += own[number] if number in own else self._plain(message["content"], continued=True)
         history = len(ids) if any(message["role"] == "assistant" for message in messages) else None
-        return Prompt(said + "\n".join(texts), (*ids, *self._plain("\n".join(texts))), history)
+        return Prompt(before + "\n".join(texts), (*ids, *self._plain("\n".join(texts))), history)
 
     # Tokens.
 
-    def _encode(self, found: View, start: int, end: int | None) -> list[int]:
-        return self._encoder.encode(found.text[start:end], found.mark, continued=start > 0)
+    def _encode(self, rendering: View, start: int, end: int | None) -> list[int]:
+        return self._encoder.encode(rendering.text[start:end], rendering.mark, continued=start > 0)
 
     def _plain(self, text: str, *, continued: bool = False) -> list[int]:
         """Return the ids of text in which nothing is a special token."""
-        found = view(lambda contents: contents[0], [text], [], self._encoder.typed, self._encoder.first_characters)
-        return self._encoder.encode(found.text, found.mark, continued=continued)
+        rendering = view(lambda contents: contents[0], [text], [], self._encoder.typed, self._encoder.first_characters)
+        return self._encoder.encode(rendering.text, rendering.mark, continued=continued)
 
     def _by_length(self) -> list[str]:
         return sorted(self._ids_by_text, key=len, reverse=True)
@@ -285,18 +285,18 @@ class ChatTokenizer:
             return set()
 
 
-def _place(found: View, entry: Answered) -> tuple[int, int] | None:
+def _place(rendering: View, entry: Answered) -> tuple[int, int] | None:
     """Return the place of an answer in a rendering, if the template kept the model's text.
 
     White space at its ends is ignored. The place begins where the prompt ended, if only white space lies between.
     """
-    if entry.message not in found.answers:
+    if entry.message not in rendering.answers:
         return None
-    begin, end = found.answers[entry.message]
+    begin, end = rendering.answers[entry.message]
     raw, prompt = entry.answer.raw.strip(), entry.prompt.text
-    if found.clean(0, end).startswith(prompt) and found.clean(0, end)[len(prompt) :].strip() == raw:
-        return found.at(len(prompt)), end
-    return (begin, end) if found.clean(begin, end).strip() == raw else None
+    if rendering.clean(0, end).startswith(prompt) and rendering.clean(0, end)[len(prompt) :].strip() == raw:
+        return rendering.at(len(prompt)), end
+    return (begin, end) if rendering.clean(begin, end).strip() == raw else None
 
 
 def check_messages(messages: Sequence[Message]) -> None:

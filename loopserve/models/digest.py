@@ -19,13 +19,13 @@ def model_digest(model: PreTrainedModel, tokenizer: Any) -> str:
 
     Of the weights, all names and shapes and evenly spaced numbers are used.
     """
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     config = {key: value for key, value in model.config.to_dict().items() if key not in _NOT_THE_MODEL}
-    found.update(json.dumps(config, sort_keys=True, default=str).encode())
+    digest.update(json.dumps(config, sort_keys=True, default=str).encode())
     for name, weight in sorted(model.named_parameters()):
         step = max(1, weight.numel() // _SAMPLED)
         numbers = weight.detach().reshape(-1)[::step].float().cpu()
-        found.update(f"{name} {list(weight.shape)} {weight.dtype}".encode() + numbers.numpy().tobytes())
+        digest.update(f"{name} {list(weight.shape)} {weight.dtype}".encode() + numbers.numpy().tobytes())
     vocabulary = sorted(tokenizer.get_vocab().items())
-    found.update(json.dumps([vocabulary, tokenizer.chat_template], default=str).encode())
-    return found.hexdigest()[:16]
+    digest.update(json.dumps([vocabulary, tokenizer.chat_template], default=str).encode())
+    return digest.hexdigest()[:16]

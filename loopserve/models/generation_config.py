@@ -12,10 +12,10 @@ _TAKEN = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 def stop_ids(model: PreTrainedModel) -> frozenset[int]:
     """Return the tokens that end an answer of the model."""
-    found = getattr(model.generation_config, "eos_token_id", None)
-    if found is None:
+    ids = getattr(model.generation_config, "eos_token_id", None)
+    if ids is None:
         return frozenset()
-    return frozenset(found if isinstance(found, list) else [found])
+    return frozenset(ids if isinstance(ids, list) else [ids])
 
 
 def model_sampling(model: PreTrainedModel) -> dict[str, Any]:
@@ -27,9 +27,9 @@ def model_sampling(model: PreTrainedModel) -> dict[str, Any]:
     config = model.generation_config
     if config is None:
         return {}
-    found = {name: getattr(config, name) for name in _TAKEN if getattr(config, name, None) is not None}
+    options = {name: getattr(config, name) for name in _TAKEN if getattr(config, name, None) is not None}
     if not config.do_sample:
-        found["temperature"] = 0.0
+        options["temperature"] = 0.0
     else:
-        found.setdefault("temperature", 1.0)
-    return found
+        options.setdefault("temperature", 1.0)
+    return options

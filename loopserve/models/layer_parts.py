@@ -110,12 +110,12 @@ def decoder_of(model: PreTrainedModel) -> torch.nn.Module:
 
 def attention_modules(model: PreTrainedModel) -> dict[int, torch.nn.Module]:
     """Return the attention module of each layer of the text decoder, by its index."""
-    found: dict[int, torch.nn.Module] = {}
+    modules: dict[int, torch.nn.Module] = {}
     for module in decoder_of(model).modules():
         index = getattr(module, "layer_idx", None)
         if isinstance(index, int) and (hasattr(module, "q_proj") or hasattr(module, "qkv_proj")):
-            found.setdefault(index, module)
-    return found
+            modules.setdefault(index, module)
+    return modules
 
 
 def layer_parts(model: PreTrainedModel, types: list[str], heads: int) -> dict[int, TransformersLayer]:

@@ -38,10 +38,10 @@ def load(
         config = AutoConfig.from_pretrained(source, **options)
         wanted = _dtype(dtype, getattr(config, "dtype", None), place)
         # It is a tuple only with output_loading_info, which the stubs do not express.
-        found: Any = AutoModelForCausalLM.from_pretrained(
+        result: Any = AutoModelForCausalLM.from_pretrained(
             source, config=config, dtype=wanted, output_loading_info=True, **options
         )
-        loaded, report = found
+        loaded, report = result
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except ConfigError:
         raise

@@ -41,11 +41,11 @@ def token_logprobs(tokenizer: ChatTokenizer, chosen: Sequence[ChosenLogprob]) ->
         raw = vocabulary.of(token)
         return raw.decode("utf-8", errors="replace"), raw
 
-    found = []
+    entries = []
     for each in chosen:
         top = tuple(TopLogprob(token, *said(token), logprob) for token, logprob in each.top)
-        found.append(TokenLogprob(each.token_id, *said(each.token_id), each.logprob, top))
-    return tuple(found)
+        entries.append(TokenLogprob(each.token_id, *said(each.token_id), each.logprob, top))
+    return tuple(entries)
 
 
 class TokenBytes:

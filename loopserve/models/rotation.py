@@ -25,11 +25,11 @@ _EXTENDED = ("yarn", _SWITCHING, "llama3")  # types that name their original win
 
 def rope_parameters(config: Any) -> list[dict[str, Any]]:
     """Return the rotation parameters of a configuration, those of each layer type where they differ."""
-    found = getattr(config, "rope_parameters", None)
-    if not isinstance(found, dict):
+    parameters = getattr(config, "rope_parameters", None)
+    if not isinstance(parameters, dict):
         return []
-    nested = [each for each in found.values() if isinstance(each, dict) and "rope_type" in each]
-    return nested or [found]
+    nested = [each for each in parameters.values() if isinstance(each, dict) and "rope_type" in each]
+    return nested or [parameters]
 
 
 def longest_conversation(config: Any) -> int | None:

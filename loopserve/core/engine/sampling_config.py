@@ -111,5 +111,7 @@ def read_sampling(options: Mapping[str, Any], source: str = "", also: Iterable[s
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
-        said = first["msg"].removeprefix("Value error, ")
-        raise ConfigError(f"{where}{place}: {said} (got {first['input']!r})" if place else f"{where}{said}") from error
+        message = first["msg"].removeprefix("Value error, ")
+        raise ConfigError(
+            f"{where}{place}: {message} (got {first['input']!r})" if place else f"{where}{message}"
+        ) from error

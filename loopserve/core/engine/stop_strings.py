@@ -23,9 +23,9 @@ class StopStrings:
         if self.matched is not None or not piece:
             return ""
         known, text = len(self._held), self._held + piece
-        found = self._first(text, known)
-        if found is not None:
-            end, self.matched = found
+        match = self._first(text, known)
+        if match is not None:
+            end, self.matched = match
             self._held = ""
             return text[: end - len(self.matched)]
         held = self._possible(text)
@@ -41,12 +41,12 @@ class StopStrings:
         """Return the end of the stop string that is complete first, and the string. None ends within the first ``known``
         characters.
         """
-        found: tuple[int, str] | None = None
+        match: tuple[int, str] | None = None
         for each in self._strings:  # the longest first: it counts where two end together
             start = text.find(each, max(0, known - len(each) + 1))
-            if start >= 0 and (found is None or start + len(each) < found[0]):
-                found = start + len(each), each
-        return found
+            if start >= 0 and (match is None or start + len(each) < match[0]):
+                match = start + len(each), each
+        return match
 
     def _possible(self, text: str) -> int:
         """Return the length of the longest end of ``text`` that begins a stop string."""

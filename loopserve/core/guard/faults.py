@@ -34,10 +34,10 @@ def kind_of(policy: Policy) -> str:
 
 def chain(policy: Policy) -> list[Policy]:
     """Return a policy and the policies that it wraps, outermost first."""
-    found = [policy]
-    while isinstance(inner := getattr(found[-1].config, "inner", None), PrefillSparsifier | DecodeCompressor):
-        found.append(inner)
-    return found
+    policies = [policy]
+    while isinstance(inner := getattr(policies[-1].config, "inner", None), PrefillSparsifier | DecodeCompressor):
+        policies.append(inner)
+    return policies
 
 
 def policy_fault(
@@ -54,12 +54,12 @@ def policy_fault(
     fault = error.fault if isinstance(error, PolicyError) else Fault.RAISED
     links = chain(policy)
     owned = [owners.get(type(each), _UNKNOWN) for each in links]
-    said = " around ".join(f"{each.name!r} ({owner})" for each, owner in zip(links, owned, strict=True))
+    description = " around ".join(f"{each.name!r} ({owner})" for each, owner in zip(links, owned, strict=True))
     where = moment if layer is None else f"{moment} of layer {layer}"
     where += f" ({phase})" if phase is not None else ""
     did = " ".join(str(error).split()) if ours else _raised(error)
     return PolicyFault(
-        f"{kind_of(policy)} policy {said}, {where}: {did}; {_REMEDIES.get(fault, _REMEDY)}",
+        f"{kind_of(policy)} policy {description}, {where}: {did}; {_REMEDIES.get(fault, _REMEDY)}",
         fault,
         policy=policy.name,
         distribution=owned[-1],

@@ -63,12 +63,12 @@ class Inspection:
             random.setstate(python)
             raise PolicyError("it drew from the random numbers that all share; it must have a generator", Fault.HIDDEN)
         stores = storages([self._inputs.keys, self._inputs.values]) if self._inputs is not None else frozenset()
-        found = [(name, value) for each in self._shared for name, value in each.put_back()]
-        for name, value in found:
+        changed = [(name, value) for each in self._shared for name, value in each.put_back()]
+        for name, value in changed:
             if holds(value, stores):
                 raise PolicyError(f"it kept a reference to the session's store in {name}", Fault.KEPT)
-        if found:
-            raise PolicyError(f"it changed {found[0][0]}, which all sessions share; it was put back", Fault.HIDDEN)
+        if changed:
+            raise PolicyError(f"it changed {changed[0][0]}, which all sessions share; it was put back", Fault.HIDDEN)
 
 
 def _switches() -> tuple[Any, ...]:

@@ -54,12 +54,12 @@ def check_selection(
         )
 
 
-def check_observation(wish: Observation, start: int, length: int) -> None:
+def check_observation(observation: Observation, start: int, length: int) -> None:
     """Check the rows to compute again: sorted positions of the turn that began at ``start``. Raises PolicyError."""
-    rows = wish.positions
+    rows = observation.positions
     if not isinstance(rows, Tensor) or rows.dtype != torch.long or rows.dim() != 1 or not len(rows):
-        said = f"{rows.dtype} {list(rows.shape)}" if isinstance(rows, Tensor) else type(rows).__name__
-        raise PolicyError(f"Observation.positions: expected int64 [r], got {said}")
+        actual = f"{rows.dtype} {list(rows.shape)}" if isinstance(rows, Tensor) else type(rows).__name__
+        raise PolicyError(f"Observation.positions: expected int64 [r], got {actual}")
     if rows.device.type == "meta":
         raise PolicyError("Observation.positions: hold no numbers, they are on the device meta")
     first, last = int(rows[0]), int(rows[-1])
@@ -109,16 +109,16 @@ def _check_cells(pattern: AttentionPattern, inputs: AttentionInputs) -> None:
 
 
 def check_output(
-    pattern: AttentionPattern, found: tuple[Tensor, Tensor | None], inputs: AttentionInputs, need_lse: bool
+    pattern: AttentionPattern, result: tuple[Tensor, Tensor | None], inputs: AttentionInputs, need_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Check the attention output of a pattern. Raises PolicyError.
 
     NaN is searched for if the kernel is not one of loopserve. On an accelerator this is done under strict checks only, since the
     search waits for the device.
     """
-    if not isinstance(found, tuple) or len(found) != 2:
-        raise PolicyError(f"attend must return (output, log-sum-exp or None), got {type(found).__name__}")
-    output, lse = found
+    if not isinstance(result, tuple) or len(result) != 2:
+        raise PolicyError(f"attend must return (output, log-sum-exp or None), got {type(result).__name__}")
+    output, lse = result
     queries = inputs.queries
     wanted = {"output": (*queries.shape[:2], inputs.values.shape[2]), "log-sum-exp": tuple(queries.shape[:2])}
     for name, tensor, dtype in (("output", output, queries.dtype), ("log-sum-exp", lse, torch.float32)):

@@ -113,21 +113,21 @@ class Registry:
 
     def get(self, kind: Kind, name: str) -> Registration:
         """Return a policy. Raises ConfigError with a suggestion if there is no such policy."""
-        found = self._found.get((kind, name))
-        if found is None:
+        registration = self._found.get((kind, name))
+        if registration is None:
             elsewhere = "".join(f"; it is a {other} policy" for other in Kind if (other, name) in self._found)
             raise ConfigError(f"unknown {kind} policy {name!r}{elsewhere}{did_you_mean(name, self.names(kind))}")
-        return found
+        return registration
 
     def names(self, kind: Kind) -> list[str]:
         return sorted(name for each, name in self._found if each is kind)
 
     def named(self, name: str) -> list[Registration]:
         """Return every policy of one name, of either kind. Raises ConfigError with a suggestion if there is none."""
-        found = [each for each in self if each.name == name]
-        if not found:
+        registrations = [each for each in self if each.name == name]
+        if not registrations:
             raise ConfigError(f"unknown policy {name!r}{did_you_mean(name, {each.name for each in self})}")
-        return found
+        return registrations
 
     def __iter__(self) -> Iterator[Registration]:
         """Yield prefill policies first, then decode policies, each by name."""

@@ -37,8 +37,8 @@ def to_positions(columns: Tensor, inputs: AttentionInputs) -> Tensor:
 
 def from_columns(heads: Sequence[Tensor], inputs: AttentionInputs, retention: Retention) -> KVSelection:
     """Return the selection of sorted columns of each KV head, as many as each head has."""
-    found = [inputs.head_positions(head)[columns] for head, columns in enumerate(heads)]
-    return KVSelection.from_heads(found, inputs.length, retention)
+    positions = [inputs.head_positions(head)[columns] for head, columns in enumerate(heads)]
+    return KVSelection.from_heads(positions, inputs.length, retention)
 
 
 def best_held(
@@ -66,8 +66,8 @@ def sound(scores: Tensor, inputs: AttentionInputs) -> Tensor:
     """
     wanted = inputs.keys.shape[:2]
     if not isinstance(scores, Tensor) or scores.shape != wanted or scores.device != inputs.keys.device:
-        said = f"{list(scores.shape)} on {scores.device}" if isinstance(scores, Tensor) else type(scores).__name__
-        raise PolicyError(f"scores must be {list(wanted)} on {inputs.keys.device}, got {said}")
+        actual = f"{list(scores.shape)} on {scores.device}" if isinstance(scores, Tensor) else type(scores).__name__
+        raise PolicyError(f"scores must be {list(wanted)} on {inputs.keys.device}, got {actual}")
     looks = inputs.strict or scores.device.type == "cpu"
     if looks and bool(scores.isnan().any()) and bool((scores.isnan() & inputs.holds).any()):
         raise PolicyError("scores hold NaN", Fault.NAN)

@@ -47,22 +47,22 @@ def types_within(*roots: object) -> dict[str, type]:
 
     Follows the fields of dataclasses. Raises PolicyError for two classes of one name, and for annotations that cannot be resolved.
     """
-    found: dict[str, type] = {}
+    types: dict[str, type] = {}
     waiting = list(roots)
     while waiting:
         each = waiting.pop()
         waiting.extend(get_args(each))
         if not isinstance(each, type) or not _has_a_form(each) or getattr(each, "transient", False):
             continue
-        known = found.get(each.__qualname__)
+        known = types.get(each.__qualname__)
         if known is None:
-            found[each.__qualname__] = each
+            types[each.__qualname__] = each
             waiting.extend(_hints(each).values() if dataclasses.is_dataclass(each) else ())
         elif known is not each:
             raise PolicyError(
                 f"its state has two types named {each.__qualname__!r}, of {known.__module__} and {each.__module__}: rename one"
             )
-    return found
+    return types
 
 
 def _has_a_form(kind: type) -> bool:

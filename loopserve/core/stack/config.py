@@ -59,12 +59,12 @@ class InvalidDocument(ConfigError):
 
     def __init__(self, problems: Iterable[Problem], more: int = 0) -> None:
         """Report these problems. more: number of further mistakes."""
-        found = sorted(problems, key=lambda each: each.line or 0)
-        more += max(len(found) - MAX_PROBLEMS, 0)
+        listed = sorted(problems, key=lambda each: each.line or 0)
+        more += max(len(listed) - MAX_PROBLEMS, 0)
         if more:
             rest = f"and {more:,} more mistakes; is this the right file?"
-            found = [*found[:MAX_PROBLEMS], Problem(found[0].source, None, "", rest)]
-        self.problems = tuple(found)
+            listed = [*listed[:MAX_PROBLEMS], Problem(listed[0].source, None, "", rest)]
+        self.problems = tuple(listed)
         super().__init__("\n".join(map(str, self.problems)))
 
 

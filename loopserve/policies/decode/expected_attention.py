@@ -69,19 +69,17 @@ class ExpectedAttentionDecode(ScoredCompressor):
     config: Config
 
     def end_turn(self, state: ScoredState) -> None:
-        for layer, found in list(state.statistics.items()):
-            if isinstance(
-                found, QueryStatistics
-            ):  # the next turn has its own queries; statistics of a wrapper are kept
+        for layer, statistics in list(state.statistics.items()):
+            if isinstance(statistics, QueryStatistics):  # not kept: the next turn has its own queries
                 del state.statistics[layer]
 
     def observe(self, inputs: AttentionInputs, state: ScoredState) -> None:
         if inputs.phase is not Phase.PREFILL:
             return
-        found = self._statistics(inputs)
+        statistics = self._statistics(inputs)
         held = state.statistics.get(inputs.layer.index)
-        if found is not None:
-            state.statistics[inputs.layer.index] = found if held is None else held.joined(found)
+        if statistics is not None:
+            state.statistics[inputs.layer.index] = statistics if held is None else held.joined(statistics)
 
     def ranking(self, inputs: AttentionInputs, state: ScoredState, budget: int) -> Tensor:
         return self._score(inputs, state.statistics.get(inputs.layer.index))
@@ -97,22 +95,22 @@ class ExpectedAttentionDecode(ScoredCompressor):
         queries = inputs.queries[:, rows].float()
         return QueryStatistics.of(_parts(inputs).rotate(queries, positions[rows], back=True))
 
-    def _score(self, inputs: AttentionInputs, found: QueryStatistics | None) -> Tensor:
+    def _score(self, inputs: AttentionInputs, statistics: QueryStatistics | None) -> Tensor:
         heads, total, _ = inputs.keys.shape
         columns = torch.arange(total, device=inputs.keys.device)
         start = torch.zeros(heads, dtype=torch.long, device=columns.device)
         start = (start if inputs.first_valid is None else inputs.first_valid) + self.config.sink_tokens
         ranked = columns >= start[:, None]
-        if found is None or not bool(ranked.any()):
+        if statistics is None or not bool(ranked.any()):
             return torch.zeros(heads, total, dtype=torch.float32, device=columns.device).masked_fill(
                 ~ranked, float("inf")
             )
         turned = self._mean_rotation(inputs)
-        mean = found.mean @ turned.T
+        mean = statistics.mean @ turned.T
         keys = inputs.keys.float().repeat_interleave(inputs.group, dim=0)
         logits = (keys @ mean[:, :, None])[..., 0] * inputs.scaling
         if self.config.covariance:
-            covariance = turned @ (found.spread / found.count) @ turned.T
+            covariance = turned @ (statistics.spread / statistics.count) @ turned.T
             logits = logits + ((keys @ covariance) * keys).sum(-1) * (inputs.scaling**2 / 2)
         hidden = ~ranked.repeat_interleave(inputs.group, dim=0)
         spread = logits.masked_fill(hidden, float("-inf")).softmax(-1).view(heads, inputs.group, total).mean(1)

@@ -57,10 +57,10 @@ class LagKVDecode(ScoredCompressor):
             return scores
         partitions = (total - sinks) // lag
         inside = slice(sinks, sinks + partitions * lag)
-        found = (_deviation(keys[:, inside], lag) + _deviation(values[:, inside], lag)) / 2
+        deviations = (_deviation(keys[:, inside], lag) + _deviation(values[:, inside], lag)) / 2
         if not self.config.cross_scoring:
-            found = found.argsort(dim=-1, stable=True).argsort(dim=-1, stable=True).float() / lag
-        scores[:, sinks : sinks + (partitions - 1) * lag] = found.flatten(1)
+            deviations = deviations.argsort(dim=-1, stable=True).argsort(dim=-1, stable=True).float() / lag
+        scores[:, sinks : sinks + (partitions - 1) * lag] = deviations.flatten(1)
         return scores
 
 

@@ -38,8 +38,8 @@ class TOVADecode(RollingCompressor):
     config: Config
 
     def score(self, inputs: AttentionInputs) -> Tensor:
-        found = inputs.token_scores(inputs.queries[:, -1:], inputs.columns[-1:])
-        return _over_heads(inputs, found)
+        attention = inputs.token_scores(inputs.queries[:, -1:], inputs.columns[-1:])
+        return _over_heads(inputs, attention)
 
     def ranking(self, inputs: AttentionInputs, state: ScoredState, budget: int) -> Tensor:
         if inputs.phase is Phase.DECODE:

@@ -110,9 +110,9 @@ class StaticLinesPrefill(PrefillSparsifier):
 
     def _as_given(self, inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
         heads, total = inputs.queries.shape[0], inputs.total_tokens
-        found = torch.zeros(2, heads, total, dtype=torch.bool, device="cpu")
+        cells = torch.zeros(2, heads, total, dtype=torch.bool, device="cpu")
         for head, lines in enumerate(self.given[inputs.layer.index]):
             for kind, numbers in enumerate((lines.verticals, lines.slashes)):
-                found[kind, head, [each for each in numbers if each < total]] = True
-        verticals, slashes = found.to(inputs.keys.device)
+                cells[kind, head, [each for each in numbers if each < total]] = True
+        verticals, slashes = cells.to(inputs.keys.device)
         return verticals, slashes

@@ -203,9 +203,7 @@ class LoopServeDecode(DecodeCompressor[LoopServeState]):
         layer = inputs.layer.index
         if inputs.phase is Phase.PREFILL:
             if self._looks_within_the_step():
-                self._summaries(
-                    inputs, state
-                )  # updated during the prefill, so that the first output does not wait for it
+                self._summaries(inputs, state)  # updated in prefill, so that the first output does not wait
             if inputs.final:
                 self._observe_prefill(inputs, state)
         elif inputs.phase is Phase.DECODE:

@@ -101,8 +101,8 @@ class QueryProbe:
     @cached_property
     def logits(self) -> Tensor:
         """Return approximate logits of the current query, by the keys' codes ``[Hkv, group, Tk]``; -inf for filler."""
-        found = self._capped(self.summaries.logits(self.inputs.queries[:, -1:], self.inputs.scaling))
-        return found.masked_fill(~self.inputs.holds[:, None], float("-inf"))
+        logits = self._capped(self.summaries.logits(self.inputs.queries[:, -1:], self.inputs.scaling))
+        return logits.masked_fill(~self.inputs.holds[:, None], float("-inf"))
 
     def with_jumps(self, base: KVSelection, budget: int) -> Tensor:
         """Return the columns of a selection, its tail and the ``budget`` best others of the current query: bool ``[Hkv, Tk]``."""
