@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
-from loopserve.chat_session import ChatSession
+from loopserve.batch import Runner, answer_all
+from loopserve.chat_session import ChatSession, Reply
 from loopserve.core.engine.engine import TokenEngine
 from loopserve.core.engine.sampling import SamplingConfig, read_sampling
+from loopserve.core.engine.scheduler import Scheduler
 from loopserve.core.errors import (
     POLICY_TIMEOUT_S,
     ConfigError,
@@ -173,21 +176,62 @@ class Engine:
         read_sampling(defaults, "the model's generation_config")
         return read_sampling(defaults | given, also=("sampling",))
 
-    def session(self, system: str | None = None, *, messages: Sequence[Mapping[str, Any]] | None = None) -> ChatSession:
+    def batch(
+        self,
+        messages: Iterable[tuple[ChatSession, str]],
+        *,
+        max_sessions: int = 16,
+        max_num_batched_tokens: int = 2048,
+        kv_memory: int | None = None,
+        return_errors: bool = False,
+        **options: Any,
+    ) -> list[Reply]:
+        """Answer one message of each of many sessions in shared passes; return the replies in their order.
+
+        max_sessions: turns under way at once. max_num_batched_tokens: tokens of a pass. kv_memory: bytes that all sessions may hold;
+        None = no limit. options: those of ``ChatSession.stream``. An error of one session leaves the others as they are: with
+        ``return_errors`` it stands in the place of its reply, else the first one is raised once all others are answered.
+        """
+        scheduler = Scheduler(
+            self.token_engine,
+            max_sessions=max_sessions,
+            max_num_batched_tokens=max_num_batched_tokens,
+            kv_memory=kv_memory,
+        )
+        outcomes = answer_all(scheduler, messages, options)
+        failed = [each for each in outcomes if isinstance(each, BaseException)]
+        if failed and not return_errors:
+            raise failed[0]
+        return cast("list[Reply]", outcomes)
+
+    @cached_property
+    def runner(self) -> Runner:
+        """The thread that answers ``ChatSession.asend`` and ``astream``; it runs while there is work."""
+        return Runner(Scheduler(self.token_engine))
+
+    def session(
+        self,
+        system: str | None = None,
+        *,
+        messages: Sequence[Mapping[str, Any]] | None = None,
+        stack: StackLike | None = None,
+    ) -> ChatSession:
         """Open a conversation.
 
+        stack: another one than the engine's; sessions under different stacks share forward passes.
         messages: complete turns held elsewhere, dictionaries of role and content, to go on with; they are computed with the next
         message. ``token_ids`` beside an answer are taken for its tokens if they say what its content says. Raises InputError for
         messages that are no turns, or that bring a system message beside ``system``.
         """
+        chosen = None if stack is None else load_stack(stack)
         if messages is None:
-            return ChatSession(self, system)
+            return ChatSession(self, system, stack=chosen)
         begun = as_messages(messages)
         if problem := _no_turns(begun):
             raise InputError(f"messages: {problem}")
         if system is not None and begun and begun[0]["role"] in ("system", "developer"):
             raise InputError("messages: they begin with a system message already; leave system out")
-        return ChatSession(self, system, begun, _token_ids(messages, first=0 if system is None else 1))
+        return ChatSession(self, system, begun, _token_ids(messages, first=0 if system is None else 1), chosen)
 
     def load_session(self, path: str | Path) -> ChatSession:
         """A conversation saved by ``ChatSession.save``, under this engine's stack; its cache is computed anew with the next message."""

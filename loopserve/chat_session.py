@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -18,6 +18,7 @@ from loopserve.core.engine.session import Session
 from loopserve.core.engine.stats import TurnStats
 from loopserve.core.engine.turn import Turn
 from loopserve.core.errors import InputError
+from loopserve.core.stack.stack import PolicyStack
 from loopserve.models.answer_text import AnswerText
 from loopserve.models.chat import Answered, Message, Prompt, StreamDecoder, as_messages, writable
 from loopserve.models.logprobs import TokenLogprob, token_logprobs
@@ -122,9 +123,13 @@ class ChatSession:
         system: str | None = None,
         messages: Sequence[Message] | None = None,
         token_ids: dict[int, list[int]] | None = None,
+        stack: PolicyStack | None = None,
     ) -> None:
-        """messages: a conversation to go on with. token_ids: tokens of answers among them, by number of the message."""
+        """messages: a conversation to go on with. token_ids: tokens of answers among them, by number of the message. stack: another
+        one than the engine's.
+        """
         self.engine = engine
+        self.stack = stack or engine.stack
         begun = list(messages or [])
         if system is not None:
             if not isinstance(system, str) or not writable(system):
@@ -132,7 +137,7 @@ class ChatSession:
             begun.insert(0, {"role": "system", "content": system})
         self.last_reply: Reply | None = None
         self._transcript = Transcript(engine.tokenizer, begun, given_tokens=token_ids or {})
-        self._session: Session | None = engine.token_engine.session()
+        self._session: Session | None = engine.token_engine.session(stack)
         self._rewrites = False  # the template was seen to rewrite earlier turns
 
     def __enter__(self) -> ChatSession:
@@ -210,6 +215,19 @@ class ChatSession:
             return [*self.messages[:common], *given[common:]]
 
         return self._begin(asked, logits_processors, options)
+
+    async def asend(self, text: str, *, logits_processors: Sequence[LogitsProcessor] = (), **options: Any) -> Reply:
+        """Like ``send``, from an event loop: messages of several sessions are answered in shared passes."""
+        async for _ in self.astream(text, logits_processors=logits_processors, **options):
+            pass
+        assert self.last_reply is not None
+        return self.last_reply
+
+    def astream(
+        self, text: str, *, logits_processors: Sequence[LogitsProcessor] = (), **options: Any
+    ) -> AsyncIterator[str]:
+        """Like ``stream``, from an event loop. A consumer that leaves, or is cancelled, takes the turn back."""
+        return self.engine.runner.stream(self, text, logits_processors, options)
 
     def pending(self, text: str, options: Mapping[str, Any]) -> PendingAnswer:
         """Prepare a message for a scheduler; nothing is computed yet. The options are those of ``stream``."""
@@ -322,7 +340,7 @@ class ChatSession:
 
     def fork(self) -> ChatSession:
         """An independent copy of the conversation, to try two answers."""
-        other = ChatSession(self.engine)
+        other = ChatSession(self.engine, stack=self.stack)
         other._become(self)
         other._session = self.open_session.fork()
         return other
@@ -349,7 +367,7 @@ class ChatSession:
         The tokens of the model's own answers are written beside them, so that the conversation goes on from the very same ones.
         The file is replaced as a whole. Raises InputError if that fails; what it held before is unchanged then.
         """
-        body = {"version": 1, "stack": self.engine.stack.describe(), "messages": self._transcript.saved()}
+        body = {"version": 1, "stack": self.stack.describe(), "messages": self._transcript.saved()}
         try:
             write_atomically(path, json.dumps(body, indent=2, ensure_ascii=False) + "\n")
         except (OSError, ValueError) as error:  # ValueError: a name with a null byte

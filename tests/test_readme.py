@@ -34,6 +34,11 @@ def test_a_chat(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out
 
 
+def test_many_conversations() -> None:
+    names = run(block("python", "engine.batch").replace("Qwen/Qwen3-0.6B", "demo"))
+    assert all(reply.usage.completion_tokens for reply in names["replies"])
+
+
 def test_a_model_one_already_has() -> None:
     batch = {"input_ids": torch.tensor([[3, 4, 5]]), "attention_mask": torch.ones(1, 3, dtype=torch.long)}
     run(block("python", "loopserve.apply"), model=tiny_model("llama"), batch={**batch, "max_new_tokens": 2})
