@@ -74,7 +74,7 @@ class PendingAnswer:
 
     @property
     def options(self) -> dict[str, Any]:
-        """What ends the answer, as keywords of ``TokenEngine.begin`` and ``Scheduler.submit``."""
+        """The conditions that end the answer, as keywords of ``TokenEngine.begin`` and ``Scheduler.submit``."""
         return {"stop_ids": self._chat.engine.stop_ids, "stop_check": self._text.push}
 
     def piece(self, turn: Turn) -> str:

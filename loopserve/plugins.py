@@ -1,7 +1,7 @@
-"""Finds plugins and lets each register its policies: the built-in ones first, then those of other distributions.
+"""Discover plugins and let each register its policies: the built-in ones first, then those of other distributions.
 
-A plugin is all or nothing: one that cannot be loaded, or fails half way, is named with the reason, leaves no policy
-behind and never ends the program (unless asked to be strict).
+A plugin is registered as a whole or not at all. One that cannot be loaded, or fails while it registers, is reported with the
+reason, leaves no policy behind and never ends the program (unless ``strict`` is set).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from loopserve.core.policy.registry import Owner, Registry
 
 BUILT_IN = "loopserve"
 DISABLED_VARIABLE = "LOOPSERVE_DISABLED_PLUGINS"
-API_ATTRIBUTE = "LOOPSERVE_API"  # of a plugin: the API version it is written for
+API_ATTRIBUTE = "LOOPSERVE_API"  # of a plugin: the API version that it was written for
 
 _BUILT_IN_MODULE = "loopserve.policies"
 _PREFIX = f"{hookspecs.PROJECT}_"
@@ -32,7 +32,7 @@ _HOOKS = frozenset(name for name in vars(hookspecs) if name.startswith(_PREFIX))
 
 @dataclass(frozen=True)
 class LoadedPlugin:
-    """A plugin that is in the registry, with all it registered."""
+    """Hold a plugin that is in the registry, with all policies that it registered."""
 
     name: str
     owner: Owner
@@ -41,7 +41,7 @@ class LoadedPlugin:
 
 @dataclass(frozen=True)
 class PluginProblem:
-    """A plugin that was skipped, and why."""
+    """Hold the name of a plugin that was skipped, and the reason."""
 
     name: str
     owner: Owner | None
@@ -53,7 +53,7 @@ class PluginProblem:
 
 @dataclass(frozen=True)
 class LoadedPlugins:
-    """The registry, and the story of how it was filled."""
+    """Hold the registry, its plugins and the plugins that were skipped."""
 
     registry: Registry
     plugins: tuple[LoadedPlugin, ...]
@@ -62,9 +62,9 @@ class LoadedPlugins:
 
 
 def load_registry(*, strict: bool = False, disabled: Iterable[str] | None = None) -> LoadedPlugins:
-    """Every policy there is. strict: a plugin that cannot be loaded is a PluginError instead of a reported problem.
+    """Return all policies. strict: raise PluginError for a plugin that cannot be loaded, instead of reporting it.
 
-    disabled: names of plugins that are not even imported; default is the comma-separated LOOPSERVE_DISABLED_PLUGINS.
+    disabled: names of plugins that are not imported. The default is the comma-separated LOOPSERVE_DISABLED_PLUGINS.
     """
     blocked = _blocked(disabled)
     registry = Registry()
@@ -80,7 +80,7 @@ def load_registry(*, strict: bool = False, disabled: Iterable[str] | None = None
         try:
             _refuse_taken(entry.name, owner, loaded)
             loaded.append(_admit(registry, entry.name, owner, entry.load()))
-        except (Exception, SystemExit) as error:  # somebody else's code: whatever it raises is its problem, not ours
+        except (Exception, SystemExit) as error:  # code of somebody else may raise anything
             problem = PluginProblem(entry.name, owner, _reason(error))
             if strict:
                 raise PluginError(str(problem)) from error
@@ -106,7 +106,7 @@ def _own_version() -> str:
 
 
 def _entry_points() -> list[metadata.EntryPoint]:
-    """In a fixed order, so that which of two claims to a name comes first does not depend on the file system."""
+    """Return entry points in a fixed order, so that name conflicts do not depend on the file system."""
     entries = metadata.entry_points(group=hookspecs.PROJECT)
     return sorted(entries, key=lambda entry: (entry.name, entry.dist.name if entry.dist is not None else ""))
 
@@ -118,9 +118,9 @@ def _refuse_taken(name: str, owner: Owner, loaded: Iterable[LoadedPlugin]) -> No
 
 
 def _admit(registry: Registry, name: str, owner: Owner, plugin: Any) -> LoadedPlugin:
-    """Check one plugin's hooks and let it register; what it registered is taken back if anything goes wrong."""
+    """Check one plugin's hooks and let it register. Its registrations are removed if it fails."""
     before = set(registry)
-    # A manager of its own: pluggy keeps a plugin with a malformed hook half registered.
+    # A separate manager: pluggy keeps a plugin with a malformed hook half registered.
     manager = pluggy.PluginManager(hookspecs.PROJECT)
     manager.add_hookspecs(hookspecs)
     require_api(getattr(plugin, API_ATTRIBUTE, FIRST_API), "it")
@@ -133,14 +133,14 @@ def _admit(registry: Registry, name: str, owner: Owner, plugin: Any) -> LoadedPl
 
 
 def _check_hooks(manager: pluggy.PluginManager, plugin: Any) -> None:
-    """A hook that would silently never be called: misspelt, or not marked."""
+    """Raise PluginError for a hook that would never be called: misspelt, or not marked."""
     marked = {caller.name for caller in manager.get_hookcallers(plugin) or ()}
     for name in _hook_like(plugin):
         if name not in _HOOKS:
             raise PluginError(f"unknown hook {name!r}{did_you_mean(name, _HOOKS)}")
         if name not in marked:
             raise PluginError(f"{name} is not marked with loopserve.core.policy.hookspecs.hookimpl")
-    manager.check_pending()  # marked hooks whose names do not even begin like ours
+    manager.check_pending()  # marked hooks whose names do not begin with the project's prefix
     if not marked:
         raise PluginError(
             f"it has no hook: define {_HOOK}(registry), marked with loopserve.core.policy.hookspecs.hookimpl"

@@ -1,4 +1,4 @@
-"""Keep a conversation as messages and as tokens, and bring a session of tokens to what a new message needs."""
+"""Keep a conversation as messages and as tokens, and prepare a session of tokens for the next message."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from loopserve.models.chat import Answered, ChatTokenizer, Message, Prompt
 
 @dataclass(frozen=True)
 class TranscriptTurn:
-    """Hold one turn that was answered here. depth: how many turns of the session stand before it."""
+    """Hold one turn that was answered here. depth: number of turns of the session before it."""
 
     answered: Answered
     stats: TurnStats
@@ -21,9 +21,9 @@ class TranscriptTurn:
 
 @dataclass
 class Transcript:
-    """Hold the messages of a conversation and the tokens of the answers that the model gave itself.
+    """Hold the messages of a conversation and the tokens of the answers that the model gave.
 
-    given_tokens: by number of a message, the tokens of an answer that was loaded; looked at once, when they are needed.
+    given_tokens: by index of a message, the tokens of a loaded answer. They are checked once, when they are needed.
     """
 
     tokenizer: ChatTokenizer
@@ -34,37 +34,37 @@ class Transcript:
 
     @property
     def answered(self) -> list[Answered]:
-        """Return the answers whose own tokens are known, in their order."""
+        """Return the answers whose own tokens are known, in order."""
         self._adopt()
         return sorted([*self.loaded, *(turn.answered for turn in self.turns)], key=lambda entry: entry.message)
 
     def prompt(self, asked: Sequence[Message]) -> Prompt:
-        """Return the tokens of a conversation; where it begins as this one, its answers keep their tokens."""
+        """Return the tokens of a conversation. Answers that it shares with this one keep their tokens."""
         same = self.common(asked)
         return self.tokenizer.prompt(asked, [entry for entry in self.answered if entry.message < same])
 
     def common(self, messages: Sequence[Message]) -> int:
-        """Return how many messages two conversations have in common at their beginning."""
+        """Return the number of messages that two conversations have in common at their beginning."""
         pairs = list(zip(self.messages, messages, strict=False))
         return next((n for n, pair in enumerate(pairs) if not _same(*pair)), len(pairs))
 
     def add(self, asked: Sequence[Message], turn: TranscriptTurn) -> None:
-        """Take in a turn that was answered."""
+        """Add a turn that was answered."""
         same, answer = self.common(asked), turn.answered.answer
         self._cut(same)
-        said = {"role": "assistant", "content": answer.text.strip()}
+        reply = {"role": "assistant", "content": answer.text.strip()}
         if answer.reasoning is not None:
-            said["reasoning_content"] = answer.reasoning
-        self.messages = [*asked, said]
+            reply["reasoning_content"] = answer.reasoning
+        self.messages = [*asked, reply]
         self.turns.append(turn)
-        for number in range(len(self.turns) - UNDO_DEPTH):  # they grow with the square of the conversation
+        for number in range(len(self.turns) - UNDO_DEPTH):  # all prompts grow with the square of the turns
             old = self.turns[number]
             if old.answered.prompt.tokens:
                 prompt = replace(old.answered.prompt, tokens=())
                 self.turns[number] = replace(old, answered=replace(old.answered, prompt=prompt))
 
     def take_back(self) -> tuple[Message, int | None] | None:
-        """Drop the last turn. Returns the user's message of it and the depth to go back to, if it was answered here."""
+        """Remove the last turn. Return its user message, and the session depth before it if it was answered here."""
         asked = [number for number, message in enumerate(self.messages) if message["role"] == "user"]
         if not asked:
             return None
@@ -75,13 +75,13 @@ class Transcript:
         return taken, min(depths, default=None)
 
     def copy(self) -> Transcript:
-        """Return a copy that shares nothing that changes."""
+        """Return a copy that shares no mutable object."""
         return Transcript(
             self.tokenizer, list(self.messages), list(self.turns), list(self.loaded), dict(self.given_tokens)
         )
 
     def saved(self) -> list[dict[str, object]]:
-        """Return the messages as they are saved: with the tokens of the answers, where they are known."""
+        """Return the messages in the form of a saved conversation: with the tokens of the answers, where they are known."""
         tokens = {entry.message: list(entry.tokens) for entry in self.answered}
         return [
             {**message, **({"token_ids": tokens[number]} if number in tokens else {})}
@@ -94,7 +94,7 @@ class Transcript:
         self.given_tokens = {number: ids for number, ids in self.given_tokens.items() if number < messages}
 
     def _adopt(self) -> None:
-        """Take the tokens of loaded answers for their own, wherever they say what the message says."""
+        """Use the tokens of loaded answers, where their text equals the message."""
         given, self.given_tokens = self.given_tokens, {}
         for number in sorted(given):
             prompt = self.tokenizer.prompt(self.messages[:number], self.loaded)
@@ -104,7 +104,7 @@ class Transcript:
 
 
 def bring_to(session: Session, tokens: Sequence[int]) -> None:
-    """Take back what a session holds beyond its common beginning with ``tokens``: whole turns, or an end token alone.
+    """Remove from a session what follows its common beginning with ``tokens``: whole turns, or an end token alone.
 
     At least one token is left to compute.
     """
@@ -114,7 +114,7 @@ def bring_to(session: Session, tokens: Sequence[int]) -> None:
     if common == held - 1 and session.turns and session.turns[-1].output_tokens and session.cache.seen <= common:
         del session.tokens[
             common:
-        ]  # the token that ended the answer: not computed yet, the template has another one there
+        ]  # the token that ended the answer: not computed yet, and the template writes another one there
         return
     while len(session.tokens) > common and session.turns:
         session.undo()
@@ -129,6 +129,6 @@ def _common(held: Sequence[int], wanted: Sequence[int]) -> int:
 def _same(held: Message, given: Message) -> bool:
     if held["role"] != given["role"]:
         return False
-    if held["role"] == "assistant":  # what was thought is rarely sent back, and white space is often lost
+    if held["role"] == "assistant":  # reasoning is rarely sent back, and white space is often lost
         return held["content"].strip() == given["content"].strip()
     return held["content"] == given["content"]

@@ -1,4 +1,4 @@
-"""Arguments in, tables out. Nothing here imports torch before a command runs, so that ``--help`` is instant."""
+"""Parse arguments and print tables. No module imports torch before a command runs, so that ``--help`` is fast."""
 
 from loopserve.cli.app import main
 

@@ -1,4 +1,4 @@
-"""The ``loopserve`` command: its global options, its subcommands, and how an error ends it."""
+"""Define the ``loopserve`` command: its global options, its subcommands, and its exit codes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ app = typer.Typer(
     help="Long multi-turn conversations, faster: sparse prefill and KV selection for transformers models.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # its import alone would take half of the time that --help may take
+    rich_markup_mode=None,  # importing it would take half of the time limit of --help
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(demo.demo)
@@ -56,7 +56,7 @@ def _options(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line and exit: 0 done, 1 failed, 2 used wrongly, 130 stopped by Ctrl-C."""
+    """Run the command line and exit: 0 success, 1 failure, 2 wrong usage, 130 stopped by Ctrl-C."""
     remember_json(False)
     try:
         app(args=arguments, prog_name="loopserve")

@@ -1,4 +1,4 @@
-"""``loopserve bench``: timings on this machine; answers of a model are ``cli.quality``'s."""
+"""Define ``loopserve bench``: timings on this machine. Answers of a model are measured by ``cli.quality``."""
 
 from __future__ import annotations
 
@@ -264,24 +264,24 @@ def _suite(spec: str) -> Suite:
     return load_suite(spec)
 
 
-def _progress(said: str) -> None:
-    print(said, file=sys.stderr, flush=True)
+def _progress(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
 
 
 def _show(rows: Iterator[dict[str, Any]], output: Path | None, format: Format) -> None:
-    """Append each row as it comes, print all of them, and end with code 1 if one was wrong."""
+    """Append each row when it is ready, print all of them, and exit with code 1 if one was wrong."""
     from loopserve.bench.rows import append_rows
 
-    found = []
+    results = []
     for row in rows:
-        found.append(row)
+        results.append(row)
         if output is not None:
             append_rows(output, [row])
     if format is Format.JSON:
-        print_json({"rows": found})
+        print_json({"rows": results})
     else:
-        _print_rows(found)
-    wrong = [row for row in found if row["parity"] != "ok"]
+        _print_rows(results)
+    wrong = [row for row in results if row["parity"] != "ok"]
     for row in wrong:
         print(f"error: {row['op']} ({row['dtype']}) is not timed, its result is wrong: {row['error']}", file=sys.stderr)
     if wrong:

@@ -1,4 +1,4 @@
-"""``loopserve chat``: talk to a model under a stack."""
+"""Define ``loopserve chat``: talk to a model under a stack."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def chat(
 def _conversation(
     context: typer.Context, options: ModelOptions, model: str | None, held: LoggedConversation | None
 ) -> LoggedConversation:
-    """The conversation that begins, or goes on with the model and the stack it had unless others are given."""
+    """Return a new conversation, or a logged one with its model and stack unless others are given."""
     new = LoggedConversation(_absolute(model or ""), _absolute(options.stack), options.system, options.revision)
     if held is None:
         return new
@@ -109,7 +109,7 @@ def _conversation(
 
 
 def _session(engine: Engine, conversation: LoggedConversation, load: Path | None) -> ChatSession:
-    """Open the session that begins or goes on with a conversation."""
+    """Open the session of a new or continued conversation."""
     if load is not None:
         session = engine.load_session(load)
         conversation.take_over(session.messages)
@@ -118,7 +118,7 @@ def _session(engine: Engine, conversation: LoggedConversation, load: Path | None
 
 
 def _absolute(spec: str) -> str:
-    """A directory or file as it is found from anywhere; names stay names."""
+    """Return the absolute path of a directory or file. Names stay unchanged."""
     with suppress(OSError):
         if spec and ("/" in spec or spec.endswith((".yaml", ".yml"))) and Path(spec).expanduser().exists():
             return str(Path(spec).expanduser().absolute())

@@ -1,4 +1,4 @@
-"""Keep every conversation of ``loopserve chat`` in a database in the user's data folder, written as it goes."""
+"""Store every conversation of ``loopserve chat`` in a database in the user's data folder, turn by turn."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 from loopserve.core.errors import ConfigError, InputError
 
 SCHEMA_VERSION = 1
-_WAIT_S = 10.0  # for another process that writes
+_WAIT_S = 10.0  # to wait for another process that writes
 _SCHEMA = """
 CREATE TABLE conversations (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -44,12 +44,12 @@ CREATE TABLE turns (
 
 
 class TurnState(StrEnum):
-    OPEN = "open"  # asked; its answer is being written, or the process was killed meanwhile
+    OPEN = "open"  # the answer is being written, or the process was killed meanwhile
     ANSWERED = "answered"  # part of the conversation
     STOPPED = "stopped"  # by Ctrl-C, with the answer so far
     FAILED = "failed"  # with an error in place of the answer
     UNDONE = "undone"  # taken back by /undo
-    REPLACED = "replaced"  # another answer was given by /retry
+    REPLACED = "replaced"  # replaced by another answer, see /retry
 
 
 UNANSWERED = (TurnState.OPEN, TurnState.STOPPED, TurnState.FAILED)
@@ -57,7 +57,7 @@ UNANSWERED = (TurnState.OPEN, TurnState.STOPPED, TurnState.FAILED)
 
 @dataclass
 class LoggedTurn:
-    """Hold one message and what became of it. answer: also an error message, or the part that was written before Ctrl-C."""
+    """Hold one message and its outcome. answer: also an error message, or the part that was written before Ctrl-C."""
 
     message: str
     state: TurnState = TurnState.OPEN
@@ -70,7 +70,7 @@ class LoggedTurn:
 
 @dataclass
 class LoggedConversation:
-    """Hold a conversation as the log has it. ``id`` 0: not written yet."""
+    """Hold a conversation of the log. ``id`` 0: not written yet."""
 
     model: str
     stack: str
@@ -80,25 +80,25 @@ class LoggedConversation:
     id: int = 0
     started: str = ""
     updated: str = ""
-    writes: int = 0  # counted up by each writer: a second process that goes on with the conversation is seen by it
+    writes: int = 0  # incremented by each writer, to detect a second process that continues the conversation
 
     @property
     def messages(self) -> list[dict[str, Any]]:
-        """The complete turns as messages, without what was taken back or got no answer, with the answers' tokens."""
-        found: list[dict[str, Any]] = [] if self.system is None else [{"role": "system", "content": self.system}]
+        """Return the complete turns as messages with the answers' tokens, without turns that were undone or not answered."""
+        messages: list[dict[str, Any]] = [] if self.system is None else [{"role": "system", "content": self.system}]
         for turn in self.turns:
             if turn.state is TurnState.ANSWERED:
-                found.append({"role": "user", "content": turn.message})
+                messages.append({"role": "user", "content": turn.message})
                 answer: dict[str, Any] = {"role": "assistant", "content": turn.answer}
                 if turn.reasoning:
                     answer["reasoning_content"] = turn.reasoning
                 if turn.token_ids:
                     answer["token_ids"] = turn.token_ids
-                found.append(answer)
-        return found
+                messages.append(answer)
+        return messages
 
     def take_over(self, messages: Sequence[Mapping[str, str]]) -> None:
-        """Begin with the turns of messages that are held elsewhere."""
+        """Begin with the turns of messages that come from elsewhere."""
         for message in messages:
             if message["role"] == "user":
                 self.turns.append(LoggedTurn(message["content"], at=now()))
@@ -110,7 +110,7 @@ class LoggedConversation:
 
     @property
     def unanswered(self) -> str | None:
-        """The last message, if it got no answer."""
+        """Return the last message, if it has no answer."""
         last = self.turns[-1] if self.turns else None
         return last.message if last is not None and last.state in UNANSWERED else None
 
@@ -126,41 +126,41 @@ def default_path() -> Path:
 
 
 class ChatLog:
-    """Read and write the log. Nothing is created before the first write; every operation opens the file for itself."""
+    """Read and write the log. Nothing is created before the first write. Every operation opens the file itself."""
 
     def __init__(self, path: Path | None = None) -> None:
         self.path = path or default_path()
 
     def conversations(self, *, word: str | None = None, limit: int | None = None) -> list[LoggedConversation]:
-        """Return conversations, the latest first; only those that hold ``word``, in any case of letters."""
-        found = []
+        """Return conversations, the latest first. word: only those that contain it, ignoring case."""
+        conversations = []
         with self._reading() as database:
             if database is None:
                 return []
             for (number,) in database.execute("SELECT id FROM conversations ORDER BY updated DESC, id DESC").fetchall():
                 conversation = _loaded(database, number)
                 if word is None or _holds(conversation, word):
-                    found.append(conversation)
-                if limit is not None and len(found) >= limit:
+                    conversations.append(conversation)
+                if limit is not None and len(conversations) >= limit:
                     break
-        return found
+        return conversations
 
     def conversation(self, number: int) -> LoggedConversation:
-        """Return one conversation. Raises InputError if there is none of that number."""
+        """Return one conversation. Raises InputError if its number does not exist."""
         with self._reading() as database:
             if database is not None and _exists(database, number):
                 return _loaded(database, number)
         raise InputError(f"no conversation {number} in {self.path}: loopserve logs lists them")
 
     def last(self) -> LoggedConversation:
-        """Return the conversation that was written to last. Raises InputError if there is none."""
-        found = self.conversations(limit=1)
-        if not found:
+        """Return the conversation that was written last. Raises InputError if there is none."""
+        conversations = self.conversations(limit=1)
+        if not conversations:
             raise InputError(f"there is no conversation to go on with: {self.path} holds none")
-        return found[0]
+        return conversations[0]
 
     def remove(self, numbers: Sequence[int]) -> None:
-        """Delete conversations, their text overwritten. Raises InputError, and deletes none, if one is not there."""
+        """Delete conversations and overwrite their text. Raises InputError, and deletes none, if one does not exist."""
         for number in numbers:
             self.conversation(number)
         with self._writing() as database:
@@ -171,8 +171,8 @@ class ChatLog:
     def write(self, conversation: LoggedConversation, turns: Sequence[int]) -> None:
         """Write the turns of these numbers, and the conversation itself if it is new.
 
-        If another process has written to the conversation meanwhile, or deleted it, all of ours becomes a conversation of its
-        own: the turns of two processes never mix. Raises sqlite3.Error or OSError.
+        If another process has changed or deleted the conversation meanwhile, all turns of this one are written as a new
+        conversation, so that the turns of two processes never mix. Raises sqlite3.Error or OSError.
         """
         moment = now()
         with self._writing() as database:
@@ -200,7 +200,7 @@ class ChatLog:
 
     @contextmanager
     def _reading(self) -> Iterator[sqlite3.Connection | None]:
-        """The database, or None where there is no file yet. Raises ConfigError for a file that is no log."""
+        """Return the database, or None if there is no file yet. Raises ConfigError for a file that is not a log."""
         if not self.path.exists():
             yield None
             return
@@ -213,7 +213,7 @@ class ChatLog:
     @contextmanager
     def _writing(self) -> Iterator[sqlite3.Connection]:
         self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with suppress(FileExistsError):  # what people write is theirs alone to read
+        with suppress(FileExistsError):  # conversations are private: only the user may read the file
             os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
         with self._open() as database:
             database.execute("BEGIN IMMEDIATE")
@@ -241,7 +241,7 @@ class ChatLog:
 
 def _create(database: sqlite3.Connection) -> None:
     database.execute("BEGIN IMMEDIATE")
-    if database.execute("PRAGMA user_version").fetchone() == (0,):  # another process may have been faster
+    if database.execute("PRAGMA user_version").fetchone() == (0,):  # another process may have created it first
         for statement in filter(str.strip, _SCHEMA.split(";")):
             database.execute(statement)
         database.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
@@ -273,7 +273,7 @@ def _row(turn: LoggedTurn) -> tuple[str, ...]:
 
 
 def _text(text: str) -> str:
-    """Bytes that were no text cannot be stored; such a message is refused by the model's tokenizer anyway."""
+    """Return text that can be stored. Lone surrogates cannot; the model's tokenizer refuses such a message anyway."""
     return text.encode("utf-8", "replace").decode()
 
 

@@ -1,4 +1,4 @@
-"""``loopserve policies check``: the conformance kit for a policy that is installed, or for a class in one's own module."""
+"""Define ``loopserve policies check``: run the conformance kit on an installed policy or a class of the user's module."""
 
 from __future__ import annotations
 
@@ -58,14 +58,14 @@ def _registered(settings: Settings, name: str) -> list[Any]:
 
 
 def _found(target: str) -> Any:
-    """The class or object that ``module:Class`` names; modules in the working directory count. ConfigError if none does."""
+    """Return the class or object of ``module:Class``. The working directory is searched as well. Raises ConfigError."""
     name, _, path = target.partition(":")
     here = os.getcwd()
     if here not in sys.path:
         sys.path.insert(0, here)
     try:
         module = importlib.import_module(name)
-    except (Exception, SystemExit) as error:  # somebody else's code
+    except (Exception, SystemExit) as error:  # code of somebody else may raise anything
         reason = " ".join(str(error).split())
         raise ConfigError(f"{target}: cannot import {name!r}: {type(error).__name__}: {reason}") from error
     found: Any = module

@@ -1,4 +1,4 @@
-"""``loopserve demo``: the bundled model holds the same conversations under several stacks, and the tables tell."""
+"""Define ``loopserve demo``: the bundled model holds the same conversations under several stacks, and tables compare them."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def demo(
         print_json(result)
     else:
         render(result)
-    if plot is not None:  # last: a picture that fails must not take the figures with it
+    if plot is not None:  # last, so that a failing plot does not lose the figures
         from loopserve.bench.figures import plot_demo
 
         plot_demo(result, plot)
@@ -63,7 +63,7 @@ def _can_plot(path: Path) -> None:
 
 
 def render(result: Mapping[str, Any]) -> None:
-    """One table per turn, one over all turns, and the sentence that says what was seen."""
+    """Print one table per turn, one over all turns, and a sentence with the conclusion."""
     stacks: Mapping[str, Mapping[str, Any]] = result["stacks"]
     for turn in range(max((len(each["turns"]) for each in stacks.values()), default=0)):
         rows = {name: each["turns"][turn] for name, each in stacks.items() if turn < len(each["turns"])}
@@ -76,7 +76,7 @@ def render(result: Mapping[str, Any]) -> None:
 
 
 def _print_positions(stacks: Mapping[str, Mapping[str, Any]]) -> None:
-    """Answers right by where the question stands in its turn."""
+    """Print the right answers by the place of the question in its turn."""
     places = next(iter(stacks.values()))["positions"]
     rows = [
         (name, *(f"{each['right']}/{each['asked']}" for each in row["positions"].values()))

@@ -1,4 +1,4 @@
-"""``loopserve env``: all that a bug report needs."""
+"""Define ``loopserve env``: the facts that a bug report needs."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ _PACKAGES = (
 def env(context: typer.Context, format: FormatOption = Format.HUMAN) -> None:
     """Versions, device, kernels and plugins, for a bug report."""
     settings: Settings = context.obj
-    found = _environment(settings)
+    environment = _environment(settings)
     if format is Format.JSON:
-        print_json(found)
+        print_json(environment)
         return
-    _print_tree(found)
+    _print_tree(environment)
 
 
 def _print_tree(values: dict[str, Any], indent: str = "") -> None:
@@ -74,7 +74,7 @@ def _environment(settings: Settings) -> dict[str, Any]:
 
 
 def _compiled() -> dict[str, str] | str:
-    """The library in use, or why there is none."""
+    """Return the compiled library in use, or why there is none."""
     from loopserve.kernels.native import library
 
     return library.unavailable() or library.describe()
@@ -90,7 +90,7 @@ def _version(package: str) -> str:
 
 
 def _required(package: str) -> str:
-    """The version range our own distribution asks for."""
+    """Return the version range that loopserve requires of a package."""
     from importlib import metadata
 
     try:

@@ -1,4 +1,4 @@
-"""``loopserve kernels``: compile the CPU kernels before they are needed."""
+"""Define ``loopserve kernels``: compile the CPU kernels before their first use."""
 
 from __future__ import annotations
 

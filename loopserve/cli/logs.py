@@ -1,4 +1,4 @@
-"""``loopserve logs``: the conversations that ``loopserve chat`` has logged."""
+"""Define ``loopserve logs``: the conversations that ``loopserve chat`` has logged."""
 
 from __future__ import annotations
 
@@ -42,14 +42,16 @@ def list_conversations(json: JsonOption = False, limit: LimitOption = 20) -> Non
 @app.command()
 def show(number: IdArgument, json: JsonOption = False) -> None:
     """One conversation, with what was taken back or stopped."""
-    found = ChatLog().conversation(number)
+    conversation = ChatLog().conversation(number)
     if json:
-        print_json(found.as_dict())
+        print_json(conversation.as_dict())
         return
-    print(f"conversation {found.id}: {found.model} under the stack {found.stack}, {_when(found.started)}")
-    if found.system is not None:
-        print(f"\nsystem: {found.system}")
-    for turn in found.turns:
+    print(
+        f"conversation {conversation.id}: {conversation.model} under the stack {conversation.stack}, {_when(conversation.started)}"
+    )
+    if conversation.system is not None:
+        print(f"\nsystem: {conversation.system}")
+    for turn in conversation.turns:
         state = "" if turn.state is TurnState.ANSWERED else f" [{turn.state}]"
         print(f"\n> {turn.message.replace(chr(10), chr(10) + '  ')}{state}")
         if turn.answer:

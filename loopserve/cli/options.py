@@ -1,4 +1,4 @@
-"""Options that several commands share, and the one way from a command to the registry and to a stack."""
+"""Define options that several commands share, and make the registry and the stack of a command."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ class Format(StrEnum):
 
 @dataclass(frozen=True)
 class Settings:
-    """The global options; every command finds them in ``context.obj``."""
+    """Hold the global options. Every command finds them in ``context.obj``."""
 
     verbose: bool = False
     strict_plugins: bool = False
 
     def plugins(self) -> LoadedPlugins:
-        """The registry with all plugins; those that were skipped are named on stderr."""
+        """Return the registry with all plugins. Plugins that were skipped are named on stderr."""
         from loopserve.plugins import load_registry
 
         loaded = load_registry(strict=self.strict_plugins)
@@ -43,7 +43,7 @@ class Settings:
         return loaded
 
     def stack(self, spec: str) -> PolicyStack:
-        """A preset's name or a file's path as a stack."""
+        """Return the stack of a preset's name or a file's path."""
         return self.stacks([spec])[0]
 
     def stacks(self, specs: Iterable[str]) -> list[PolicyStack]:
@@ -91,7 +91,7 @@ SeedOption = Annotated[int | None, typer.Option(help="Makes a drawn answer repea
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """The options of every command that has a model answer; ``with_model_options`` adds each field to a command as an option."""
+    """Hold the options of every command in which a model answers. ``with_model_options`` adds each field as an option."""
 
     stack: StackOption = "loopserve"
     system: SystemOption = None
@@ -111,13 +111,13 @@ class ModelOptions:
 
     @property
     def sampling(self) -> dict[str, Any]:
-        """The sampling options that were given; the engine knows the defaults of the others."""
+        """Return the sampling options that were given. The engine adds the defaults of the others."""
         names = ("max_new_tokens", "temperature", "top_p", "top_k", "seed")
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
     @contextmanager
     def engine(self, model: str, stack: PolicyStack, revision: str | None = None) -> Iterator[Engine]:
-        """Load a model; inside the block the libraries below show no warnings and no progress bars."""
+        """Load a model. Inside the block the libraries below show no warnings and no progress bars."""
         from loopserve.api import Engine
         from loopserve.models.quiet import quiet_libraries
 
@@ -136,7 +136,7 @@ class ModelOptions:
 
 
 def with_model_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Return a command whose parameter ``options`` (ModelOptions) is made of one option per field."""
+    """Return a command whose parameter ``options`` (ModelOptions) is built from one option per field."""
     hints = get_type_hints(ModelOptions, include_extras=True)
     parameters: list[inspect.Parameter] = []
     for parameter in inspect.signature(command, eval_str=True).parameters.values():

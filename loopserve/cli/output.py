@@ -1,4 +1,4 @@
-"""How figures are written for people and for programs."""
+"""Print figures and errors, as text for people or as JSON for programs."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
-_PIPE_WIDTH = 200  # a pipe has no width of its own; cells should not be cut there
+_PIPE_WIDTH = 200  # a pipe has no width of its own, and cells should not be cut there
 
 
 def console() -> Console:
-    """Standard output, as wide as the terminal."""
+    """Return the console of standard output, as wide as the terminal."""
     from rich.console import Console
 
     narrow = sys.stdout.isatty() or "COLUMNS" in os.environ
@@ -31,12 +31,12 @@ _json_wanted = ContextVar("json_wanted", default=False)
 
 
 def remember_json(wanted: bool) -> None:
-    """Note whether this run of the command line prints JSON, so that an error does as well."""
+    """Record whether this run prints JSON, so that errors are printed as JSON as well."""
     _json_wanted.set(wanted)
 
 
 def print_error(text: str, kind: str) -> None:
-    """Print an error on stderr, a line each, and as a JSON object on stdout where the command was to print JSON."""
+    """Print an error on stderr, one line each, and as a JSON object on stdout if the command prints JSON."""
     for line in text.splitlines():
         print(f"error: {line}", file=sys.stderr)
     if _json_wanted.get():
@@ -56,7 +56,7 @@ def milliseconds(value: float | None) -> str:
 
 
 def size(value: float | None) -> str:
-    """Bytes with a binary unit."""
+    """Return bytes as text with a binary unit."""
     if value is None:
         return "-"
     for unit in ("B", "KiB", "MiB"):
@@ -67,7 +67,7 @@ def size(value: float | None) -> str:
 
 
 def turn_line(stats: Mapping[str, Any]) -> str:
-    """One turn's figures (``TurnStats.as_dict``) on one line."""
+    """Return one turn's figures (``TurnStats.as_dict``) on one line."""
     return " · ".join(
         (
             f"turn {stats['turn'] + 1}: {stats['prompt_tokens']} new + {stats['reused_tokens']} reused tokens, "
@@ -85,6 +85,6 @@ def turn_line(stats: Mapping[str, Any]) -> str:
 
 
 def unexpected(error: Exception) -> str:
-    """One line about an error that is not ours."""
+    """Return one line about an exception that is not a ``LoopServeError``."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -1,4 +1,4 @@
-"""``loopserve policies``: which there are, who brought them, what their options are."""
+"""Define ``loopserve policies``: list policies, their distributions and their options."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ def show_policy(
 ) -> None:
     """One policy (or both of that name) with its options."""
     settings: Settings = context.obj
-    found = settings.plugins().registry.named(name)
+    registrations = settings.plugins().registry.named(name)
     if format is Format.JSON:
-        print_json([_described(each) | {"options": each.config.model_json_schema()} for each in found])
+        print_json([_described(each) | {"options": each.config.model_json_schema()} for each in registrations])
         return
     out = console()
-    for each in found:
+    for each in registrations:
         out.print(f"{each.kind} policy {each.name} (from {each.owner})", markup=False)
         out.print(inspect.getdoc(each.policy) or "", markup=False)
         if each.paper and each.paper not in (each.policy.__doc__ or ""):
@@ -72,7 +72,7 @@ def matrix(context: typer.Context, format: FormatOption = Format.HUMAN) -> None:
     from loopserve.core.stack.compatibility import pairs
 
     settings: Settings = context.obj
-    found = list(pairs(settings.plugins().registry))
+    combinations = list(pairs(settings.plugins().registry))
     if format is Format.JSON:
         print_json(
             {
@@ -84,19 +84,19 @@ def matrix(context: typer.Context, format: FormatOption = Format.HUMAN) -> None:
                         "works": each.reason is None,
                         "reason": each.reason,
                     }
-                    for each in found
+                    for each in combinations
                 ]
             }
         )
         return
-    columns = list(dict.fromkeys(each.prefill for each in found))
+    columns = list(dict.fromkeys(each.prefill for each in combinations))
     rows = []
-    for decode, retention in dict.fromkeys((each.decode, each.retention) for each in found):
-        cells = [each.reason for each in found if (each.decode, each.retention) == (decode, retention)]
+    for decode, retention in dict.fromkeys((each.decode, each.retention) for each in combinations):
+        cells = [each.reason for each in combinations if (each.decode, each.retention) == (decode, retention)]
         rows.append((decode, retention, *("works" if reason is None else "refused" for reason in cells)))
     print_table(("decode \\ prefill", "rest", *columns), rows, keys=2)
     out = console()
-    for reason in dict.fromkeys(each.reason for each in found if each.reason is not None):
+    for reason in dict.fromkeys(each.reason for each in combinations if each.reason is not None):
         out.print(f"refused: {reason}", markup=False)
 
 
@@ -118,7 +118,7 @@ def search_minference(
     """Search, once per model, how many vertical and slash lines each head needs; `minference` reads the file as `sizes`."""
     from loopserve.cli.search import searched
 
-    if Path(output).is_dir() or not Path(output).absolute().parent.is_dir():  # before the search, which takes time
+    if Path(output).is_dir() or not Path(output).absolute().parent.is_dir():  # before the search, which takes long
         raise ConfigError(f"{output}: cannot be written: give a file in a directory that is there")
     sizes = searched(model, text, tokens, share, dtype=dtype, device=device)
     from loopserve.policies.prefill.line_sizes import describe, write_sizes
@@ -164,7 +164,7 @@ _BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusive
 
 
 def _values(option: dict[str, Any], definitions: dict[str, Any]) -> str:
-    """What an option takes, in few words: ``integer > 0``, ``keep | evict``, ``number | null``."""
+    """Return the values of an option in short form: ``integer > 0``, ``keep | evict``, ``number | null``."""
     if "$ref" in option:
         return _values(definitions[option["$ref"].rpartition("/")[2]], definitions)
     if "anyOf" in option:

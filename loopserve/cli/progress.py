@@ -1,4 +1,4 @@
-"""Show how far long work is: a bar at a terminal, one line a minute elsewhere."""
+"""Show the progress of long work: a bar at a terminal, one line a minute elsewhere."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import Any
 
 INTERVAL_S = 60.0
 
-Report = Callable[[str, int, int], None]  # what is done, how much of it, of how much
+Report = Callable[[str, int, int], None]  # (label, done, total)
 
 
 @contextmanager
 def progress(*, lines: bool = False) -> Iterator[Report]:
     """Yield a function that reports work on stderr.
 
-    lines: a bar of its own for each label; else one bar that shows the label at work.
+    lines: one bar per label; otherwise a single bar that shows the current label.
     """
     with _bars(lines) if sys.stderr.isatty() else _minutes() as report:
         yield report
@@ -52,7 +52,7 @@ def _bars(lines: bool) -> Iterator[Report]:
 
 @contextmanager
 def _minutes(interval_s: float | None = None) -> Iterator[Report]:
-    """A line a minute, also while one piece of the work takes longer than that."""
+    """Print a line a minute, also while one piece of the work takes longer than that."""
     state = ["loading"]
     over = threading.Event()
     started = time.monotonic()

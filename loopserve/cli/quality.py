@@ -1,4 +1,4 @@
-"""``loopserve bench run|ls|compare``: answers of a model under several stacks, and what they cost."""
+"""Define ``loopserve bench run|ls|compare``: answers of a model under several stacks, and their cost."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def run(
             progress=lambda step: report(f"{step.task} {step.stack}", step.done, step.total),
         )
     for task, lines in found.identity["suite"]["found"].items():
-        for line in lines:  # what had to be found out of its data
+        for line in lines:  # facts found while its data were read
             print(f"{task}: {line}", file=sys.stderr)
     print(f"records: {directory} (loopserve bench report {directory})", file=sys.stderr)
     show_run(found, (), format)

@@ -1,4 +1,4 @@
-"""Read what a person types: with line editing and pasted text of several lines at a terminal, bare lines from a pipe."""
+"""Read a person's messages: with line editing and multi-line paste at a terminal, plain lines from a pipe."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from typing import TextIO
 
 PROMPT = "> "
 _BLOCK = '"""'
-_MIN_TOKENS = 256  # a shorter message is read at once
+_MIN_TOKENS = 256  # shorter messages show no progress
 
 
 def at_terminal() -> bool:
-    """Return whether a person is at both ends."""
+    """Return whether input and output are a terminal."""
     return sys.stdin.isatty() and sys.stdout.isatty()
 
 
 def reader() -> Callable[[], str]:
-    """Return the function that gives the next message, or the next line of a pipe. It raises EOFError at the end.
+    """Return the function that returns the next message, or the next line of a pipe. It raises EOFError at the end.
 
-    At a terminal: Enter sends, Alt-Enter begins a new line, a paste of several lines is one message, and after an opening
-    mark of a block Enter begins a new line until the block is closed.
+    At a terminal Enter sends, Alt-Enter begins a new line, and a paste of several lines is one message. After an opening mark of a
+    block, Enter begins a new line until the block is closed.
     """
     if not at_terminal():
         return lambda: input()
@@ -48,7 +48,7 @@ def reader() -> Callable[[], str]:
 
 
 class ReadingProgress:
-    """Show on one line how much of a long message is read, while it is read."""
+    """Show on one line how much of a long message has been read."""
 
     def __init__(self, out: TextIO | None = None) -> None:
         self._out = out or sys.stderr

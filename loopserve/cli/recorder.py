@@ -1,4 +1,4 @@
-"""Note what happens in a chat, turn by turn, in the log of conversations."""
+"""Write the events of a chat to the log of conversations, turn by turn."""
 
 from __future__ import annotations
 
@@ -14,60 +14,60 @@ from loopserve.core.errors import LoopServeError
 class Recorder:
     """Write each message when it is sent and each answer when it is complete.
 
-    A log that cannot be written (a full disk) does not end the chat: ``warn`` is called once, and what is missing is
-    written with the next turn that can be.
+    A log that cannot be written (a full disk) does not end the chat. ``warn`` is called once, and the missing turns are written
+    with the next turn that can be written.
     """
 
     def __init__(self, log: ChatLog | None, conversation: LoggedConversation, warn: Callable[[str], None]) -> None:
-        """log: None keeps the conversation in memory only."""
+        """Record to ``log``. None keeps the conversation in memory only."""
         self.conversation = conversation
-        self.problem: str | None = None  # why the log lacks a part of the conversation
+        self.problem: str | None = None  # reason why the log lacks a part of the conversation
         self._log, self._warn = log, warn
         self._unwritten: set[int] = set()
 
     @property
     def unanswered(self) -> str | None:
-        """The last message, if it got no answer."""
+        """Return the last message, if it has no answer."""
         return self.conversation.unanswered
 
     def asked(self, message: str) -> None:
-        """Note a message that is about to be answered."""
+        """Record a message before it is answered."""
         self.conversation.turns.append(LoggedTurn(message, at=now()))
         self._write(len(self.conversation.turns) - 1)
 
     def answered(self, answer: str, **details: Any) -> None:
-        """Note the answer to the last message. details: other fields of LoggedTurn."""
+        """Record the answer to the last message. details: other fields of LoggedTurn."""
         self._change(len(self.conversation.turns) - 1, TurnState.ANSWERED, answer, **details)
 
     def answered_again(self, answer: str, **details: Any) -> None:
-        """Note an answer that stands in place of the last one."""
+        """Record an answer that replaces the last one."""
         replaced = self._last_answered()
         if replaced is not None:
             self._again(replaced, TurnState.ANSWERED, answer, **details)
             self._change(replaced, TurnState.REPLACED)
 
     def stopped_again(self, answer: str) -> None:
-        """Note the part of another answer that was written before it broke off; the old answer stands."""
+        """Record the part of another answer that was written before it was stopped. The old answer stays valid."""
         kept = self._last_answered()
         if kept is not None and answer:
             self._again(kept, TurnState.UNDONE, answer)
 
     def stopped(self, answer: str) -> None:
-        """Note that Ctrl-C ended the answer."""
+        """Record that Ctrl-C ended the answer."""
         self._change(len(self.conversation.turns) - 1, TurnState.STOPPED, answer)
 
     def failed(self, error: str) -> None:
-        """Note that an error came in place of the answer."""
+        """Record that an error occurred in place of the answer."""
         self._change(len(self.conversation.turns) - 1, TurnState.FAILED, error)
 
     def undone(self) -> None:
-        """Note that the last answered turn was taken back."""
+        """Record that the last answered turn was undone."""
         number = self._last_answered()
         if number is not None:
             self._change(number, TurnState.UNDONE)
 
     def farewell(self) -> str | None:
-        """Return how to go on with the conversation, None if the log does not hold it."""
+        """Return how to continue the conversation; None if the log does not contain it."""
         number = self.conversation.id
         if self._log is None or not number or self.problem is not None:
             return None

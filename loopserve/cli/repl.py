@@ -1,7 +1,7 @@
-"""The chat loop: lines in, answers out. Knows a conversation and a terminal, no model.
+"""Run the chat loop: lines in, answers out. Depends on a conversation and a terminal, not on a model.
 
-Ctrl-C in mid-answer stops the answer, and the conversation stays at its last complete turn. A second Ctrl-C in a row
-leaves with 130; the end of input leaves with 0, or with 1 if a line of a pipe failed.
+Ctrl-C during an answer stops it, and the conversation stays at its last complete turn. A second Ctrl-C in a row exits with 130. The
+end of input exits with 0, or with 1 if a line of a pipe failed.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Reply(Protocol):
 
 
 class Conversation(Protocol):
-    """What the loop needs of ``loopserve.ChatSession``."""
+    """Define the part of ``loopserve.ChatSession`` that the loop uses."""
 
     @property
     def last_reply(self) -> Reply | None: ...
@@ -66,7 +66,7 @@ class Conversation(Protocol):
 
 
 class _Leave(Exception):
-    """/exit was typed."""
+    """Signal that /exit was typed."""
 
 
 def _nothing() -> None:
@@ -75,11 +75,12 @@ def _nothing() -> None:
 
 @dataclass
 class Repl:
-    """read: gives the next line, like ``input``; more: the next line of a block. write: prints a piece without a line end.
+    """Read lines and print answers until the person leaves.
 
-    interactive: a person is at the other end; else lines come from a pipe, and one that fails makes the exit code 1. warn:
-    prints an error. recorder: notes the conversation. progress: called with the tokens read and those of the whole message.
-    answering: called when the first piece of an answer comes, or none will.
+    read: returns the next line, like ``input``. more: returns the next line of a block. write: prints a piece without a line end.
+    interactive: a person uses the terminal; otherwise lines come from a pipe, and one that fails makes the exit code 1. warn:
+    prints an error. recorder: records the conversation. progress: called with the tokens read and those of the whole message.
+    answering: called when the first piece of an answer arrives, or when none will.
     """
 
     conversation: Conversation
@@ -100,11 +101,11 @@ class Repl:
         self._busy = False  # an answer is being computed or written
         self._failed = False
         self._unsaved = False
-        self._said_so = False  # that leaving drops what is not logged
+        self._said_so = False  # the warning that unlogged turns would be lost was shown
 
     def run(self) -> int:
-        """Until the person leaves; the exit code."""
-        interrupts = 0  # in a row: a line that was entered begins a new count
+        """Run until the person leaves. Return the exit code."""
+        interrupts = 0  # in a row; each entered line resets the count
         while True:
             try:
                 line = self.read().strip()
@@ -121,7 +122,7 @@ class Repl:
                 self._say_stopped()
             except LoopServeError as error:
                 self._error(str(error))
-            except Exception as error:  # out of memory, a broken plugin: the turn was taken back, the talk goes on
+            except Exception as error:  # out of memory, a broken plugin: the turn was rolled back, the chat continues
                 self._error(f"{unexpected(error)}; the conversation stands at its last complete turn, /save keeps it")
 
     def _take(self, line: str) -> None:
@@ -133,25 +134,25 @@ class Repl:
             self._ask(line)
 
     def _block(self, line: str) -> str:
-        """The message that a line begins; more lines are read until one ends with the mark."""
+        """Return the message that a line begins. Read more lines until one ends with the mark."""
         text = line.removeprefix(BLOCK)
         while not text.rstrip().endswith(BLOCK):
             try:
                 text += "\n" + (self.more or self.read)()
-            except EOFError:  # what was sent counts
+            except EOFError:  # the lines so far are the message
                 return text.strip("\n")
         return text.rstrip().removesuffix(BLOCK).strip("\n")
 
     def _ask(self, message: str) -> None:
-        said: list[str] = []
+        printed: list[str] = []
         self._unanswered = message
         if self.recorder:
             self.recorder.asked(message)
         try:
-            self._print(self.conversation.stream(message, **self._options(self.sampling)), said)
+            self._print(self.conversation.stream(message, **self._options(self.sampling)), printed)
         except KeyboardInterrupt:
             if self.recorder:
-                self.recorder.stopped("".join(said))
+                self.recorder.stopped("".join(printed))
             raise
         except Exception as error:
             if self.recorder:
@@ -159,37 +160,37 @@ class Repl:
             raise
         self._unanswered = None
         if self.recorder:
-            self.recorder.answered("".join(said).strip(), **self._details())
+            self.recorder.answered("".join(printed).strip(), **self._details())
         self._answered()
 
     def _ask_again(self) -> None:
-        """Another answer to the last message; the old one stays if that breaks off."""
-        said: list[str] = []
+        """Print another answer to the last message. The old answer stays if that is interrupted."""
+        printed: list[str] = []
         sampling, changed = other_sampling(self.sampling)
         note = f"({changed} for this answer: else it would be the same)\n" if changed else ""
         try:
-            self._print(self.conversation.stream_retry(**self._options(sampling)), said, note)
+            self._print(self.conversation.stream_retry(**self._options(sampling)), printed, note)
         except BaseException:
             if self.recorder:
-                self.recorder.stopped_again("".join(said))
+                self.recorder.stopped_again("".join(printed))
             raise
         if self.recorder:
-            self.recorder.answered_again("".join(said).strip(), **self._details())
+            self.recorder.answered_again("".join(printed).strip(), **self._details())
         self._answered()
 
-    def _print(self, pieces: Iterator[str], said: list[str], note: str = "") -> None:
-        """Print an answer as it comes; an interrupted one is closed at once, which takes the unfinished turn back."""
+    def _print(self, pieces: Iterator[str], printed: list[str], note: str = "") -> None:
+        """Print an answer as it arrives. An interrupted one is closed at once, which rolls the unfinished turn back."""
         self._busy = True
         try:
             with closing(cast(Any, pieces)):
                 for piece in pieces:
-                    if not said:
+                    if not printed:
                         self.answering()
                         self.write(note)
-                    said.append(piece)
+                    printed.append(piece)
                     self.write(piece)
         finally:
-            if not said:
+            if not printed:
                 self.answering()
         self._busy = False
 
@@ -239,11 +240,11 @@ class Repl:
         return {**sampling, **({} if self.progress is None else {"progress": self.progress})}
 
     def _details(self) -> dict[str, Any]:
-        """What the log keeps of an answer beside its text."""
-        found: dict[str, Any] = {"stats": self.conversation.turns[-1].as_dict()} if self.conversation.turns else {}
+        """Return further fields of an answer for the log."""
+        details: dict[str, Any] = {"stats": self.conversation.turns[-1].as_dict()} if self.conversation.turns else {}
         if reply := self.conversation.last_reply:
-            found |= {"token_ids": list(reply.token_ids), "reasoning": reply.reasoning or ""}
-        return found
+            details |= {"token_ids": list(reply.token_ids), "reasoning": reply.reasoning or ""}
+        return details
 
     def _answered(self) -> None:
         self._unsaved = True
@@ -257,7 +258,7 @@ class Repl:
         self._say(f"\n{stopped}Ctrl-C again leaves")
 
     def _may_leave(self) -> bool:
-        """False, once and with a warning, where leaving would drop what the log was meant to hold."""
+        """Return False, once and with a warning, if leaving would lose turns that the log should contain."""
         problem = self.recorder.problem if self.recorder else None
         if not self.interactive or self._said_so or problem is None or not self._unsaved:
             return True
@@ -276,7 +277,7 @@ class Repl:
 
 
 def _text_of(argument: str) -> str:
-    """The text of a file. Raises InputError if there is none."""
+    """Return the text of a file. Raises InputError if it does not exist."""
     path = Path(argument.strip()).expanduser()
     try:
         if path.exists() and not path.is_file():

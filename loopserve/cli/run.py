@@ -1,4 +1,4 @@
-"""``loopserve run``: one question, one answer."""
+"""Define ``loopserve run``: one question, one answer."""
 
 from __future__ import annotations
 

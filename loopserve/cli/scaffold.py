@@ -1,4 +1,4 @@
-"""``loopserve policies new``: writes a complete distribution with one policy that works as it is, to be edited."""
+"""Define ``loopserve policies new``: write a complete distribution with one working policy, to be edited."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ _STACKS = {
 
 @dataclass(frozen=True)
 class Names:
-    """What one word on the command line becomes."""
+    """Derive all names of a new distribution from one word on the command line."""
 
     policy: str  # in stack files: my_policy
 
     @classmethod
     def of(cls, word: str) -> Names:
-        """ConfigError unless the word is lower-case words joined by '-' or '_'."""
+        """Return the names. Raises ConfigError unless the word is lower-case words joined by '-' or '_'."""
         if not _NAME.fullmatch(word):
             near = re.sub(r"[^a-z0-9]+", "-", re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", word).lower()).strip("-")
             example = near if _NAME.fullmatch(near) else "my-policy"
@@ -55,7 +55,9 @@ class Names:
         return f"loopserve_{self.policy}"
 
     def class_name(self, kind: str) -> str:
-        """``MyPolicyDecode``: with the kind behind it, it cannot be a keyword or hide what the file imports."""
+        """Return a class name such as ``MyPolicyDecode``. With the kind added, it cannot be a keyword or hide an import of the
+        file.
+        """
         return "".join(word.capitalize() for word in self.policy.split("_")) + kind.capitalize()
 
 
@@ -97,7 +99,7 @@ def new(
 
 
 def _refuse_taken(settings: Settings, names: Names, kind: str) -> None:
-    """ConfigError if the policy's, or the plugin's, name belongs to somebody."""
+    """Raise ConfigError if the name of the policy or of the plugin is taken."""
     loaded = settings.plugins()
     for each in loaded.registry:
         if (each.kind, each.name) == (kind, names.policy):
@@ -110,7 +112,7 @@ def _refuse_taken(settings: Settings, names: Names, kind: str) -> None:
 
 
 def write_distribution(folder: Path, names: Names, kind: str, template: str) -> list[Path]:
-    """Make the folder and its files; their paths. ConfigError if it is there already, or cannot be written.
+    """Create the folder and its files, and return their paths. Raises ConfigError if it exists, or cannot be written.
 
     template: prefill, decode or wrapper.
     """

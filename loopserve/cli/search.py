@@ -1,4 +1,4 @@
-"""Runs a model over text to find out what its heads look at; behind ``loopserve policies search-minference``."""
+"""Run a model over text to find the line sizes of its heads, for ``loopserve policies search-minference``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from loopserve.policies.prefill.line_sizes import LineSizes, SizeSearch
 def searched(
     model: str, text: Path | None, tokens: int, share: float, *, dtype: str = "auto", device: str = "auto"
 ) -> LineSizes:
-    """Sizes per head by layer, from one prefill of at most ``tokens`` tokens of a file, or of the bundled dialogues."""
+    """Return sizes per head by layer, from one prefill of at most ``tokens`` tokens of a file, or of the bundled dialogues."""
     search = SizeSearch(SizeSearch.Config(share=share))
     engine = Engine.from_pretrained(
         model, PolicyStack("search", search, FullDecode()), dtype=dtype, device=device, chunk_tokens=tokens

@@ -1,4 +1,4 @@
-"""The sampling options of a chat: listed, changed while it goes on, and varied for another answer."""
+"""List and change the sampling options of a chat, and vary them for another answer."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 
 from loopserve.core.errors import InputError, did_you_mean
 
-OTHER_TEMPERATURE = 0.7  # of another answer where decoding is greedy
+OTHER_TEMPERATURE = 0.7  # for another answer, if decoding is greedy
 _RESET = ("default", "reset")
 
 
 def set_sampling(sampling: Mapping[str, Any], name: str, value: str | None = None) -> dict[str, Any]:
-    """Return the options with one of them changed; ``default`` as the value resets it, none leaves it as it is.
+    """Return the options with one of them changed. The value ``default`` resets it, no value leaves it unchanged.
 
-    Raises InputError for a name that is unknown or a value that it does not take.
+    Raises InputError for an unknown name or an invalid value.
     """
     from pydantic import ValidationError
 
@@ -38,7 +38,7 @@ def set_sampling(sampling: Mapping[str, Any], name: str, value: str | None = Non
 
 
 def describe_sampling(sampling: Mapping[str, Any], name: str | None = None) -> str:
-    """Return the options and their values, one a line, or that of one name."""
+    """Return the options and their values, one a line, or the value of one option."""
     from loopserve.core.engine.sampling import SamplingConfig
 
     lines = []
@@ -50,9 +50,9 @@ def describe_sampling(sampling: Mapping[str, Any], name: str | None = None) -> s
 
 
 def other_sampling(sampling: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
-    """Return options that give another answer to the same message, and what was changed for that.
+    """Return options that give another answer to the same message, and a description of the change.
 
-    Greedy decoding and a fixed seed repeat an answer.
+    Greedy decoding and a fixed seed would repeat the answer.
     """
     other, changed = dict(sampling), []
     if not other.get("temperature"):

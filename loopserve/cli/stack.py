@@ -1,4 +1,4 @@
-"""``loopserve stack``: check, show and describe stack files."""
+"""Define ``loopserve stack``: check, show and describe stack files."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def _layers(model: str, revision: str | None, trust_remote_code: bool) -> Sequen
 
 
 def _unchecked(stack: PolicyStack) -> list[str]:
-    """What only a model's layers can tell."""
+    """Return the properties of a stack that only a model's layers can show."""
     if stack.is_dense:
         return []
     named = [str(layers.as_written()) for override in stack.overrides for layers in override.at]

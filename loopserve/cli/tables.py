@@ -1,4 +1,4 @@
-"""Tables that fit the terminal. No figure is ever cut: a table that is too wide is turned, split, or written as lists."""
+"""Print tables that fit the terminal. No figure is ever cut: a table that is too wide is transposed, split, or printed as lists."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ Row = Sequence[str]
 
 _GAP = 2  # columns between two cells
 _EDGE = 2
-_LEAST_PROSE = 16  # columns that a text needs to be read in a narrow column
-_TURNED = 6  # a table of more rows is split instead of turned
+_LEAST_PROSE = 16  # columns that make a text readable in a narrow column
+_TURNED = 6  # a table of more rows is split instead of transposed
 
 
 def print_table(
@@ -29,9 +29,9 @@ def print_table(
 ) -> None:
     """Print rows of text under their columns.
 
-    keys: the first columns, which name a row. prose: columns whose text may be wrapped; every other cell stays on one line.
-    right: align the columns after the keys to the right. At a width that does not hold the table, the columns become rows if
-    there are few rows; else it is split into tables that repeat the keys; else each row becomes a list.
+    keys: the first columns, which name a row. prose: columns whose text may be wrapped; every other cell stays on one line. right:
+    align the columns after the keys to the right. If the table is too wide and has few rows, the columns become rows. Otherwise it
+    is split into tables that repeat the keys. If a part would be too wide as well, each row becomes a list.
     """
     out = console()
     shown = _Layout(out, columns, [list(map(str, row)) for row in rows], title, keys, prose, right)
@@ -72,7 +72,7 @@ class _Layout:
         yield from (row[column] for row in self.rows)
 
     def _least(self, column: int) -> int:
-        """Columns of the terminal that a column needs."""
+        """Return the terminal columns that a column needs."""
         widest = max(map(_length, self._cells(column)))
         return min(widest, _LEAST_PROSE) if self.columns[column] in self.prose else widest
 
@@ -80,14 +80,14 @@ class _Layout:
         return sum(map(self._least, columns)) + _GAP * (len(columns) - 1) + _EDGE
 
     def _turned_fits(self) -> bool:
-        """Whether a table with a row per column fits; texts are not wrapped in it."""
+        """Return whether a transposed table fits. Texts are not wrapped in it."""
         if self.prose or not 0 < len(self.rows) <= _TURNED:
             return False
         width = max(map(_length, self.columns)) + sum(max(map(_length, row)) + _GAP for row in self.rows) + _EDGE
         return width <= self.out.width
 
     def _bands(self) -> list[list[int]]:
-        """The columns of each part of a split table, the keys in each; none if a part would be too wide."""
+        """Return the columns of each part of a split table, the keys in each; empty if a part would be too wide."""
         keys = list(range(self.keys))
         bands: list[list[int]] = []
         for column in range(self.keys, len(self.columns)):
@@ -114,7 +114,7 @@ class _Layout:
         self.out.print(made)
 
     def _print_lists(self) -> None:
-        """Each row as lines ``column: cell``; what is longer than a line goes on in the next, at a space where there is one."""
+        """Print each row as lines ``column: cell``. Longer text continues on the next line, broken at a space if there is one."""
         from rich.padding import Padding
         from rich.text import Text
 

@@ -1,4 +1,4 @@
-"""Replace a file as a whole: after a crash, a full disk or a second writer it holds the old text or the new one, never a part."""
+"""Replace a file as a whole. After a crash, a full disk or a second writer it holds the old text or the new text, never a part."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ _NO_SUCH_SUPPORT = (errno.EINVAL, errno.ENOTSUP)  # file systems without fsync o
 def write_atomically(path: str | Path, text: str) -> None:
     """Write ``text`` as UTF-8 into a file beside ``path``, flush it to the disk, and rename it over ``path``.
 
-    Writers of one directory wait for each other, so that no two of them interleave. Links are followed and the permissions of
-    an existing file are kept. A device or a pipe is written to directly. Raises OSError; the earlier file is whole in that case.
+    Writers of one directory wait for each other, so that no two of them interleave. Links are followed and the permissions of an
+    existing file are kept. A device or a pipe is written to directly. Raises OSError; ``path`` is unchanged in that case.
     """
     target = Path(os.path.realpath(path))
     data = text.encode()
@@ -43,7 +43,7 @@ def write_atomically(path: str | Path, text: str) -> None:
 
 
 def _write(path: Path, data: bytes, like: Path) -> None:
-    """Create ``path`` with these bytes, on the disk when this returns, with the permissions of ``like`` if that exists."""
+    """Create ``path`` with these bytes and flush it to the disk. Take the permissions of ``like`` if that exists."""
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
     try:
         if like.exists():
@@ -58,10 +58,10 @@ def _write(path: Path, data: bytes, like: Path) -> None:
 
 @contextmanager
 def _directory(path: Path) -> Iterator[tuple[int | None, bool]]:
-    """Open and lock a directory: its descriptor, and whether the lock is held.
+    """Open and lock a directory. Return its descriptor, and whether the lock is held.
 
-    A lock on the directory leaves no lock file beside the user's own. Where directories cannot be opened or locked (Windows,
-    some network file systems) there is none; the rename alone still keeps every file whole.
+    A lock on the directory leaves no lock file beside the user's file. Directories cannot be opened or locked on Windows and on
+    some network file systems. There the rename alone keeps every file whole.
     """
     try:
         directory = os.open(path, os.O_RDONLY)
@@ -87,7 +87,7 @@ def _locked(directory: int) -> bool:
 
 
 def _remove_leftovers(target: Path) -> None:
-    """Remove files beside ``target`` that a killed writer left: nobody else writes while the lock is held."""
+    """Remove files beside ``target`` that a killed writer left. Call it with the lock held, since no other writer is active then."""
     for name in os.listdir(target.parent):
         if name.startswith(f".{target.name[:40]}.") and name.endswith(_SUFFIX):
             with suppress(OSError):

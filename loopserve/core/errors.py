@@ -1,4 +1,7 @@
-"""One family of errors. Each message says where, what, what is known and what to do; the command line shows no traceback for them."""
+"""Define the exceptions of loopserve. Each message says where, what, what is known and what to do.
+
+The command line prints the message without a traceback.
+"""
 
 from __future__ import annotations
 
@@ -7,68 +10,68 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from enum import StrEnum
 
-POLICY_TIMEOUT_S = 5.0  # a longer call of a policy is a fault
+POLICY_TIMEOUT_S = 5.0  # a policy call that takes longer is a fault
 
 
 class PolicyChecks(StrEnum):
-    """How closely an engine looks at what its policies do."""
+    """Name how strictly an engine checks its policies."""
 
-    CHEAP = "cheap"  # what costs next to nothing beside a decode step
-    STRICT = "strict"  # everything that can be seen from outside; slow, for trying a policy out
+    CHEAP = "cheap"  # checks that are fast compared with a decode step
+    STRICT = "strict"  # every check that is possible from outside; slow, for developing a policy
 
 
 class OnPolicyFault(StrEnum):
-    """What an engine does about a policy that breaks its contract."""
+    """Name the reaction of an engine to a policy that breaks its contract."""
 
-    RAISE = "raise"  # a PolicyFault; the turn is taken back
-    DENSE = "dense"  # the turn is finished dense, and the fault counted in its figures
+    RAISE = "raise"  # raise a PolicyFault; the turn is rolled back
+    DENSE = "dense"  # finish the turn dense and count the fault in its figures
 
 
 class LoopServeError(Exception):
-    """Everything loopserve raises on purpose. ``exit_code`` is what the command line ends with."""
+    """Serve as base of all errors that loopserve raises on purpose. ``exit_code`` is the exit status of the command line."""
 
     exit_code = 1
 
 
 class ConfigError(LoopServeError):
-    """A stack, a policy option or a command-line value is wrong."""
+    """Report a wrong stack, policy option or command-line value."""
 
     exit_code = 2
 
 
 class InputError(LoopServeError):
-    """What a user sent cannot be answered (empty, too long); the session stays at its last complete turn."""
+    """Report an input that cannot be answered (empty, too long). The session stays at its last complete turn."""
 
     exit_code = 2
 
 
 class CapacityError(LoopServeError):
-    """So many turns wait already that another one is not taken; trying again later may help."""
+    """Report that too many turns are waiting already. A later attempt may succeed."""
 
 
 class CancelledTurn(LoopServeError):
-    """A turn was cancelled by its owner and taken back."""
+    """Report that the owner of a turn cancelled it and that it was rolled back."""
 
 
 class ModelError(LoopServeError):
-    """A model cannot be loaded, or asks attention for something loopserve does not do."""
+    """Report a model that cannot be loaded, or that needs an attention feature which loopserve does not support."""
 
 
 class Fault(StrEnum):
-    """How a policy broke its contract."""
+    """Name how a policy broke its contract."""
 
-    RAISED = "raised"  # an exception of its own
-    ANSWER = "answer"  # an answer of the wrong type, shape, dtype, device, order or range
-    BUDGET = "budget"  # more pairs than its own budget
-    NAN = "nan"  # scores or an output that are not numbers
-    WROTE = "wrote"  # into what it was only given to read
-    KEPT = "kept"  # a reference to a session's store, beyond the pass
-    HIDDEN = "hidden"  # state outside the session, or a switch of the whole process
-    SLOW = "slow"  # longer than the limit
+    RAISED = "raised"  # it raised an exception of its own
+    ANSWER = "answer"  # it returned a value of the wrong type, shape, dtype, device, order or range
+    BUDGET = "budget"  # it selected more pairs than its own budget
+    NAN = "nan"  # it returned scores or an output that contain NaN
+    WROTE = "wrote"  # it wrote into an input, which is read-only
+    KEPT = "kept"  # it kept a reference to a session's store beyond the pass
+    HIDDEN = "hidden"  # it kept state outside the session, or changed a switch of the whole process
+    SLOW = "slow"  # it took longer than the limit
 
 
 class PolicyError(LoopServeError):
-    """A policy broke its contract (indices out of range, wrong shape); ``fault`` says how."""
+    """Report that a policy broke its contract (indices out of range, wrong shape). ``fault`` names the kind."""
 
     def __init__(self, message: str, fault: Fault = Fault.ANSWER) -> None:
         super().__init__(message)
@@ -76,7 +79,7 @@ class PolicyError(LoopServeError):
 
 
 class PolicyFault(PolicyError):
-    """A fault with its address: which policy of which distribution, in which call, in which layer and phase."""
+    """Report a fault with its origin: policy, distribution, call, layer and phase."""
 
     def __init__(
         self,
@@ -98,20 +101,20 @@ class PolicyFault(PolicyError):
 
     @property
     def damaged(self) -> bool:
-        """The session's stored pairs can no longer be trusted; they are computed anew from its tokens."""
+        """Return whether the session's stored pairs may be corrupt. They are computed again from its tokens."""
         return self.fault is Fault.WROTE
 
 
 class PluginError(LoopServeError):
-    """A plugin cannot be loaded, or claims a name that is taken."""
+    """Report a plugin that cannot be loaded, or that registers a name which is taken."""
 
 
 class CacheError(LoopServeError):
-    """An operation on the KV cache that would lose or corrupt a conversation."""
+    """Report an operation on the KV cache that would lose or corrupt a conversation."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """``; did you mean 'x'? (known: x, y)``, or only the known names when none is close; letters that only look alike are named."""
+    """Return ``; did you mean 'x'? (known: x, y)``, or only the known names when none is close. Name letters that only look alike."""
     names = sorted(known)
     close = get_close_matches(name, names, n=1, cutoff=0.6)
     hint = f"; did you mean {close[0]!r}?" if close else ""
@@ -120,9 +123,9 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def foreign_letters(text: str, usual: str = "") -> str:
-    """The characters of a text that are neither ASCII nor among the usual ones, with code point and name; empty if there are none.
+    """Return the characters of a text that are neither ASCII nor among the usual ones, with code point and name, or "" if none.
 
-    Such a character may look like a letter of the alphabet, or like nothing at all.
+    Such a character may look like a letter of the alphabet, or be invisible.
     """
     found = [
         each for each in dict.fromkeys(text) if (not each.isascii() or not each.isprintable()) and each not in usual

@@ -11,21 +11,21 @@ from loopserve.models.chat import ChatTokenizer, StreamDecoder
 class AnswerText:
     """Collect the text of one answer. ``push`` is a ``StopCheck`` of the engine.
 
-    A stop string is looked for in the text that a reader sees, which holds no special tokens. One that is itself the text of a
-    special token ends the answer at that token.
+    Stop strings are searched for in the text that a reader sees, which contains no special tokens. A stop string that is the text
+    of a special token ends the answer at that token.
     """
 
     def __init__(
         self, tokenizer: ChatTokenizer, stop: Sequence[str] = (), decoder: StreamDecoder | None = None
     ) -> None:
-        """stop: strings that end the answer; none of them is a part of its text. decoder: a fresh one, if not a plain one."""
+        """Start an empty answer. stop: strings that end it; they are not part of its text. decoder: used in place of a plain one."""
         self.stop_string: str | None = None
         self._decoder = decoder or StreamDecoder(tokenizer)
         self._stops = StopStrings(stop)
         self._special = {
             token: str(added) for token, added in tokenizer.tokenizer.added_tokens_decoder.items() if str(added) in stop
         }
-        self._given: list[str] = []  # pieces that were taken
+        self._given: list[str] = []  # pieces already returned
         self._ready = ""
 
     def push(self, token: int) -> str | None:
@@ -42,14 +42,14 @@ class AnswerText:
         return piece
 
     def close(self) -> None:
-        """Say that the answer is over: what was held back is text, and so is a character cut off in its middle."""
+        """End the answer: text that was held back, and an incomplete last character, become part of its text."""
         if self._stops.matched is None:
             self._add(self._decoder.rest())
         self._ready += self._stops.flush()
 
     @property
     def text(self) -> str:
-        """The whole answer as it was streamed; complete once it is closed."""
+        """Return the whole answer as it was streamed; complete once it is closed."""
         return "".join(self._given) + self._ready
 
     def _add(self, piece: str) -> None:

@@ -1,4 +1,4 @@
-"""Tell the answer of a model from its reasoning and its channels, in its tokens and as they arrive. Knows no template."""
+"""Separate the answer of a model from its reasoning and its channels, in its tokens and as they arrive. Depends on no template."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-# Blocks that hold a reasoning, as models write them: at the beginning of an answer, or opened by the template already.
+# Blocks that contain reasoning. They begin an answer, or the template has opened them already.
 REASONING_BLOCKS = (
     ("<think>", "</think>"),
     ("[THINK]", "[/THINK]"),
@@ -14,12 +14,12 @@ REASONING_BLOCKS = (
     ("<|START_THINKING|>", "<|END_THINKING|>"),
 )
 CHANNEL, MESSAGE = "<|channel|>", "<|message|>"  # the harmony format
-_FRAME = ("<|START_RESPONSE|>", "<|END_RESPONSE|>")  # say where the answer stands, and no more
+_FRAME = ("<|START_RESPONSE|>", "<|END_RESPONSE|>")  # mark the answer itself
 
 
 @dataclass(frozen=True)
 class Answer:
-    """Hold one answer: its text, its reasoning (None: no such block), and the whole as the model wrote it.
+    """Hold one answer: its text, its reasoning (None: no such block), and the complete output of the model.
 
     tokens: those of the answer, without the token that ended it. raw: their text, special tokens included.
     """
@@ -34,7 +34,7 @@ Piece = tuple[bool, str]  # (a special token, its text), or (False, plain text)
 
 
 def split_answer(pieces: Sequence[Piece], opened: str = "", *, over: bool = True) -> tuple[str, str | None]:
-    """Return (text, reasoning) of an answer. opened: the text that the model went on from. over: nothing follows."""
+    """Return (text, reasoning) of an answer. opened: the prompt's text before the answer. over: the answer is complete."""
     if any(special and text == CHANNEL for special, text in pieces):
         return _channels(pieces)
     whole = "".join(text for special, text in pieces if not (special and text in _FRAME))
@@ -45,12 +45,12 @@ def split_answer(pieces: Sequence[Piece], opened: str = "", *, over: bool = True
             reasoning, _, text = inside.partition(end)
             return text.lstrip(), reasoning.strip()
         if not over and whole.strip() and begin.startswith(whole.strip()):
-            return "", None  # a block may be beginning; the rest is still to come
+            return "", None  # a block may be beginning; the rest has not arrived yet
     return whole, None
 
 
 def _channels(pieces: Sequence[Piece]) -> tuple[str, str | None]:
-    """Read the harmony format: the channel ``final`` is the answer, what stands in others is reasoning."""
+    """Parse the harmony format: the channel ``final`` is the answer, all other channels are reasoning."""
     spoken: list[str] = []
     thought: list[str] = []
     channel, place, text = "", "header", ""
@@ -72,10 +72,10 @@ class Reader(Protocol):
 
 
 class StreamDecoder:
-    """Text pieces of an answer as its tokens arrive, without its reasoning; a character that is not complete yet waits."""
+    """Return text pieces of an answer as its tokens arrive, without its reasoning. An incomplete character is held back."""
 
     def __init__(self, tokenizer: Reader, opened: str = "") -> None:
-        """opened: the text that the model goes on from, which may have opened a reasoning block."""
+        """Start an answer. opened: the prompt's text before the answer, which may have opened a reasoning block."""
         self._tokenizer = tokenizer
         self._opened = opened
         self._ids: list[int] = []
@@ -92,7 +92,7 @@ class StreamDecoder:
         return piece
 
     def rest(self) -> str:
-        """Return what still waits when the answer is over: a character cut off in its middle."""
+        """Return the text still held back when the answer is over: an incomplete last character."""
         return self._text(over=True).removeprefix(self._said)
 
     def _text(self, *, over: bool = False) -> str:

@@ -33,7 +33,7 @@ _serving_lock = threading.Lock()
 
 @dataclass
 class _Prompt:
-    """What ``generate`` is doing in this thread: computing its prompt, of so many columns in all, or its answer."""
+    """Hold what ``generate`` computes in this thread: its prompt, of so many columns in all, or its answer (None)."""
 
     columns: int | None = None
     rows: CacheRows | None = None  # those of its last pass

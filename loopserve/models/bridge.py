@@ -160,7 +160,7 @@ class TransformersModel:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What keys and values are stored in."""
+        """The dtype of keys and values."""
         dtype: torch.dtype = self.model.dtype
         return dtype
 

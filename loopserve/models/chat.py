@@ -1,7 +1,7 @@
-"""From messages to the tokens of a conversation, and from an answer's tokens to its text. Knows no model.
+"""Turn messages into the tokens of a conversation, and the tokens of an answer into its text. Depends on no model.
 
-The template is rendered with the real contents and encoded as the tokenizer does it; earlier answers keep the tokens that the
-model gave wherever the template leaves their text as it is. A message that contains ``<|im_end|>`` stays plain text.
+The template is rendered with the real contents and encoded by the tokenizer. Earlier answers keep the model's own tokens wherever
+the template leaves their text unchanged. A message that contains ``<|im_end|>`` stays plain text.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from loopserve.models.answers import CHANNEL, Answer, Piece, StreamDecoder, spli
 from loopserve.models.encoding import Encoder
 from loopserve.models.template import View, text_parts, view
 
-Message = dict[str, str]  # role, content, and of an assistant's maybe reasoning_content
+Message = dict[str, str]  # role, content, and for an assistant optionally reasoning_content
 ROLES = ("system", "developer", "user", "assistant", "tool")
-_TOKEN_MARK = "\ufdd0"  # before a special token within the text of an answer; no character, so nobody writes it
+_TOKEN_MARK = "\ufdd0"  # before a special token within the text of an answer; a noncharacter, which no text contains
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """Hold what a model is to answer: the rendering, and its tokens.
+    """Hold the prompt of a turn: its rendering and its tokens.
 
-    tokens: none where they were let go to save memory. history: how many of the tokens stand before the last messages, if that is
-    a place where the tokens can be parted.
+    tokens: empty if they were dropped to save memory. history: number of tokens before the last messages, if the tokens can be
+    split there.
     """
 
     text: str
@@ -38,7 +38,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Answered:
-    """Hold an answer of the model's own. message: its number in the conversation. tokens: with the one that ended it."""
+    """Hold an answer that the model gave. message: its index in the conversation. tokens: with the token that ended it."""
 
     message: int
     prompt: Prompt
@@ -47,10 +47,10 @@ class Answered:
 
 
 class ChatTokenizer:
-    """A tokenizer of transformers with its chat template. The tokenizer itself is never changed or switched."""
+    """Wrap a tokenizer of transformers with its chat template. The tokenizer itself is never changed."""
 
     def __init__(self, tokenizer: Any, stop_ids: Iterable[int] = ()) -> None:
-        """stop_ids: tokens that end an answer beside the tokenizer's own and the one that the template ends an answer with."""
+        """Read the template's stop tokens. stop_ids: further tokens that end an answer."""
         self.tokenizer = tokenizer
         self._encoder = Encoder(tokenizer)
         unknown = getattr(tokenizer, "unk_token_id", None)  # stands for text that has no token; never shown
@@ -66,42 +66,42 @@ class ChatTokenizer:
     def prompt(self, messages: Sequence[Message], answered: Sequence[Answered] = ()) -> Prompt:
         """Return the tokens of a whole conversation, the generation prompt included.
 
-        answered: the answers among the messages whose own tokens are known, in their order; the messages before each are the ones
-        that it answered. Raises InputError for messages that cannot be asked, ModelError where the template refuses them.
+        answered: the answers among the messages whose own tokens are known, in order. Each answers the messages before it. Raises
+        InputError for messages that cannot be answered, ModelError if the template refuses them.
         """
         check_messages(messages)
         if self.tokenizer.chat_template is None:
             return self._bare_prompt(messages, answered)
-        found, kept = self._view_with(messages, answered)
+        rendering, kept = self._view_with(messages, answered)
         ids: list[int] = []
         cursor = 0
         for entry, start, end in reversed(kept):
             if (
                 entry.prompt.tokens
-                and start == found.at(len(entry.prompt.text))
-                and found.clean(0, start) == entry.prompt.text
+                and start == rendering.at(len(entry.prompt.text))
+                and rendering.clean(0, start) == entry.prompt.text
             ):
                 ids, cursor = [*entry.prompt.tokens, *entry.answer.tokens], end
                 break
         for entry, start, end in kept:
             if start >= cursor and end > cursor:
-                ids += self._encode(found, cursor, start) + list(entry.answer.tokens)
+                ids += self._encode(rendering, cursor, start) + list(entry.answer.tokens)
                 cursor = end
         history = None
-        last = max(found.answers.values(), key=lambda place: place[1], default=None)
-        if last is not None and last[1] >= cursor and self._encoder.begins_with_special(found.text[last[1] :]):
-            ids += self._encode(found, cursor, last[1])
+        last = max(rendering.answers.values(), key=lambda place: place[1], default=None)
+        if last is not None and last[1] >= cursor and self._encoder.begins_with_special(rendering.text[last[1] :]):
+            ids += self._encode(rendering, cursor, last[1])
             history, cursor = len(ids), last[1]
-        ids += self._encode(found, cursor, None)
+        ids += self._encode(rendering, cursor, None)
         if not ids:
             raise ModelError("the model's chat template renders nothing of this conversation")
-        return Prompt(found.clean(), tuple(ids), history)
+        return Prompt(rendering.clean(), tuple(ids), history)
 
     def turn_tokens(self, messages: Sequence[Message], last_token: int | None) -> list[int]:
         """Return the ids that the messages after the last answer add, the generation prompt included.
 
-        messages: the whole conversation, a user's message at its end. last_token: the last token that the conversation holds so
-        far, so that an end-of-turn token that the model produced itself is not added twice.
+        messages: the whole conversation, a user's message at its end. last_token: the last token of the conversation so far, so
+        that an end-of-turn token that the model produced is not added twice.
         """
         check_messages(messages)
         answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
@@ -112,19 +112,19 @@ class ChatTokenizer:
             return list(self.prompt(messages).tokens)
         standing = list(messages)
         if not standing[answers[-1]]["content"].strip():
-            standing[answers[-1]] = {**standing[answers[-1]], "content": "."}  # an empty answer has a place as well
-        found = self._view(standing, answers[-1:])
-        if answers[-1] not in found.answers:
+            standing[answers[-1]] = {**standing[answers[-1]], "content": "."}  # an empty answer needs a place as well
+        rendering = self._view(standing, answers[-1:])
+        if answers[-1] not in rendering.answers:
             raise ModelError(
                 "the model's chat template drops earlier answers or changes them; it is served through ChatSession only"
             )
-        ids = self._encode(found, found.answers[answers[-1]][1], None)
+        ids = self._encode(rendering, rendering.answers[answers[-1]][1], None)
         return ids[1:] if last_token is not None and ids[:1] == [last_token] else ids
 
     def answer_tokens(self, text: str) -> list[int]:
-        """Return the ids of an answer given elsewhere, as it goes on from a prompt; its end-of-turn token comes with the next turn.
+        """Return the ids of an answer from elsewhere, as it continues a prompt. Its end-of-turn token comes with the next turn.
 
-        Special tokens within it are those that ``decode`` has marked; what is only their text stays text.
+        Special tokens within it are those that ``decode`` has marked. Other text that looks like one stays text.
         """
         ids: list[int] = []
         for part in re.split(f"({_TOKEN_MARK}(?:{'|'.join(map(re.escape, self._by_length()))}))", text):
@@ -135,14 +135,14 @@ class ChatTokenizer:
         return ids
 
     def answer_end(self, stop_ids: frozenset[int]) -> int | None:
-        """Return the stop token that the template writes behind an answer; None if it writes none there."""
+        """Return the stop token that the template writes after an answer; None if it writes none there."""
         end = self._end
         return end if end in stop_ids else None
 
     # An answer.
 
     def read_answer(self, ids: Sequence[int], opened: str = "", *, over: bool = True) -> Answer:
-        """Return an answer's text, its reasoning apart from it. opened: the text of the prompt. over: nothing follows."""
+        """Return an answer's text and its reasoning. opened: the text of the prompt. over: the answer is complete."""
         core = list(ids)
         while core and core[-1] in self._ending:
             core.pop()
@@ -151,9 +151,9 @@ class ChatTokenizer:
         return Answer(text, reasoning, "".join(text for _, text in pieces), tuple(core))
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of tokens, without the template's tokens at their ends; ``answer_tokens`` gives the tokens back.
+        """Return the text of tokens, without the template's tokens at their ends; ``answer_tokens`` restores the tokens.
 
-        Special tokens within stay apart from the text: they stand in it with a mark (U+FDD0). ``read_answer`` is for people.
+        Special tokens within the text are preceded by a mark (U+FDD0). Use ``read_answer`` for text to display.
         """
         core = list(ids)
         while core and core[-1] in self._frame:
@@ -178,10 +178,10 @@ class ChatTokenizer:
     def _view_with(
         self, messages: Sequence[Message], answered: Sequence[Answered]
     ) -> tuple[View, list[tuple[Answered, int, int]]]:
-        """Return the rendering and the answers of the model's own that it leaves as they are, with their places.
+        """Return the rendering, and the places of the model's answers that it contains unchanged.
 
-        Where an answer has reasoning or special tokens in it, the template is first given the whole text; if it refuses or changes
-        that, it gets the answer's parts.
+        If an answer contains reasoning or special tokens, the template first gets the whole text. If it refuses or changes that
+        text, it gets the answer's parts.
         """
         wrapped = [number for number, message in enumerate(messages) if message["role"] == "assistant"][-1:]
         wrapped = sorted({*wrapped, *(entry.message for entry in answered)})
@@ -190,18 +190,18 @@ class ChatTokenizer:
             given[entry.message] = {"role": "assistant", "content": entry.answer.raw.strip()}
         parted = [entry for entry in answered if entry.answer.raw.strip() != messages[entry.message]["content"].strip()]
         try:
-            found = self._view(given, wrapped)
+            rendering = self._view(given, wrapped)
         except (ModelError, InputError):
             if not parted:
                 raise
-            found = None
-        changed = [entry for entry in parted if found is None or _place(found, entry) is None]
+            rendering = None
+        changed = [entry for entry in parted if rendering is None or _place(rendering, entry) is None]
         if changed:
             for entry in changed:
                 given[entry.message] = messages[entry.message]
-            found = self._view(given, wrapped)
-        assert found is not None
-        return found, [(entry, *place) for entry in answered if (place := _place(found, entry)) is not None]
+            rendering = self._view(given, wrapped)
+        assert rendering is not None
+        return rendering, [(entry, *place) for entry in answered if (place := _place(rendering, entry)) is not None]
 
     def _view(self, messages: Sequence[Message], wrapped: Iterable[int]) -> View:
         thoughts = [number for number, message in enumerate(messages) if "reasoning_content" in message]
@@ -210,7 +210,7 @@ class ChatTokenizer:
         def render(texts: Sequence[str]) -> str:
             given = [{**message, "content": text} for message, text in zip(messages, texts, strict=False)]
             for number, text in zip(thoughts, texts[len(messages) :], strict=True):
-                given[number] |= {"reasoning_content": text, "thinking": text}  # by either name, as templates have it
+                given[number] |= {"reasoning_content": text, "thinking": text}  # templates use either name
             return self._render(given)
 
         return view(render, texts, wrapped, self._encoder.typed, self._encoder.first_characters)
@@ -218,33 +218,33 @@ class ChatTokenizer:
     def _render(self, messages: Sequence[Message]) -> str:
         try:
             rendered: str = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # whatever a template raises is about its roles
+        except Exception as error:  # whatever a template raises concerns its roles
             raise ModelError(f"the model's chat template refuses this conversation: {error}") from error
         return rendered
 
     def _bare_prompt(self, messages: Sequence[Message], answered: Sequence[Answered]) -> Prompt:
         """Join the texts of a conversation for a model without template."""
         own = {entry.message: entry.tokens for entry in answered}
-        ids, texts, said = list(self._encoder.prefix), [], ""
+        ids, texts, before = list(self._encoder.prefix), [], ""
         for number, message in enumerate(messages):
             if message["role"] != "assistant":
                 texts.append(message["content"])
                 continue
             ids += self._plain("\n".join(texts))
-            said, texts = said + "\n".join(texts) + message["content"], []
+            before, texts = before + "\n".join(texts) + message["content"], []
             ids += own[number] if number in own else self._plain(message["content"], continued=True)
         history = len(ids) if any(message["role"] == "assistant" for message in messages) else None
-        return Prompt(said + "\n".join(texts), (*ids, *self._plain("\n".join(texts))), history)
+        return Prompt(before + "\n".join(texts), (*ids, *self._plain("\n".join(texts))), history)
 
     # Tokens.
 
-    def _encode(self, found: View, start: int, end: int | None) -> list[int]:
-        return self._encoder.encode(found.text[start:end], found.mark, continued=start > 0)
+    def _encode(self, rendering: View, start: int, end: int | None) -> list[int]:
+        return self._encoder.encode(rendering.text[start:end], rendering.mark, continued=start > 0)
 
     def _plain(self, text: str, *, continued: bool = False) -> list[int]:
         """Return the ids of text in which nothing is a special token."""
-        found = view(lambda contents: contents[0], [text], [], self._encoder.typed, self._encoder.first_characters)
-        return self._encoder.encode(found.text, found.mark, continued=continued)
+        rendering = view(lambda contents: contents[0], [text], [], self._encoder.typed, self._encoder.first_characters)
+        return self._encoder.encode(rendering.text, rendering.mark, continued=continued)
 
     def _by_length(self) -> list[str]:
         return sorted(self._ids_by_text, key=len, reverse=True)
@@ -260,7 +260,7 @@ class ChatTokenizer:
         return set() if self._end is None or within else {self._end}
 
     def _find_end(self) -> int | None:
-        """Return the special token that the template writes behind an answer, white space before it or not."""
+        """Return the special token that the template writes after an answer, with or without white space before it."""
         exchange = [{"role": role, "content": "."} for role in ("user", "assistant", "user")]
         if getattr(self.tokenizer, "chat_template", None) is None:
             return None
@@ -285,22 +285,22 @@ class ChatTokenizer:
             return set()
 
 
-def _place(found: View, entry: Answered) -> tuple[int, int] | None:
-    """Return where an answer stands in a rendering, if the template left it as the model wrote it.
+def _place(rendering: View, entry: Answered) -> tuple[int, int] | None:
+    """Return the place of an answer in a rendering, if the template kept the model's text.
 
-    White space at its ends does not count. The place begins where the prompt ended, if only white space is between.
+    White space at its ends is ignored. The place begins where the prompt ended, if only white space lies between.
     """
-    if entry.message not in found.answers:
+    if entry.message not in rendering.answers:
         return None
-    begin, end = found.answers[entry.message]
+    begin, end = rendering.answers[entry.message]
     raw, prompt = entry.answer.raw.strip(), entry.prompt.text
-    if found.clean(0, end).startswith(prompt) and found.clean(0, end)[len(prompt) :].strip() == raw:
-        return found.at(len(prompt)), end
-    return (begin, end) if found.clean(begin, end).strip() == raw else None
+    if rendering.clean(0, end).startswith(prompt) and rendering.clean(0, end)[len(prompt) :].strip() == raw:
+        return rendering.at(len(prompt)), end
+    return (begin, end) if rendering.clean(begin, end).strip() == raw else None
 
 
 def check_messages(messages: Sequence[Message]) -> None:
-    """Raise InputError unless the last message asks something, and every one is text."""
+    """Raise InputError unless the last message is to be answered and every message is text."""
     if not messages or messages[-1]["role"] == "assistant" or not messages[-1]["content"].strip():
         raise InputError("the message is empty: write something")
     if not all(writable(message["content"]) for message in messages):
@@ -308,10 +308,10 @@ def check_messages(messages: Sequence[Message]) -> None:
 
 
 def as_messages(given: object) -> list[Message]:
-    """Return messages as the chat API has them (dictionaries of role and content) as our own.
+    """Convert messages of the chat API (dictionaries of role and content).
 
-    A content may be text or a list of parts of type text. Keys whose value is null count as absent. Raises InputError for what is
-    no message, naming it by its number.
+    A content may be text or a list of parts of type text. Keys whose value is null count as absent. Raises InputError with the
+    index of an invalid message.
     """
     if not isinstance(given, Sequence) or isinstance(given, str | bytes):
         raise InputError(f"messages are a list of dictionaries with role and content, not {type(given).__name__}")
@@ -344,7 +344,7 @@ def _as_message(given: object, number: int) -> Message:
 
 
 def writable(text: str) -> bool:
-    """Return False for lone surrogates, which stand for bytes that were no UTF-8."""
+    """Return False for lone surrogates, which stand for bytes that are not UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -1,4 +1,4 @@
-"""The bundled trained model: small Llamas that recall facts told among small talk, loaded with no network."""
+"""Provide the bundled trained models: small Llamas that recall facts stated among small talk. Loading them needs no network."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ _WEIGHTS = {"demo": "recall", "demo-no-lookahead": "recall_no_lookahead"}
 
 
 def is_bundled(model: str) -> bool:
-    """Whether a MODEL argument names a bundled model."""
+    """Return whether a MODEL argument names a bundled model."""
     return model in _WEIGHTS
 
 
 def bundled_path(model: str = NAME) -> Path:
-    """The directory of a bundled model: config, weights and tokenizer."""
+    """Return the directory of a bundled model: config, weights and tokenizer."""
     return Path(str(files("loopserve.models") / "weights" / _WEIGHTS[model]))

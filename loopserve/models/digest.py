@@ -1,4 +1,6 @@
-"""A fingerprint of a loaded model and its tokenizer: equal digests give equal answers, as far as a sample of the weights tells."""
+"""Compute a fingerprint of a loaded model and its tokenizer. Models with equal digests give equal answers, up to sampling of
+weights.
+"""
 
 from __future__ import annotations
 
@@ -8,19 +10,22 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-_SAMPLED = 1024  # numbers of each weight; a fine-tuned model differs in almost all of them
+_SAMPLED = 1024  # numbers sampled from each weight; fine-tuning changes almost all of them
 _NOT_THE_MODEL = frozenset({"_name_or_path", "transformers_version", "_attn_implementation", "attn_implementation"})
 
 
 def model_digest(model: PreTrainedModel, tokenizer: Any) -> str:
-    """Sixteen hex digits over configuration, names, shapes and evenly spaced numbers of all weights, vocabulary and chat template."""
-    found = hashlib.sha256()
+    """Return 16 hex digits over configuration, weights, vocabulary and chat template.
+
+    Of the weights, all names and shapes and evenly spaced numbers are used.
+    """
+    digest = hashlib.sha256()
     config = {key: value for key, value in model.config.to_dict().items() if key not in _NOT_THE_MODEL}
-    found.update(json.dumps(config, sort_keys=True, default=str).encode())
+    digest.update(json.dumps(config, sort_keys=True, default=str).encode())
     for name, weight in sorted(model.named_parameters()):
         step = max(1, weight.numel() // _SAMPLED)
         numbers = weight.detach().reshape(-1)[::step].float().cpu()
-        found.update(f"{name} {list(weight.shape)} {weight.dtype}".encode() + numbers.numpy().tobytes())
+        digest.update(f"{name} {list(weight.shape)} {weight.dtype}".encode() + numbers.numpy().tobytes())
     vocabulary = sorted(tokenizer.get_vocab().items())
-    found.update(json.dumps([vocabulary, tokenizer.chat_template], default=str).encode())
-    return found.hexdigest()[:16]
+    digest.update(json.dumps([vocabulary, tokenizer.chat_template], default=str).encode())
+    return digest.hexdigest()[:16]

@@ -1,6 +1,6 @@
-"""Encode text with special tokens of the template's own; what people typed is never a special token.
+"""Encode text with the template's own special tokens. Text that people typed never becomes a special token.
 
-All work is done on copies of the tokenizer whose settings never change, so that a tokenizer shared by threads does no harm.
+All work is done on copies of the tokenizer whose settings never change, so that threads can share a tokenizer.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ _OPEN, _CLOSE = "\U0010fff0", "\U0010fff1"  # delimit the private names of speci
 
 
 class Encoder:
-    """Encode and decode as a tokenizer of transformers does, without touching it.
+    """Encode and decode like a tokenizer of transformers, without changing it.
 
-    A mark is a character that stands inside every part of a text that must not become a special token; it is removed.
+    A mark is a character inside every part of a text that must not become a special token. It is removed.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -52,8 +52,8 @@ class Encoder:
     def encode(self, text: str, mark: str = "", *, continued: bool = False) -> list[int]:
         """Return the ids of a text. Special tokens without a mark inside become their ids.
 
-        continued: the text goes on where other tokens end, so it gets no blank that belongs to a beginning. Raises InputError where
-        the tokenizer cannot keep the text of a special token as text.
+        continued: the text continues other tokens, so no blank is put before its first word. Raises InputError if the tokenizer
+        cannot keep the text of a special token as text.
         """
         if not text:
             return []
@@ -88,14 +88,14 @@ class Encoder:
         return bool(first) and first[0][1] == 0 and not text[0].isspace()
 
     def typed(self, text: str) -> list[int]:
-        """Return where special tokens begin in a text that people wrote, as offsets of their first characters."""
+        """Return the offsets at which special tokens begin in a text that people wrote."""
         if self._normalizes:
             return [start for _, start, _ in self._specials(text)]
         return [match.start() for match in self._pattern.finditer(text)]
 
     @cached_property
     def first_characters(self) -> frozenset[str]:
-        """Return the characters that special tokens begin with."""
+        """Return the characters with which special tokens begin."""
         return frozenset(text[0] for text in self.special.values() if text)
 
     @cached_property
@@ -152,7 +152,7 @@ class Encoder:
         ids: list[int] = self._tokenizer(_unmarked(text, mark), add_special_tokens=False)["input_ids"]
         return list(ids)
 
-    # Copies whose special tokens have private names, so that their text is plain text.
+    # Copies whose special tokens have private names, so that their usual text is plain text.
 
     def _plain(self, text: str) -> list[int]:
         return self._mapped(text, self._continuing) if text else []
@@ -170,7 +170,7 @@ class Encoder:
         return self._with_private_names(continuing=True)
 
     def _with_private_names(self, *, continuing: bool) -> tuple[Tokenizer, dict[int, int]]:
-        """Return a copy and its ids as the tokenizer's own. continuing: nothing is put before the first word either."""
+        """Return a copy and a map from its ids to those of the tokenizer. continuing: nothing is put before the first word."""
         assert self._exact is not None
         described = json.loads(self._exact.to_str())
         names = {text: _private(index) for index, text in self.special.items()}
@@ -200,7 +200,7 @@ class Encoder:
 
 
 def _serialized(core: Tokenizer) -> str:
-    """Return a tokenizer as JSON. Another thread may be changing its settings at this moment: try again then."""
+    """Return a tokenizer as JSON. Retry if another thread changes its settings at the same time."""
     for _ in range(1000):
         try:
             return core.to_str()
@@ -218,7 +218,7 @@ def _unmarked(text: str, mark: str) -> str:
 
 
 def _rename_pieces(model: dict[str, Any], names: dict[str, str]) -> None:
-    """Give the special tokens within a model's vocabulary their private names, so that no text is encoded as one."""
+    """Give the special tokens in a model's vocabulary their private names, so that no text is encoded as one."""
     vocabulary = model.get("vocab")
     if isinstance(vocabulary, dict):
         model["vocab"] = {names.get(piece, piece): index for piece, index in vocabulary.items()}
@@ -230,7 +230,7 @@ def _rename_pieces(model: dict[str, Any], names: dict[str, str]) -> None:
         pairs = [tuple(each.split(" ", 1)) if isinstance(each, str) else tuple(each) for each in model["merges"]]
         model["merges"] = [
             list(pair) for pair in pairs if not names.keys() & {*pair, "".join(pair)}
-        ]  # a merge that builds a special token would bring it back
+        ]  # a merge that builds a special token would restore it
 
 
 def _without_prefix(node: dict[str, Any] | None) -> dict[str, Any] | None:

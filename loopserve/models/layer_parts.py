@@ -1,7 +1,7 @@
-"""What of a transformers layer policies may use: its rotation by position, and its output weight.
+"""Give policies access to parts of a transformers layer: its rotation by position, and its output weight.
 
-The rotation is the model's own (its rotary module and its ``apply_rotary_pos_emb``), so each family's convention comes with
-it. What cannot be had is refused with the reason, when a stack that needs it is loaded.
+The rotation is the model's own (its rotary module and its ``apply_rotary_pos_emb``), so it follows each family's convention. A
+stack that needs an unavailable part is refused, with the reason, when it is loaded.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from transformers import PreTrainedModel
 from loopserve.core.policy.layers import LayerParts, Need
 
 _OUTPUT_NAMES = ("o_proj", "out_proj", "dense")
-_PROBED = (0, 1, 7, 300)  # positions at which a rotation is tried forth and back
+_PROBED = (0, 1, 7, 300)  # positions at which a rotation is tried forwards and backwards
 _LENGTH_DEPENDENT = ("dynamic", "longrope")
 
 
 class TransformersLayer(LayerParts):
-    """The parts of one attention module."""
+    """Hold the parts of one attention module."""
 
     def __init__(self, module: torch.nn.Module, rotary: torch.nn.Module | None, layer_type: str, heads: int) -> None:
         self._module, self._rotary, self._layer_type, self._heads = module, rotary, layer_type, heads
@@ -42,7 +42,7 @@ class TransformersLayer(LayerParts):
         extra = {"layer_type": self._layer_type} if typed else {}
         cos, sin = self._rotary(vectors[None], positions[None], **extra)
         if back:
-            # A rotation scaled by s is undone by the opposite rotation scaled by 1 / s.
+            # A rotation scaled by s is undone by the inverse rotation scaled by 1 / s.
             square = (cos.float() ** 2 + sin.float() ** 2).mean()
             cos, sin = cos / square, -sin / square
         turned: Tensor = self._apply(vectors[None], vectors[None], cos, sin)[0][0]
@@ -58,7 +58,7 @@ class TransformersLayer(LayerParts):
         return next((each for each in found if each is not None), None)
 
     def _is_offloaded(self) -> bool:
-        """Whether accelerate brings the weights to a device for each call only."""
+        """Return whether accelerate moves the weights to a device for each call only."""
         return any(hasattr(each, "_hf_hook") for each in self._module.modules())
 
     def _no_output_weight(self) -> str | None:
@@ -84,7 +84,7 @@ class TransformersLayer(LayerParts):
         held = [*self._module.parameters(), *self._module.buffers()]
         device = held[0].device if held else torch.device("cpu")
         if device.type == "meta" and not self._is_offloaded():
-            return None  # a model's shape, without numbers to try a rotation on
+            return None  # a model on the meta device, whose rotation cannot be tried
         if device.type == "meta":
             return f"the weights of {name} are offloaded (its device is 'meta')"
         width = int(getattr(self._module, "head_dim", 0) or getattr(self._module, "head_size", 0))
@@ -95,7 +95,7 @@ class TransformersLayer(LayerParts):
         positions = torch.tensor(_PROBED, dtype=torch.long, device=device)
         try:
             again = self.rotate(self.rotate(probe, positions), positions, back=True)
-        except Exception as error:  # another family's code, called in a way it may not expect
+        except Exception as error:  # code of another family, which may not accept this call
             return f"the rotation of {name} cannot be called by itself ({type(error).__name__}: {error})"
         if again.shape != probe.shape or float((again - probe).abs().max()) > 1e-3:
             return f"the rotation of {name} could not be turned back"
@@ -110,12 +110,12 @@ def decoder_of(model: PreTrainedModel) -> torch.nn.Module:
 
 def attention_modules(model: PreTrainedModel) -> dict[int, torch.nn.Module]:
     """Return the attention module of each layer of the text decoder, by its index."""
-    found: dict[int, torch.nn.Module] = {}
+    modules: dict[int, torch.nn.Module] = {}
     for module in decoder_of(model).modules():
         index = getattr(module, "layer_idx", None)
         if isinstance(index, int) and (hasattr(module, "q_proj") or hasattr(module, "qkv_proj")):
-            found.setdefault(index, module)
-    return found
+            modules.setdefault(index, module)
+    return modules
 
 
 def layer_parts(model: PreTrainedModel, types: list[str], heads: int) -> dict[int, TransformersLayer]:

@@ -14,7 +14,7 @@ from loopserve.models.layer_parts import attention_modules, layer_parts
 
 
 def read_layers(model: PreTrainedModel) -> tuple[LayerSpec, ...]:
-    """Return the attention layers of a model, from its configuration. ModelError for layers that loopserve cannot serve."""
+    """Return the attention layers of a model, from its configuration. Raises ModelError for layers that loopserve cannot serve."""
     name = type(model).__name__
     config = model.config.get_text_config(decoder=True)
     query_heads = getattr(config, "num_attention_heads", None)
@@ -53,7 +53,7 @@ def read_layers(model: PreTrainedModel) -> tuple[LayerSpec, ...]:
 
 
 def _head_sizes(module: Any, config: Any, query_heads: int) -> tuple[int, int]:
-    """Return (KV heads, head size) of a layer; its module knows them where layers differ (gemma 4)."""
+    """Return (KV heads, head size) of a layer. Read them from its module where layers differ (gemma 4)."""
     kv_heads = _common(config, "num_key_value_heads") or query_heads
     head_dim = _common(config, "head_dim") or config.hidden_size // query_heads
     groups, own = getattr(module, "num_key_value_groups", None), getattr(module, "head_dim", None)
@@ -63,7 +63,7 @@ def _head_sizes(module: Any, config: Any, query_heads: int) -> tuple[int, int]:
 
 
 def _common(config: Any, name: str) -> int | None:
-    """Return a size that all layers share; None where the configuration has one per layer, which transformers refuses to read."""
+    """Return a size that all layers share; None if the configuration has one per layer, which transformers refuses to read."""
     try:
         found: int | None = getattr(config, name, None)
     except Exception:  # transformers.integrations.heterogeneity, in versions that have it
@@ -72,15 +72,15 @@ def _common(config: Any, name: str) -> int | None:
 
 
 def _type_without_list(config: Any) -> str:
-    """Families without ``layer_types`` have one kind of layer; a window makes it a sliding one."""
+    """Return the layer type of families without ``layer_types``, whose layers are all alike: sliding if there is a window."""
     sliding = getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
     return LayerType.SLIDING if sliding else LayerType.FULL
 
 
 def set_implementation(model: PreTrainedModel, name: str) -> None:
-    """Set the attention implementation of a model's text part; its other parts (vision, audio) keep their own.
+    """Set the attention implementation of a model's text part. Its other parts (vision, audio) keep theirs.
 
-    ModelError if the family has its own attention code.
+    Raises ModelError if the family has its own attention code.
     """
     text = model.config.get_text_config(decoder=True)
     path = _path_to(model.config, text)
@@ -93,7 +93,7 @@ def set_implementation(model: PreTrainedModel, name: str) -> None:
 
 
 def _path_to(config: Any, wanted: Any) -> tuple[str, ...] | None:
-    """Return the names of the nested configurations that lead to one of them."""
+    """Return the names of the nested configurations that lead to ``wanted``."""
     if config is wanted:
         return ()
     for name in getattr(config, "sub_configs", None) or ():
@@ -105,7 +105,7 @@ def _path_to(config: Any, wanted: Any) -> tuple[str, ...] | None:
 
 
 def unwrapped(model: Any) -> PreTrainedModel:
-    """Return the transformers model inside a wrapper (PEFT, ``torch.compile``, data parallel). ModelError if there is none."""
+    """Return the transformers model inside a wrapper (PEFT, ``torch.compile``, data parallel). Raises ModelError if there is none."""
     found, seen = model, 0
     while seen < 8:
         seen += 1
@@ -123,7 +123,7 @@ def unwrapped(model: Any) -> PreTrainedModel:
 
 
 def input_device(model: PreTrainedModel) -> torch.device:
-    """Return where token ids go: the device of the embedding, or that on which accelerate runs an offloaded one."""
+    """Return the device for token ids: that of the embedding, or that on which accelerate runs an offloaded one."""
     embedding = model.get_input_embeddings()
     weight = getattr(embedding, "weight", None)
     device: torch.device = weight.device if isinstance(weight, torch.Tensor) else model.device
@@ -147,12 +147,12 @@ def _execution_device(hook: Any) -> torch.device | None:
 
 
 def cache_keyword(model: PreTrainedModel) -> str:
-    """Return what the model's forward calls its cache: ``past_key_values``, in later versions of transformers ``cache``."""
+    """Return the keyword of the model's forward for its cache: ``past_key_values``, in later versions of transformers ``cache``."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def takes_keywords(model: PreTrainedModel) -> bool:
-    """Return whether the model's forward hands unknown keywords down to its layers."""
+    """Return whether the model's forward passes unknown keywords to its layers."""
     return any(each.kind is each.VAR_KEYWORD for each in inspect.signature(model.forward).parameters.values())
 
 

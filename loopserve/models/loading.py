@@ -1,4 +1,4 @@
-"""Loading a model and its tokenizer by hub id, directory or bundled name; every failure is one line with its remedy."""
+"""Load a model and its tokenizer by hub id, directory or bundled name. Each error message is one line with a remedy."""
 
 from __future__ import annotations
 
@@ -27,25 +27,25 @@ def load(
 ) -> tuple[PreTrainedModel, Any]:
     """Return (model, tokenizer), in evaluation mode. dtype ``auto`` is the checkpoint's own, but float32 for float16 on a CPU.
 
-    ModelError for what cannot be loaded, ConfigError for a dtype or device that is unknown; both say what to do.
+    Raises ModelError for a model that cannot be loaded, ConfigError for an unknown dtype or device. Both name a remedy.
     """
     source = str(bundled_path(model)) if is_bundled(model) else _source(model)
     place = _device(device)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     if is_bundled(model):
-        disable_progress_bar()  # two megabytes need none
+        disable_progress_bar()  # the bundled models have two megabytes
     try:
         config = AutoConfig.from_pretrained(source, **options)
         wanted = _dtype(dtype, getattr(config, "dtype", None), place)
-        # A tuple only with output_loading_info, which the stubs do not say.
-        found: Any = AutoModelForCausalLM.from_pretrained(
+        # It is a tuple only with output_loading_info, which the stubs do not express.
+        result: Any = AutoModelForCausalLM.from_pretrained(
             source, config=config, dtype=wanted, output_loading_info=True, **options
         )
-        loaded, report = found
+        loaded, report = result
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except ConfigError:
         raise
-    except Exception as error:  # whatever a damaged file makes a parser raise
+    except Exception as error:  # a parser may raise anything for a damaged file
         raise ModelError(f"cannot load model {model!r}: {_reason(error)}; {_remedy(model)}") from error
     absent = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
     if absent:
@@ -57,9 +57,9 @@ def load(
 
 
 def load_layers(model: str, *, revision: str | None = None, trust_remote_code: bool = False) -> tuple[LayerSpec, ...]:
-    """The attention layers of a model by hub id, directory or bundled name, from its configuration; its weights are not read.
+    """Return the attention layers of a model by hub id, directory or bundled name. Its weights are not read.
 
-    Raises ModelError if the configuration cannot be had, or describes layers that loopserve cannot serve.
+    Raises ModelError if the configuration cannot be loaded, or describes layers that loopserve cannot serve.
     """
     source = str(bundled_path(model)) if is_bundled(model) else _source(model)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
@@ -67,7 +67,7 @@ def load_layers(model: str, *, revision: str | None = None, trust_remote_code: b
         config = AutoConfig.from_pretrained(source, **options)
         with torch.device("meta"):
             shape = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except Exception as error:  # whatever a damaged file makes a parser raise
+    except Exception as error:  # a parser may raise anything for a damaged file
         raise ModelError(
             f"cannot read the configuration of model {model!r}: {_reason(error)}; {_remedy(model)}"
         ) from error
@@ -75,7 +75,7 @@ def load_layers(model: str, *, revision: str | None = None, trust_remote_code: b
 
 
 def _source(model: str) -> str:
-    """Return a hub id, or the directory that a path names. ModelError for a path that is none."""
+    """Return a hub id, or the directory of a path. Raises ModelError for a path that does not exist."""
     text = str(model)
     path = Path(text).expanduser()
     if text.endswith(".gguf"):

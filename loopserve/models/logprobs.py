@@ -1,4 +1,4 @@
-"""Say the log-probabilities of an answer's tokens in text and bytes."""
+"""Convert the log-probabilities of an answer's tokens to text and bytes."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 @dataclass(frozen=True)
 class TopLogprob:
-    """Hold one of the likeliest tokens in a place of an answer."""
+    """Hold one of the most likely tokens at a position of an answer."""
 
     token_id: int
-    token: str  # its text; bytes that are no whole characters show as U+FFFD
+    token: str  # its text; incomplete characters appear as U+FFFD
     bytes: bytes
     logprob: float
 
@@ -30,7 +30,7 @@ class TokenLogprob(TopLogprob):
     That is the distribution before bias, penalties, logits processors and temperature.
     """
 
-    top: tuple[TopLogprob, ...] = ()  # the likeliest tokens in its place, likeliest first
+    top: tuple[TopLogprob, ...] = ()  # the most likely tokens in its place, most likely first
 
 
 def token_logprobs(tokenizer: ChatTokenizer, chosen: Sequence[ChosenLogprob]) -> tuple[TokenLogprob, ...]:
@@ -41,15 +41,15 @@ def token_logprobs(tokenizer: ChatTokenizer, chosen: Sequence[ChosenLogprob]) ->
         raw = vocabulary.of(token)
         return raw.decode("utf-8", errors="replace"), raw
 
-    found = []
+    entries = []
     for each in chosen:
         top = tuple(TopLogprob(token, *said(token), logprob) for token, logprob in each.top)
-        found.append(TokenLogprob(each.token_id, *said(each.token_id), each.logprob, top))
-    return tuple(found)
+        entries.append(TokenLogprob(each.token_id, *said(each.token_id), each.logprob, top))
+    return tuple(entries)
 
 
 class TokenBytes:
-    """Say which bytes single tokens stand for."""
+    """Map single tokens to their bytes."""
 
     def __init__(self, tokenizer: ChatTokenizer) -> None:
         self._tokenizer = tokenizer.tokenizer
@@ -75,7 +75,7 @@ class TokenBytes:
 def _byte_level() -> dict[str, int]:
     """Return the byte that each character of a byte-level token stands for.
 
-    Printable characters of Latin-1 stand for themselves, all other bytes in their order for the characters from U+0100 on.
+    Printable characters of Latin-1 stand for themselves. All other bytes are mapped, in order, to the characters from U+0100 on.
     """
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(256) if byte not in printable]

@@ -1,7 +1,7 @@
-"""See the masks that a model asks for: attention is causal, within a window in some layers, and no mask is ever made.
+"""Check the masks that a model requests: attention is causal, within a window in some layers, and no mask is ever built.
 
-Transformers hands every mask that a model needs to a function registered beside its attention implementation. Without one it makes
-no mask, so that a mask which matters (of image tokens, of a prefix, of chunks) would be missing without a word.
+Transformers passes every mask that a model needs to a function registered beside its attention implementation. Without such a
+function it builds no mask, and a required mask (of image tokens, of a prefix, of chunks) would be missing without an error.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ def no_mask(
     config: Any = None,
     **options: Any,
 ) -> None:
-    """Make no mask. ModelError if the model needs one: cells that are not those of causal attention or of its sliding window."""
+    """Build no mask. Raises ModelError if the model needs one: cells that are not those of causal or sliding-window attention."""
     if attention_mask is not None and not bool(attention_mask.all()):
         raise _needed(config, "a padding mask of its own")
     if mask_function is causal_mask_function:
         return
     windows = [local_size] if local_size else [None, getattr(config, "sliding_window", None)]
     rows = range(q_length)
-    if allow_is_causal_skip and q_length > 3:  # no overlay: a few rows show what kind it is
+    if allow_is_causal_skip and q_length > 3:  # no overlay: a few rows show its kind
         ends: list[range] = [range(1), range(q_length - 2, q_length)]
     else:
         step = max(1, _CELLS_AT_ONCE // max(1, kv_length))

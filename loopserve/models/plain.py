@@ -1,4 +1,4 @@
-"""What transformers does on its own, with its own attention and cache: the side we are compared with."""
+"""Run transformers alone, with its own attention and cache, as the baseline of comparisons."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from loopserve.models.layers import cache_keyword
 
 
 def converse(model: PreTrainedModel, prompts: Sequence[Sequence[int]], output_tokens: int) -> list[int]:
-    """Answer each prompt greedily with exactly ``output_tokens`` tokens, keeping the cache over the turns."""
+    """Answer each prompt greedily with exactly ``output_tokens`` tokens. The cache is kept over the turns."""
     cache = DynamicCache(config=model.config)
     ids: list[int] = []
     answers: list[int] = []
@@ -39,7 +39,7 @@ def converse(model: PreTrainedModel, prompts: Sequence[Sequence[int]], output_to
 
 
 class _PreallocatedLayer(DynamicLayer):
-    """A cache layer that writes new pairs in place into a buffer with room, and hands out a view of its filled part."""
+    """Write new pairs in place into a buffer with spare capacity, and return a view of its filled part."""
 
     def __init__(self, pairs: PairBuffer) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -58,12 +58,12 @@ class _PreallocatedLayer(DynamicLayer):
 
 
 def preallocated_cache(pairs: Sequence[PairBuffer]) -> Cache:
-    """A cache of one row over buffers with room for what will come; they are written to, not copied."""
+    """Return a cache of one row over buffers with spare capacity. New pairs are written into them, without a copy."""
     return Cache(layers=[_PreallocatedLayer(each) for each in pairs])
 
 
 def growing_cache(model: PreTrainedModel, pairs: Sequence[PairBuffer]) -> Cache:
-    """Transformers' own ``DynamicCache``, which concatenates at every step, holding the pairs of the buffers."""
+    """Return transformers' own ``DynamicCache``, which concatenates at every step, with the pairs of the buffers."""
     cache = DynamicCache(config=model.config)
     for layer, each in zip(cache.layers, pairs, strict=True):
         cast("DynamicLayer", layer).update(each.keys[None], each.values[None])
@@ -71,7 +71,7 @@ def growing_cache(model: PreTrainedModel, pairs: Sequence[PairBuffer]) -> Cache:
 
 
 def forward(model: PreTrainedModel, cache: Cache, token_ids: Tensor) -> Tensor:
-    """Feed ``[T]`` token ids after what the cache holds; logits ``[vocabulary]`` of the last. Attention as the model is set."""
+    """Feed ``[T]`` token ids after the cached ones. Return the logits ``[vocabulary]`` of the last. Uses the model's own attention."""
     seen = cache.get_seq_length()
     positions = torch.arange(seen, seen + len(token_ids), device=token_ids.device)[None]
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Silence the libraries below while a person talks to a model."""
+"""Silence the libraries below during a chat."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _LOGGERS = ("huggingface_hub", "torch", "accelerate")
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Show no warnings and no progress bars of transformers, huggingface_hub and torch inside the block; errors are shown.
+    """Hide warnings and progress bars of transformers, huggingface_hub and torch inside the block. Errors are shown.
 
     TRANSFORMERS_VERBOSITY in the environment keeps the warnings of transformers.
     """

@@ -1,4 +1,4 @@
-"""Models of a stated shape with random weights: they cost what a trained one costs, and say nothing."""
+"""Make models of a given shape with random weights, to measure the cost of a trained model of that shape."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def random_llama(
     device: str = "cpu",
     seed: int = 0,
 ) -> PreTrainedModel:
-    """A Llama in evaluation mode. positions: its longest conversation in tokens."""
+    """Return a Llama in evaluation mode. positions: its longest conversation in tokens."""
     config = LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=hidden,

@@ -1,8 +1,9 @@
 """Rotate each conversation of a pass by its own length, in models whose rotation depends on it.
 
-Transformers takes the greatest position of a pass for the length of its conversation, and keeps what follows from it in the rotary
-module. A pass of ours holds several conversations, pieces of a longer prompt and rows that are run again, so the rotary module is
-called once per length, each time on positions that say so, and every token gets the answer for the length of its own conversation.
+Transformers takes the greatest position of a pass as the length of its conversation, and caches the result in the rotary module. A
+pass of loopserve contains several conversations, pieces of a longer prompt and rows that are computed again. The rotary module is
+therefore called once per length, each time with positions of that length. Every token gets the result for the length of its own
+conversation.
 """
 
 from __future__ import annotations
@@ -24,15 +25,15 @@ _EXTENDED = ("yarn", _SWITCHING, "llama3")  # types that name their original win
 
 def rope_parameters(config: Any) -> list[dict[str, Any]]:
     """Return the rotation parameters of a configuration, those of each layer type where they differ."""
-    found = getattr(config, "rope_parameters", None)
-    if not isinstance(found, dict):
+    parameters = getattr(config, "rope_parameters", None)
+    if not isinstance(parameters, dict):
         return []
-    nested = [each for each in found.values() if isinstance(each, dict) and "rope_type" in each]
-    return nested or [found]
+    nested = [each for each in parameters.values() if isinstance(each, dict) and "rope_type" in each]
+    return nested or [parameters]
 
 
 def longest_conversation(config: Any) -> int | None:
-    """Return the tokens that a model takes: its configured positions, or more where its rotation is scaled for more."""
+    """Return the greatest number of tokens of a model: its configured positions, or more if its rotation is scaled for more."""
     limit: int | None = getattr(config, "max_position_embeddings", None)
     if limit is None:
         return None
@@ -48,7 +49,7 @@ def longest_conversation(config: Any) -> int | None:
 
 
 class Rotation:
-    """Know how the rotation of a model depends on the length of a conversation, and set it for each pass."""
+    """Describe how the rotation of a model depends on the length of a conversation, and set it for each pass."""
 
     def __init__(self, model: nn.Module, config: Any) -> None:
         kinds = {str(each.get("rope_type")): each for each in rope_parameters(config)}
@@ -65,11 +66,11 @@ class Rotation:
 
     @property
     def fixed(self) -> bool:
-        """Whether all conversations rotate alike."""
+        """Return whether all conversations rotate alike."""
         return not self._modules
 
     def of_length(self, tokens: int) -> int:
-        """Return the length that stands for all those at which a conversation of so many tokens rotates alike; 0 = short."""
+        """Return one length for all lengths at which a conversation rotates like one of ``tokens`` tokens; 0 = short."""
         if self.fixed:
             return 0
         if self.grows and tokens > self._limit:
@@ -88,7 +89,7 @@ class Rotation:
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Have the rotary modules follow ``begin`` until the block ends."""
+        """Make the rotary modules follow ``begin`` until the block ends."""
         handles = [each.register_forward_hook(self._hook, with_kwargs=True) for each in self._modules]
         try:
             yield
@@ -97,12 +98,12 @@ class Rotation:
                 handle.remove()
 
     def begin(self, lengths: Tensor | None) -> None:
-        """Say what the tokens of this thread's next pass belong to; None after it."""
+        """Set the lengths for the tokens of this thread's next pass. Call it with None after the pass."""
         self._now.lengths = lengths
 
     def _hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         lengths: Tensor | None = getattr(self._now, "lengths", None)
-        if lengths is None:  # a pass of somebody else, in another thread
+        if lengths is None:  # a pass of other code, in another thread
             return output
         named = inspect.signature(module.forward).bind(*args, **kwargs).arguments
         extra = {name: value for name, value in named.items() if name == "layer_type"}
@@ -118,8 +119,8 @@ class Rotation:
     def _rotated(
         self, module: Any, vectors: Tensor, positions: Tensor, length: int, extra: dict[str, Any]
     ) -> Sequence[Tensor]:
-        """Return cos and sin as for a pass of one conversation of this length; what longer ones get here is not used."""
-        if self.grows:  # bring the module back to its original base, which it leaves only on a short pass
+        """Return cos and sin as in a pass of one conversation of this length. The rows of longer conversations are not used."""
+        if self.grows:  # restore the module's original base, which it does only on a short pass
             module.forward(vectors, torch.zeros_like(positions), **extra)
         if not length:
             short = min([*self._windows, *([self._limit] if self.grows else [])])

@@ -1,8 +1,8 @@
-"""Render a conversation with a chat template, and find in the rendering what people wrote and where answers stand.
+"""Render a conversation with a chat template, and find the places of people's texts and of answers in the rendering.
 
-The template sees the real contents. A second rendering has marks in it: characters that occur nowhere else, within what people
-wrote (where a special token could begin) and around answers. It counts only if it is the first one apart from its marks, so a
-template may read and change contents as it likes.
+The template gets the real contents. A second rendering contains marks: characters that occur nowhere else, within people's texts
+(where a special token could begin) and around answers. It is used only if it equals the first rendering apart from its marks, so a
+template may read and change contents freely.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _MARKS = [chr(code) for code in range(0xA100, 0xA400)]
 
 @dataclass(frozen=True)
 class View:
-    """Hold a rendering with its marks of people; ``answers`` gives begin and end of each answer, by number of its message."""
+    """Hold a rendering with its marks. ``answers`` gives begin and end of each answer, by index of its message."""
 
     text: str
     mark: str
@@ -32,12 +32,12 @@ class View:
         return self.text[start:end].replace(self.mark, "")
 
     def at(self, length: int) -> int:
-        """Return where the first ``length`` characters of the clean rendering end."""
+        """Return the end of the first ``length`` characters of the clean rendering."""
         return length + bisect_left(self._marked, length)
 
     @cached_property
     def _marked(self) -> list[int]:
-        """Return where the marks stand, as places in the clean rendering."""
+        """Return the places of the marks in the clean rendering."""
         return [match.start() - number for number, match in enumerate(re.finditer(self.mark, self.text))]
 
 
@@ -50,9 +50,9 @@ def view(
 ) -> View:
     """Render a conversation and find its parts.
 
-    render: the template, from contents to text. contents: by message. wrapped: numbers of the messages whose place is wanted.
-    typed: where special tokens begin in a text. firsts: the characters that special tokens begin with. Raises InputError where a
-    special token that somebody typed cannot be told from the template's.
+    render: the template, from contents to text. contents: by message. wrapped: indices of the messages whose place is needed.
+    typed: offsets of special tokens in a text. firsts: the characters with which special tokens begin. Raises InputError if a
+    special token that somebody typed cannot be distinguished from the template's.
     """
     real = render(contents)
     people, *signs = _free([real, *contents])
@@ -98,7 +98,7 @@ def _marked(content: str, spots: Sequence[int], firsts: frozenset[str], mark: st
 
 
 def _wrapped(content: str, number: int, signs: Sequence[str]) -> str:
-    """Put signs with the message's number around a content, inside its outer white space."""
+    """Put signs with the message's index around a content, inside its outer white space."""
     core = content.strip()
     start = content.index(core)
     begin, end = f"{signs[0]}{number}{signs[1]}", f"{signs[2]}{number}{signs[3]}"
@@ -127,7 +127,7 @@ def _escaped(character: str) -> str:
 
 
 def text_parts(content: object) -> Iterator[str]:
-    """Return the texts of a content given in parts, as the chat API has it. Raises InputError for parts that are no text."""
+    """Return the texts of a content given in parts, as in the chat API. Raises InputError for parts that are not text."""
     if not isinstance(content, list):
         raise InputError(f"a content is text, or a list of parts of type text, not {type(content).__name__}")
     for part in content:

@@ -1,6 +1,6 @@
-"""Tiny random models of many families, for tests: no weights to download, and hard on whoever ignores a keyword.
+"""Make tiny random models of many families for tests. They need no download, and show whether a keyword is ignored.
 
-Queries and keys are scaled up so that attention is peaked: a dropped softcap, sink or window then changes the logits visibly.
+Queries and keys are scaled up so that attention is peaked. A dropped softcap, sink or window then changes the logits visibly.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 def tiny_model(family: str, seed: int = 0) -> PreTrainedModel:
-    """A random model of ``family`` (a key of FAMILIES), float32, in evaluation mode, the same for the same seed."""
+    """Return a random model of ``family`` (a key of FAMILIES), float32, in evaluation mode, the same for the same seed."""
     options = {"model_type": family, **_COMMON, **FAMILIES[family]}
     config = AutoConfig.for_model(options.pop("model_type"), **options)
     torch.manual_seed(seed)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from loopserve.core.policy.interfaces import AttentionInputs
 
-_ROWS = 256  # rows whose attention over all keys is held at once
+_ROWS = 256  # rows whose attention over all keys is in memory at once
 
 
 def attention_over(inputs: AttentionInputs, columns: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Choose key blocks for blocks of queries: shared by the policies that compute whole blocks.
 
-Query blocks count from the first new row, key blocks from column 0 (as ``BlockPattern`` does), so a block of queries may end
-in the middle of a key block. Filler columns of a head that holds fewer pairs are in no block.
+Query blocks count from the first new row, key blocks from column 0 (as ``BlockPattern`` does), so a block of queries may end in the
+middle of a key block. Filler columns of a head that holds fewer pairs are in no block.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def largest_share(mass: Tensor, share: float, least: int = 1) -> Tensor:
     order = mass.argsort(dim=-1, descending=True, stable=True)
     before = mass.gather(-1, order).cumsum(-1).roll(1, -1)
     before[..., 0] = 0
-    # Rounding must not ask for one entry more than the share needs; the whole is every entry, however small.
+    # Rounding must not add one entry more than the share needs. A share of 1 takes every entry, however small.
     wanted = share * mass.sum(-1, keepdim=True) * (1 - 1e-6 if share < 1 else 2)
     rank = torch.arange(mass.shape[-1], device=mass.device)
     taken = (before < wanted) | (rank < least)

@@ -1,6 +1,6 @@
-"""Draw rows by a seed: the same seed, turn, layer and length give the same rows, whatever else the program has drawn.
+"""Draw rows by a seed: the same seed, turn, layer and length give the same rows, independent of other draws of the program.
 
-No global random state is read or written, so sessions that run side by side cannot disturb each other's choices.
+No global random state is read or written, so sessions that run at the same time do not change each other's draws.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ SAMPLED_ROWS = (
 class Sampling(StrEnum):
     """Name how rows of a turn are drawn."""
 
-    UNIFORM = "uniform"  # without replacement, every row alike
-    STRATIFIED = "stratified"  # one row of each of as many equal segments
+    UNIFORM = "uniform"  # without replacement, all rows equally likely
+    STRATIFIED = "stratified"  # one row from each of as many segments of equal size
     LAST = "last"  # the last rows only, as MInference does
     MIXED = "mixed"  # half last rows, half uniform among the rest
 
 
 def generator(*key: int) -> torch.Generator:
-    """Return a CPU generator that depends on the numbers of ``key`` and on nothing else."""
+    """Return a CPU generator that depends on the numbers of ``key`` only."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
 

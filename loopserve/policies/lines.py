@@ -9,7 +9,7 @@ from loopserve.core.policy.interfaces import AttentionInputs
 
 
 def sink_lines(inputs: AttentionInputs, count: int) -> Tensor:
-    """Return the verticals of the first ``count`` stored pairs of each head: bool ``[Hq, Tk]``. Filler columns are passed over."""
+    """Return the verticals of the first ``count`` stored pairs of each head: bool ``[Hq, Tk]``. Filler columns are skipped."""
     heads = inputs.queries.shape[0]
     columns = torch.arange(inputs.total_tokens, device=inputs.keys.device).expand(heads, -1)
     if inputs.first_valid is None:
@@ -21,10 +21,10 @@ def sink_lines(inputs: AttentionInputs, count: int) -> Tensor:
 def lines_counted_apart(
     vertical: Tensor, slash: Tensor, new_tokens: int, share: float, forced: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Return lines by mass per length until their masses add up to ``share`` of the whole, cells of two lines counted twice.
+    """Return lines by mass per length until their masses sum to ``share`` of the total. Cells of two lines count twice.
 
-    vertical, slash float ``[Hq, n]``, the masses of all lines on some rows (each kind sums to the whole); forced bool
-    ``[Hq, n]`` each, taken first. Ties: verticals first, then the lower line. Returns verticals and slashes, bool.
+    vertical, slash float ``[Hq, n]``, the masses of all lines on some rows (each kind sums to the total). forced bool ``[Hq, n]``
+    each, taken first. Ties: verticals first, then the lower line. Returns verticals and slashes, bool.
     """
     total = vertical.shape[1]
     line = torch.arange(total, device=vertical.device)

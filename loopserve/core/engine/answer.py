@@ -1,4 +1,4 @@
-"""Decide how a turn is answered: who chooses its tokens, what ends it, how long it may be."""
+"""Plan the answer of a turn: how its tokens are chosen, what ends it, and its greatest length."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ StopCheck = Callable[[int], str | None]  # called with each output token; return
 
 @dataclass(frozen=True)
 class AnswerPlan:
-    """Hold who chooses the tokens of an answer and what ends it.
+    """Hold how the tokens of an answer are chosen and what ends it.
 
     stop_check: called once with each output token, the last included; the answer ends with the token for which it returns a stop
     string.
@@ -35,10 +35,11 @@ def plan_answer(
     max_new_tokens: int | None = None,
     logits_processors: Sequence[LogitsProcessor] = (),
 ) -> AnswerPlan:
-    """Return the plan of the answer to ``prompt``, all tokens before it, in a model that takes ``window`` tokens (None: any).
+    """Return the plan of the answer to ``prompt``, all tokens before it, in a model with a window of ``window`` tokens (None: no
+    limit).
 
-    The arguments are those of ``TokenEngine.begin``. Raises InputError for an answer that does not fit the window, ConfigError
-    for options that do not fit each other.
+    The arguments are those of ``TokenEngine.begin``. Raises InputError for an answer that does not fit the window, and ConfigError
+    for options that contradict each other.
     """
     choose, config = _chooser(prompt, sampling, logits_processors)
     if config is not None and config.stop and stop_check is None:
@@ -67,7 +68,7 @@ def _chooser(
 
 
 def _default_length(choose: Choose | None, config: SamplingConfig | None, left: int | None) -> int:
-    """Return the longest answer where the caller gave none: what the settings say, or else at most what is left."""
+    """Return the greatest length of an answer if the caller gave none: that of ``config``, or else at most ``left`` tokens."""
     if choose is None:
         return 0
     if config is None:

@@ -102,7 +102,7 @@ class Model(Protocol):
 
     @property
     def dtype(self) -> torch.dtype:
-        """What keys and values are stored in."""
+        """The dtype of keys and values."""
 
     @property
     def vocabulary(self) -> int:

@@ -1,4 +1,4 @@
-"""Choose the next token from logits. Knows no model and no text."""
+"""Choose the next token from logits. Depends on no model and no text."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from loopserve.core.errors import ConfigError, InputError, ModelError
 Choose = Callable[[Tensor], int]  # the next token from logits [vocabulary]
 LogitsProcessor = Callable[[Tensor, Tensor], Tensor]  # input ids [1, T] and scores [1, V] to scores [1, V]
 
-_NUCLEUS = 1024  # tokens that are sorted first for top_p: far cheaper than all, and almost always enough
+_NUCLEUS = 1024  # tokens that top_p sorts first; sorting the whole vocabulary is slower and rarely necessary
 
 
 class FinishReason(StrEnum):
-    """Why an answer ended."""
+    """Name the reason why an answer ended."""
 
     STOP = "stop"  # a stop token or a stop string
     LENGTH = "length"  # max_new_tokens, or the end of the model's window
@@ -28,7 +28,7 @@ class FinishReason(StrEnum):
 
 @dataclass(frozen=True)
 class ChosenLogprob:
-    """Hold the log-probability of a chosen token, and the likeliest tokens in its place, likeliest first.
+    """Hold the log-probability of a chosen token, and the most likely tokens in its place, most likely first.
 
     They are of the model's own distribution: before bias, penalties, processors and temperature.
     """
@@ -39,7 +39,9 @@ class ChosenLogprob:
 
 
 class Sampler:
-    """Draw the tokens of one answer. Its generator, counts and processors are its own, whatever else is in a batch."""
+    """Draw the tokens of one answer. Each answer has its own generator, counts and processors, so a batch does not change its
+    tokens.
+    """
 
     def __init__(
         self,
@@ -47,10 +49,10 @@ class Sampler:
         prompt: Iterable[int] = (),
         logits_processors: Sequence[LogitsProcessor] = (),
     ) -> None:
-        """prompt: all tokens before the answer, for repetition_penalty and the processors.
+        """Start an answer to ``prompt``, all tokens before it, which repetition_penalty and the processors use.
 
-        logits_processors: called in their order with ``(input_ids [1, T], scores [1, V])`` as transformers' are; they must return
-        the scores. ConfigError for one that cannot be called.
+        logits_processors: called in order with ``(input_ids [1, T], scores [1, V])`` as in transformers; each must return the
+        scores. Raises ConfigError for one that cannot be called.
         """
         for each in logits_processors:
             if not callable(each):
@@ -71,12 +73,12 @@ class Sampler:
             self._generator.manual_seed(config.seed)
 
     def __call__(self, logits: Tensor) -> int:
-        """Return the next token id, from logits ``[vocabulary]``. Equal logits: the lowest id.
+        """Return the next token id, from logits ``[vocabulary]``. Of equal logits take the lowest id.
 
-        Raises ModelError for logits that are not numbers, InputError for what the caller's options or processors do to them.
+        Raises ModelError if the largest logit is not finite, and InputError if the caller's options or processors made them so.
         """
         best = int(logits.argmax())
-        highest = float(logits[best])  # a NaN is the highest for argmax
+        highest = float(logits[best])  # argmax treats a NaN as the highest value
         if not math.isfinite(highest):
             raise ModelError(_no_distribution(highest))
         config = self.config
@@ -128,7 +130,7 @@ class Sampler:
             self._counts[token] += 1
 
     def _process(self, scores: Tensor, device: torch.device) -> Tensor:
-        """Have the caller's processors change the scores, on the device of the model's logits."""
+        """Apply the caller's processors to the scores, on the device of the model's logits."""
         if not self._processors:
             return scores
         input_ids = torch.tensor([self._tokens], dtype=torch.long, device=device)
@@ -139,7 +141,7 @@ class Sampler:
 
 
 class Dictation:
-    """Stand in for a ``Sampler`` where the answer is known: give its tokens one by one, whatever the logits say."""
+    """Replace a ``Sampler`` where the answer is known: return its tokens one by one, whatever the logits are."""
 
     def __init__(self, tokens: Iterable[int]) -> None:
         self._tokens = iter(tokens)
@@ -151,7 +153,7 @@ class Dictation:
 def candidates(scores: Tensor, config: SamplingConfig) -> tuple[Tensor, Tensor]:
     """Return the ids that may be drawn and their probabilities, float64 on the CPU, from scores float64 ``[V]`` on the CPU.
 
-    temperature, min_p, top_k and top_p apply in this order, as in vLLM; of equal scores the lowest ids are kept.
+    temperature, min_p, top_k and top_p apply in this order, as in vLLM. Of equal scores the lowest ids are kept.
     """
     scores = (scores - scores.max()) / config.temperature
     ids = torch.arange(len(scores), dtype=torch.long, device="cpu")

@@ -1,4 +1,4 @@
-"""Say how an answer is drawn and where it ends: options, their bounds, and clear refusals. Knows no logits."""
+"""Define the sampling options of an answer, their bounds and their error messages. Depends on no logits."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ StopString = Annotated[str, Field(min_length=1)]
 
 
 class SamplingConfig(BaseModel):
-    """How an answer is drawn, and what ends it. The default is greedy.
+    """Hold how the tokens of an answer are drawn, and what ends it. The default is greedy decoding.
 
     The options act on the logits in this order: ``logit_bias``, ``repetition_penalty``, ``frequency_penalty`` and
     ``presence_penalty``, logits processors of the caller, ``temperature``, ``min_p``, ``top_k``, ``top_p``. Names and meanings are
-    those of vLLM, where transformers has the option it means the same.
+    those of vLLM. Options that transformers has too mean the same there.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -81,25 +81,25 @@ class SamplingConfig(BaseModel):
 
     @property
     def greedy(self) -> bool:
-        """Whether the likeliest token is taken instead of drawing one."""
+        """Return whether the most likely token is taken instead of drawing one."""
         return self.temperature == 0.0
 
     @property
     def adjusts(self) -> bool:
-        """Whether bias or penalties change the logits."""
+        """Return whether bias or penalties change the logits."""
         return bool(self.logit_bias) or self.penalises
 
     @property
     def penalises(self) -> bool:
-        """Whether a penalty depends on the tokens so far."""
+        """Return whether a penalty depends on the tokens so far."""
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
 
 def read_sampling(options: Mapping[str, Any], source: str = "", also: Iterable[str] = ()) -> SamplingConfig:
-    """Read sampling options; raise ConfigError that names the option, what is wrong with it and what is known.
+    """Read sampling options. Raises ConfigError that names the option, the mistake and the known options.
 
-    source: where the options stand, for the message (such as ``the model's generation_config``). also: options that the
-    caller reads itself, to be listed with the known ones.
+    source: origin of the options, for the message (such as ``the model's generation_config``). also: options that the caller reads
+    itself; messages list them among the known ones.
     """
     where = f"{source}: " if source else ""
     for name in options:
@@ -111,5 +111,7 @@ def read_sampling(options: Mapping[str, Any], source: str = "", also: Iterable[s
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
-        said = first["msg"].removeprefix("Value error, ")
-        raise ConfigError(f"{where}{place}: {said} (got {first['input']!r})" if place else f"{where}{said}") from error
+        message = first["msg"].removeprefix("Value error, ")
+        raise ConfigError(
+            f"{where}{place}: {message} (got {first['input']!r})" if place else f"{where}{message}"
+        ) from error

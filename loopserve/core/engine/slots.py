@@ -37,13 +37,13 @@ class LayerPolicies:
 
 
 class Slots:
-    """Hold the policies of every layer and of every slot; shared by all sessions of an engine."""
+    """Hold the policies of every layer and of every slot. All sessions of an engine share it."""
 
     def __init__(self, layers: Sequence[LayerSpec], stack: PolicyStack) -> None:
         self._named: dict[int, str] = {}
         self.policies: dict[str, Policy] = {}
         self.by_layer = tuple(self._assign(layer, stack, len(layers)) for layer in layers)
-        self.sessions: WeakSet[Any] = WeakSet()  # the open sessions under this stack, whose memory a ledger counts
+        self.sessions: WeakSet[Any] = WeakSet()  # the open sessions under this stack; a ledger counts their memory
         self.evicts = any(each.retention is Retention.EVICT for each in self.by_layer)
         self._layers: dict[str, tuple[LayerSpec, ...]] = {
             slot: tuple(each.spec for each in self.by_layer if each.decode_slot == slot) for slot in self.policies
@@ -51,11 +51,11 @@ class Slots:
 
     @property
     def compressors(self) -> dict[str, DecodeCompressor[Any]]:
-        """The compressors by slot."""
+        """Return the compressors by slot."""
         return {slot: each for slot, each in self.policies.items() if isinstance(each, DecodeCompressor)}
 
     def layers_of(self, slot: str) -> tuple[LayerSpec, ...]:
-        """The layers that the compressor of a slot selects for, in order."""
+        """Return the layers that the compressor of a slot selects for, in order."""
         return self._layers[slot]
 
     def _assign(self, layer: LayerSpec, stack: PolicyStack, total: int) -> LayerPolicies:
@@ -78,7 +78,7 @@ class Slots:
         )
 
     def _slot(self, kind: str, policy: Policy) -> str:
-        if id(policy) not in self._named:  # the stack keeps the object alive, so its id stays its own
+        if id(policy) not in self._named:  # the stack keeps the object alive, so its id is not reused
             slot = f"{kind}:{sum(each.startswith(kind) for each in self.policies)}"
             self._named[id(policy)] = slot
             self.policies[slot] = policy

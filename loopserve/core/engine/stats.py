@@ -1,4 +1,4 @@
-"""What one turn cost and what it saved. Knows figures only: the engine and the policies report, a person reads."""
+"""Count what one turn cost and saved. The engine and the policies report the figures; this module only adds them up."""
 
 from __future__ import annotations
 
@@ -28,32 +28,33 @@ class Mean:
 
 @dataclass
 class TurnStats:
-    """Figures of one turn. Fulfils ``interfaces.Record``.
+    """Hold the figures of one turn. Implements ``interfaces.Record``.
 
-    Bytes are of keys, values and key summaries read from the cache. What decode steps read is counted over all reasons (attended
-    pairs, re-scoring, summaries); copying a selection together is not, since a kernel that takes indices needs no copy. What
-    a compressor reads of the keys before the first output (observation windows, hops) is counted apart, as observation.
+    Bytes are of keys, values and key summaries read from the cache. The bytes that decode steps read are summed over all reasons
+    (attended pairs, re-scoring, summaries). Copying a selection together is not counted, since a kernel that takes indices needs no
+    copy. The bytes of keys that a compressor reads before the first output (observation windows, hops) are counted separately, as
+    observation.
     """
 
     turn: int
     prompt_tokens: int = 0  # tokens this turn added
-    reused_tokens: int = 0  # tokens of the conversation before it; all but the last answer's last one are in the cache
+    reused_tokens: int = 0  # tokens of the conversation before this turn; all but the last one are in the cache
     output_tokens: int = 0
     ttft_ms: float = 0.0
     decode_ms: float = 0.0
     decode_steps: int = 0
-    compressed_steps: int = 0  # steps in which some layer attended to a selection
-    reselected_steps: int = 0  # steps in or after which some layer was given another selection
-    store_bytes: int = 0  # held by the store at the turn's end, at its first output token until then
-    active_bytes: int = 0  # held by active sets and policy states, likewise
+    compressed_steps: int = 0  # steps in which at least one layer attended to a selection
+    reselected_steps: int = 0  # steps in or after which at least one layer got another selection
+    store_bytes: int = 0  # held by the store at the end of the turn; until then, at its first output token
+    active_bytes: int = 0  # held by active sets and policy states, at the same moments
     phase: Phase = Phase.PREFILL
-    measuring_s: float = 0.0  # time spent on figures asked for, kept out of ttft_ms
+    measuring_s: float = 0.0  # time spent on figures that the caller requested, not part of ttft_ms
     counters: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     means: dict[str, Mean] = field(default_factory=lambda: defaultdict(Mean))
     bytes_read: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     observation_bytes: float = 0.0  # read by compressors before the first output
     per_head: dict[int, dict[str, list[Mean]]] = field(default_factory=dict)  # by layer, then figure: one mean per head
-    dense_bytes: float = 0.0  # what dense attention would have read in the same decode steps
+    dense_bytes: float = 0.0  # bytes that dense attention would have read in the same decode steps
 
     def count(self, name: str, amount: float = 1.0) -> None:
         self.counters[name] += amount
@@ -65,7 +66,7 @@ class TurnStats:
             self.means[name].add(value)
 
     def head_figures(self) -> dict[int, dict[str, list[float | None]]]:
-        """By layer and figure (lines, densities, coverages, ...), the value of each head."""
+        """Return the value of each head, by layer and figure (lines, densities, coverages, ...)."""
         return {
             layer: {name: [mean.value for mean in means] for name, means in figures.items()}
             for layer, figures in self.per_head.items()
@@ -82,11 +83,11 @@ class TurnStats:
     def read(self, kind: str, amount: float) -> None:
         if self.phase is Phase.DECODE:
             self.bytes_read[kind] += amount
-        elif kind != "lines":  # what a sparsifier reads is part of the prefill
+        elif kind != "lines":  # what a sparsifier reads is counted as part of the prefill
             self.observation_bytes += amount
 
     def pattern(self, layer: int, pattern: AttentionPattern, causal_pairs: int) -> None:
-        """Densities of one layer's prefill call; calls weigh by the pairs that dense attention would compute."""
+        """Add the densities of one layer's prefill call. Calls are weighted by the pairs that dense attention would compute."""
         cells, tiles = pattern.cell_density(), pattern.tile_density()
         self.heads(layer, "prefill_cell_density", cells)
         self.heads(layer, "prefill_tile_density", tiles)
@@ -94,7 +95,7 @@ class TurnStats:
         self.means["prefill_tile_density"].add(float(tiles.mean()), causal_pairs * tiles.numel())
 
     def attended(self, pairs: int, dense: int, bytes_per_pair: int) -> None:
-        """One layer of one decode step: pairs attended, and pairs that dense attention without eviction would attend.
+        """Add one layer of one decode step: pairs attended, and pairs that dense attention without eviction would attend.
 
         Both are summed over the KV heads.
         """
@@ -104,7 +105,7 @@ class TurnStats:
         self.dense_bytes += dense * bytes_per_pair
 
     def merge(self, other: TurnStats) -> None:
-        """Take in another turn's figures: sums add up, means weigh by what they are means of."""
+        """Add the figures of another turn. Sums add up; means are weighted by their counts."""
         for name in (
             "prompt_tokens",
             "reused_tokens",
@@ -128,7 +129,7 @@ class TurnStats:
 
     @property
     def tpot_ms(self) -> float | None:
-        """Milliseconds per output token after the first."""
+        """Return the milliseconds per output token after the first."""
         return self.decode_ms / self.decode_steps if self.decode_steps else None
 
     @property
@@ -136,7 +137,7 @@ class TurnStats:
         return sum(self.bytes_read.values()) / self.decode_steps if self.decode_steps else None
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain figures; None where a turn gives none (no decode step, no sparse layer)."""
+        """Return the figures as plain values; None where a turn has none (no decode step, no sparse layer)."""
         names = (
             "prefill_cell_density",
             "prefill_tile_density",
@@ -175,7 +176,7 @@ class TurnStats:
 
 @dataclass(frozen=True)
 class LayerRecord:
-    """The record that a policy sees in one layer's call: figures go to the turn, those told per head to the layer as well."""
+    """Take the figures that a policy reports in one layer's call. All go to the turn; figures per head go to the layer as well."""
 
     stats: TurnStats
     layer: int

@@ -1,4 +1,4 @@
-"""Find the end of an answer in its text as it arrives in pieces. Knows no tokens."""
+"""Find the end of an answer in its text as it arrives in pieces. Depends on no tokens."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 
 class StopStrings:
-    """Give out text up to the first stop string, and hold back what may become one.
+    """Return text up to the first stop string, and hold back text that may become one.
 
-    The result does not depend on how the text is split: the first stop string to be complete ends it, of several that are
-    complete at the same character the longest.
+    The result does not depend on how the text is split. The first stop string to be complete ends the answer. If several are
+    complete at the same character, the longest one counts.
     """
 
     def __init__(self, strings: Sequence[str]) -> None:
@@ -23,9 +23,9 @@ class StopStrings:
         if self.matched is not None or not piece:
             return ""
         known, text = len(self._held), self._held + piece
-        found = self._first(text, known)
-        if found is not None:
-            end, self.matched = found
+        match = self._first(text, known)
+        if match is not None:
+            end, self.matched = match
             self._held = ""
             return text[: end - len(self.matched)]
         held = self._possible(text)
@@ -33,18 +33,20 @@ class StopStrings:
         return text[: len(text) - held]
 
     def flush(self) -> str:
-        """Return what was held back: the answer is over, and it is no stop string."""
+        """Return the text held back. Call it when the answer is over, since the text is no stop string then."""
         rest, self._held = self._held, ""
         return rest
 
     def _first(self, text: str, known: int) -> tuple[int, str] | None:
-        """Return where the first stop string to be complete ends, and which it is; none ends within the first ``known``."""
-        found: tuple[int, str] | None = None
-        for each in self._strings:  # the longest first: it wins where two end together
+        """Return the end of the stop string that is complete first, and the string. None ends within the first ``known``
+        characters.
+        """
+        match: tuple[int, str] | None = None
+        for each in self._strings:  # the longest first: it counts where two end together
             start = text.find(each, max(0, known - len(each) + 1))
-            if start >= 0 and (found is None or start + len(each) < found[0]):
-                found = start + len(each), each
-        return found
+            if start >= 0 and (match is None or start + len(each) < match[0]):
+                match = start + len(each), each
+        return match
 
     def _possible(self, text: str) -> int:
         """Return the length of the longest end of ``text`` that begins a stop string."""

@@ -1,4 +1,4 @@
-"""How a policy's fault is told: which policy of which distribution, where, what it did, what to do."""
+"""Build the error of a policy's fault: policy, distribution, call, what it did, what to do."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from loopserve.core.errors import Fault, LoopServeError, PolicyError, PolicyFaul
 from loopserve.core.policy.interfaces import DecodeCompressor, PrefillSparsifier
 
 Policy = PrefillSparsifier | DecodeCompressor[Any]
-Owners = Mapping[type, str]  # by policy class, the distribution that brings it and its version
+Owners = Mapping[type, str]  # by policy class, its distribution and version
 
-FAULTS = (Exception, SystemExit)  # what a policy's code may raise; Ctrl-C is the user's
+FAULTS = (Exception, SystemExit)  # exceptions that count as a policy's fault; KeyboardInterrupt is the user's
 
 _UNKNOWN = "registered by no plugin"
 _REMEDIES = {
@@ -33,11 +33,11 @@ def kind_of(policy: Policy) -> str:
 
 
 def chain(policy: Policy) -> list[Policy]:
-    """A policy, then what it wraps, from the outside in."""
-    found = [policy]
-    while isinstance(inner := getattr(found[-1].config, "inner", None), PrefillSparsifier | DecodeCompressor):
-        found.append(inner)
-    return found
+    """Return a policy and the policies that it wraps, outermost first."""
+    policies = [policy]
+    while isinstance(inner := getattr(policies[-1].config, "inner", None), PrefillSparsifier | DecodeCompressor):
+        policies.append(inner)
+    return policies
 
 
 def policy_fault(
@@ -49,17 +49,17 @@ def policy_fault(
     layer: int | None = None,
     phase: str | None = None,
 ) -> PolicyFault:
-    """The fault that an error raised in or about a policy's call stands for."""
+    """Return the PolicyFault for an error raised in or about a policy's call."""
     ours = isinstance(error, PolicyError)
     fault = error.fault if isinstance(error, PolicyError) else Fault.RAISED
     links = chain(policy)
     owned = [owners.get(type(each), _UNKNOWN) for each in links]
-    said = " around ".join(f"{each.name!r} ({owner})" for each, owner in zip(links, owned, strict=True))
+    description = " around ".join(f"{each.name!r} ({owner})" for each, owner in zip(links, owned, strict=True))
     where = moment if layer is None else f"{moment} of layer {layer}"
     where += f" ({phase})" if phase is not None else ""
     did = " ".join(str(error).split()) if ours else _raised(error)
     return PolicyFault(
-        f"{kind_of(policy)} policy {said}, {where}: {did}; {_REMEDIES.get(fault, _REMEDY)}",
+        f"{kind_of(policy)} policy {description}, {where}: {did}; {_REMEDIES.get(fault, _REMEDY)}",
         fault,
         policy=policy.name,
         distribution=owned[-1],
@@ -71,7 +71,7 @@ def policy_fault(
 
 @contextmanager
 def blamed(policy: Policy, moment: str, owners: Owners, layer: int | None = None) -> Iterator[None]:
-    """What a policy raises in this block, while a stack is loaded, becomes a PolicyFault; loopserve's own errors pass."""
+    """Turn an exception of a policy in this block, while a stack is loaded, into a PolicyFault. Errors of loopserve pass unchanged."""
     try:
         yield
     except LoopServeError:
@@ -82,8 +82,9 @@ def blamed(policy: Policy, moment: str, owners: Owners, layer: int | None = None
 
 @contextmanager
 def constructing(kind: str, name: str, distribution: str) -> Iterator[None]:
-    """What a policy's constructor, or its options, raise in this block becomes a PolicyFault. Complaints about what a user wrote
-    pass: loopserve's own errors, and pydantic's.
+    """Turn an exception of a policy's constructor or options in this block into a PolicyFault.
+
+    Errors about the user's input pass unchanged: those of loopserve and of pydantic.
     """
     try:
         yield

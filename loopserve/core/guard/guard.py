@@ -1,6 +1,6 @@
-"""Stands around every call of a policy: its conduct is judged, its fault becomes a named error or a turn served dense.
+"""Check every call of a policy. Turn a fault into a named error, or let the turn be finished dense.
 
-Knows policies and time, no session: the session puts a policy aside, the engine repairs what was damaged.
+Depends on policies and time, not on sessions. The session disables a policy, and the engine repairs damaged pairs.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from loopserve.core.guard.strict_checks import Inspection
 from loopserve.core.policy.interfaces import AttentionInputs
 from loopserve.core.policy.patterns import AttentionPattern
 
-BREAKER_FAULTS = 3  # faults of one policy in one engine, within
-BREAKER_WINDOW_S = 60.0  # so many seconds, and it is not called
-COOL_DOWN_S = 60.0  # for so long
+BREAKER_FAULTS = 3  # a policy with this many faults in one engine within
+BREAKER_WINDOW_S = 60.0  # this many seconds is disabled
+COOL_DOWN_S = 60.0  # for this many seconds
 
 _log = logging.getLogger("loopserve")
 
@@ -38,7 +38,7 @@ Answer = TypeVar("Answer")
 
 
 class Guard:
-    """One engine's. Policies are told apart by identity: the same object serves all sessions."""
+    """Check the policies of one engine. Policies are compared by identity, since the same object serves all sessions."""
 
     def __init__(
         self,
@@ -50,9 +50,11 @@ class Guard:
         clock: Callable[[], float] = time.perf_counter,
         worked: Callable[[], float] = time.thread_time,
     ) -> None:
-        """timeout_s: the longest call that is no fault, in seconds of this thread's processor time (None = any). owners: who
-        brings each policy class. clock: seconds by which faults in a row are counted. worked: seconds of processor time of the
-        calling thread. ConfigError for values that are unknown.
+        """Set the limits of a guard. Raises ConfigError for unknown values.
+
+        timeout_s: longest allowed call, in seconds of this thread's processor time (None = no limit). owners: the distribution of
+        each policy class. clock: seconds, to count faults within a time window. worked: seconds of processor time of the calling
+        thread.
         """
         try:
             self.strict = PolicyChecks(checks) is PolicyChecks.STRICT
@@ -66,15 +68,17 @@ class Guard:
         self._timeout_s = float("inf") if timeout_s is None else timeout_s
         self._clock = clock
         self._worked = worked  # not the time of day: a paused or busy machine is no fault of a policy
-        self._called: set[str] = set()  # the first call of each method is not timed: kernels are compiled then
+        self._called: set[str] = set()  # the first call of each method is not timed, since kernels are compiled then
         self._recent: dict[int, deque[float]] = {}
         self._closed_until: dict[int, float] = {}
 
     def ask(
         self, policy: Policy, method: Callable[Arguments, Answer], *args: Arguments.args, **options: Arguments.kwargs
     ) -> Answer:
-        """Return what a policy's method answers. PolicyError for misconduct during the call: writes into its inputs, too much
-        time; under strict checks also switches of the process left turned and whatever ``guard.strict_checks`` finds.
+        """Return the result of a policy's method.
+
+        Raises PolicyError for misconduct during the call: a write into its inputs, or a call that takes too long. Under strict
+        checks also for process switches that are still changed, and for the faults that ``guard.strict_checks`` finds.
         """
         inputs = args[0] if args and type(args[0]) is AttentionInputs else None
         started = self._worked()
@@ -91,7 +95,7 @@ class Guard:
     def attend(
         self, policy: Policy, pattern: AttentionPattern, inputs: AttentionInputs, need_lse: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """What a policy's pattern attends to. Not timed: attention over a long history takes its time."""
+        """Return the attention output of a policy's pattern. Not timed, since attention over a long history takes long."""
         options = {
             "scaling": inputs.scaling,
             "softcap": inputs.softcap,
@@ -113,7 +117,7 @@ class Guard:
         try:
             answer = method(*args, **options)
         except FAULTS:
-            _look(inputs, written, inspection)  # damage outweighs what it raised
+            _look(inputs, written, inspection)  # damage is reported before the exception that the call raised
             raise
         if inspection is not None or _versions(inputs) != written:
             _look(inputs, written, inspection)
@@ -122,8 +126,8 @@ class Guard:
     def note(
         self, policy: Policy, error: BaseException, *, moment: str, layer: int | None = None, phase: str | None = None
     ) -> PolicyFault:
-        """The fault with its address. Where faults are not raised it is logged, and the third in a minute keeps the policy from
-        being called.
+        """Return the fault with its origin. If faults are not raised, log it, and disable the policy after the third one in a
+        minute.
         """
         fault = policy_fault(policy, error, moment=moment, owners=self.owners, layer=layer, phase=phase)
         if self.raises:
@@ -146,12 +150,12 @@ class Guard:
         return fault
 
     def skips(self, policy: Policy) -> bool:
-        """Whether a turn that begins now is served without a policy, for its faults in other turns."""
+        """Return whether a turn that begins now runs without a policy, because of its faults in other turns."""
         return bool(self._closed_until) and self._clock() < self._closed_until.get(id(policy), 0.0)
 
 
 def _versions(inputs: AttentionInputs | None) -> tuple[int, ...]:
-    """Counts of the writes into what a call is given; see ``buffers.versions``, but quicker."""
+    """Return the write counters of a call's inputs. Does the same as ``buffers.versions``, but faster."""
     if inputs is None:
         return ()
     try:
@@ -162,12 +166,12 @@ def _versions(inputs: AttentionInputs | None) -> tuple[int, ...]:
             inputs.columns._version,
             inputs.positions._version,
         )
-    except RuntimeError:  # made in inference mode
+    except RuntimeError:  # the tensor was made in inference mode
         return ()
 
 
 def _look(inputs: AttentionInputs | None, written: tuple[int, ...], inspection: Inspection | None) -> None:
-    """Raise PolicyError for what a call did beside answering."""
+    """Raise PolicyError for side effects of a call."""
     if _versions(inputs) != written or (inspection is not None and inspection.wrote):
         raise PolicyError("it wrote into its inputs", Fault.WROTE)
     if inspection is not None:

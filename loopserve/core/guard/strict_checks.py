@@ -1,5 +1,6 @@
-"""What only strict checks see, for they look at every number and every variable: writes that no counter tells, state that a
-policy keeps outside the session, references that outlast a pass.
+"""Make the checks that run under strict checks only, since they look at every number and every variable.
+
+They find writes that no counter shows, state that a policy keeps outside the session, and references that outlast a pass.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _MISSING = object()
 
 
 class Inspection:
-    """What was there before one call of a policy, to be compared with what is there after it."""
+    """Hold the state before one call of a policy, to compare it with the state after the call."""
 
     def __init__(self, policy: Policy, inputs: AttentionInputs | None) -> None:
         self._inputs = inputs
@@ -43,13 +44,13 @@ class Inspection:
 
     @property
     def wrote(self) -> bool:
-        """Whether any number of the inputs is another one now; NaN stays NaN."""
+        """Return whether any number of the inputs has changed. NaN equals NaN."""
         return any(not _same(getattr(self._inputs, name), copy) for name, copy in self._copies.items())
 
     def conclude(self) -> None:
-        """Raise PolicyError if the policy kept something outside the session's state; what it changed is put back.
+        """Raise PolicyError if the policy kept something outside the session's state. Restore what it changed.
 
-        Switches of the process are only compared: other threads turn them as well, and rely on what they have set.
+        Switches of the process are only compared and not restored, since other threads may have set them and rely on them.
         """
         if _switches() != self._switches:
             raise PolicyError(
@@ -62,12 +63,12 @@ class Inspection:
             random.setstate(python)
             raise PolicyError("it drew from the random numbers that all share; it must have a generator", Fault.HIDDEN)
         stores = storages([self._inputs.keys, self._inputs.values]) if self._inputs is not None else frozenset()
-        found = [(name, value) for each in self._shared for name, value in each.put_back()]
-        for name, value in found:
+        changed = [(name, value) for each in self._shared for name, value in each.put_back()]
+        for name, value in changed:
             if holds(value, stores):
                 raise PolicyError(f"it kept a reference to the session's store in {name}", Fault.KEPT)
-        if found:
-            raise PolicyError(f"it changed {found[0][0]}, which all sessions share; it was put back", Fault.HIDDEN)
+        if changed:
+            raise PolicyError(f"it changed {changed[0][0]}, which all sessions share; it was put back", Fault.HIDDEN)
 
 
 def _switches() -> tuple[Any, ...]:
@@ -75,7 +76,7 @@ def _switches() -> tuple[Any, ...]:
 
 
 class _Variables:
-    """Named values somewhere (attributes, variables of a module, a dict), and what they were."""
+    """Hold the named values of an owner (attributes, variables of a module, a dict) as they were."""
 
     def __init__(self, name: str, owner: Any) -> None:
         self._name, self._owner = name, owner
@@ -85,7 +86,7 @@ class _Variables:
         return self._owner if isinstance(self._owner, dict) else vars(self._owner)
 
     def put_back(self) -> Iterator[tuple[str, Any]]:
-        """Each value that is another one now, with its name, after what was there is there again."""
+        """Restore each value that has changed, and return the changed values with their names."""
         now = dict(self._now())
         for key in now.keys() | self._kept.keys():
             before, after = self._kept.get(key, _MISSING), now.get(key, _MISSING)
@@ -95,7 +96,7 @@ class _Variables:
             yield f"{self._name}.{key}", after
 
     def _may_change(self, key: Any, value: Any) -> bool:
-        """Imports, functions, Python's own entries, and values that a class declares as computed once."""
+        """Return whether a change is allowed: imports, functions, Python's own entries, and values that a class declares as cached."""
         if isinstance(value, _NO_DATA) or (isinstance(key, str) and key.startswith("__")):
             return True
         return isinstance(key, str) and isinstance(getattr(type(self._owner), key, None), cached_property)
@@ -113,7 +114,7 @@ class _Variables:
 
 
 class _Contents:
-    """A list, set, deque or state of a generator, and what it was."""
+    """Hold the former contents of a list, set, deque or state of a generator."""
 
     def __init__(
         self, name: str, read: Callable[[], Any], write: Callable[[Any], None], same: Callable[..., bool]
@@ -129,7 +130,7 @@ class _Contents:
 
 
 def _owners(policy: Policy) -> Iterator[tuple[str, Any]]:
-    """Where a policy, and what it wraps, could keep something: the object, its classes, their modules."""
+    """Return the places where a policy, and the policies that it wraps, could keep state: object, classes, their modules."""
     for each in chain(policy):
         yield f"the object {type(each).__name__}", each
         for owner in type(each).__mro__:
@@ -140,10 +141,10 @@ def _owners(policy: Policy) -> Iterator[tuple[str, Any]]:
 
 
 def _watched(name: str, owner: Any) -> Iterator[_Variables | _Contents]:
-    """An owner's variables and everything in them that can change in place."""
+    """Return the variables of an owner and everything in them that can change in place."""
     yield _Variables(name, owner)
     seen: set[int] = set()
-    depth = 2 if isinstance(owner, ModuleType) else _DEPTH  # a module's variables may lead anywhere
+    depth = 2 if isinstance(owner, ModuleType) else _DEPTH  # the variables of a module may refer to anything
     for key, value in list(vars(owner).items()):
         if not key.startswith("__"):
             yield from _inside(f"{name}.{key}", value, seen, depth)
@@ -191,19 +192,19 @@ def _identical(one: Any, other: Any) -> bool:
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
-    """Bit by bit, so that NaN equals itself."""
+    """Return whether two values are equal bit by bit, so that NaN equals itself."""
     return one.shape == other.shape and torch.equal(
         one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8)
     )
 
 
 def storages(tensors: Iterable[Tensor]) -> frozenset[int]:
-    """Where tensors lie in memory."""
+    """Return the storages of tensors."""
     return frozenset(tensor.untyped_storage().data_ptr() for tensor in tensors)
 
 
 def holds(value: Any, stores: frozenset[int], depth: int = _DEPTH) -> bool:
-    """Whether a value is, or holds somewhere inside, a tensor that lies in one of these places."""
+    """Return whether a value is or contains a tensor in one of these storages."""
     if isinstance(value, Tensor):
         return value.device.type != "meta" and value.untyped_storage().data_ptr() in stores
     if not stores or not depth or isinstance(value, _NO_DATA):
@@ -218,4 +219,4 @@ def holds(value: Any, stores: frozenset[int], depth: int = _DEPTH) -> bool:
 
 
 def _keep(_: object) -> None:
-    """What a setter answers is of no interest."""
+    """Accept the return value of a setter and drop it."""

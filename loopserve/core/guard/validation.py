@@ -1,7 +1,7 @@
-"""Whether what a policy answers can be carried out. PolicyError says what is wrong with it.
+"""Check that the result of a policy can be used. PolicyError says what is wrong with it.
 
-Cheap enough for every call: types, shapes, dtypes, devices and counts. What costs a look at every number (order and range of
-a selection) is looked at by the cache when it takes a selection in; kernels check what they read by address.
+The checks are fast enough for every call: types, shapes, dtypes, devices and counts. Checks of every number (order and range of a
+selection) are made by the cache when it applies a selection. Kernels check the numbers that they use as addresses.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from loopserve.core.policy.interfaces import AttentionInputs, KVSelection, Obser
 from loopserve.core.policy.patterns import AttentionPattern, BlockPattern, DensePattern, LinePattern
 from loopserve.core.policy.row_groups import RowGroups
 
-_OURS = (DensePattern, LinePattern, BlockPattern, RowGroups)  # their output comes from our own kernels
+_OURS = (DensePattern, LinePattern, BlockPattern, RowGroups)  # their kernels are part of loopserve
 _ROWS_LOOKED_AT = 8
 
 
 def check_selection(
     selection: KVSelection, cache: LayerCache, retention: Retention, most: int | None, outputs: int
 ) -> None:
-    """A selection for one layer, before the cache takes it in.
+    """Check a selection for one layer before it is passed to the cache. Raises PolicyError.
 
-    most: pairs per KV head that the policy may make attended; outputs: tokens of this answer, which come on top.
+    most: pairs per KV head that the policy may make attended. outputs: tokens of this answer, which are attended in addition.
     """
     if not isinstance(selection, KVSelection):
         raise PolicyError(f"a selection must be a KVSelection, got {type(selection).__name__}")
@@ -54,12 +54,12 @@ def check_selection(
         )
 
 
-def check_observation(wish: Observation, start: int, length: int) -> None:
-    """Rows to run again: sorted positions of the turn that began at ``start``."""
-    rows = wish.positions
+def check_observation(observation: Observation, start: int, length: int) -> None:
+    """Check the rows to compute again: sorted positions of the turn that began at ``start``. Raises PolicyError."""
+    rows = observation.positions
     if not isinstance(rows, Tensor) or rows.dtype != torch.long or rows.dim() != 1 or not len(rows):
-        said = f"{rows.dtype} {list(rows.shape)}" if isinstance(rows, Tensor) else type(rows).__name__
-        raise PolicyError(f"Observation.positions: expected int64 [r], got {said}")
+        actual = f"{rows.dtype} {list(rows.shape)}" if isinstance(rows, Tensor) else type(rows).__name__
+        raise PolicyError(f"Observation.positions: expected int64 [r], got {actual}")
     if rows.device.type == "meta":
         raise PolicyError("Observation.positions: hold no numbers, they are on the device meta")
     first, last = int(rows[0]), int(rows[-1])
@@ -70,7 +70,10 @@ def check_observation(wish: Observation, start: int, length: int) -> None:
 
 
 def check_pattern(pattern: AttentionPattern, inputs: AttentionInputs) -> None:
-    """A pattern for the new rows of one layer; under strict checks also that it is causal and each row sees itself."""
+    """Check a pattern for the new rows of one layer. Raises PolicyError.
+
+    Under strict checks also check that it is causal and that each row sees itself.
+    """
     if not isinstance(pattern, AttentionPattern):
         raise PolicyError(f"sparsify must return an AttentionPattern, got {type(pattern).__name__}")
     wanted = (inputs.queries.shape[0], inputs.new_tokens, inputs.total_tokens)
@@ -88,7 +91,7 @@ def check_pattern(pattern: AttentionPattern, inputs: AttentionInputs) -> None:
 
 
 def _check_cells(pattern: AttentionPattern, inputs: AttentionInputs) -> None:
-    """A few rows of the pattern, cell by cell."""
+    """Check a few rows of the pattern, cell by cell."""
     chosen = torch.linspace(
         0, inputs.new_tokens - 1, min(inputs.new_tokens, _ROWS_LOOKED_AT), dtype=torch.float32, device="cpu"
     ).long()
@@ -106,14 +109,16 @@ def _check_cells(pattern: AttentionPattern, inputs: AttentionInputs) -> None:
 
 
 def check_output(
-    pattern: AttentionPattern, found: tuple[Tensor, Tensor | None], inputs: AttentionInputs, need_lse: bool
+    pattern: AttentionPattern, result: tuple[Tensor, Tensor | None], inputs: AttentionInputs, need_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """What a pattern attended to. NaN is looked for where the kernel is not ours (on an accelerator only under strict checks, since
-    a look waits for it).
+    """Check the attention output of a pattern. Raises PolicyError.
+
+    NaN is searched for if the kernel is not one of loopserve. On an accelerator this is done under strict checks only, since the
+    search waits for the device.
     """
-    if not isinstance(found, tuple) or len(found) != 2:
-        raise PolicyError(f"attend must return (output, log-sum-exp or None), got {type(found).__name__}")
-    output, lse = found
+    if not isinstance(result, tuple) or len(result) != 2:
+        raise PolicyError(f"attend must return (output, log-sum-exp or None), got {type(result).__name__}")
+    output, lse = result
     queries = inputs.queries
     wanted = {"output": (*queries.shape[:2], inputs.values.shape[2]), "log-sum-exp": tuple(queries.shape[:2])}
     for name, tensor, dtype in (("output", output, queries.dtype), ("log-sum-exp", lse, torch.float32)):

@@ -1,4 +1,4 @@
-"""Keys and values of one layer in memory, in a buffer that grows."""
+"""Hold the keys and values of one layer in a buffer that grows."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from torch import Tensor
 
 from loopserve.kernels.memory import large_pages
 
-ACTIVE_SLACK = 64  # room for outputs behind a gathered selection before the buffer must grow
+ACTIVE_SLACK = 64  # spare columns for outputs behind a gathered selection before the buffer must grow
 
 
 def versions(*tensors: Tensor) -> tuple[int, ...]:
-    """Counts of the writes into tensors, which their views share. Tensors made in inference mode do not count: always ()."""
+    """Return the write counters of tensors, which views share. Return () for tensors made in inference mode, which have none."""
     try:
         return tuple([tensor._version for tensor in tensors])
     except RuntimeError:
@@ -19,10 +19,10 @@ def versions(*tensors: Tensor) -> tuple[int, ...]:
 
 
 class PairBuffer:
-    """Keys and values ``[Hkv, capacity, D]`` that grow by half, so appending one token copies one token."""
+    """Hold keys and values ``[Hkv, capacity, D]``. Capacity grows by half, so that appending one token rarely copies the buffer."""
 
     def __init__(self, keys: Tensor, values: Tensor, slack: int) -> None:
-        """Start from existing pairs ``[Hkv, T, D]`` with room for ``slack`` more."""
+        """Start from existing pairs ``[Hkv, T, D]`` with capacity for ``slack`` more."""
         self.length = 0
         self.heads = heads = keys.shape[0]
         self.pair_bytes = keys.shape[2] * keys.element_size() + values.shape[2] * values.element_size()  # of one head
@@ -41,7 +41,7 @@ class PairBuffer:
         self._versions = versions(self._keys, self._values)
 
     def reserve(self, length: int) -> None:
-        """Make room for ``length`` pairs now, so that no later append has to."""
+        """Provide capacity for ``length`` pairs now, so that no later append has to."""
         if length > self._keys.shape[1]:
             self._grow(max(length, self._keys.shape[1] * 3 // 2))
 
@@ -55,7 +55,7 @@ class PairBuffer:
 
     @property
     def intact(self) -> bool:
-        """Nobody but this buffer has written into it."""
+        """Return whether only this buffer has written into its tensors."""
         return versions(self._keys, self._values) == self._versions
 
     @property
@@ -76,17 +76,17 @@ class PairBuffer:
 
     @property
     def pairs(self) -> int:
-        """Pairs held, summed over the heads."""
+        """Return the pairs held, summed over the heads."""
         return self.heads * self.length
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the pairs held (room not yet used is not counted)."""
+        """Return the bytes of the pairs held, without unused capacity."""
         return self.pairs * self.pair_bytes
 
     @property
     def allocated_nbytes(self) -> int:
-        """Bytes really taken from the machine, unused room included."""
+        """Return the bytes allocated, unused capacity included."""
         return sum(buffer.untyped_storage().nbytes() for buffer in (self._keys, self._values))
 
     def copy(self) -> PairBuffer:

@@ -1,6 +1,6 @@
-"""The KV cache of one conversation: per layer a store of every pair and, while decoding, the active set gathered from it.
+"""Cache the KV pairs of one conversation: per layer a store of every pair and, while decoding, the active set gathered from it.
 
-Keys arrive rotated, at the position they have in the conversation, and are never re-indexed. Knows no policy and no model.
+Keys arrive rotated to their position in the conversation and are never re-indexed. Depends on no policy and no model.
 """
 
 from __future__ import annotations
@@ -20,15 +20,16 @@ FIRST_CAPACITY = 256
 
 
 class Counted:
-    """int64 0, 1, 2, ...: one tensor for all layers of a conversation, since every call needs a part of it. No two conversations
-    share it, so that whoever writes into it harms only his own.
+    """Hold int64 0, 1, 2, ... in one tensor for all layers of a conversation, since every call needs a part of it.
+
+    Conversations do not share it, so that a write into it cannot affect another conversation.
     """
 
     def __init__(self) -> None:
         self._known: Tensor | None = None
 
     def __call__(self, start: int, end: int, device: torch.device) -> Tensor:
-        """``start`` to ``end - 1``, a view that is not to be written to."""
+        """Return ``start`` to ``end - 1`` as a read-only view."""
         known = self._known
         if known is None or len(known) < end or known.device != device:
             self._known = known = torch.arange(max(end, 1024) * 3 // 2, device=device)
@@ -36,7 +37,7 @@ class Counted:
 
 
 def _survivors(keys: Tensor, values: Tensor, first_valid: Tensor | None, width: int) -> PairBuffer | RaggedBuffer:
-    """A store of what an eviction left, ``[Hkv, width or more, D]``; without the padding of heads that keep fewer."""
+    """Return the pairs that an eviction left, ``[Hkv, width or more, D]``, without the padding of heads that keep fewer."""
     if first_valid is None:
         return PairBuffer(keys, values, slack=ACTIVE_SLACK)
     tail = PairBuffer(keys[:, width:], values[:, width:], slack=ACTIVE_SLACK)
@@ -49,9 +50,9 @@ def _said(tensor: Tensor | PairBuffer | RaggedBuffer) -> str:
 
 @dataclass
 class ActiveSet:
-    """What decoding attends to: a selection, and every pair from its boundary on.
+    """Hold the pairs that decoding attends to: a selection, and every pair from its boundary on.
 
-    pairs: a copy gathered together, or None where a fleeting selection is attended in place, at its columns of the store.
+    pairs: a gathered copy, or None if a fleeting selection is attended in place, at its columns of the store.
     """
 
     selection: KVSelection
@@ -59,14 +60,14 @@ class ActiveSet:
     first_valid: Tensor | None = None  # int64 [Hkv]: filler columns of heads that keep fewer, in the copy
 
     def attended(self, seen: int) -> int:
-        """Pairs attended by one query, summed over the KV heads, ``seen`` tokens being stored."""
+        """Return the pairs attended by one query, summed over the KV heads, with ``seen`` tokens stored."""
         heads, width = self.selection.indices.shape
         selected = self.selection.pairs if self.selection.ragged else heads * width
         return heads * (seen - self.selection.boundary) + selected
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the copy."""
+        """Return the bytes of the copy."""
         return self.pairs.nbytes if self.pairs is not None else 0
 
     def copy(self) -> ActiveSet:
@@ -74,10 +75,10 @@ class ActiveSet:
 
 
 class LayerCache:
-    """One layer's store and active set."""
+    """Hold the store and the active set of one layer."""
 
     def __init__(self, counted: Counted | None = None) -> None:
-        """counted: that of the conversation's other layers."""
+        """Start an empty layer. counted: that of the conversation's other layers."""
         self.counted = counted or Counted()
         self.seen = 0  # logical length: tokens of the conversation, evicted ones included
         self.store: PairBuffer | RaggedBuffer | None = None
@@ -89,12 +90,12 @@ class LayerCache:
 
     @property
     def stored(self) -> int:
-        """Columns of the store; fewer than ``seen`` after an eviction."""
+        """Return the columns of the store; fewer than ``seen`` after an eviction."""
         return self.store.length if self.store is not None else 0
 
     @property
     def allocated_bytes(self) -> int:
-        """Bytes taken from the machine by the store and the active set, unused capacity included."""
+        """Return the bytes allocated by the store and the active set, unused capacity included."""
         store = self.store.allocated_nbytes if self.store is not None else 0
         active = self.active.pairs if self.active is not None else None
         return store + (active.allocated_nbytes if active is not None else 0)
@@ -134,11 +135,11 @@ class LayerCache:
         self.seen += tokens
 
     def reserve(self, tokens: int) -> None:
-        """With the next append, make room for ``tokens`` more pairs behind it: a decode step should not have to copy the store."""
+        """Provide, with the next append, capacity for ``tokens`` more pairs, so that decode steps need not copy the store."""
         self._reserved = tokens
 
     def positions(self) -> Tensor:
-        """Original positions: int64 ``[columns]``, or ``[Hkv, columns]`` once heads differ; filler columns hold -1."""
+        """Return original positions: int64 ``[columns]``, or ``[Hkv, columns]`` once heads differ. Filler columns hold -1."""
         device = self.store.device if self.store is not None else torch.device("cpu")
         if self._positions is None:
             return self.counted(0, self.seen, device)
@@ -146,7 +147,7 @@ class LayerCache:
         return torch.cat([self._positions, tail], dim=1)
 
     def select(self, selection: KVSelection) -> None:
-        """Make ``selection`` the active set, or evict all else if it says so."""
+        """Make ``selection`` the active set, or evict all other pairs if its retention is EVICT."""
         if self.store is None:
             raise CacheError("select: the layer holds no pairs yet")
         selection.check(self.store.heads, self.seen)
@@ -164,12 +165,12 @@ class LayerCache:
         self.active = None
 
     def _gather(self, selection: KVSelection) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Selected pairs and everything from the boundary on, per head, left-padded where heads keep fewer."""
+        """Return the selected pairs and all pairs from the boundary on, per head, left-padded where heads keep fewer."""
         assert self.store is not None
         width = selection.indices.shape[1]
         columns = self._columns(selection)
         tail = self.stored - (self.seen - selection.boundary)
-        held_keys, held_values = self.store.keys, self.store.values  # once: a ragged store pads them anew each time
+        held_keys, held_values = self.store.keys, self.store.values  # once: each access pads a ragged store
         keys, values = gather_kv(held_keys, held_values, columns)
         if tail < self.stored:
             keys = torch.cat([keys, held_keys[:, tail:]], dim=1)
@@ -178,7 +179,7 @@ class LayerCache:
         return keys, values, first_valid
 
     def _columns(self, selection: KVSelection) -> Tensor:
-        """Store columns ``[Hkv, S]`` of a selection's positions; filler entries point at column 0."""
+        """Return the store columns ``[Hkv, S]`` of a selection's positions. Filler entries point at column 0."""
         wanted = selection.indices.clamp(min=0)
         if self._positions is None:
             return wanted
@@ -196,14 +197,14 @@ class LayerCache:
 
     def _evict(self, selection: KVSelection) -> None:
         keys, values, first_valid = self._gather(selection)
-        self._positions = selection.indices.clone()  # a policy may go on using its own tensor
+        self._positions = selection.indices.clone()  # a copy, since a policy may go on using its own tensor
         self._evicted_at = selection.boundary
         self.first_valid = first_valid
         self.store = _survivors(keys, values, first_valid, selection.indices.shape[1])
         self.active = None
 
     def truncate(self, length: int) -> None:
-        """Forget every position from ``length`` on. What an eviction removed before does not come back."""
+        """Remove every position from ``length`` on. Pairs evicted before stay evicted."""
         if not 0 <= length <= self.seen:
             raise CacheError(f"truncate: {length} is outside the {self.seen} tokens seen")
         self.active = None
@@ -218,11 +219,11 @@ class LayerCache:
             self.store = None
 
     def _truncate_survivors(self, length: int) -> None:
-        """Truncate into a part where heads hold different pairs: realign them to the right."""
+        """Truncate into the part where heads hold different pairs: align them to the right again."""
         assert self.store is not None and self._positions is not None
         positions = self.positions()
         heads = [((row >= 0) & (row < length)).nonzero().flatten() for row in positions]
-        kept = KVSelection.from_heads(heads, self.seen)  # columns stand in for positions
+        kept = KVSelection.from_heads(heads, self.seen)  # columns replace positions here
         filler = kept.indices < 0
         keys, values = gather_kv(self.store.keys, self.store.values, kept.indices.clamp(min=0))
         first_valid = kept.indices.shape[1] - kept.lengths if kept.ragged else None
@@ -232,7 +233,7 @@ class LayerCache:
         self._evicted_at = length
 
     def fork(self, counted: Counted | None = None) -> LayerCache:
-        """An independent copy: no buffer is shared. counted: that of the copy's other layers."""
+        """Return an independent copy that shares no buffer. counted: that of the copy's other layers."""
         other = LayerCache(counted)
         other.seen, other._evicted_at = self.seen, self._evicted_at
         other.store = self.store.copy() if self.store is not None else None
@@ -243,7 +244,7 @@ class LayerCache:
 
 
 class KVCache:
-    """The layers of one conversation. ``seen`` is its logical length."""
+    """Hold the layers of one conversation. ``seen`` is its logical length."""
 
     def __init__(self, layers: int) -> None:
         counted = Counted()
@@ -267,12 +268,12 @@ class KVCache:
 
     @property
     def intact(self) -> bool:
-        """Whether nobody but the cache has written into its pairs."""
+        """Return whether only the cache has written into its pairs."""
         return all(layer.store is None or layer.store.intact for layer in self.layers)
 
     @property
     def allocated_bytes(self) -> int:
-        """Bytes taken from the machine by all layers, unused capacity included."""
+        """Return the bytes allocated by all layers, unused capacity included."""
         return sum(layer.allocated_bytes for layer in self.layers)
 
     def release(self) -> None:
@@ -280,12 +281,12 @@ class KVCache:
             layer.release()
 
     def reserve(self, tokens: int) -> None:
-        """With each layer's next append, make room for ``tokens`` more pairs behind it."""
+        """Provide, with each layer's next append, capacity for ``tokens`` more pairs."""
         for layer in self.layers:
             layer.reserve(tokens)
 
     def truncate(self, length: int) -> None:
-        """Forget every position from ``length`` on, in layers that have seen it (a broken-off pass fills only some)."""
+        """Remove every position from ``length`` on, in layers that have seen it. An interrupted pass fills only some layers."""
         for layer in self.layers:
             layer.truncate(min(length, layer.seen))
 

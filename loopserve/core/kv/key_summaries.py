@@ -1,9 +1,8 @@
-"""Short notes on the keys, kept up to date as a store grows, so that a query can rank pages or tokens at a fraction of the
-keys' bytes.
+"""Summarise keys as a store grows, so that a query can rank pages or tokens and read a fraction of the keys' bytes.
 
-A page is a run of neighbouring columns. Its bounds are the smallest and the largest value of each key channel; from both
-follows an upper bound of any query's logit with any key of the page (Quest, https://arxiv.org/abs/2406.10774). Within
-the bounds each key can be kept as a code of a few bits per channel; from it follows the logit itself, nearly.
+A page is a run of neighbouring columns. Its bounds are the smallest and the largest value of each key channel. They give an upper
+bound of any query's logit with any key of the page (Quest, https://arxiv.org/abs/2406.10774). Within the bounds each key can be
+kept as a code of a few bits per channel. The code gives an approximation of the logit itself.
 """
 
 from __future__ import annotations
@@ -21,15 +20,14 @@ CODE_BITS = (0, *BITS)
 
 
 class KeySummaries:
-    """Per-page bounds of one layer's keys and, if wanted, a code of each key.
+    """Hold per-page bounds of one layer's keys and, optionally, a code of each key.
 
-    Everything in it can be had again from the store's keys. A copy (a fork, or the snapshot that an undo restores)
-    therefore starts empty and is filled at its next ``update``: snapshots stay small and can never disagree with a
-    truncated store.
+    All of it can be computed again from the store's keys. A copy (a fork, or the snapshot that an undo restores) therefore starts
+    empty and is filled at its next ``update``. Snapshots stay small and cannot disagree with a truncated store.
     """
 
     def __init__(self, page: int, bits: int = 0) -> None:
-        """page: columns per page, at least 1. bits: per channel of a key's code, one of ``CODE_BITS``; 0 = no codes."""
+        """Start empty. page: columns per page, at least 1. bits: per channel of a key's code, one of ``CODE_BITS``; 0 = no codes."""
         if page < 1 or bits not in CODE_BITS:
             raise ValueError(f"KeySummaries: page={page} must be at least 1 and bits={bits} one of {CODE_BITS}")
         self.page = page
@@ -43,7 +41,7 @@ class KeySummaries:
         return KeySummaries(self.page, self.bits)
 
     def pack(self) -> tuple[int, int]:
-        """Return what an empty one is made from; it is filled from the store like a copy (``core.policy.state``)."""
+        """Return the arguments of an empty object, which is filled from the store like a copy (``core.policy.state``)."""
         return self.page, self.bits
 
     @classmethod
@@ -57,17 +55,17 @@ class KeySummaries:
 
     @property
     def low(self) -> Tensor:
-        """Smallest value per channel ``[Hkv, pages, D]``."""
+        """Return the smallest value per channel ``[Hkv, pages, D]``."""
         return self._part("low")
 
     @property
     def high(self) -> Tensor:
-        """Largest value per channel ``[Hkv, pages, D]``."""
+        """Return the largest value per channel ``[Hkv, pages, D]``."""
         return self._part("high")
 
     @property
     def codes(self) -> Tensor:
-        """Packed codes ``[Hkv, pages, page, bytes]``; those behind the last column mean nothing."""
+        """Return packed codes ``[Hkv, pages, page, bytes]``. Codes behind the last column are undefined."""
         return self._part("codes")
 
     def _part(self, name: str) -> Tensor:
@@ -76,16 +74,16 @@ class KeySummaries:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held, and read whenever everything is ranked."""
+        """Return the bytes held. As many are read whenever all pages are ranked."""
         heads, _, dim = self._parts["low"].shape
         bounds = 2 * heads * self.pages * dim * self._parts["low"].element_size()
         return bounds + heads * self.columns * dim * self.bits // 8
 
     def update(self, keys: Tensor) -> None:
-        """Take in the store's keys ``[Hkv, Tk, D]``: only the last, unfinished page and new pages are computed.
+        """Summarise the store's keys ``[Hkv, Tk, D]``. Only the last, unfinished page and new pages are computed.
 
-        A store that became shorter (truncated, or evicted from) is summarised afresh; columns taken in before are assumed
-        not to have changed otherwise.
+        A store that became shorter (truncated, or evicted from) is summarised from the start. Columns summarised before are assumed
+        to be unchanged otherwise.
         """
         total = keys.shape[1]
         if total == self.columns:
@@ -103,7 +101,7 @@ class KeySummaries:
         self.columns = total
 
     def _reserve(self, name: str, pages: int, keys: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """The buffer of a part ``[Hkv, capacity, ...]`` with room for all pages; it grows by half."""
+        """Return the buffer of a part ``[Hkv, capacity, ...]`` with capacity for all pages. It grows by half."""
         held = self._parts.get(name)
         if held is None or held.shape[1] < pages:
             grown = torch.empty(shape[0], pages + pages // 2 + 8, *shape[1:], dtype=dtype, device=keys.device)
@@ -113,17 +111,19 @@ class KeySummaries:
         return held
 
     def scores(self, queries: Tensor, scaling: float) -> Tensor:
-        """Upper bound of the logits of each page for queries ``[Hq, r, D]``, per KV head: float32 ``[Hkv, pages]``."""
+        """Return the upper bound of each page's logits for queries ``[Hq, r, D]``, per KV head: float32 ``[Hkv, pages]``."""
         return page_scores(queries, self.low, self.high, scaling=scaling)
 
     def logits(self, queries: Tensor, scaling: float) -> Tensor:
-        """Nearly the logits of all keys, from their codes, for queries ``[Hq, r, D]``: float32 ``[Hkv, group * r, columns]``."""
+        """Return approximate logits of all keys from their codes, for queries ``[Hq, r, D]``: float32 ``[Hkv, group * r,
+        columns]``.
+        """
         return code_logits(queries, self._codes(), scaling=scaling)
 
     def jumps(
         self, queries: Tensor, base: Tensor, tail: int, budget: int, scaling: float, observed: Tensor | None = None
     ) -> Tensor:
-        """Base columns ``[Hkv, S]`` and the ``budget`` best others before ``tail``, by the codes; see ``code_jumps``."""
+        """Return base columns ``[Hkv, S]`` and the ``budget`` best others before ``tail``, by the codes; see ``code_jumps``."""
         return code_jumps(queries, self._codes(), base, tail, budget, scaling=scaling, observed=observed)
 
     def _codes(self) -> KeyCodes:
@@ -131,10 +131,10 @@ class KeySummaries:
 
 
 def best_pages(bounds: Tensor, free: Tensor, page: int, budget: int) -> Tensor:
-    """Take up to ``budget`` free columns per head, page by page in the order of the bounds: bool ``[Hkv, Tk]``.
+    """Return up to ``budget`` free columns per head, page by page in the order of the bounds: bool ``[Hkv, Tk]``.
 
-    bounds ``[Hkv, P]``, free bool ``[Hkv, P * page or fewer]``. Equal bounds: the lowest page first. The last page that
-    fits gives its first columns; a head with fewer free columns gives all.
+    bounds ``[Hkv, P]``, free bool ``[Hkv, P * page or fewer]``. Of equal bounds the lowest page comes first. The last page that
+    fits gives its first columns. A head with fewer free columns gives all.
     """
     heads, total = free.shape
     padded = free.new_zeros(heads, bounds.shape[1] * page)

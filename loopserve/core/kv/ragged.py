@@ -1,6 +1,6 @@
-"""Pairs of heads that keep different numbers, held without padding; what attention reads is padded when asked for.
+"""Hold pairs of heads that keep different numbers without padding. Attention reads a padded copy.
 
-Padding for one layer lives for one call; the store of every layer at rest holds exactly what its heads keep.
+The padded copy of a layer exists during one call. The stores of all other layers hold exactly the pairs of their heads.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from loopserve.core.kv.buffers import PairBuffer
 
 
 class RaggedBuffer:
-    """Survivors of an eviction, head behind head ``[sum, D]``, then every pair since, as ``PairBuffer`` offers them."""
+    """Hold the survivors of an eviction, head after head ``[sum, D]``, then every later pair, with the interface of ``PairBuffer``."""
 
     def __init__(self, keys: Tensor, values: Tensor, first_valid: Tensor, tail: PairBuffer) -> None:
-        """keys, values ``[Hkv, S, D]``, left-padded up to ``first_valid`` ``[Hkv]``; tail: the pairs behind them."""
+        """Start from keys and values ``[Hkv, S, D]``, left-padded up to ``first_valid`` ``[Hkv]``. tail: the pairs behind them."""
         self._held = torch.arange(keys.shape[1], device=keys.device) >= first_valid[:, None]
         self._keys, self._values = keys[self._held], values[self._held]
         self._tail = tail
@@ -24,12 +24,12 @@ class RaggedBuffer:
         self._tail.append(keys, values)
 
     def reserve(self, tokens: int) -> None:
-        """Make room for ``tokens`` columns in all."""
+        """Provide capacity for ``tokens`` columns in all."""
         self._tail.reserve(max(tokens - self._held.shape[1], 0))
 
     @property
     def length(self) -> int:
-        """Columns, filler of the shorter heads included."""
+        """Return the columns, filler of the shorter heads included."""
         return self._held.shape[1] + self._tail.length
 
     @length.setter
@@ -45,7 +45,7 @@ class RaggedBuffer:
         return self._padded(self._values, self._tail.values)
 
     def _padded(self, held: Tensor, tail: Tensor) -> Tensor:
-        """``[Hkv, columns, D]``, zeros where a head holds nothing."""
+        """Return ``[Hkv, columns, D]``, zeros where a head holds nothing."""
         heads, width = self._held.shape
         whole = held.new_zeros(heads, width + tail.shape[1], held.shape[1])
         whole[:, :width][self._held] = held
@@ -54,7 +54,7 @@ class RaggedBuffer:
 
     @property
     def intact(self) -> bool:
-        """Nobody but this buffer has written into it; what it hands out of the survivors is a copy."""
+        """Return whether only this buffer has written into its tensors. The survivors are returned as copies."""
         return self._tail.intact
 
     @property
@@ -71,22 +71,22 @@ class RaggedBuffer:
 
     @property
     def pair_bytes(self) -> int:
-        """Bytes of one head's key and value."""
+        """Return the bytes of one head's key and value."""
         return self._tail.pair_bytes
 
     @property
     def pairs(self) -> int:
-        """Pairs held, summed over the heads."""
+        """Return the pairs held, summed over the heads."""
         return len(self._keys) + self._tail.pairs
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the pairs held; padding is not."""
+        """Return the bytes of the pairs held, without padding."""
         return self.pairs * self.pair_bytes
 
     @property
     def allocated_nbytes(self) -> int:
-        """Bytes really taken from the machine, unused room included."""
+        """Return the bytes allocated, unused capacity included."""
         held = sum(part.untyped_storage().nbytes() for part in (self._keys, self._values))
         return held + self._tail.allocated_nbytes
 

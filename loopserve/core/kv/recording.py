@@ -1,4 +1,4 @@
-"""Keep what outlasts a pass writable: nothing of it is made in inference mode, and no gradients are recorded."""
+"""Keep tensors that outlast a pass writable: none is made in inference mode, and no gradients are recorded."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 def plain_tensors() -> Iterator[None]:
     """Make ordinary tensors, also where the caller has entered ``torch.inference_mode``, and record no gradients.
 
-    A tensor made in inference mode cannot be written to outside it, so that a conversation begun inside could not go on.
+    A tensor made in inference mode cannot be written to outside it. A conversation begun inside could not be continued outside.
     """
     with torch.inference_mode(False), torch.no_grad():
         yield

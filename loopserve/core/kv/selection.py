@@ -1,4 +1,4 @@
-"""What a decode policy answers: the pairs that decoding attends to in one layer, and what becomes of the others."""
+"""Define the result of a decode policy: the pairs that decoding attends to in one layer, and the retention of the others."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from loopserve.core.errors import PolicyError
 
 
 class Retention(StrEnum):
-    KEEP = "keep"  # the rest stays in the store and can be selected again
-    EVICT = "evict"  # the rest is gone and its bytes are freed
+    KEEP = "keep"  # the others stay in the store and can be selected again
+    EVICT = "evict"  # the others are removed and their bytes freed
 
 
 @dataclass(frozen=True, eq=False)
 class KVSelection:
-    """The pairs that decoding attends to in one layer.
+    """Hold the pairs that decoding attends to in one layer.
 
     indices int64 ``[Hkv, S]``: original positions, sorted and unique per head, left-padded with -1 where a head keeps fewer.
-    lengths int64 ``[Hkv]``: how many each head keeps. boundary: every pair at or after this position is attended as well.
-    fleeting: it will be replaced soon, so its pairs are attended where they stand in the store instead of being copied together.
+    lengths int64 ``[Hkv]``: number of pairs of each head. boundary: every pair at or after this position is attended as well.
+    fleeting: the selection will be replaced soon, so its pairs are attended in place in the store instead of being gathered.
     """
 
     indices: Tensor
@@ -54,7 +54,7 @@ class KVSelection:
 
     @cached_property
     def pairs(self) -> int:
-        """Pairs selected, summed over the heads."""
+        """Return the pairs selected, summed over the heads."""
         return int(self.lengths.sum())
 
     @cached_property
@@ -64,17 +64,17 @@ class KVSelection:
     def attended_positions(self, length: int) -> Tensor:
         """Return the positions below ``length`` that are selected or lie in the tail: bool ``[Hkv, length]``."""
         mask = torch.zeros(self.indices.shape[0], length + 1, dtype=torch.bool, device=self.indices.device)
-        mask.scatter_(1, self.indices + 1, True)  # fillers are -1 and fall into the extra column
+        mask.scatter_(1, self.indices + 1, True)  # fillers are -1 and go to the extra column
         mask = mask[:, 1:]
         mask[:, self.boundary :] = True
         return mask
 
     def head(self, head: int) -> Tensor:
-        """Sorted original positions that one KV head keeps."""
+        """Return the sorted original positions that one KV head keeps."""
         return self.indices[head, self.indices.shape[1] - int(self.lengths[head]) :]
 
     def check_form(self, kv_heads: int, length: int) -> None:
-        """Raise PolicyError unless shapes, types and boundary are right; the numbers themselves are not looked at."""
+        """Raise PolicyError unless shapes, types and boundary are right. The numbers themselves are not checked."""
         if self.indices.dtype != torch.long or self.indices.dim() != 2 or self.indices.shape[0] != kv_heads:
             raise PolicyError(
                 f"KVSelection.indices: expected int64 [{kv_heads}, S], got {self.indices.dtype} {list(self.indices.shape)}"
@@ -108,6 +108,6 @@ class KVSelection:
 
 
 def _rises_within(indices: Tensor, boundary: int) -> bool:
-    """Whether each row rises strictly from at least 0 to below ``boundary``."""
+    """Return whether each row rises strictly from at least 0 to below ``boundary``."""
     ends = bool((indices[:, 0] >= 0).all() & (indices[:, -1] < boundary).all())
     return ends and bool((indices[:, 1:] > indices[:, :-1]).all())

@@ -1,7 +1,7 @@
-"""State the version of what plugins build on: the hook, the two contracts and the objects that they pass.
+"""State the version of the plugin API: the hook, the two contracts and the objects that they pass.
 
-A higher major number breaks policies that were written before it; a higher minor number only adds. A plugin says which it
-was written for: its module by ``LOOPSERVE_API = (1, 0)``, a policy class by ``api_version = (1, 0)``.
+A higher major number breaks policies that were written before it. A higher minor number only adds. A plugin declares its version:
+its module by ``LOOPSERVE_API = (1, 0)``, a policy class by ``api_version = (1, 0)``.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from loopserve.core.errors import PluginError
 ApiVersion = tuple[int, int]
 
 API_VERSION: ApiVersion = (1, 0)
-FIRST_API: ApiVersion = (1, 0)  # what a plugin is taken for that does not say: it was the only one before anyone could
+FIRST_API: ApiVersion = (1, 0)  # of a plugin that declares none: declarations came later
 
 
 def require_api(declared: object, what: str) -> None:

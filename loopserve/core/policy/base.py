@@ -35,10 +35,10 @@ class Capabilities:
 
 
 class Policy(ABC):
-    """Declare a policy's name, options and abilities. Immutable and shared by all sessions.
+    """Declare a policy's name, options and capabilities. Immutable and shared by all sessions.
 
     A concrete policy sets ``name`` (snake_case) and ``paper`` (a link; "" where there is none) in its own class, and the
-    ``api_version`` that it was written for. Everything that changes lives in a state, which the session owns.
+    ``api_version`` that it was written for. Everything that changes is kept in a state, which the session owns.
     """
 
     api_version: ClassVar[ApiVersion] = FIRST_API
@@ -48,7 +48,7 @@ class Policy(ABC):
     state_types: ClassVar[tuple[type, ...]] = ()  # types in a state that its annotations do not name
 
     class Config(PolicyConfig):
-        """No options."""
+        """Take no options."""
 
     def __init__(self, config: PolicyConfig | None = None) -> None:
         self.config = config if config is not None else self.Config()
@@ -74,8 +74,8 @@ class Policy(ABC):
     def pack_state(self, state: Any) -> PackedState:
         """Return a state as a JSON-able tree and a list of tensors, all of them copies. Called between two turns.
 
-        Raises PolicyError with the place of a value that cannot be written. Override it together with ``unpack_state`` for a state
-        that needs more than ``core.policy.state`` writes.
+        Raises PolicyError that names the value which cannot be written. Override it together with ``unpack_state`` for a state that
+        contains types which ``core.policy.state`` cannot write.
         """
         return pack_state(state, self._types())
 

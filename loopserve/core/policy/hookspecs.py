@@ -21,7 +21,7 @@ import pluggy
 if TYPE_CHECKING:
     from loopserve.core.policy.registry import Registry
 
-PROJECT = "loopserve"  # pluggy's project name, the prefix of every hook and the entry-point group
+PROJECT = "loopserve"  # pluggy's project name: the prefix of every hook, and the entry-point group
 
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)

@@ -1,6 +1,6 @@
 """Describe an attention layer to a policy, and the parts of it that a policy may use.
 
-Knows no model family: the bridge supplies ``LayerParts``, or says why it cannot.
+Depends on no model family: the bridge supplies ``LayerParts``, or says why it cannot.
 """
 
 from __future__ import annotations
@@ -57,5 +57,5 @@ class LayerSpec:
     def lacks(self, need: Need) -> str | None:
         """Return why a policy cannot have ``need`` here, or None if it can."""
         if need is Need.FULL_HISTORY:
-            return None  # a matter between two policies, not of the layer
+            return None  # concerns two policies and not the layer
         return "this model's bridge does not supply it" if self.parts is None else self.parts.lacks(need)

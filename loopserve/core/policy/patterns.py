@@ -1,7 +1,7 @@
 """Define attention patterns: which cells of a block of new queries are computed, at which cost, and how.
 
-Geometry of a block: m new queries are the last of n stored columns; query i stands at column n - m + i and sees the
-columns up to it. Knows no policy. What holds for every pattern: ``attend`` equals dense attention under ``to_mask()``.
+Geometry of a block: the m new queries are the last of n stored columns. Query i stands at column n - m + i and sees the columns up
+to it. Depends on no policy. For every pattern, ``attend`` equals dense attention under ``to_mask()``.
 """
 
 from __future__ import annotations
@@ -121,8 +121,8 @@ class DensePattern(AttentionPattern):
 class LinePattern(AttentionPattern):
     """Compute vertical lines (key columns) and slash lines (offsets, query minus key), each bool ``[Hq, Tk]``.
 
-    The diagonal, slash 0, is always in. Heads in ``dense_heads`` ``[Hq]`` get every slash, which is every cell;
-    afterwards the field says which heads are dense for whatever reason. ValueError for shapes that do not fit.
+    The diagonal, slash 0, is always included. Heads in ``dense_heads`` ``[Hq]`` get every slash, which is every cell. The attribute
+    ``dense_heads`` then also marks heads that are dense for another reason. Raises ValueError for shapes that do not fit.
     """
 
     verticals: Tensor
@@ -174,7 +174,7 @@ class LinePattern(AttentionPattern):
 
     @cached_property
     def _cell_density(self) -> Tensor:
-        """Count by inclusion and exclusion: line x is m - max(0, x - p) long; vertical j and slash d share a cell if p <= j + d <
+        """Count by inclusion and exclusion. Line x is m - max(0, x - p) long. Vertical j and slash d share a cell if p <= j + d <
         n.
         """
         total = self.verticals.shape[1]
@@ -219,14 +219,14 @@ class LinePattern(AttentionPattern):
         """
         total = self.verticals.shape[1]
         if offsets.device.type == "cpu":
-            # Offsets come in a few runs, and what lies in a run is a difference of two running counts.
+            # Offsets come in a few runs. The number of verticals in a run is a difference of two running counts.
             edges = pad(offsets.to(torch.int8), (1, 1)).diff(dim=1)
             head, at = edges.nonzero(as_tuple=True)
             before = pad(self.verticals.cumsum(1), (1, 0))  # verticals before column x
             # A run from a to b (exclusive) holds the columns end - b to end - a - 1.
             counts = before[head[:, None], (ends - at[:, None]).clamp(min=0)] * edges[head, at][:, None]
             return torch.zeros(len(offsets), len(ends), dtype=torch.long, device="cpu").index_add_(0, head, counts)
-        # A convolution, which waits for nothing on the device. Counts are far below 2 ** 52.
+        # A convolution does not wait for the device. Counts are far below 2 ** 52.
         spectrum = torch.fft.rfft(self.verticals.double(), 2 * total) * torch.fft.rfft(offsets.double(), 2 * total)
         counted: Tensor = torch.fft.irfft(spectrum, 2 * total)[:, ends - 1].round().long()
         return counted
@@ -236,8 +236,8 @@ class LinePattern(AttentionPattern):
 class BlockPattern(AttentionPattern):
     """Compute key tiles per query tile: bool ``[Hq, ceil(Tq / tile), ceil(Tk / tile)]``, causal inside.
 
-    Query tiles count from the first new row, key tiles from column 0. The tiles that hold the queries' own columns are
-    always in. ValueError for shapes that do not fit.
+    Query tiles count from the first new row, key tiles from column 0. The tiles that hold the queries' own columns are always
+    included. Raises ValueError for shapes that do not fit.
     """
 
     blocks: Tensor

@@ -1,6 +1,6 @@
 """Keep the registered policies by kind and name, with the distribution of each. Refuse a class whose form is wrong.
 
-Knows no concrete policy and finds none itself: ``loopserve.plugins`` lets plugins register here.
+Depends on no concrete policy and discovers none: ``loopserve.plugins`` lets plugins register here.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _POLICY_KEY = "policy"  # the key that names the policy in a stack file, so no o
 
 
 class Kind(StrEnum):
-    """Name the two slots of a layer."""
+    """Name the two policies of a layer: prefill and decode."""
 
     PREFILL = "prefill"
     DECODE = "decode"
@@ -35,7 +35,7 @@ _BASES: dict[Kind, type] = {Kind.PREFILL: PrefillSparsifier, Kind.DECODE: Decode
 
 @dataclass(frozen=True)
 class Owner:
-    """Name the distribution that brings a policy."""
+    """Name the distribution of a policy."""
 
     distribution: str
     version: str
@@ -80,7 +80,7 @@ class Registration:
 
 
 class Registry:
-    """Hold policies by kind and name. Each kind may have one of the same name, for a method that has both halves."""
+    """Hold policies by kind and name. A method with a prefill and a decode policy may use one name for both."""
 
     def __init__(self) -> None:
         self._found: dict[tuple[Kind, str], Registration] = {}
@@ -113,21 +113,21 @@ class Registry:
 
     def get(self, kind: Kind, name: str) -> Registration:
         """Return a policy. Raises ConfigError with a suggestion if there is no such policy."""
-        found = self._found.get((kind, name))
-        if found is None:
+        registration = self._found.get((kind, name))
+        if registration is None:
             elsewhere = "".join(f"; it is a {other} policy" for other in Kind if (other, name) in self._found)
             raise ConfigError(f"unknown {kind} policy {name!r}{elsewhere}{did_you_mean(name, self.names(kind))}")
-        return found
+        return registration
 
     def names(self, kind: Kind) -> list[str]:
         return sorted(name for each, name in self._found if each is kind)
 
     def named(self, name: str) -> list[Registration]:
         """Return every policy of one name, of either kind. Raises ConfigError with a suggestion if there is none."""
-        found = [each for each in self if each.name == name]
-        if not found:
+        registrations = [each for each in self if each.name == name]
+        if not registrations:
             raise ConfigError(f"unknown policy {name!r}{did_you_mean(name, {each.name for each in self})}")
-        return found
+        return registrations
 
     def __iter__(self) -> Iterator[Registration]:
         """Yield prefill policies first, then decode policies, each by name."""
@@ -170,7 +170,7 @@ def _check_form(policy: PolicyClass) -> None:
     missing = sorted(getattr(policy, "__abstractmethods__", ()))
     if missing:
         raise PluginError(f"{where}: does not implement {', '.join(missing)}")
-    # Looked up in the class itself: an inherited paper or docstring would speak of the parent.
+    # Looked up in the class itself: an inherited paper or docstring would describe the parent.
     if not isinstance(policy.__dict__.get("paper"), str):
         raise PluginError(f"{where}: must declare its own paper (a link; '' only for what has no paper)")
     if not (policy.__dict__.get("__doc__") or "").strip():

@@ -13,9 +13,9 @@ from loopserve.core.policy.patterns import AttentionPattern
 
 @dataclass(frozen=True, eq=False)
 class RowGroups(AttentionPattern):
-    """Join patterns of consecutive groups of new rows, first rows first. Each group's keys end at its own last row.
+    """Join patterns of consecutive groups of new rows, first rows first. The keys of each group end at its own last row.
 
-    ValueError unless the groups follow on each other and agree in their heads.
+    Raises ValueError unless the groups follow on each other and have the same heads.
     """
 
     parts: tuple[AttentionPattern, ...]
@@ -79,6 +79,6 @@ class RowGroups(AttentionPattern):
         return self._joined(densities, [part.causal_pairs for part in self.parts])
 
     def tile_density(self) -> Tensor:
-        """Count the tiles of each group, laid from its first row."""
+        """Return the tile density. Tiles of each group are counted from its first row."""
         densities = [part.tile_density().cpu() for part in self.parts]
         return self._joined(densities, [part.causal_pairs for part in self.parts])

@@ -1,6 +1,6 @@
 """Select pairs by a score: budget, sinks, recent window, ties and order, for every compressor that ranks tokens.
 
-Knows no score: a method implements ``score()`` and is done.
+Depends on no particular score: a method implements ``score()`` only.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def to_positions(columns: Tensor, inputs: AttentionInputs) -> Tensor:
 
 def from_columns(heads: Sequence[Tensor], inputs: AttentionInputs, retention: Retention) -> KVSelection:
     """Return the selection of sorted columns of each KV head, as many as each head has."""
-    found = [inputs.head_positions(head)[columns] for head, columns in enumerate(heads)]
-    return KVSelection.from_heads(found, inputs.length, retention)
+    positions = [inputs.head_positions(head)[columns] for head, columns in enumerate(heads)]
+    return KVSelection.from_heads(positions, inputs.length, retention)
 
 
 def best_held(
@@ -60,13 +60,14 @@ def best_held(
 
 
 def sound(scores: Tensor, inputs: AttentionInputs) -> Tensor:
-    """Return scores that a choice can be made by. Raises PolicyError for a wrong form and for NaN. On an accelerator the search for
-    NaN waits for the device, so it runs under strict checks only.
+    """Return scores by which pairs can be ranked. Raises PolicyError for a wrong form and for NaN.
+
+    On an accelerator the search for NaN waits for the device, so it runs under strict checks only.
     """
     wanted = inputs.keys.shape[:2]
     if not isinstance(scores, Tensor) or scores.shape != wanted or scores.device != inputs.keys.device:
-        said = f"{list(scores.shape)} on {scores.device}" if isinstance(scores, Tensor) else type(scores).__name__
-        raise PolicyError(f"scores must be {list(wanted)} on {inputs.keys.device}, got {said}")
+        actual = f"{list(scores.shape)} on {scores.device}" if isinstance(scores, Tensor) else type(scores).__name__
+        raise PolicyError(f"scores must be {list(wanted)} on {inputs.keys.device}, got {actual}")
     looks = inputs.strict or scores.device.type == "cpu"
     if looks and bool(scores.isnan().any()) and bool((scores.isnan() & inputs.holds).any()):
         raise PolicyError("scores hold NaN", Fault.NAN)
@@ -95,13 +96,13 @@ class ScoredConfig(PolicyConfig):
 
     @property
     def always_kept(self) -> int:
-        """Return the number of pairs that are kept whatever their score."""
+        """Return the number of pairs that are kept whatever their score is."""
         return self.sink_tokens + self.recent_window
 
 
 @dataclass
 class ScoredState:
-    """Hold, by layer, the selections of the pass under way and the statistics that a score needs of earlier calls.
+    """Hold, by layer, the selections of the current pass and statistics of earlier calls that a score needs.
 
     statistics: for example the attention that each pair has received (H2O), or moments of the queries (Expected Attention). A
     policy whose statistics are objects names their types in ``state_types``.
@@ -114,9 +115,9 @@ class ScoredState:
 class ScoredCompressor(DecodeCompressor[ScoredState]):
     """Rank all stored pairs once at the end of each turn's prefill and keep the best for the answer.
 
-    A new turn's prefill sees the whole store (retention ``keep``) or the survivors (``evict``); the selection is then made again
-    from scratch over history and new turn alike. A method implements ``score``; the other steps are there to be changed by
-    methods that need more, and by wrappers.
+    A new turn's prefill attends to the whole store (retention ``keep``) or the survivors (``evict``). The selection is then made
+    again over history and new turn alike. A method implements ``score``. Methods that need more, and wrappers, override the other
+    steps.
     """
 
     signed: ClassVar[bool] = False  # scores may be negative
@@ -133,7 +134,7 @@ class ScoredCompressor(DecodeCompressor[ScoredState]):
 
     @property
     def limits(self) -> ScoredConfig:
-        """Return budget, forced pairs and retention; a wrapper returns those of the policy inside."""
+        """Return budget, forced pairs and retention. A wrapper returns those of the policy inside."""
         return self.config
 
     @abstractmethod
@@ -144,7 +145,7 @@ class ScoredCompressor(DecodeCompressor[ScoredState]):
         """Observe any call (each chunk of a prefill, each output) and keep in ``state.statistics`` what the ranking needs."""
 
     def ranking(self, inputs: AttentionInputs, state: ScoredState, budget: int) -> Tensor:
-        """Return what ``budget`` pairs per head are chosen by, ``[Hkv, Tk]``: the score, unless a method needs more."""
+        """Return the values by which ``budget`` pairs per head are chosen, ``[Hkv, Tk]``. By default the score."""
         return self.score(inputs)
 
     def layer_budget(self, inputs: AttentionInputs) -> int:
@@ -152,7 +153,7 @@ class ScoredCompressor(DecodeCompressor[ScoredState]):
         return self.limits.budget
 
     def choose(self, inputs: AttentionInputs, ranking: Tensor, budget: int) -> KVSelection | None:
-        """Return the pairs that a ranking makes each head keep, or None if all fit."""
+        """Return the pairs that each head keeps under a ranking, or None if all fit."""
         held = inputs.holds.sum(1)
         if int(held.max()) <= budget:
             return None
@@ -176,7 +177,7 @@ class ScoredCompressor(DecodeCompressor[ScoredState]):
         if inputs.phase is not Phase.PREFILL or not inputs.final:
             return
         budget = self.layer_budget(inputs)
-        if inputs.total_tokens <= budget:  # nothing to leave out
+        if inputs.total_tokens <= budget:  # nothing is left out
             return
         ranking = sound(self.ranking(inputs, state, budget), inputs)
         chosen = self.choose(inputs, ranking, budget)

@@ -27,19 +27,19 @@ PackedState = tuple[Any, list[Tensor]]
 """A JSON-able tree, and the tensors that it names by their index."""
 
 _PLAIN = (type(None), bool, int, str)
-_DEPTH = 100  # nested deeper than any state that is meant so; below Python's own limit
+_DEPTH = 100  # nesting limit: deeper than any intended state, below Python's own limit
 
 
 @runtime_checkable
 class Packable(Protocol):
-    """A part of a state that says itself how it is written, e.g. because it can be computed again from the store."""
+    """Define a part of a state that has its own written form, e.g. because it can be computed again from the store."""
 
     def pack(self) -> Any:
         """Return values from which an equal object can be made."""
 
     @classmethod
     def unpack(cls, packed: Any) -> Self:
-        """Return the object of these values. Raises ValueError or TypeError for values that make none."""
+        """Return the object made from these values. Raises ValueError or TypeError for values that do not fit."""
 
 
 def types_within(*roots: object) -> dict[str, type]:
@@ -47,22 +47,22 @@ def types_within(*roots: object) -> dict[str, type]:
 
     Follows the fields of dataclasses. Raises PolicyError for two classes of one name, and for annotations that cannot be resolved.
     """
-    found: dict[str, type] = {}
+    types: dict[str, type] = {}
     waiting = list(roots)
     while waiting:
         each = waiting.pop()
         waiting.extend(get_args(each))
         if not isinstance(each, type) or not _has_a_form(each) or getattr(each, "transient", False):
             continue
-        known = found.get(each.__qualname__)
+        known = types.get(each.__qualname__)
         if known is None:
-            found[each.__qualname__] = each
+            types[each.__qualname__] = each
             waiting.extend(_hints(each).values() if dataclasses.is_dataclass(each) else ())
         elif known is not each:
             raise PolicyError(
                 f"its state has two types named {each.__qualname__!r}, of {known.__module__} and {each.__module__}: rename one"
             )
-    return found
+    return types
 
 
 def _has_a_form(kind: type) -> bool:
@@ -76,7 +76,7 @@ def _is_packable(kind: type) -> bool:
 def _hints(kind: type) -> Mapping[str, Any]:
     try:
         hints = get_type_hints(kind)
-    except Exception as error:  # names that exist for type checkers only, forward references in a function
+    except Exception as error:  # names that exist for type checkers only, or forward references in a function
         raise PolicyError(
             f"the annotations of its state type {kind.__qualname__!r} cannot be resolved ({error}): import at module level what they "
             "name, or override pack_state and unpack_state"
@@ -85,10 +85,10 @@ def _hints(kind: type) -> Mapping[str, Any]:
 
 
 def pack_state(state: Any, types: Mapping[str, type]) -> PackedState:
-    """Return ``state`` as a tree that ``json`` can write and a list of contiguous tensors, copies all of them.
+    """Return ``state`` as a tree that ``json`` can write and a list of contiguous tensors. All of them are copies.
 
-    types: the classes that may occur, by qualified name, see ``types_within``. Raises PolicyError with the place of the first value
-    that cannot be written.
+    types: the classes that may occur, by qualified name, see ``types_within``. Raises PolicyError that names the first value which
+    cannot be written.
     """
     writer = _Writer(types)
     return writer.tree(state, "state"), writer.tensors
@@ -97,7 +97,7 @@ def pack_state(state: Any, types: Mapping[str, type]) -> PackedState:
 def unpack_state(
     tree: Any, tensors: Sequence[Tensor], types: Mapping[str, type], device: torch.device | None = None
 ) -> Any:
-    """Return the state that ``pack_state`` wrote. The tensors of the list become the state's own.
+    """Return the state that ``pack_state`` wrote. The state takes over the tensors of the list.
 
     device: where the state's tensors and devices go; None leaves them where they are. Raises PolicyError for a tree that is damaged
     or names a class that is not among ``types``.
@@ -109,10 +109,10 @@ class _Writer:
     def __init__(self, types: Mapping[str, type]) -> None:
         self.tensors: list[Tensor] = []
         self._names = {kind: name for name, kind in types.items()}
-        self._places: dict[int, int] = {}  # by id of a tensor, its place in the list
-        self._numbers: dict[int, int] = {}  # by id of an object that can change, in the order in which they are met
+        self._places: dict[int, int] = {}  # by id of a tensor, its index in the list
+        self._numbers: dict[int, int] = {}  # by id of a mutable object, its number in the order of first occurrence
         self._open: set[int] = set()
-        self._kept: list[Any] = []  # what was written by id must stay alive, or its id is given out again
+        self._kept: list[Any] = []  # keeps objects that were written by id alive, so that their ids are not reused
 
     def tree(self, value: Any, at: str) -> Any:
         if type(value) in _PLAIN:
@@ -246,7 +246,7 @@ class _Reader:
         return [self.value(each, f"{at}[{index}]") for index, each in enumerate(body)]
 
     def _begin(self, made: Any) -> Any:
-        self._objects.append(made)  # numbered when it is met, as the writer did
+        self._objects.append(made)  # numbered at its first occurrence, as the writer does
         return made
 
     def _list(self, body: Any, at: str) -> list[Any]:

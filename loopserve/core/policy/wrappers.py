@@ -1,7 +1,7 @@
-"""Put a policy inside a policy: the type of a wrapper's option ``inner``, and what every wrapper does.
+"""Put a policy inside a policy: the type of a wrapper's option ``inner``, and the steps that all wrappers share.
 
-Written ``inner: {policy: NAME, option: value}``. The validation of a wrapper's options gets a ``Maker`` as context, which
-knows the registry; in Python, a policy object is taken as it is.
+It is written as ``inner: {policy: NAME, option: value}``. The validation of a wrapper's options gets a ``Maker`` as context, which
+has access to the registry. In Python, a policy object is used as it is.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ _EXAMPLE = "such as {policy: snapkv}"
 
 
 class Maker(Protocol):
-    """Make policies of what a stack file says."""
+    """Make policies from their form in a stack file."""
 
     def inner(self, written: Mapping[str, Any]) -> DecodeCompressor[Any]:
-        """Return the decode policy written one level further inside."""
+        """Return the decode policy of an option ``inner``, one nesting level deeper."""
 
 
 def written(policy: Any) -> dict[str, Any]:
-    """Return a policy as a stack file says it, every option spelt out."""
+    """Return a policy in the form of a stack file, with every option."""
     return {"policy": policy.name, **policy.config.model_dump(mode="json")}
 
 
@@ -71,7 +71,7 @@ ScoredInner = Annotated[
 
 
 class WrapperConfig(PolicyConfig):
-    """Take the options of every policy that changes what another one does with its scores."""
+    """Take the options of every policy that changes how another one uses its scores."""
 
     inner: ScoredInner = Field(
         description="The policy wrapped, written as {policy: NAME, ...}; it says budget, forced pairs and retention."
@@ -88,10 +88,10 @@ class WrapperConfig(PolicyConfig):
 
 
 class ScoredWrapper(ScoredCompressor):
-    """Wrap a scored policy; each step is the inner policy's unless a wrapper changes it.
+    """Wrap a scored policy. Each step is that of the inner policy unless a wrapper changes it.
 
-    Budget, sinks, recent window and retention are the innermost policy's, so wrappers can stand around each other in any
-    order. Outputs come on top of the budget, whatever the inner policy does with them alone.
+    Budget, sinks, recent window and retention are those of the innermost policy, so wrappers can be nested in any order. Outputs
+    are attended in addition to the budget, whatever the inner policy does with them alone.
     """
 
     class Config(WrapperConfig):
@@ -121,7 +121,7 @@ class ScoredWrapper(ScoredCompressor):
 
     @property
     def effective_capabilities(self) -> Capabilities:
-        """Return what both can do, with the needs of either."""
+        """Return the capabilities that both policies have, with the needs of either."""
         own, within = self.capabilities, self.inner.effective_capabilities
         return Capabilities(
             layer_types=own.layer_types & within.layer_types,

@@ -1,4 +1,4 @@
-"""Every prefill policy beside every decode policy: which pairs work, and why the others are refused."""
+"""Combine every prefill policy with every decode policy: which pairs work, and why the others are refused."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from loopserve.core.policy.interfaces import DecodeCompressor, PrefillSparsifier
 from loopserve.core.policy.registry import Kind, Registration, Registry
 from loopserve.core.stack.stack import pair_refusals, resolve_stack
 
-_INNER = "snapkv"  # what a wrapper wraps when it is looked at by itself
+_INNER = "snapkv"  # the policy inside a wrapper that is listed on its own
 _NEUTRAL = {Kind.PREFILL: "dense", Kind.DECODE: "full"}
 
 
 @dataclass(frozen=True)
 class Pair:
-    """One prefill and one decode policy with default options, and what becomes of unselected pairs; None = it works."""
+    """Hold one prefill and one decode policy with default options, the retention, and why they are refused; None = they work."""
 
     prefill: str
     decode: str
@@ -26,7 +26,7 @@ class Pair:
 
 
 def pairs(registry: Registry) -> Iterator[Pair]:
-    """Prefill policies by name, each with every decode policy under every retention."""
+    """Return the prefill policies by name, each with every decode policy under every retention."""
     made = {each: _as_it_comes(each, registry) for each in registry}
     for first in (each for each in registry if each.kind is Kind.PREFILL):
         for second in (each for each in registry if each.kind is Kind.DECODE):
@@ -36,7 +36,7 @@ def pairs(registry: Registry) -> Iterator[Pair]:
 
 
 def _as_it_comes(policy: Registration, registry: Registry) -> PrefillSparsifier | DecodeCompressor[Any] | str:
-    """The policy with default options (a wrapper around another one), or why there is none."""
+    """Return the policy with default options (a wrapper around another one), or why it cannot be made."""
     written: dict[str, Any] = {"policy": policy.name}
     if "inner" in policy.config.model_fields:
         written["inner"] = {"policy": _INNER}

@@ -1,4 +1,4 @@
-"""Reads YAML safely and says of every mistake where it stands. Knows files, fields and models, no stack.
+"""Read YAML safely and report the place of every mistake. Depends on files, fields and models, not on stacks.
 
 All mistakes of a document are collected and raised as one ``InvalidDocument``, one line each::
 
@@ -23,11 +23,11 @@ from ruamel.yaml.reader import ReaderError
 
 from loopserve.core.errors import ConfigError, did_you_mean, foreign_letters
 
-# A mistaken file is refused before much work is done on it: what is read in vain stays well below a second.
+# A mistaken file is refused early, so that reading it takes well below a second.
 MAX_BYTES = 1 << 18
-MAX_VALUES = 20_000  # in the file, and again after aliases are followed: a few nested ones could stand for billions
+MAX_VALUES = 20_000  # in the file, and again with aliases resolved: a few nested ones could expand to billions
 MAX_DEPTH = 32
-MAX_PROBLEMS = 50  # named one by one
+MAX_PROBLEMS = 50  # number listed one by one
 MAX_INTEGER = 2**63 - 1
 
 Location = tuple[str | int, ...]
@@ -37,12 +37,12 @@ Model = TypeVar("Model", bound=BaseModel)
 _TAG = "tag:yaml.org,2002:"
 _PLAIN_SCALARS = frozenset(_TAG + name for name in ("str", "int", "float", "bool", "null"))
 _SHOWN = 60  # characters of a wrong value quoted in a message
-_WHOLE = frozenset({"value_error", "mistake"})  # kinds of error whose message says it all
+_WHOLE = frozenset({"value_error", "mistake"})  # kinds of error whose message is complete
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One mistake: the document, the line (None without a file), the dotted field (may be empty), what is wrong."""
+    """Hold one mistake: the document, the line (None without a file), the dotted field (may be empty), the message."""
 
     source: str
     line: int | None
@@ -55,30 +55,30 @@ class Problem:
 
 
 class InvalidDocument(ConfigError):
-    """Every mistake of one document."""
+    """Report every mistake of one document."""
 
     def __init__(self, problems: Iterable[Problem], more: int = 0) -> None:
-        """more: how many mistakes there are beyond those given."""
-        found = sorted(problems, key=lambda each: each.line or 0)
-        more += max(len(found) - MAX_PROBLEMS, 0)
+        """Report these problems. more: number of further mistakes."""
+        listed = sorted(problems, key=lambda each: each.line or 0)
+        more += max(len(listed) - MAX_PROBLEMS, 0)
         if more:
             rest = f"and {more:,} more mistakes; is this the right file?"
-            found = [*found[:MAX_PROBLEMS], Problem(found[0].source, None, "", rest)]
-        self.problems = tuple(found)
+            listed = [*listed[:MAX_PROBLEMS], Problem(listed[0].source, None, "", rest)]
+        self.problems = tuple(listed)
         super().__init__("\n".join(map(str, self.problems)))
 
 
 @dataclass(frozen=True)
 class Document:
-    """Plain data with its origin; ``lines`` tells where each field stands, as far as there is a file."""
+    """Hold plain data with its origin. ``lines`` holds the line of each field, if there is a file."""
 
     data: Any
     source: str
     lines: Mapping[Location, int] = field(default_factory=dict)
-    problems: tuple[Problem, ...] = ()  # found in reading, reported together with what validation finds
+    problems: tuple[Problem, ...] = ()  # found while reading, reported together with those of the validation
 
     def problem(self, at: Location, message: str) -> Problem:
-        """A mistake in the field ``at``; a field that is missing is placed where its parent stands."""
+        """Return a mistake in the field ``at``. A missing field gets the line of its parent."""
         line = next((self.lines[at[:end]] for end in range(len(at), -1, -1) if at[:end] in self.lines), None)
         return Problem(self.source, line, dotted(at), message)
 
@@ -89,7 +89,7 @@ class Document:
         context: Any = None,
         known_options: KnownOptions | None = None,
     ) -> Model:
-        """The data as ``model``, without guessing (``"8"`` and ``true`` are no numbers). InvalidDocument if it is not.
+        """Return the data as ``model``, without conversion (``"8"`` and ``true`` are no numbers). Raises InvalidDocument.
 
         known_options: the names allowed inside the field at a location (None = not known), for suggestions.
         """
@@ -105,12 +105,12 @@ class Document:
             more = max(len(mistakes) - MAX_PROBLEMS, 0)
             explained = [self._explain(each, known_options) for each in mistakes[:MAX_PROBLEMS]]
             problems += [each for each in explained if (each.field, each.line) not in reported]
-        except ValueError as error:  # from to_json: no plain data
+        except ValueError as error:  # from to_json: not plain data
             problems.append(self.problem((), f"holds a value that is no plain data: {error}"))
         raise InvalidDocument(problems, more)
 
     def _oversized(self, value: Any, at: Location) -> Iterable[Problem]:
-        """Integers that neither JSON's readers nor tensors hold."""
+        """Return the problems of integers that JSON readers or tensors cannot hold."""
         if isinstance(value, int) and not -MAX_INTEGER <= value <= MAX_INTEGER:
             yield self.problem(at, f"must be between -{MAX_INTEGER:,} and {MAX_INTEGER:,} (got {shown(value)})")
         if len(at) <= MAX_DEPTH and isinstance(value, Mapping | list | tuple):
@@ -133,34 +133,34 @@ class Document:
 
 
 def mistake(message: str) -> PydanticCustomError:
-    """What a validator raises when its message says all there is to say."""
+    """Return the error that a validator raises when its message is complete."""
     return PydanticCustomError("mistake", "{message}", {"message": message})
 
 
 def mistake_at(at: Location, message: str, value: Any) -> ValidationError:
-    """The same for a field inside the value that is validated."""
+    """Return the same error for a field inside the value that is validated."""
     details = InitErrorDetails(type=mistake(message), loc=at, input=value)
     return ValidationError.from_exception_data("mistake", [details])
 
 
 def parse_strictly(model: type[Model], data: Any, context: Any = None) -> Model:
-    """Validate as JSON is: names for enums, lists for tuples are welcome; no number is made of a string or a bool."""
+    """Validate as JSON is validated: names become enums, lists become tuples, and no number is made from a string or a bool."""
     return model.model_validate_json(to_json(data, inf_nan_mode="constants"), strict=True, context=context)
 
 
 def dotted(at: Location) -> str:
-    """``layers[0].decode.budget``"""
+    """Return a location as text, such as ``layers[0].decode.budget``."""
     return "".join(f"[{part}]" if isinstance(part, int) else f".{_one_line(part)}" for part in at).removeprefix(".")
 
 
 def _one_line(text: str) -> str:
-    """A text as it may stand in a message: cut, and without what a terminal would obey."""
+    """Return a text fit for a message: shortened, and without control characters of a terminal."""
     cut = text if len(text) <= _SHOWN else text[:_SHOWN] + "..."
     return cut if cut.isprintable() else "".join(each if each.isprintable() else ascii(each)[1:-1] for each in cut)
 
 
 def shown(value: Any) -> str:
-    """A wrong value as a message quotes it: one short line."""
+    """Return a wrong value as one short line for a message."""
     try:
         return _one_line(repr(value))
     except ValueError:  # an integer of thousands of digits
@@ -168,7 +168,7 @@ def shown(value: Any) -> str:
 
 
 def read_yaml(path: Path, source: str | None = None) -> Document:
-    """A YAML file as a document. ConfigError if it cannot be read, InvalidDocument if it is no clean YAML."""
+    """Return a YAML file as a document. Raises ConfigError if it cannot be read, InvalidDocument if it is not valid YAML."""
     source = source or str(path)
     try:
         with path.open("rb") as file:
@@ -189,7 +189,7 @@ def read_yaml(path: Path, source: str | None = None) -> Document:
 
 
 def parse_yaml(text: str, source: str) -> Document:
-    """YAML text as a document. What is no YAML is refused; duplicate keys and the like are noted in ``problems``."""
+    """Return YAML text as a document. Invalid YAML is refused. Duplicate keys and similar mistakes are listed in ``problems``."""
 
     def broken(line: int | None, message: str) -> InvalidDocument:
         return InvalidDocument([Problem(source, line, "", message)])
@@ -219,7 +219,7 @@ def parse_yaml(text: str, source: str) -> Document:
 
 
 def _require_modest(text: str, broken: Callable[[int | None, str], InvalidDocument]) -> None:
-    """Refuse a text with too many values or levels while its parts are read one by one, before a tree is made of them."""
+    """Refuse a text with too many values or nesting levels while its events are read, before a tree is built."""
     values = depth = 0
     for event in YAML(typ="safe", pure=True).parse(io.StringIO(text)):
         values += isinstance(event, NodeEvent)
@@ -234,7 +234,7 @@ def _require_modest(text: str, broken: Callable[[int | None, str], InvalidDocume
 
 
 def _invisible(lines: Iterable[str]) -> str:
-    """Characters between the words of a line that an editor does not show, or shows as a blank."""
+    """Return the characters between words that an editor does not show, or shows as a blank."""
     return foreign_letters("".join(each for line in lines for each in line if each != "\t" and not each.isprintable()))
 
 
@@ -248,7 +248,7 @@ def _one_line_of(text: str) -> str:
 
 
 def to_yaml(data: Any) -> str:
-    """Plain data as YAML text, keys in the order given."""
+    """Return plain data as YAML text, keys in the order given."""
     yaml = YAML(typ="safe", pure=True)
     yaml.default_flow_style = False
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]  # ruamel declares it as None
@@ -258,7 +258,7 @@ def to_yaml(data: Any) -> str:
 
 
 class _Reader:
-    """Turns YAML nodes into plain data, noting lines and mistakes on the way."""
+    """Turn YAML nodes into plain data, and record lines and mistakes."""
 
     def __init__(self, source: str) -> None:
         self.source = source
@@ -266,7 +266,7 @@ class _Reader:
         self.problems: list[Problem] = []
         self._constructor = YAML(typ="safe", pure=True).constructor
         self._values = 0
-        self._around: list[Node] = []  # what the value that is being read stands in
+        self._around: list[Node] = []  # the nodes that contain the value which is being read
 
     def value(self, node: Node, at: Location) -> Any:
         if any(node is each for each in self._around):

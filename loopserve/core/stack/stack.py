@@ -1,4 +1,4 @@
-"""A stack: which sparsifier and which compressor serves each layer; frozen. Made of a preset, a YAML file or a dict."""
+"""Define a stack: which sparsifier and which compressor serves each layer. Made from a preset, a YAML file or a dict; frozen."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _SUFFIXES = (".yaml", ".yml")
 
 @dataclass(frozen=True)
 class Override:
-    """Policies for some layers; None falls through to the stack's own."""
+    """Hold policies for some layers. None means the policy of the stack."""
 
     at: tuple[LayerRange, ...]
     prefill: PrefillSparsifier | None = None
@@ -32,7 +32,7 @@ class Override:
 
     @property
     def passive(self) -> bool:
-        """Whether it only leaves layers as the model has them."""
+        """Return whether it only leaves layers as the model has them."""
         return all(each is None or each.capabilities.passive for each in (self.prefill, self.decode))
 
     def covers(self, index: int, total: int) -> bool:
@@ -41,7 +41,10 @@ class Override:
 
 @dataclass(frozen=True, eq=False)
 class PolicyStack:
-    """One sparsifier and one compressor per layer. Equal when ``describe()`` is; all sessions share the policies."""
+    """Hold one sparsifier and one compressor per layer. All sessions share the policies.
+
+    Stacks are equal if their ``describe()`` is.
+    """
 
     name: str
     prefill: PrefillSparsifier
@@ -49,7 +52,7 @@ class PolicyStack:
     overrides: tuple[Override, ...] = ()
     source: str = "python"
     description: str | None = None
-    owners: Owners = field(default_factory=dict)  # who brings each policy class, where a registry said so
+    owners: Owners = field(default_factory=dict)  # the distribution of each policy class, if known
 
     def prefill_for(self, layer_index: int, layers_total: int) -> PrefillSparsifier:
         override = self._override(layer_index, layers_total)
@@ -64,7 +67,7 @@ class PolicyStack:
 
     @property
     def is_dense(self) -> bool:
-        """Every layer attends as the model has it."""
+        """Return whether every layer attends as the model has it."""
         sparsifiers = [self.prefill, *(each.prefill for each in self.overrides if each.prefill)]
         compressors = [self.decode, *(each.decode for each in self.overrides if each.decode)]
         return all(each.capabilities.passive for each in sparsifiers) and all(
@@ -72,7 +75,7 @@ class PolicyStack:
         )
 
     def describe(self) -> dict[str, Any]:
-        """The stack with every option spelt out, as a stack file says it; ``resolve_stack`` makes an equal one of it."""
+        """Return the stack with every option in the form of a stack file. ``resolve_stack`` makes an equal stack from it."""
         described: dict[str, Any] = {"version": 1, "name": self.name}
         if self.description is not None:
             described["description"] = self.description
@@ -88,7 +91,7 @@ class PolicyStack:
 
     @property
     def digest(self) -> str:
-        """Equal for stacks that do the same, whatever they are called."""
+        """Return a digest that is equal for stacks with the same behaviour, whatever their names are."""
         acting = {key: value for key, value in self.describe().items() if key not in ("name", "description")}
         return hashlib.sha256(json.dumps(acting, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -99,7 +102,7 @@ class PolicyStack:
         return hash(self.digest)
 
     def check(self, layers: Sequence[LayerSpec], *, batch: bool = False) -> None:
-        """ConfigError, naming policy, layer and remedy, if a policy cannot serve these layers (or a batch of rows)."""
+        """Raise ConfigError, naming policy, layer and remedy, if a policy cannot serve these layers (or a batch of rows)."""
         problems = [*self._misplaced(layers)] if layers else []
         served: dict[tuple[Kind, PrefillSparsifier | DecodeCompressor[Any]], list[int]] = {}
         refused: dict[str, list[int]] = {}
@@ -122,7 +125,7 @@ class PolicyStack:
             raise ConfigError("\n".join(f"stack {self.name!r}: {problem}" for problem in problems))
 
     def _misplaced(self, layers: Sequence[LayerSpec]) -> Iterable[str]:
-        """Overrides that name layers which are not there, or which no policy serves."""
+        """Return the overrides that name layers which do not exist, or which no policy serves."""
         total = len(layers)
         for number, override in enumerate(self.overrides):
             named = {index for each in override.at for index in each.resolve(total)}
@@ -130,7 +133,7 @@ class PolicyStack:
             if beyond or not named:
                 given = ", ".join(str(each.as_written()) for each in override.at)
                 yield f"layers[{number}].at: {given} does not fit the model, which has layers 0 to {total - 1}"
-            for layer in () if override.passive else layers:  # sliding layers stay as the model has them in any case
+            for layer in () if override.passive else layers:  # sliding layers are never changed
                 if layer.type is not LayerType.FULL and self._override(layer.index, total) is override:
                     yield (
                         f"layers[{number}].at: layer {layer.index} is a {layer.type} layer, which stays as the model "
@@ -145,9 +148,9 @@ def pair_refusals(
     retention: Retention | None = None,
     owners: Owners | None = None,
 ) -> Iterable[str]:
-    """Why two policies cannot work together (in a layer, if one is given); nothing if they can.
+    """Return why two policies cannot work together (in a layer, if one is given); empty if they can.
 
-    retention: as if the decode policy were configured so; its own by default.
+    retention: of the decode policy, in place of its own.
     """
     pair: tuple[tuple[Kind, PrefillSparsifier | DecodeCompressor[Any]], ...]
     pair = ((Kind.PREFILL, prefill), (Kind.DECODE, decode))
@@ -183,7 +186,7 @@ def _listed(names: Iterable[str]) -> str:
 
 
 def _spoken(indices: Sequence[int]) -> str:
-    """``layer 3``, ``layers 0-2, 5``"""
+    """Return layer indices as text, such as ``layer 3`` or ``layers 0-2, 5``."""
     spans: list[list[int]] = []
     for index in indices:
         if spans and index == spans[-1][-1] + 1:
@@ -195,9 +198,9 @@ def _spoken(indices: Sequence[int]) -> str:
 
 
 def resolve_stack(spec: str | Path | Mapping[str, Any] | PolicyStack, registry: Registry) -> PolicyStack:
-    """Make a stack of a preset's name, a YAML file or a dict of the same form, with the policies of a registry.
+    """Make a stack from a preset's name, a YAML file or a dict of the same form, with the policies of a registry.
 
-    ``loopserve.load_stack`` is this with the plugins that are installed. ConfigError names every mistake.
+    ``loopserve.load_stack`` does the same with the installed plugins. Raises ConfigError that names every mistake.
     """
     if isinstance(spec, PolicyStack):
         return spec

@@ -1,6 +1,6 @@
-"""The format of a stack file: what may be written where, as pydantic models and as JSON Schema for editors.
+"""Define the format of a stack file as pydantic models, and as JSON Schema for editors.
 
-Knows which names stand where and asks the registry what they mean; what a stack does is ``core.stack``'s.
+The registry supplies the policies and their options. ``core.stack.stack`` defines the behaviour of a stack.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ _LARGEST_COUNT = 2**31 - 1  # kernels count tokens and pairs in 32 bits
 
 @dataclass(frozen=True)
 class LayerRange:
-    """Layers from ``first`` to ``last``, both included; negative indices count from the end."""
+    """Name the layers from ``first`` to ``last``, both included. Negative indices count from the end."""
 
     first: int
     last: int
 
     def resolve(self, total: int) -> range:
-        """The layers meant in a model of ``total`` layers (out-of-range indices stay out of range)."""
+        """Return the layers of a model with ``total`` layers. Out-of-range indices stay out of range."""
         first, last = (index + total if index < 0 else index for index in (self.first, self.last))
         return range(first, last + 1)
 
@@ -75,7 +75,7 @@ def _ranges(value: object) -> tuple[LayerRange, ...]:
 
 @dataclass(frozen=True)
 class _Maker:
-    """Makes policies of what a file says; ``depth`` wrappers stand around it (``core.nesting.Maker``)."""
+    """Make policies from a stack file; ``depth`` wrappers enclose the policy (``core.policy.wrappers.Maker``)."""
 
     registry: Registry
     depth: int = 0
@@ -109,7 +109,7 @@ class _Maker:
 
 
 def _policy(kind: Kind) -> Callable[[Any, ValidationInfo], PrefillSparsifier | DecodeCompressor[Any]]:
-    """A validator that makes a policy of ``{policy: NAME, option: value, ...}``; a ``_Maker`` is its context."""
+    """Return a validator that makes a policy from ``{policy: NAME, option: value, ...}``. Its context is a ``_Maker``."""
 
     def build(value: Any, info: ValidationInfo) -> PrefillSparsifier | DecodeCompressor[Any]:
         return cast(_Maker, info.context).make(kind, value)
@@ -130,7 +130,7 @@ class _FileModel(BaseModel):
 
 
 class LayerConfig(_FileModel, Generic[Prefill, Decode]):
-    """What differs in some layers."""
+    """Describe the policies that differ in some layers."""
 
     at: Annotated[
         tuple[LayerRange, ...],
@@ -141,7 +141,7 @@ class LayerConfig(_FileModel, Generic[Prefill, Decode]):
 
 
 class StackConfig(_FileModel, Generic[Prefill, Decode]):
-    """A stack file. Generic over what stands for a policy: one made by the registry, or its JSON Schema."""
+    """Describe a stack file. Generic over the form of a policy: an object made by the registry, or its JSON Schema."""
 
     version: Literal[1] = Field(1, description="Version of this format.")
     name: str | None = Field(None, min_length=1, description="Shown in reports; the file's name if not given.")
@@ -160,7 +160,7 @@ _Checked: Any = StackConfig[
 
 
 def read_stack(document: Document, registry: Registry) -> StackConfig[PrefillSparsifier, DecodeCompressor[Any]]:
-    """A document as a stack with its policies made. InvalidDocument names every mistake in it."""
+    """Return a document as a stack of policy objects. Raises InvalidDocument that names every mistake in it."""
 
     def known_options(at: Location) -> Iterable[str] | None:
         if not at:
@@ -186,7 +186,7 @@ def read_stack(document: Document, registry: Registry) -> StackConfig[PrefillSpa
 
 
 def stack_schema(registry: Registry) -> dict[str, Any]:
-    """JSON Schema of a stack file with the options of every policy registered, told apart by ``policy``."""
+    """Return the JSON Schema of a stack file with the options of every registered policy, distinguished by ``policy``."""
     prefill, decode = (_written(registry, kind) for kind in Kind)
     schema: dict[str, Any] = StackConfig[prefill, decode].model_json_schema()  # type: ignore[valid-type]
     long_name = next((name for name in schema["$defs"] if name.startswith(LayerConfig.__name__)), LayerConfig.__name__)
@@ -195,7 +195,7 @@ def stack_schema(registry: Registry) -> dict[str, Any]:
 
 
 def _written(registry: Registry, kind: Kind) -> Any:
-    """The union of all policies of a kind as they are written: their options, and the name that tells them apart."""
+    """Return the union of the written forms of all policies of a kind: their options, and the name."""
     models: list[Any] = [
         create_model(
             f"{kind}_{each.name}",

@@ -16,17 +16,16 @@ from loopserve.core.policy.wrappers import ScoredWrapper, WrapperConfig
 class AdaKVDecode(ScoredWrapper):
     """Give each KV head of a layer its own share of the layer's budget, by comparing scores across heads (AdaKV).
 
-    Paper: https://arxiv.org/abs/2407.11550. Variant, as in kvpress: every head first keeps its ``safeguard`` share of the
-    budget; the rest of the layer's ``Hkv * budget`` pairs goes to the best scores of all heads taken together. Wraps any
-    scored policy, whose budget is the mean per head.
+    Paper: https://arxiv.org/abs/2407.11550. Variant, as in kvpress: every head first keeps its ``safeguard`` share of the budget.
+    The rest of the layer's ``Hkv * budget`` pairs goes to the best scores over all heads. Wraps any scored policy, whose budget is
+    the mean per head.
 
-    Deviations: heads are really ragged, where kvpress keeps all keys and masks some with fakes, which saves no memory and
-    outlasts its context: with ``evict`` each head's pairs are stored without padding. Sinks and recent window of the inner
-    policy are kept in every head. The authors' code pools by maximum and rounds its floor otherwise. Scores that are not
-    shares of attention are compared across heads as they are.
+    Deviations: heads are ragged: with ``evict`` each head's pairs are stored without padding. kvpress keeps all keys and replaces
+    some by fake ones, which saves no memory. Sinks and recent window of the inner policy are kept in every head. The authors' code
+    pools by maximum and rounds its floor otherwise. Scores that are not shares of attention are compared across heads unscaled.
 
-    Multi-turn: shares are dealt out anew at the end of each turn's prefill. With ``keep`` over the whole history; with
-    ``evict`` a head can only keep what it still has, so a head once given little stays poor in old pairs.
+    Multi-turn: shares are computed again at the end of each turn's prefill, with ``keep`` over the whole history. With ``evict`` a
+    head can only keep pairs that it still holds, so a head with a small share in an early turn keeps few old pairs.
     """
 
     name: ClassVar[str] = "adakv"
@@ -47,7 +46,7 @@ class AdaKVDecode(ScoredWrapper):
         first = best_held(ranking, safe, limits, inputs.first_valid)
         scores = ranking.float().nan_to_num(nan=float("-inf"))
         order = scores.masked_fill(first, float("inf")).masked_fill(~inputs.holds, float("-inf"))
-        # Position by position, heads within: so that equal scores go to the lowest position.
+        # Ordered by position, then by head, so that of equal scores the lowest position is taken.
         best = order.T.flatten().argsort(descending=True, stable=True)[: heads * budget]
         kept = torch.zeros(heads * total, dtype=torch.bool, device=order.device)
         kept[best] = True

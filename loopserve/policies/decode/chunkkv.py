@@ -1,4 +1,4 @@
-"""Implement ChunkKV: whole runs of tokens instead of single ones."""
+"""Implement ChunkKV: select whole runs of tokens instead of single ones."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from loopserve.core.policy.wrappers import ScoredWrapper, WrapperConfig
 class ChunkKVDecode(ScoredWrapper):
     """Keep or drop neighbouring tokens together, by the mean score of their chunk (ChunkKV).
 
-    Paper: https://arxiv.org/abs/2502.00299. Variant, as in kvpress: scores are summed over the KV heads, then averaged over
-    chunks of ``chunk`` columns; the last chunk may be shorter. All heads of a layer keep the same chunks.
+    Paper: https://arxiv.org/abs/2502.00299. Variant, as in kvpress: scores are summed over the KV heads, then averaged over chunks
+    of ``chunk`` columns; the last chunk may be shorter. All heads of a layer keep the same chunks.
 
-    Deviations: the budget is exact, so the last chunk taken may be taken in part, its first tokens first; kvpress rounds
-    the number of chunks down (140 pairs kept of 300 at a half). The paper's reuse of one layer's choice in the next is not
-    done. Where heads hold different pairs (AdaKV outside, with eviction) each chunks its own columns.
+    Deviations: the budget is exact, so the last chunk taken may be taken in part, its first tokens first; kvpress rounds the number
+    of chunks down (140 pairs kept of 300 at a half). The paper's reuse of one layer's selection in the next layer is not
+    implemented. Where heads hold different pairs (inside AdaKV, with eviction) each head chunks its own columns.
 
-    Multi-turn: chunks are counted from the first stored pair, over history and new turn; after an eviction neighbours are
-    neighbouring survivors, whole chunks of before mostly.
+    Multi-turn: chunks are counted from the first stored pair, over history and new turn. After an eviction they consist of
+    neighbouring survivors, which are mostly whole earlier chunks.
     """
 
     name: ClassVar[str] = "chunkkv"

@@ -12,20 +12,20 @@ from loopserve.core.policy.interfaces import AttentionInputs, Capabilities, Need
 from loopserve.core.policy.scoring import ScoredState, best_held
 from loopserve.core.policy.wrappers import ScoredWrapper, WrapperConfig
 
-_TOKENS = 512  # tokens whose projected values are held at once
+_TOKENS = 512  # tokens whose projected values are in memory at once
 
 
 class CriticalKVDecode(ScoredWrapper):
     """Keep the best-scored pairs, then those whose score times the size of their projected value is largest (CriticalKV).
 
-    Paper: https://arxiv.org/abs/2502.03805. Variant, as in kvpress: a ``first_stage`` share of the budget goes by the inner
-    policy's scores; the rest by ``(s + epsilon) * |V W_o|_1``, the norm taken per query head and averaged over the group.
+    Paper: https://arxiv.org/abs/2502.03805. Variant, as in kvpress: a ``first_stage`` share of the budget is chosen by the inner
+    policy's scores, the rest by ``(s + epsilon) * |V W_o|_1``, the norm taken per query head and averaged over the group.
 
-    Deviations: what the inner policy always keeps comes first. Inner scores must not be negative (``knorm`` and ``keydiff``
-    are refused: kvpress multiplies them, which turns the order around). With ``expected_attention`` inside, set its
-    ``value_norm: false``, or values are weighed twice.
+    Deviations: the pairs that the inner policy always keeps are taken first. Inner scores must not be negative. ``knorm`` and
+    ``keydiff`` are refused, since the product reverses the order of negative scores (kvpress computes it). With
+    ``expected_attention`` inside, set its ``value_norm: false``, or value norms are applied twice.
 
-    Multi-turn: as the inner policy; a pair's norm never changes, so it is the scores that move from turn to turn.
+    Multi-turn: as the inner policy. The norm of a pair never changes, so only the scores differ from turn to turn.
     """
 
     name: ClassVar[str] = "criticalkv"

@@ -1,4 +1,4 @@
-"""Implement Expected Attention: rank pairs by the attention of later queries, from the distribution of those seen."""
+"""Implement Expected Attention: rank pairs by the expected attention of later queries, from the distribution of the queries so far."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch import Tensor
 from loopserve.core.policy.interfaces import AttentionInputs, Capabilities, LayerParts, Need, Phase, Retention
 from loopserve.core.policy.scoring import ScoredCompressor, ScoredConfig, ScoredState
 
-_POSITIONS = 128  # future positions whose rotation matrices are held at once
+_POSITIONS = 128  # future positions whose rotation matrices are in memory at once
 
 
 @dataclass
 class QueryStatistics:
-    """Hold mean ``[Hq, D]`` and summed outer products of deviations ``[Hq, D, D]`` of queries as before their rotation."""
+    """Hold mean ``[Hq, D]`` and summed outer products of deviations ``[Hq, D, D]`` of queries before their rotation."""
 
     count: int
     mean: Tensor
@@ -41,18 +41,18 @@ class QueryStatistics:
 class ExpectedAttentionDecode(ScoredCompressor):
     """Keep the pairs that the next queries are expected to attend to, weighed by the length of their values (Expected Attention).
 
-    Paper: https://arxiv.org/abs/2510.00636. Variant, as in kvpress: queries before rotation are taken as Gaussian with
-    the turn's mean and covariance; both are turned by the mean rotation of the next ``future`` positions; the expected
-    exponent of ``q K / sqrt(d)`` gives ``softmax(mean K / sqrt(d) + K cov K / 2d)`` over the pairs after the sinks; mean
-    over the group; plus ``epsilon``, times ``|V|``. Sinks have no score and are kept.
+    Paper: https://arxiv.org/abs/2510.00636. Variant, as in kvpress: queries before rotation are taken as Gaussian with the turn's
+    mean and covariance. Both are rotated by the mean rotation of the next ``future`` positions. The expected exponent of ``q K /
+    sqrt(d)`` gives ``softmax(mean K / sqrt(d) + K cov K / 2d)`` over the pairs after the sinks. The score is its mean over the
+    group, plus ``epsilon``, times ``|V|``. Sinks have no score and are kept.
 
-    Deviations: queries arrive rotated and are turned back, which is exact; they are those of the turn under way, whose
-    first ``sink_tokens`` positions of the conversation are left out. Softcaps are not part of the Gaussian formula. With
-    a single query the covariance is zero.
+    Deviations: queries arrive rotated and the rotation is undone, which is exact. They are those of the current turn, without the
+    first ``sink_tokens`` positions of the conversation. Softcaps are not part of the Gaussian formula. With a single query the
+    covariance is zero.
 
-    Multi-turn: the distribution is that of the new turn's queries (all chunks of its prefill), and the pairs ranked are
-    history and turn alike; outputs come on top. With ``evict`` the survivors are ranked. A very short turn describes its
-    successors poorly.
+    Multi-turn: the distribution is that of the new turn's queries (all chunks of its prefill), and history and turn are ranked
+    together. Outputs are attended in addition. With ``evict`` the survivors are ranked. The queries of a very short turn predict
+    later queries poorly.
     """
 
     name: ClassVar[str] = "expected_attention"
@@ -69,17 +69,17 @@ class ExpectedAttentionDecode(ScoredCompressor):
     config: Config
 
     def end_turn(self, state: ScoredState) -> None:
-        for layer, found in list(state.statistics.items()):
-            if isinstance(found, QueryStatistics):  # the next turn has its own queries; a wrapper's statistics stay
+        for layer, statistics in list(state.statistics.items()):
+            if isinstance(statistics, QueryStatistics):  # not kept: the next turn has its own queries
                 del state.statistics[layer]
 
     def observe(self, inputs: AttentionInputs, state: ScoredState) -> None:
         if inputs.phase is not Phase.PREFILL:
             return
-        found = self._statistics(inputs)
+        statistics = self._statistics(inputs)
         held = state.statistics.get(inputs.layer.index)
-        if found is not None:
-            state.statistics[inputs.layer.index] = found if held is None else held.joined(found)
+        if statistics is not None:
+            state.statistics[inputs.layer.index] = statistics if held is None else held.joined(statistics)
 
     def ranking(self, inputs: AttentionInputs, state: ScoredState, budget: int) -> Tensor:
         return self._score(inputs, state.statistics.get(inputs.layer.index))
@@ -95,22 +95,22 @@ class ExpectedAttentionDecode(ScoredCompressor):
         queries = inputs.queries[:, rows].float()
         return QueryStatistics.of(_parts(inputs).rotate(queries, positions[rows], back=True))
 
-    def _score(self, inputs: AttentionInputs, found: QueryStatistics | None) -> Tensor:
+    def _score(self, inputs: AttentionInputs, statistics: QueryStatistics | None) -> Tensor:
         heads, total, _ = inputs.keys.shape
         columns = torch.arange(total, device=inputs.keys.device)
         start = torch.zeros(heads, dtype=torch.long, device=columns.device)
         start = (start if inputs.first_valid is None else inputs.first_valid) + self.config.sink_tokens
         ranked = columns >= start[:, None]
-        if found is None or not bool(ranked.any()):
+        if statistics is None or not bool(ranked.any()):
             return torch.zeros(heads, total, dtype=torch.float32, device=columns.device).masked_fill(
                 ~ranked, float("inf")
             )
         turned = self._mean_rotation(inputs)
-        mean = found.mean @ turned.T
+        mean = statistics.mean @ turned.T
         keys = inputs.keys.float().repeat_interleave(inputs.group, dim=0)
         logits = (keys @ mean[:, :, None])[..., 0] * inputs.scaling
         if self.config.covariance:
-            covariance = turned @ (found.spread / found.count) @ turned.T
+            covariance = turned @ (statistics.spread / statistics.count) @ turned.T
             logits = logits + ((keys @ covariance) * keys).sum(-1) * (inputs.scaling**2 / 2)
         hidden = ~ranked.repeat_interleave(inputs.group, dim=0)
         spread = logits.masked_fill(hidden, float("-inf")).softmax(-1).view(heads, inputs.group, total).mean(1)
@@ -119,7 +119,7 @@ class ExpectedAttentionDecode(ScoredCompressor):
         return spread.masked_fill(~ranked, float("inf"))
 
     def _mean_rotation(self, inputs: AttentionInputs) -> Tensor:
-        """Return the mean rotation ``[D, D]`` of the positions to come, acting on column vectors."""
+        """Return the mean rotation ``[D, D]`` of the next positions, acting on column vectors."""
         device, dim = inputs.keys.device, inputs.keys.shape[2]
         basis = torch.eye(dim, dtype=torch.float32, device=device)[:, None]
         total = torch.zeros(dim, dim, dtype=torch.float32, device=device)

@@ -1,4 +1,4 @@
-"""Implement H2O: the pairs that all queries so far have attended to most, and the last ones."""
+"""Implement H2O: keep the pairs that all queries so far have attended to most, and the last ones."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from loopserve.policies.decode.rolling import RollingCompressor, RollingConfig
 class H2ODecode(RollingCompressor):
     """Keep the recent window and the heavy hitters: pairs with most attention from all queries so far (H2O).
 
-    Paper: https://arxiv.org/abs/2306.14048. Variant: attention is summed over every query of the prompt and every output,
-    half of the budget goes to the last tokens and half to the heavy hitters, and with each output the least pair goes,
-    as published. ``normalise`` divides by the number of queries that could see a pair, which is what kvpress calls
-    observed attention (without a recent window there); ``score`` is that formula for one call.
+    Paper: https://arxiv.org/abs/2306.14048. Variant: attention is summed over every query of the prompt and every output, half of
+    the budget goes to the last tokens and half to the heavy hitters. With each output the pair with the least attention is dropped,
+    as published. ``normalise`` divides by the number of queries that could see a pair, as in kvpress's observed attention (which
+    has no recent window). ``score`` is that formula for one call.
 
-    Deviations: one choice per KV head, mean over the group, where the authors keep all query heads apart; exact softmax
-    sums are computed over all keys in a pass of their own, since fused attention gives none, which costs as much as dense
-    scores once more (under a sparse prefill as well); an output's attention is summed over the pairs still attended.
+    Deviations: one selection per KV head, by the mean over the group, where the authors select per query head. Exact softmax sums
+    are computed over all keys in a separate pass, since fused attention returns none. This costs as much as dense scores, under a
+    sparse prefill as well. The attention of an output is summed over the pairs still attended.
 
-    Multi-turn: sums go on over turns, so what early turns looked at keeps its weight. With ``keep`` a new turn's queries
-    see the whole history and their attention can bring a pair back; with ``evict`` what was let go is gone, as published.
+    Multi-turn: sums continue over turns, so pairs that early turns attended to keep their score. With ``keep`` a new turn's queries
+    see the whole history, and a dropped pair can be selected again. With ``evict`` dropped pairs are removed, as published.
     """
 
     name: ClassVar[str] = "h2o"

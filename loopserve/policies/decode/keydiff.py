@@ -14,14 +14,13 @@ from loopserve.core.policy.scoring import ScoredCompressor
 class KeyDiffDecode(ScoredCompressor):
     """Keep the pairs whose keys differ most from the average key; reads no query and computes no attention (KeyDiff).
 
-    Paper: https://arxiv.org/abs/2504.15364. Variant, as in kvpress: ``s = -cos(K, mean(K / |K|))`` per KV head, on
-    rotated keys.
+    Paper: https://arxiv.org/abs/2504.15364. Variant, as in kvpress: ``s = -cos(K, mean(K / |K|))`` per KV head, on rotated keys.
 
-    Deviations: chosen once per turn over all stored pairs, where the paper evicts block by block while the prompt is
-    read; sinks and a recent window are kept besides (the paper has neither: set both to 0).
+    Deviations: chosen once per turn over all stored pairs, where the paper evicts block by block during the prefill. Sinks and a
+    recent window are kept as well (the paper has neither: set both to 0).
 
-    Multi-turn: the average runs over history and new turn, so each turn scores all pairs anew; with ``evict`` over the
-    survivors, which differ from each other already.
+    Multi-turn: the average is taken over history and new turn, so each turn scores all pairs again. With ``evict`` it is taken over
+    the survivors, which already differ from each other.
     """
 
     name: ClassVar[str] = "keydiff"
@@ -31,6 +30,6 @@ class KeyDiffDecode(ScoredCompressor):
 
     def score(self, inputs: AttentionInputs) -> Tensor:
         keys = inputs.keys.float()
-        directions = normalize(keys, dim=-1) * inputs.holds[..., None]  # filler must not pull the average
-        # The sum has the direction of the mean, and the cosine asks for no more.
+        directions = normalize(keys, dim=-1) * inputs.holds[..., None]  # filler must not count in the average
+        # The sum has the direction of the mean, and the cosine depends on nothing else.
         return -cosine_similarity(keys, directions.sum(1, keepdim=True), dim=-1)

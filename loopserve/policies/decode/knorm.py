@@ -1,4 +1,4 @@
-"""Implement key norms: small keys attract attention."""
+"""Implement key norms: keep the pairs with the smallest keys, which tend to get the most attention."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ class KnormDecode(ScoredCompressor):
 
     Paper: https://arxiv.org/abs/2406.11430. Variant, as in kvpress: ``s = -|K|`` per KV head, norms in float32.
 
-    Deviations: chosen once per turn; sinks and a recent window are kept besides (the paper has neither: set both to 0).
-    The first layers, which the paper leaves whole, are a matter of the stack's ``layers``.
+    Deviations: chosen once per turn. Sinks and a recent window are kept as well (the paper has neither: set both to 0). The paper
+    does not compress the first layers; the stack's ``layers`` can except them.
 
-    Multi-turn: scored anew at the end of each turn's prefill over history and new turn; a key's norm never changes, so a
-    pair once passed over comes back only when the budget or the competition changes. With ``evict`` it is gone.
+    Multi-turn: scored again at the end of each turn's prefill over history and new turn. The norm of a key never changes, so an
+    unselected pair is selected later only if the budget or the other pairs change. With ``evict`` it is removed.
     """
 
     name: ClassVar[str] = "knorm"

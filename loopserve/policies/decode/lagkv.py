@@ -15,18 +15,17 @@ from loopserve.core.policy.scoring import ScoredCompressor, ScoredConfig
 class LagKVDecode(ScoredCompressor):
     """Keep, in each partition, the tokens whose keys and values vary most relative to the next partition's range (LagKV).
 
-    Paper: https://arxiv.org/abs/2504.04704. Variant, as in kvpress: after the sinks, partitions of ``lag`` tokens; keys and
-    values are scaled by the minimum and maximum of each channel in the next partition, the standard deviation over the
-    channels goes through a softmax within the partition, and the mean of both is ranked there; the score is the rank
-    over ``lag``. Sinks, the last whole partition and the rest after it score 1. A history shorter than two partitions
-    scores by recency.
+    Paper: https://arxiv.org/abs/2504.04704. Variant, as in kvpress: after the sinks, tokens are divided into partitions of ``lag``
+    tokens. Keys and values are scaled by the minimum and maximum of each channel in the next partition. The standard deviation over
+    the channels goes through a softmax within the partition, and the mean of both is ranked there. The score is the rank divided by
+    ``lag``. Sinks, the last whole partition and the rest after it score 1. A history shorter than two partitions scores by recency.
 
-    Deviations: ranks are equal across partitions, and ties go to the lowest position, so a budget that ends within a rank
-    favours early partitions. ``cross_scoring`` compares the unranked scores; a channel that is constant in the next
-    partition, where kvpress divides by zero, counts as no deviation.
+    Deviations: ranks are equal across partitions, and ties go to the lowest position, so a budget that ends within a rank favours
+    early partitions. ``cross_scoring`` compares the unranked scores. A channel that is constant in the next partition counts as no
+    deviation, where kvpress divides by zero.
 
-    Multi-turn: partitions are counted over history and new turn, from the first stored pair; a turn shorter than ``lag``
-    moves the unscored end along. After an eviction they run over the survivors of each head.
+    Multi-turn: partitions are counted over history and new turn, from the first stored pair. A turn shorter than ``lag`` moves the
+    unscored end. After an eviction they are counted over the survivors of each head.
     """
 
     name: ClassVar[str] = "lagkv"
@@ -58,10 +57,10 @@ class LagKVDecode(ScoredCompressor):
             return scores
         partitions = (total - sinks) // lag
         inside = slice(sinks, sinks + partitions * lag)
-        found = (_deviation(keys[:, inside], lag) + _deviation(values[:, inside], lag)) / 2
+        deviations = (_deviation(keys[:, inside], lag) + _deviation(values[:, inside], lag)) / 2
         if not self.config.cross_scoring:
-            found = found.argsort(dim=-1, stable=True).argsort(dim=-1, stable=True).float() / lag
-        scores[:, sinks : sinks + (partitions - 1) * lag] = found.flatten(1)
+            deviations = deviations.argsort(dim=-1, stable=True).argsort(dim=-1, stable=True).float() / lag
+        scores[:, sinks : sinks + (partitions - 1) * lag] = deviations.flatten(1)
         return scores
 
 

@@ -15,16 +15,16 @@ from loopserve.core.policy.wrappers import ScoredWrapper, WrapperConfig
 class PyramidKVDecode(ScoredWrapper):
     """Give low layers more of the budget and high layers less, in equal steps (PyramidKV).
 
-    Paper: https://arxiv.org/abs/2406.02069. Variant, as in kvpress: with n pairs per head on the average, the last layer
-    gets ``n / beta`` and the first ``2 n`` less that; where the first would exceed all but ``window`` of the tokens so far,
-    both move towards the mean; where a layer would fall below ``window``, all get n. Rounded to whole pairs, so the mean
-    over the layers can be off by half a pair. The inner policy (SnapKV in the paper) chooses within each layer.
+    Paper: https://arxiv.org/abs/2406.02069. Variant, as in kvpress: with n pairs per head on average, the last layer gets ``n /
+    beta`` and the first ``2 n - n / beta``. If the first would exceed the tokens so far minus ``window``, both move towards the
+    mean. If a layer would fall below ``window``, all get n. Budgets are rounded to whole pairs, so their mean can differ from n by
+    half a pair. The inner policy (SnapKV in the paper) chooses within each layer.
 
     Deviations: layers are counted among those that this policy selects for, so sliding-window layers and layers that the stack
     excepts do not distort the pyramid. The authors' code adds the window on top of the budget.
 
-    Multi-turn: the pyramid is the same in every turn once the conversation is longer than its base; what a layer passes
-    over follows the inner policy's retention, so with ``evict`` high layers forget sooner.
+    Multi-turn: the budgets are the same in every turn once the conversation is longer than the largest one. Unselected pairs follow
+    the inner policy's retention, so with ``evict`` high layers lose pairs sooner.
     """
 
     name: ClassVar[str] = "pyramidkv"
@@ -43,14 +43,14 @@ class PyramidKVDecode(ScoredWrapper):
 
     @property
     def most_pairs(self) -> int | None:
-        """Return the first layer's part: never more than twice the mean."""
+        """Return the first layer's budget, which is at most twice the mean."""
         mean = self.inner.most_pairs
         return None if mean is None else 2 * mean
 
     def layer_budget(self, inputs: AttentionInputs) -> int:
         mean = self.inner.layer_budget(inputs)
         layers = [each.index for each in inputs.compressor_layers]
-        # By the length of the conversation, which all layers share: after an eviction they hold different numbers.
+        # Computed from the length of the conversation, which all layers share. After an eviction they hold different numbers of pairs.
         if inputs.layer.index not in layers or inputs.length <= mean:
             return mean
         window = self.config.window or max(1, self.limits.always_kept)

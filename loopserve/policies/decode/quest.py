@@ -22,17 +22,17 @@ class QuestState:
 class QuestDecode(DecodeCompressor[QuestState]):
     """Attend in each step to the pages of keys that could hold the largest logits of the current query (Quest).
 
-    Paper: https://arxiv.org/abs/2406.10774. Variant: per page and channel the smallest and largest key; a page's bound is
-    the sum over channels of the larger of the query times either; the page under way is always attended. Page size 16 as
-    published; 4 finds far more at equal budget, and reads four times the bounds.
+    Paper: https://arxiv.org/abs/2406.10774. Variant: per page and channel the smallest and largest key are kept. The bound of a
+    page is the sum over channels of the larger product of the query with either. The current page is always attended. Page size 16
+    is as published. Size 4 captures far more attention at equal budget, and reads four times the bounds.
 
-    Deviations: one choice per KV head by the largest bound in its group, where the authors' code serves models with as
-    many KV heads as query heads; the budget is in tokens and exact, this turn's outputs and the page under way included,
-    so the last page that fits may be taken in part. The first two layers, dense in the paper, are a matter of the stack's
-    ``layers`` (preset ``quest``).
+    Deviations: one selection per KV head by the largest bound in its group, where the authors' code supports only models with as
+    many KV heads as query heads. The budget is in tokens and exact, this turn's outputs and the current page included, so the last
+    page that fits may be taken in part. The first two layers are dense in the paper; the stack's ``layers`` can except them (preset
+    ``quest``).
 
-    Multi-turn: nothing is ever passed over for longer than a step. The whole store stays, every turn's tokens, outputs and
-    history alike stand in pages of the same kind, counted from the conversation's beginning.
+    Multi-turn: pages are selected again in every step. The whole store stays. Prompts and outputs of all turns are in pages of the
+    same size, counted from the beginning of the conversation.
     """
 
     name: ClassVar[str] = "quest"

@@ -1,4 +1,4 @@
-"""Implement random selection: the floor that a method must exceed."""
+"""Implement random selection: the baseline that every method must exceed."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class RandomDecode(ScoredCompressor):
 
     No paper. The draw depends on seed, turn, layer and length alone, so it can be repeated.
 
-    Multi-turn: drawn again at the end of each turn's prefill, over history and new turn alike; with retention ``evict``
-    only the pairs drawn before can be drawn again.
+    Multi-turn: drawn again at the end of each turn's prefill, over history and new turn alike; with retention ``evict`` only the
+    pairs drawn before can be drawn again.
     """
 
     name: ClassVar[str] = "random"

@@ -33,16 +33,16 @@ class RecoverAlphaDecode(DecodeCompressor[RecoverState]):
     """Attend, per KV head, to the fewest pairs that recover a share ``alpha`` of the attention: LoopServe's prefill rule in
     decoding.
 
-    Paper: https://arxiv.org/abs/2507.13681 for the rule (its phase one), applied to stored pairs instead of lines. The
-    attention of the last ``window`` queries, mean over rows and group, is sorted; pairs are taken until they, sinks, recent
-    window and this turn's outputs hold ``alpha`` of the total mass. Heads with peaked attention keep few pairs, flat ones
-    many, so budgets are ragged and adapt by themselves.
+    Paper: https://arxiv.org/abs/2507.13681 for the rule (its phase one), applied to stored pairs instead of lines. The attention of
+    the last ``window`` queries, mean over rows and group, is sorted; pairs are taken until they, sinks, recent window and this
+    turn's outputs hold ``alpha`` of the total mass. Heads with peaked attention keep few pairs and heads with flat attention many,
+    so budgets are ragged and follow from the attention.
 
-    Variant: own reading; the share is of the total mass of the softmax over all pairs, not of the largest entry or of an
+    Variant: an interpretation. The share is of the total mass of the softmax over all pairs, not of the largest entry or of an
     approximation. ``most`` bounds the pairs of a head, whatever share they recover (recorded as ``recovered_mass``).
 
-    Multi-turn: chosen at the end of each turn's prefill from that turn's last rows, and every ``interval`` outputs from
-    the outputs' own queries over the whole store, so anything passed over can come back at any time. Nothing is evicted.
+    Multi-turn: chosen at the end of each turn's prefill from that turn's last rows, and every ``interval`` outputs from the
+    outputs' own queries over the whole store, so unselected pairs can be selected at any later time. Nothing is evicted.
     """
 
     name: ClassVar[str] = "recover_alpha"
@@ -106,7 +106,7 @@ def fewest(mass: Tensor, held: Tensor, forced: Tensor, alpha: float, least: int,
     order = ranked.argsort(dim=-1, descending=True, stable=True)
     reached = held[:, None] + mass.gather(1, order).cumsum(-1)
     wanted = alpha * (held + mass.sum(-1))
-    # Rounding must not leave the target just out of reach of everything.
+    # Rounding must not put the target above the sum of all masses.
     count = (reached < wanted[:, None] * (1 - 1e-6)).sum(-1) + 1
     count = count.clamp(min=max(least, int(forced.sum())), max=mass.shape[1])
     if most is not None:

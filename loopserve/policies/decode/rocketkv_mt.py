@@ -36,17 +36,16 @@ class RocketKVMTDecode(DecodeCompressor[RocketState]):
     """Filter the history once per turn by the last queries, then attend in each step to the filtered pages that the current query
     could need (RocketKV-MT).
 
-    Paper: https://arxiv.org/abs/2502.14051; written from the paper alone. Stage one: attention of the last ``window``
-    queries, maximum over ``kernel`` neighbours, the best ``filter_budget`` pairs per KV head. Stage two: bounds of the
-    keys of ``page`` filtered neighbours on the ``channels`` channels where the group's queries are largest, the best
-    pages for each step's query.
+    Paper: https://arxiv.org/abs/2502.14051. Written from the paper alone. Stage one: attention of the last ``window`` queries,
+    maximum over ``kernel`` neighbours, the best ``filter_budget`` pairs per KV head. Stage two: bounds of the keys of ``page``
+    filtered neighbours on the ``channels`` channels where the group's queries are largest, the best pages for each step's query.
 
-    Variant and deviations: a reading of the paper (its two-level choice along tokens and channels), not of its code, which
-    is not free to use. The budget is exact, so the last page may be taken in part; outputs of this turn come on top. The
-    paper's adaptive split of the compression between the stages is two fields here.
+    Variant and deviations: an interpretation of the paper (its two-level choice along tokens and channels). The license of its code
+    does not permit free use. The budget is exact, so the last page may be taken in part. Outputs of this turn are attended in
+    addition. The paper's adaptive split of the compression between the stages is two fields here.
 
-    Multi-turn: the filter holds for one turn only. The store keeps everything, the next turn's prefill sees all of it and
-    filters anew; that is what sets this form apart from RocketKV, which evicts.
+    Multi-turn: the filter holds for one turn only. The store keeps everything, and the next turn's prefill sees all of it and
+    filters again. RocketKV, in contrast, evicts.
     """
 
     name: ClassVar[str] = "rocketkv_mt"
@@ -105,26 +104,28 @@ class RocketKVMTDecode(DecodeCompressor[RocketState]):
         return Filtered(columns, low, high, total, all_in)
 
     def before_attention(self, inputs: AttentionInputs, state: RocketState) -> KVSelection | None:
-        found = state.layers.get(inputs.layer.index)
-        if found is None:
+        filtered = state.layers.get(inputs.layer.index)
+        if filtered is None:
             return None
-        heads, count = found.columns.shape
+        heads, count = filtered.columns.shape
         if count <= self.config.budget:
-            if found.all_in or inputs.selection is not None:
+            if filtered.all_in or inputs.selection is not None:
                 return None
-            return KVSelection.uniform(found.columns, found.end)
-        inputs.record.read("summaries", found.low.numel() * found.low.element_size())  # one of the bounds per channel
-        free = torch.ones(heads, count, dtype=torch.bool, device=found.columns.device)
-        taken = best_pages(self._bounds(inputs, found), free, self.config.page, self.config.budget)
-        return KVSelection.uniform(found.columns[taken].view(heads, -1), found.end, fleeting=True)
+            return KVSelection.uniform(filtered.columns, filtered.end)
+        inputs.record.read(
+            "summaries", filtered.low.numel() * filtered.low.element_size()
+        )  # one of the bounds per channel
+        free = torch.ones(heads, count, dtype=torch.bool, device=filtered.columns.device)
+        taken = best_pages(self._bounds(inputs, filtered), free, self.config.page, self.config.budget)
+        return KVSelection.uniform(filtered.columns[taken].view(heads, -1), filtered.end, fleeting=True)
 
-    def _bounds(self, inputs: AttentionInputs, found: Filtered) -> Tensor:
+    def _bounds(self, inputs: AttentionInputs, filtered: Filtered) -> Tensor:
         """Return upper bounds of the current query's products with each filtered page, on the largest channels ``[Hkv, P]``."""
-        heads, pages, dim = found.low.shape
+        heads, pages, dim = filtered.low.shape
         queries = inputs.queries[:, -1].view(heads, -1, dim).float()
         count = min(self.config.channels or max(1, dim // 2), dim)
         largest = queries.abs().sum(1).topk(count, dim=-1).indices[:, None]  # [Hkv, 1, channels]
         near = queries.gather(2, largest.expand(-1, queries.shape[1], -1))
-        low, high = (part.float().gather(2, largest.expand(-1, pages, -1)) for part in (found.low, found.high))
+        low, high = (part.float().gather(2, largest.expand(-1, pages, -1)) for part in (filtered.low, filtered.high))
         bounds: Tensor = near.clamp(min=0) @ high.transpose(1, 2) + near.clamp(max=0) @ low.transpose(1, 2)
         return bounds.amax(1)

@@ -11,7 +11,7 @@ from loopserve.kernels.top_columns import top_columns
 
 
 class RollingConfig(ScoredConfig):
-    """Define the options of a method that goes on choosing during the answer."""
+    """Define the options of a method that selects again after each output."""
 
     rolling: bool = Field(
         True,
@@ -22,12 +22,12 @@ class RollingConfig(ScoredConfig):
 class RollingCompressor(ScoredCompressor):
     """Choose at the end of a turn's prefill, and after each output once more among the pairs still attended.
 
-    What is let go does not come back within the turn. With retention ``keep`` the next turn's prefill sees everything;
-    with ``evict`` it is gone.
+    A dropped pair is not selected again within the turn. With retention ``keep`` the next turn's prefill sees everything. With
+    ``evict`` dropped pairs are removed.
     """
 
     class Config(RollingConfig):
-        """Take the options of a method that goes on choosing during the answer."""
+        """Take the options of a method that selects again after each output."""
 
     config: RollingConfig
 

@@ -15,18 +15,16 @@ from loopserve.core.policy.scoring import ScoredCompressor, ScoredConfig
 class SnapKVDecode(ScoredCompressor):
     """Keep the observation window and the pairs that its queries attend to most (SnapKV).
 
-    Paper: https://arxiv.org/abs/2404.14469. Variant, as in kvpress: ``s`` = mean over the window's queries of their
-    softmax over all keys; average pooling over neighbouring keys before the window (zeros beyond the edges count); mean
-    over the group.
+    Paper: https://arxiv.org/abs/2404.14469. Variant, as in kvpress: ``s`` = mean over the window's queries of their softmax over
+    all keys; average pooling over neighbouring keys before the window (zeros beyond the edges count); mean over the group.
 
-    Deviations: one selection per KV head, not per query head as in the authors' code, and a mean where it sums (the
-    order is the same); the budget includes the window and is exact. If the last chunk of a turn's prefill is shorter
-    than the window, the window shrinks to it.
+    Deviations: one selection per KV head, not per query head as in the authors' code, and a mean where it sums (the order is the
+    same); the budget includes the window and is exact. If the last chunk of a turn's prefill is shorter than the window, the window
+    shrinks to it.
 
-    Multi-turn: recomputed at the end of each turn's prefill over the history and the new turn, where the authors' code
-    and SCBench compress the first prefill only. With retention ``keep`` a new turn sees the whole history; with
-    ``evict`` it sees the survivors, and what was evicted never returns. After an eviction, neighbours are neighbouring
-    survivors.
+    Multi-turn: recomputed at the end of each turn's prefill over the history and the new turn, where the authors' code and SCBench
+    compress the first prefill only. With retention ``keep`` a new turn sees the whole history; with ``evict`` it sees the
+    survivors, and evicted pairs are lost. After an eviction, neighbours are neighbouring survivors.
     """
 
     name: ClassVar[str] = "snapkv"

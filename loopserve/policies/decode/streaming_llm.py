@@ -31,14 +31,14 @@ class StreamingState:
 class StreamingLLMDecode(DecodeCompressor[StreamingState]):
     """Attend to the first tokens of the conversation and to a rolling window of its last tokens (StreamingLLM).
 
-    Paper: https://arxiv.org/abs/2309.17453. Variant: each step attends to exactly ``min(budget, length)`` pairs, the
-    current token and this turn's outputs included, so the window slides by one with each output.
+    Paper: https://arxiv.org/abs/2309.17453. Variant: each step attends to exactly ``min(budget, length)`` pairs, the current token
+    and this turn's outputs included, so the window slides by one with each output.
 
-    Deviation: keys keep the rotation of their place in the conversation; the paper re-indexes positions inside the
-    window, which matters only beyond the length a model was trained for.
+    Deviation: keys keep the rotation of their position in the conversation. The paper re-indexes positions inside the window, which
+    makes a difference only beyond the length that a model was trained for.
 
-    Multi-turn: with retention ``keep`` a new turn's prefill sees the whole history and the window is laid anew at its
-    end; with ``evict``, as in the paper, it sees sinks and window only, and what slid out is gone for good.
+    Multi-turn: with retention ``keep`` a new turn's prefill sees the whole history, and the window is placed at its end. With
+    ``evict``, as in the paper, it sees sinks and window only, and all other pairs are lost.
     """
 
     name: ClassVar[str] = "streaming_llm"
@@ -78,7 +78,7 @@ class StreamingLLMDecode(DecodeCompressor[StreamingState]):
         if step.phase is Phase.OBSERVE or not step.final:
             return None
         sinks, retention = self.config.sink_tokens, self.config.retention
-        start = step.length + 1 - (self.config.budget - sinks)  # the next step brings one pair more
+        start = step.length + 1 - (self.config.budget - sinks)  # the next step adds one pair
         if start <= sinks:
             return None
         kept = torch.cat([torch.arange(sinks, device="cpu"), torch.arange(start, step.length, device="cpu")])

@@ -16,15 +16,15 @@ from loopserve.policies.decode.rolling import RollingCompressor, RollingConfig
 class TOVADecode(RollingCompressor):
     """Keep the pairs that the last token attends to most, and drop the least one with each output (TOVA).
 
-    Paper: https://arxiv.org/abs/2401.06104. Variant, as in kvpress at the end of a prompt: the softmax of the last query,
-    mean over all query heads of the layer, one choice for all KV heads; the last token is kept. While the answer is
-    written each output's query, over the pairs still attended, decides which one goes, as published.
+    Paper: https://arxiv.org/abs/2401.06104. Variant, as in kvpress at the end of a prompt: the softmax of the last query, mean over
+    all query heads of the layer, one selection for all KV heads. The last token is kept. During the answer, each output drops the
+    pair to which its query attends least among those still attended, as published.
 
-    Deviations: the paper bounds the prompt too, token by token; here the prompt is read whole. No sinks and no window by
-    default, as published.
+    Deviations: the paper bounds the cache during the prefill too, token by token. Here the prefill attends to the whole prompt. No
+    sinks and no window by default, as published.
 
-    Multi-turn: chosen anew at the end of each turn's prefill. With ``keep`` that prefill sees the whole history and any
-    pair can be chosen again; with ``evict``, as published, it sees the survivors.
+    Multi-turn: selected again at the end of each turn's prefill. With ``keep`` that prefill sees the whole history and any pair can
+    be selected again. With ``evict``, as published, it sees the survivors.
     """
 
     name: ClassVar[str] = "tova"
@@ -38,8 +38,8 @@ class TOVADecode(RollingCompressor):
     config: Config
 
     def score(self, inputs: AttentionInputs) -> Tensor:
-        found = inputs.token_scores(inputs.queries[:, -1:], inputs.columns[-1:])
-        return _over_heads(inputs, found)
+        attention = inputs.token_scores(inputs.queries[:, -1:], inputs.columns[-1:])
+        return _over_heads(inputs, attention)
 
     def ranking(self, inputs: AttentionInputs, state: ScoredState, budget: int) -> Tensor:
         if inputs.phase is Phase.DECODE:

@@ -14,15 +14,15 @@ from loopserve.policies.lines import sink_lines
 class AShapePrefill(PrefillSparsifier):
     """Attend from each new token to the first tokens of the conversation and to a window of the tokens right before it.
 
-    The static pattern that StreamingLLM (https://arxiv.org/abs/2309.17453) explains and that MInference's and SCBench's
-    code call A-shape. Variant: lines of exact length, one vertical per sink token and one slash per offset.
+    Paper: StreamingLLM, https://arxiv.org/abs/2309.17453. The code of MInference and SCBench calls this pattern A-shape. Variant:
+    lines of exact length, one vertical per sink token and one slash per offset.
 
-    Deviations: SCBench uses 128 sinks and 3,968 local tokens, which is dense below 4k tokens; the local default here is
-    smaller. Its kernels round the window to blocks of 64 and assume that queries and keys are equally many; here the
-    window is exact and a follow-up turn of any length is served.
+    Deviations: SCBench uses 128 sinks and 3,968 local tokens, which is dense below 4k tokens; the local default here is smaller.
+    Its kernels round the window to blocks of 64 and assume as many queries as keys. Here the window is exact, and a follow-up turn
+    may have any length.
 
-    Multi-turn: the window reaches back from each new token into the history, so a new turn sees the end of the history
-    and its beginning, and nothing between. After an eviction, window and sinks are counted over the surviving pairs.
+    Multi-turn: the window reaches back from each new token into the history, so a new turn sees the beginning and the end of the
+    history and no tokens between them. After an eviction, window and sinks are counted over the surviving pairs.
     """
 
     name: ClassVar[str] = "a_shape"

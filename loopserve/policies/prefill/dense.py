@@ -11,8 +11,8 @@ from loopserve.core.policy.patterns import AttentionPattern, DensePattern
 class DensePrefill(PrefillSparsifier):
     """Compute the whole causal attention matrix of a turn: the baseline for every other policy.
 
-    Multi-turn: each new token attends to the whole stored history and to the new tokens before it. After an eviction it
-    attends to the survivors; nothing comes back.
+    Multi-turn: each new token attends to the whole stored history and to the new tokens before it. After an eviction it attends to
+    the survivors.
     """
 
     name: ClassVar[str] = "dense"

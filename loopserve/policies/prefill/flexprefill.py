@@ -1,4 +1,4 @@
-"""Implement FlexPrefill: each head picks its kind of pattern, then as much of it as holds a share of the attention."""
+"""Implement FlexPrefill: choose a kind of pattern per head, then as much of it as holds a share of the attention."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ class FlexPrefillPrefill(PrefillSparsifier):
     """Choose per head query-aware blocks where pooled attention is accurate, else vertical and slash lines, as much of either as
     holds a share ``gamma`` of the estimated attention (FlexPrefill).
 
-    Paper: https://arxiv.org/abs/2502.20766. Variant: gamma 0.9, tau 0.1, blocks of 128, as in its README. The last block of
-    queries attends to all keys; if the square root of the Jensen-Shannon divergence between its attention by blocks and
-    the estimate from pooled queries and keys is below ``tau``, the head is query-aware: the blocks of its pooled map that
-    hold gamma over all query blocks together. Else the fewest verticals and, apart from them, the fewest slashes
-    that hold gamma of the last block's attention. The first block and the queries' own are always in.
+    Paper: https://arxiv.org/abs/2502.20766. Variant: gamma 0.9, tau 0.1, blocks of 128, as in its README. The last block of queries
+    attends to all keys; if the square root of the Jensen-Shannon divergence between its attention by blocks and the estimate from
+    pooled queries and keys is below ``tau``, the head is query-aware: the blocks of its pooled map that hold gamma over all query
+    blocks together. Otherwise it gets the fewest verticals and, independently, the fewest slashes that hold gamma of the last
+    block's attention. The first block and the queries' own blocks are always computed.
 
-    Deviations: a slash that does not stand on the edge of a block touches two block diagonals; both are computed, where
-    the authors' code takes one and so over-states what it recovers. Verticals and slashes are chosen apart, overlap
-    and all, as there (LoopServe's difference). Fewer queries than keys are served; query blocks then begin at the
-    first new row and need not stand on the key blocks' edges.
+    Deviations: a slash that is not at the edge of a block touches two block diagonals. Both are computed, where the authors' code
+    takes one and so overestimates the recovered attention. Verticals and slashes are chosen independently and may overlap, as in
+    that code (LoopServe counts the overlap once). There may be fewer queries than keys. Query blocks then begin at the first new
+    row and need not be aligned with key blocks.
 
-    Multi-turn: everything is estimated anew in each turn from its own last block, over history and turn. Nothing is
-    evicted; after an eviction blocks run over the survivors.
+    Multi-turn: everything is estimated again in each turn from its own last block, over history and turn. Nothing is evicted. After
+    an eviction by a decode policy, blocks consist of survivors.
     """
 
     name: ClassVar[str] = "flexprefill"
@@ -95,7 +95,7 @@ def blocks_of_lines(verticals: Tensor, slashes: Tensor, new: int, block: int) ->
     last = (first + block - 1).clamp(max=total - 1)
     start = torch.arange(columns, device=verticals.device) * block
     end = (start + block - 1).clamp(max=total - 1)
-    # Cells of a block lie on the offsets from its upper right corner (first row, last column) to its lower left one.
+    # The offsets of a block's cells range from its upper right corner (first row, last column) to its lower left one.
     low = (first[:, None] - end).clamp(min=0)
     high = last[:, None] - start
     below = pad(slashes.cumsum(1), (1, 0))

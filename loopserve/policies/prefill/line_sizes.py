@@ -1,4 +1,4 @@
-"""Read the numbers of lines per head that ``minference`` uses, and search them for a model."""
+"""Read the numbers of lines per head that ``minference`` uses, and search for the best numbers for a model."""
 
 from __future__ import annotations
 
@@ -57,13 +57,13 @@ def write_sizes(path: str, sizes: LineSizes, model: str) -> None:
 
 
 class SizeSearch(PrefillSparsifier):
-    """Compute everything, and find which sizes would have held most of each head's attention.
+    """Compute every cell, and find the sizes that would have held most of each head's attention.
 
-    Paper: https://arxiv.org/abs/2407.02490. Per head, candidates of equal work compete: ``share`` of the causal cells in
-    different mixtures of vertical and slash lines, each chosen by the last rows and judged on rows that had no say. Keeps
-    its findings in the object, so one search serves one model and is then thrown away; it is in no registry.
+    Paper: https://arxiv.org/abs/2407.02490. Per head, candidates of equal cost are compared: ``share`` of the causal cells in
+    different mixtures of vertical and slash lines. Lines are chosen by the last rows, and their coverage is measured on other rows.
+    The results are kept in the object, so each search needs a new object. It is not registered.
 
-    Multi-turn: every prefill call counts alike.
+    Multi-turn: every prefill call has the same weight.
     """
 
     name: ClassVar[str] = "size_search"

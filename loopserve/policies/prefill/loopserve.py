@@ -23,25 +23,24 @@ class RowWeights(StrEnum):
     """Name the weight of a sampled row in the coverage target."""
 
     EQUAL = "equal"
-    FAR = "far"  # by the share of its mass beyond sinks and local window: rows that look far carry the answer
+    FAR = "far"  # by the share of its mass beyond sinks and local window: rows that attend to distant tokens need the history
 
 
 class LoopServePrefill(PrefillSparsifier):
     """Compute, per query head, the vertical and slash lines that hold a share ``alpha`` of the new turn's attention (LoopServe).
 
-    Paper: https://arxiv.org/abs/2507.13681. For a block of m new queries over n keys: the softmax of a few sampled rows
-    gives the mass of each of the 2n lines; lines are taken greedily by gain per cost, cells that two lines share
-    counted once, until the sample's mass inside them reaches ``alpha``, head by head.
+    Paper: https://arxiv.org/abs/2507.13681. For a block of m new queries over n keys: the softmax of a few sampled rows gives the
+    mass of each of the 2n lines; lines are taken greedily by gain per cost, per head, until they hold ``alpha`` of the sample's
+    mass. Cells that two lines share count once.
 
-    Variant and deviations: the paper's code is not public, so the greedy order, the cost and the sampling are a reading
-    of it. The diagonal is always computed (each query needs a key). Own additions, all fields: sampling variants, row
-    weights and a floor per row (a mean over rows can miss the few that carry the answer), cost in tiles, sinks, local
-    window, dense fallback per head. Attention is renormalised over the computed cells. A chunked prefill chooses lines
-    chunk by chunk.
+    Variant and deviations: the paper's code is not public, so the greedy order, the cost and the sampling are an interpretation.
+    The diagonal is always computed (each query needs a key). Additions, all of them options: sampling variants, row weights and a
+    minimum per row (a mean over rows can miss the few rows that matter), cost in tiles, sinks, local window, dense fallback per
+    head. Attention is renormalised over the computed cells. A chunked prefill chooses lines chunk by chunk.
 
-    Multi-turn: lines are chosen anew for each turn, from that turn's own rows over the whole stored history and the new
-    turn. Nothing is stored, nothing is evicted: what a turn passes over, the next can look at. After an eviction by a
-    decode policy, lines run over the columns of the survivors.
+    Multi-turn: lines are chosen again for each turn, from that turn's own rows over the whole stored history and the new turn.
+    Nothing is stored or evicted, so the next turn can attend to any pair. After an eviction by a decode policy, lines are those of
+    the survivors' columns.
     """
 
     name: ClassVar[str] = "loopserve"
@@ -102,7 +101,7 @@ class LoopServePrefill(PrefillSparsifier):
     config: Config
 
     def sparsify(self, inputs: AttentionInputs) -> AttentionPattern:
-        """Return the lines of each head, or everything where sparsity does not pay; each such fallback is counted."""
+        """Return the lines of each head, or all cells where sparse attention is not cheaper. Each such fallback is counted."""
         reason = self._dense_reason(inputs)
         if reason is not None:
             inputs.record.count(f"fallback:{reason}")
@@ -155,7 +154,7 @@ class LoopServePrefill(PrefillSparsifier):
             "forced_slashes": slashes,
             "most_cost": self._most_cost(inputs),
         }
-        if config.row_weights is RowWeights.FAR:  # weights that depend on what the rows look at
+        if config.row_weights is RowWeights.FAR:  # weights that depend on the rows' attention
             probabilities = inputs.row_attention(rows, kind="lines").probabilities
             weights = self._weights(inputs, rows, probabilities)
             selection = select_lines(
@@ -166,7 +165,7 @@ class LoopServePrefill(PrefillSparsifier):
         verticals, slashes, coverage, row_coverage, _ = selection
         inputs.record.mean("lines", (verticals.sum(-1) + slashes.sum(-1)).float())
         pattern = LinePattern(verticals, slashes, inputs.new_tokens)
-        # A head that was given up, as its lines would have cost too much, did not reach its target.
+        # A head whose lines would have cost too much was not completed and did not reach its target.
         missed = (coverage < config.alpha - 1e-4) | (row_coverage < (config.row_floor or 0.0) - 1e-4).any(1)
         too_dense = (pattern.tile_density() > config.dense_above) | missed
         if bool(too_dense.any()):
@@ -196,13 +195,13 @@ class LoopServePrefill(PrefillSparsifier):
         if probabilities is not None:
             offsets = inputs.columns[rows][:, None] - torch.arange(inputs.total_tokens, device=rows.device)
             beyond = (offsets >= config.local_window) & ~sink_lines(inputs, config.sink_tokens)[:, None]
-            # A turn that never looks far keeps a trace of weight in every row, so its target stays defined.
+            # Every row keeps a small weight, so that the target is defined in a turn without distant attention.
             weights = (probabilities * beyond).sum(-1).mean(0) + 1e-3
         last = rows >= inputs.new_tokens - config.sample_rows // 2
         return torch.where(last, weights * config.last_rows_weight, weights)
 
     def _measure_held_out(self, inputs: AttentionInputs, pattern: LinePattern, rows: Tensor) -> None:
-        """Measure coverage on rows that did not choose the lines; on the rows that did, it is biased upwards."""
+        """Measure coverage on rows other than those that chose the lines, where it would be biased upwards."""
         unused = torch.ones(inputs.new_tokens, dtype=torch.bool, device="cpu")
         unused[rows.cpu()] = False
         source = generator(self.config.seed, inputs.turn, inputs.layer.index, inputs.total_tokens, _HELD_OUT)

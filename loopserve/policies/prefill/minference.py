@@ -1,4 +1,4 @@
-"""Implement MInference: as many vertical and slash lines per head as a search has found to be enough."""
+"""Implement MInference: compute a number of vertical and slash lines per head that a search has determined."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ class MInferencePrefill(PrefillSparsifier):
     (MInference, vertical-slash).
 
     Paper: https://arxiv.org/abs/2407.02490. Variant: the softmax of the last 64 rows gives each line its mass; the heaviest
-    ``vertical_size`` and ``slash_size`` are taken, the first 30 columns and last 100 offsets forced among them, as in the
-    authors' code. Sizes differ per head by a file, which ``loopserve policies search-minference`` makes for a model.
+    ``vertical_size`` and ``slash_size`` are taken, the first 30 columns and last 100 offsets forced among them, as in the authors'
+    code. Sizes differ per head by a file, which ``loopserve policies search-minference`` makes for a model.
 
-    Deviations: of the three patterns only vertical-slash, which the authors' own files give nearly every head; lines have
-    exact length, where their kernel widens a slash to blocks of 64; a turn of any length after any history is served,
-    where their code is dense whenever queries are fewer than keys.
+    Deviations: of the three patterns only vertical-slash is implemented, which the authors' files assign to nearly every head.
+    Lines have exact length, where their kernel widens a slash to blocks of 64. A turn may have any length after any history, where
+    their code is dense if there are fewer queries than keys.
 
-    Multi-turn: each turn chooses lines anew from its own last rows, over history and turn; sizes stay the same, so a long
-    history is read ever more sparsely. Nothing is evicted; after an eviction by a decode policy lines run over survivors.
+    Multi-turn: each turn chooses lines again from its own last rows, over history and turn. Sizes stay the same, so density falls
+    as the history grows. Nothing is evicted. After an eviction by a decode policy, lines are those of the survivors' columns.
     """
 
     name: ClassVar[str] = "minference"

@@ -1,4 +1,4 @@
-"""Implement SampleAttention: columns that a sample of rows attends to, and a local window."""
+"""Implement SampleAttention: compute the columns that a sample of rows attends to, and a local window."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ class SampleAttentionPrefill(PrefillSparsifier):
     """Compute a local window and, per head, the fewest columns that hold a share ``alpha`` of a sample of rows' attention
     (SampleAttention).
 
-    Paper: https://arxiv.org/abs/2406.15486. Variant: rows at even steps, 5 % of them, the last one among them; the window is
-    8 % of the conversation; columns are taken by their summed mass until they hold ``alpha`` of it.
+    Paper: https://arxiv.org/abs/2406.15486. Variant: rows at even steps, 5 % of them, the last one among them; the window is 8 % of
+    the conversation; columns are taken by their summed mass until they hold ``alpha`` of it.
 
-    Deviations: columns are taken exactly, without a grid of candidate ratios; no slash lines but the window, as there.
-    The share is of the sample's whole mass, window included, so window and columns together hold more than alpha.
+    Deviations: columns are taken exactly, without a grid of candidate ratios. There are no slash lines except the window, as in the
+    paper. The share is of the sample's whole mass, window included, so window and columns together hold more than alpha.
 
-    Multi-turn: columns are chosen anew for each turn over history and turn; the window reaches from each new token into
-    the history and grows with it. Nothing is evicted; after an eviction columns are those of survivors.
+    Multi-turn: columns are chosen again for each turn over history and turn. The window reaches from each new token into the
+    history and grows with it. Nothing is evicted. After an eviction by a decode policy, columns are those of survivors.
     """
 
     name: ClassVar[str] = "sample_attention"

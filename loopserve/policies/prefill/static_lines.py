@@ -1,4 +1,4 @@
-"""Implement static lines: chosen in the first turn and kept, a baseline for LoopServe's choice in every turn."""
+"""Implement static lines: choose lines in the first turn and keep them, as a baseline for LoopServe's choice in every turn."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ class StaticLinesPrefill(PrefillSparsifier):
     """Keep the vertical and slash lines of the first turn, or of a file, for the whole conversation: LoopServe's choice, but not
     online.
 
-    Paper: https://arxiv.org/abs/2507.13681, the ablation of its first phase. The first turn chooses lines as ``loopserve``
-    does (sampled rows, gain per cost, overlap counted once, until ``alpha``); later turns compute the same columns and
-    offsets, sinks and local window, whatever they ask.
+    Paper: https://arxiv.org/abs/2507.13681, the ablation of its first phase. The first turn chooses lines as ``loopserve`` does
+    (sampled rows, gain per cost, overlap counted once, until ``alpha``); later turns compute the same columns and offsets, sinks
+    and local window.
 
-    Variant: own; columns are places in the conversation, so a later turn's own tokens are verticals only where they were
-    among the file's. A first turn that comes in chunks chooses in each, and what its last chunk chose is kept.
+    Variant: not published. Columns are positions in the conversation, so a later turn's own tokens are verticals only if the file
+    names them. A first turn with several chunks chooses in each of them, and the lines of its last chunk are kept.
 
-    Multi-turn: that is the point: a new turn looks where the first one looked, and at its surroundings. Needs every pair of
-    the conversation, since offsets and places mean nothing among survivors: a stack that evicts is refused.
+    Multi-turn: a new turn attends to the lines of the first one, to sinks and to its local window. It needs every pair of the
+    conversation, since offsets and positions are not defined among survivors. A stack that evicts is refused.
     """
 
     name: ClassVar[str] = "static_lines"
@@ -110,9 +110,9 @@ class StaticLinesPrefill(PrefillSparsifier):
 
     def _as_given(self, inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
         heads, total = inputs.queries.shape[0], inputs.total_tokens
-        found = torch.zeros(2, heads, total, dtype=torch.bool, device="cpu")
+        cells = torch.zeros(2, heads, total, dtype=torch.bool, device="cpu")
         for head, lines in enumerate(self.given[inputs.layer.index]):
             for kind, numbers in enumerate((lines.verticals, lines.slashes)):
-                found[kind, head, [each for each in numbers if each < total]] = True
-        verticals, slashes = found.to(inputs.keys.device)
+                cells[kind, head, [each for each in numbers if each < total]] = True
+        verticals, slashes = cells.to(inputs.keys.device)
         return verticals, slashes

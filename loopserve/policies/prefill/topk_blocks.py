@@ -1,4 +1,4 @@
-"""Implement block top-p: blocks ranked by pooled queries and pooled keys."""
+"""Implement block top-p: rank blocks by pooled queries and pooled keys."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from loopserve.policies.blocks import block_attention, first_and_last, largest_s
 class TopKBlocksPrefill(PrefillSparsifier):
     """Compute, per block of queries, the key blocks that hold a share of the attention between block means.
 
-    Paper: https://arxiv.org/abs/2502.18137 (SpargeAttn), its first stage. Variant: mean-pooled queries and keys, softmax over
-    the key blocks seen, per row the fewest blocks that hold ``top_p``, at least ``least_blocks`` and, if set, at most
-    ``most_blocks`` (top-k). With ``similarity`` above 0, key blocks whose keys differ too much for their mean to
-    speak for them (mean cosine with it below) are always computed, as there.
+    Paper: https://arxiv.org/abs/2502.18137 (SpargeAttn), its first stage. Variant: mean-pooled queries and keys, softmax over the
+    key blocks seen, per row the fewest blocks that hold ``top_p``, at least ``least_blocks`` and, if set, at most ``most_blocks``
+    (top-k). With ``similarity`` above 0, key blocks whose keys differ too much from their mean (mean cosine below it) are always
+    computed, as in the paper.
 
-    Deviations: blocks of 64 for queries and keys alike; no quantisation and no second, per-tile stage; the first block and
-    the queries' own are always in. Fewer queries than keys are served.
+    Deviations: blocks of 64 for queries and keys alike; no quantisation and no second, per-tile stage. The first block and the
+    queries' own blocks are always computed. There may be fewer queries than keys.
 
-    Multi-turn: chosen anew for each turn over history and turn, so a block passed over once can be looked at by a later
-    turn. Nothing is evicted; after an eviction blocks run over the survivors.
+    Multi-turn: blocks are chosen again for each turn over history and turn, so a later turn can attend to any block. Nothing is
+    evicted. After an eviction by a decode policy, blocks consist of survivors.
     """
 
     name: ClassVar[str] = "topk_blocks"

@@ -1,4 +1,4 @@
-"""Implement tri-shape prefill: the A-shape, and the last rows whole."""
+"""Implement tri-shape prefill: compute the A-shape, and all cells of the last rows."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from loopserve.policies.lines import sink_lines
 class TriShapePrefill(PrefillSparsifier):
     """Compute the A-shape (first tokens and a local window), and the last rows of a turn over everything (Tri-shape).
 
-    Paper: https://arxiv.org/abs/2412.10319 (SCBench). Variant: 100 last rows, as in its code; those rows usually hold the
-    question and produce the first token.
+    Paper: https://arxiv.org/abs/2412.10319 (SCBench). Variant: 100 last rows, as in its code; those rows usually hold the question
+    and produce the first token.
 
-    Deviations: SCBench's 128 sinks and 3,968 local tokens are dense below 4k tokens, so the local default is smaller; lines
-    are exact where its kernels round to blocks of 64, and queries may be fewer than keys.
+    Deviations: SCBench's 128 sinks and 3,968 local tokens are dense below 4k tokens, so the local default is smaller; lines are
+    exact where its kernels round to blocks of 64, and queries may be fewer than keys.
 
-    Multi-turn: the last rows of every turn see the whole history, all other new rows sinks and window only. In a prefill
-    that comes in chunks they are the last rows of the last chunk. After an eviction everything runs over the survivors.
+    Multi-turn: the last rows of every turn see the whole history, all other new rows sinks and window only. In a chunked prefill
+    they are the last rows of the last chunk. After an eviction the pattern covers the survivors.
     """
 
     name: ClassVar[str] = "tri_shape"

@@ -1,4 +1,4 @@
-"""Implement XAttention: blocks ranked by the antidiagonals they hold."""
+"""Implement XAttention: rank blocks by the sums of their antidiagonals."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ class XAttentionPrefill(PrefillSparsifier):
     """Compute, per block of queries, the key blocks whose antidiagonals hold a share of the attention (XAttention).
 
     Paper: https://arxiv.org/abs/2503.16428. Variant: stride 8, threshold 0.9, blocks of 128, as in the authors' code: each
-    ``stride`` x ``stride`` square is scored by the mean of the products on its antidiagonal, which crosses every vertical
-    and slash line; a softmax over the squares of a row of squares, summed by block; per row of blocks the fewest
-    blocks that hold ``threshold``. The first block and the queries' own are always in.
+    ``stride`` x ``stride`` square is scored by the mean of the products on its antidiagonal, which crosses every vertical and slash
+    line; a softmax over the squares of a row of squares, summed by block; per row of blocks the fewest blocks that hold
+    ``threshold``. The first block and the queries' own blocks are always computed.
 
-    Deviations: squares of rows count from the first new row, squares of keys from column 0, so nothing needs to stand on
-    edges when queries are fewer than keys (the authors pad both); a square counts as seen once its first key is
-    seen by its last row. Estimating costs ``1 / stride`` of dense scores, here as there.
+    Deviations: squares of rows count from the first new row, squares of keys from column 0, so no alignment is needed if there are
+    fewer queries than keys (the authors pad both). A square counts as visible if its last row sees its first key. The estimate
+    costs ``1 / stride`` of dense scores, as in the authors' code.
 
-    Multi-turn: estimated anew for each turn over history and turn. Nothing is evicted; after an eviction squares run
-    over the survivors.
+    Multi-turn: estimated again for each turn over history and turn. Nothing is evicted. After an eviction by a decode policy,
+    squares consist of survivors.
     """
 
     name: ClassVar[str] = "xattention"
@@ -61,7 +61,7 @@ class XAttentionPrefill(PrefillSparsifier):
         """Return the estimated attention of one head by blocks: ``[query blocks, key blocks]``."""
         stride, holds = self.config.stride, inputs.holds[head // inputs.group]
         keys = inputs.keys[head // inputs.group].float() * holds[:, None]
-        # Row r of a square meets key stride - 1 - r: laid end to end, one product sums an antidiagonal.
+        # Row r of a square is paired with key stride - 1 - r. With rows and keys concatenated, one product sums an antidiagonal.
         rows = _squares(inputs.queries[head].float(), stride).flatten(1)
         columns = _squares(keys, stride).flip(1).flatten(1)
         logits = capped(rows @ columns.T * (inputs.scaling / stride), inputs.softcap)

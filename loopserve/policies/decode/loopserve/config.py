@@ -11,7 +11,7 @@ from loopserve.core.policy.interfaces import PolicyConfig
 
 
 class Scope(StrEnum):
-    INPUTS = "inputs"  # outputs of this turn are attended on top of the budget
+    INPUTS = "inputs"  # outputs of this turn are attended in addition to the budget
     ALL = "all"  # older outputs compete for the budget, so a long answer attends to no more
 
 

@@ -1,7 +1,6 @@
-"""Accumulate the scores of LoopServe's observations for each token, and choose the selection that follows from them.
+"""Accumulate the scores of LoopServe's observations for each token, and choose a selection by them.
 
-Scores are laid out by original position, so layers and heads that hold different pairs (after an eviction) can be
-joined.
+Scores are laid out by original position, so layers and heads that hold different pairs (after an eviction) can be joined.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ def unit_of(config: LoopServeDecodeConfig, layer: int) -> int:
 class ScoreAccumulator:
     """Accumulate scores over a turn's observations by sharing unit, ``[H, length]`` each; H = 1 where heads share, else Hkv.
 
-    accumulated: the decaying maximum over the observations, each scaled to total 1. current: the observation under way, summed over
+    accumulated: the decaying maximum over the observations, each scaled to total 1. current: the current observation, summed over
     layers and heads.
     """
 
@@ -46,7 +45,7 @@ class ScoreAccumulator:
     current: dict[int, Tensor] = field(default_factory=dict)
 
     def add(self, config: LoopServeDecodeConfig, layer: int, scores: Tensor) -> None:
-        """Add one layer's scores by position ``[Hkv, length]`` to the observation under way."""
+        """Add one layer's scores by position ``[Hkv, length]`` to the current observation."""
         unit, own = unit_of(config, layer), _over_heads(config, scores)
         self.current[unit] = self.current[unit] + own if unit in self.current else own
 
@@ -81,7 +80,7 @@ def choose(config: LoopServeDecodeConfig, scores: Tensor, inputs: AttentionInput
     if inputs.nothing_evicted:
         if boundary <= config.budget:
             return None
-        # With a part of the budget for jumps, the selection changes at every step.
+        # If a part of the budget is left for jumps, the selection changes at every step.
         fleeting = config.page_budget > 0
         return KVSelection.uniform(_best(config, scores).expand(heads, -1), boundary, retention, fleeting=fleeting)
     candidates = [row[(row >= 0) & (row < boundary)] for row in inputs.positions.expand(heads, -1)]
@@ -117,7 +116,7 @@ def pooled(config: LoopServeDecodeConfig, scores: Tensor) -> Tensor:
 def looked_at_most(config: LoopServeDecodeConfig, importance: Tensor, start: int, length: int) -> Tensor | None:
     """Return the positions, sorted, of the rows since ``start`` that the last rows attend to most (importance ``[length]``).
 
-    The last rows have been observed already. Sinks draw attention from everywhere and carry no question.
+    The last rows have been observed already. Sinks are left out, since they get attention from all rows whatever the question is.
     """
     start = max(start, config.sink_tokens)
     candidates = importance[start : max(start, length - config.hop_window)]

@@ -47,18 +47,18 @@ from loopserve.policies.draws import generator, uniform_rows
 
 @dataclass
 class LoopServeState:
-    """Hold one turn's observations and selections. The next turn begins with all of it empty but the key summaries.
+    """Hold one turn's observations and selections. All of it except the key summaries is empty when the next turn begins.
 
-    Dictionaries are by layer. first_hop_scores ``[length]``: attention of the last rows to each token, summed over heads and layers.
-    layer_scores ``[Hkv, length]``: of the observation under way. output_queries ``[Hq, 1, D]`` each: of this turn's last outputs.
-    code_scores ``[Hkv, boundary]``: summed since the last selection (``rescore: codes``). layer_inputs: the layers of the pass under
-    way, views of the store; empty between two turns.
+    Dictionaries are by layer. first_hop_scores ``[length]``: attention of the last rows to each token, summed over heads and
+    layers. layer_scores ``[Hkv, length]``: of the current observation. output_queries ``[Hq, 1, D]`` each: of this turn's last
+    outputs. code_scores ``[Hkv, boundary]``: summed since the last selection (``rescore: codes``). layer_inputs: the layers of the
+    current pass, views of the store; empty between two turns.
     """
 
     input_end: int = 0  # length of the conversation after this turn's prefill
     selected_at: int = 0  # output index of the last selection
     observing: bool = False  # an observation pass was requested
-    drifted: bool = False  # some layer noticed drift in the pass under way
+    drifted: bool = False  # some layer noticed drift in the current pass
     scores: ScoreAccumulator = field(default_factory=ScoreAccumulator)
     first_hop_scores: Tensor | None = None
     layer_scores: dict[int, Tensor] = field(default_factory=dict)
@@ -78,25 +78,25 @@ def _over_group(scores: Tensor, inputs: AttentionInputs) -> Tensor:
 class LoopServeDecode(DecodeCompressor[LoopServeState]):
     """Score the last output queries against the full store every few outputs, and attend to the best pairs (LoopServe).
 
-    Paper: LoopServe, https://arxiv.org/abs/2507.13681, progressive KV compression: every n_d outputs the last n_d
-    output queries are scored over all keys, the group's mean ranks the pairs, and each KV head attends to the best B
-    of them and to this turn's outputs.
+    Paper: LoopServe, https://arxiv.org/abs/2507.13681, progressive KV compression: every n_d outputs the last n_d output queries
+    are scored over all keys, the group's mean ranks the pairs, and each KV head attends to the best B of them and to this turn's
+    outputs.
 
-    Variant and deviations: the paper's code is not public; what starts an answer (``first_block``) and how many queries
-    score are readings. Own additions, each a field with a value that turns it off: two-hop first observation (the last
-    rows say which rows of the turn they look at, an extra pass over those says which keys matter), a decaying maximum
-    over observations (``memory``), one selection for several heads or layers (``share``), pooling, sinks and recent
-    window, outputs that compete for the budget (``scope: all``), re-selection on drift, and a part of the budget that
-    each step gives to what its own query points to: pages by Quest's bounds (``page_budget``, https://arxiv.org/abs/2406.10774),
-    or single tokens by codes of the keys (``key_bits``), which can serve re-selection as well (``rescore``); short conversations
-    decoded dense (``dense_below``). The preset ``loopserve-paper`` turns them off, ``loopserve`` uses what evidence supports.
+    Variant and deviations: the paper's code is not public. The first selection of an answer (``first_block``) and the number of
+    scored queries are interpretations. Additions, each an option with a value that disables it: two-hop first observation (the rows
+    of the turn that the last rows attend to most are observed in an extra pass), a decaying maximum over observations (``memory``),
+    one selection for several heads or layers (``share``), pooling, sinks and recent window, outputs that compete for the budget
+    (``scope: all``), re-selection on drift, and a part of the budget that each step gives to the best pairs of its own query: pages
+    by Quest's bounds (``page_budget``, https://arxiv.org/abs/2406.10774), or single tokens by codes of the keys (``key_bits``),
+    which can be used for re-selection as well (``rescore``). Short conversations are decoded dense (``dense_below``). The preset
+    ``loopserve-paper`` disables all additions. The preset ``loopserve`` enables those that improved measured results.
 
-    Drift is estimated by ``probe.QueryProbe.captured``: by the keys' codes, or by page bounds calibrated at each
-    selection. A layer that finds it re-selects by itself within the step, all layers together after it.
+    Drift is estimated by ``probe.QueryProbe.captured``: by the keys' codes, or by page bounds calibrated at each selection. A layer
+    with drift selects again within the step, and all layers do so after it.
 
-    Multi-turn: a new turn's prefill sees the whole store (``pool: full``), and its answer's first selection starts from
-    scratch over history and new turn; what was passed over before can return at any time. With ``pool: active``
-    unselected pairs are evicted: later turns see survivors only.
+    Multi-turn: a new turn's prefill sees the whole store (``pool: full``), and its answer's first selection is made again over
+    history and new turn. Unselected pairs can be selected at any later time. With ``pool: active`` unselected pairs are evicted,
+    and later turns see survivors only.
     """
 
     name: ClassVar[str] = "loopserve"
@@ -129,10 +129,12 @@ class LoopServeDecode(DecodeCompressor[LoopServeState]):
     def held_bytes(self, state: LoopServeState) -> int:
         return sum(each.nbytes for each in state.key_summaries.values() if each.columns)
 
-    # Before a layer's attention: what only the current query can tell.
+    # Before a layer's attention: the steps that depend on the current query.
 
     def before_attention(self, inputs: AttentionInputs, state: LoopServeState) -> KVSelection | None:
-        """Add the pairs that the current query points to; re-select if the selection has drifted from that query."""
+        """Return the selection with the best pairs of the current query added. Select again if the selection has drifted from that
+        query.
+        """
         config, layer = self.config, inputs.layer.index
         base = state.selections.get(layer)
         if base is None or not self._looks_within_the_step():
@@ -152,7 +154,7 @@ class LoopServeDecode(DecodeCompressor[LoopServeState]):
         return None if same(inputs.selection, selection) else selection
 
     def _jump(self, inputs: AttentionInputs, base: KVSelection, state: LoopServeState) -> KVSelection:
-        """Return the base and the pairs that the current query points to by the keys' codes, attended in place.
+        """Return the base and the best pairs of the current query by the keys' codes, attended in place.
 
         Nothing is evicted under ``page_budget``, so positions are columns and no head holds filler.
         """
@@ -172,7 +174,7 @@ class LoopServeDecode(DecodeCompressor[LoopServeState]):
         return bool(self.config.page_budget) or self.config.trigger is Trigger.DRIFT
 
     def _summaries(self, inputs: AttentionInputs, state: LoopServeState) -> KeySummaries:
-        """Return the layer's summaries, brought up to date."""
+        """Update the layer's summaries and return them."""
         made = KeySummaries(self.config.page, self.config.key_bits)
         summaries = state.key_summaries.setdefault(inputs.layer.index, made)
         summaries.update(inputs.keys)
@@ -182,7 +184,9 @@ class LoopServeDecode(DecodeCompressor[LoopServeState]):
         return QueryProbe.at(inputs, self._summaries(inputs, state))
 
     def _select_within_step(self, inputs: AttentionInputs, state: LoopServeState) -> KVSelection | None:
-        """Return a selection for this layer alone, by the current query and those before it; the others follow after the pass."""
+        """Return a selection for this layer alone, by the current query and those before it. The other layers are selected after
+        the pass.
+        """
         layer = inputs.layer.index
         state.drifted = True
         inputs.record.count("drift")
@@ -193,13 +197,13 @@ class LoopServeDecode(DecodeCompressor[LoopServeState]):
             state.selections[layer] = base
         return base
 
-    # After a layer's attention: observing.
+    # After a layer's attention: observation.
 
     def after_attention(self, inputs: AttentionInputs, state: LoopServeState) -> None:
         layer = inputs.layer.index
         if inputs.phase is Phase.PREFILL:
             if self._looks_within_the_step():
-                self._summaries(inputs, state)  # with the prefill, so that the first output need not wait for it
+                self._summaries(inputs, state)  # updated in prefill, so that the first output does not wait
             if inputs.final:
                 self._observe_prefill(inputs, state)
         elif inputs.phase is Phase.DECODE:
@@ -216,7 +220,7 @@ class LoopServeDecode(DecodeCompressor[LoopServeState]):
             return
         call = replace(inputs, scratch={})
         if config.first_block is not FirstBlock.TWO_HOP or config.second_hop is SecondHop.AGAIN:
-            # The last query stays for drift; all queries of a long turn would take more memory than its keys.
+            # Only the last query is kept, for drift. All queries of a long turn would take more memory than its keys.
             call = replace(call, queries=inputs.queries[:, -1:].detach().clone(), columns=inputs.columns[-1:])
         state.layer_inputs[inputs.layer.index] = call
         if config.first_block is FirstBlock.SAMPLED:
@@ -232,22 +236,22 @@ class LoopServeDecode(DecodeCompressor[LoopServeState]):
             rows, columns = inputs.queries[:, last], inputs.columns[last]
             self._add(inputs, state, inputs.token_scores(rows, columns, over_rows=config.rows.value))
             return
-        # One reading of the keys gives both: what the rows look at most, and which rows of the turn they look at.
+        # One read of the keys gives both: the keys that the rows attend to most, and the rows of the turn among them.
         scores = inputs.token_scores(inputs.queries[:, last], inputs.columns[last], over_rows="max")
         self._add(inputs, state, scores)
         looked_at = by_position(scores, inputs).sum(0)
         state.first_hop_scores = looked_at if state.first_hop_scores is None else state.first_hop_scores + looked_at
 
     def _take(self, inputs: AttentionInputs, state: LoopServeState, queries: Tensor, columns: Tensor) -> None:
-        """Add the attention of some rows of the turn to the observation under way: the maximum over the rows."""
+        """Add the attention of some rows of the turn to the current observation: the maximum over the rows."""
         self._add(inputs, state, inputs.token_scores(queries, columns, over_rows="max"))
 
     def _add(self, inputs: AttentionInputs, state: LoopServeState, scores: Tensor) -> None:
-        """Add a layer's scores of columns ``[Hkv, Tk]`` to the observation under way."""
+        """Add a layer's scores of columns ``[Hkv, Tk]`` to the current observation."""
         state.layer_scores[inputs.layer.index] = by_position(scores, inputs)
         state.scores.add(self.config, inputs.layer.index, state.layer_scores[inputs.layer.index])
 
-    # After the forward pass: selecting, for all layers at once.
+    # After the forward pass: selection for all layers at once.
 
     def after_forward(self, step: Step, state: LoopServeState) -> Selections | Observation | None:
         if step.phase is Phase.DECODE:
@@ -258,7 +262,7 @@ class LoopServeDecode(DecodeCompressor[LoopServeState]):
             state.input_end = step.length
         if not state.layer_inputs:
             return None
-        state.scores.commit(decay=1.0)  # the hops are joined by their maximum
+        state.scores.commit(decay=1.0)  # the hops are combined by their maximum
         if step.phase is Phase.PREFILL and state.first_hop_scores is not None:
             rows = looked_at_most(self.config, state.first_hop_scores, step.turn_start, step.length)
             state.first_hop_scores = None
@@ -271,7 +275,7 @@ class LoopServeDecode(DecodeCompressor[LoopServeState]):
         return self._select(step, state)
 
     def _keeps(self, rows: Tensor, step: Step, state: LoopServeState) -> bool:
-        """Return whether the queries of all these positions are at hand; those of earlier chunks are not."""
+        """Return whether the queries of all these positions are kept. Those of earlier chunks are not."""
         if self.config.second_hop is SecondHop.AGAIN:
             return False
         return int(rows[0]) >= step.length - min(call.new_tokens for call in state.layer_inputs.values())
@@ -290,7 +294,7 @@ class LoopServeDecode(DecodeCompressor[LoopServeState]):
                 if layer in state.code_scores:
                     found = state.code_scores.pop(layer)
                     state.layer_scores[layer] = pad(found, (0, call.length - found.shape[1]))
-                elif layer not in state.layer_scores:  # a layer that drifted has scored already
+                elif layer not in state.layer_scores:  # a layer with drift has been scored already
                     state.layer_scores[layer] = self._score(call, state.output_queries[layer])
                 state.scores.add(self.config, layer, state.layer_scores[layer])
             state.scores.commit(self.config.memory)
@@ -307,7 +311,7 @@ class LoopServeDecode(DecodeCompressor[LoopServeState]):
         return state.drifted or 0 < config.drift_max_interval <= outputs
 
     def _crowded(self, call: AttentionInputs, state: LoopServeState) -> bool:
-        """Return whether a layer holds more pairs before the boundary than are attended anyway."""
+        """Return whether a layer holds more pairs before the boundary than are attended in any case."""
         tail = call.length - self._boundary(call, state)
         return call.total_tokens - tail > self.config.budget
 
@@ -317,12 +321,12 @@ class LoopServeDecode(DecodeCompressor[LoopServeState]):
     def _score(self, inputs: AttentionInputs, queries: Sequence[Tensor]) -> Tensor:
         """Return scores by position ``[Hkv, length]`` of this turn's last output queries, the current one last."""
         rows = torch.cat(list(queries), dim=1)[:, -(self.config.window or self.config.interval) :]
-        # The pairs of consecutive outputs stand side by side at the end, whatever was evicted before them.
+        # The pairs of consecutive outputs are adjacent at the end, whatever was evicted before them.
         columns = torch.arange(inputs.total_tokens - rows.shape[1], inputs.total_tokens, device=rows.device)
         return by_position(inputs.token_scores(rows, columns, over_rows=self.config.rows.value), inputs)
 
     def _select(self, step: Step, state: LoopServeState) -> Selections | None:
-        """Choose for every layer of the pass, and end the observation."""
+        """Return the selection of every layer of the pass, and end the observation."""
         selections = {}
         for layer, call in state.layer_inputs.items():
             scores = state.scores.accumulated[unit_of(self.config, layer)]
@@ -339,5 +343,5 @@ class LoopServeDecode(DecodeCompressor[LoopServeState]):
         state.selected_at, state.drifted = step.output_index, False
         state.layer_scores, state.layer_inputs = {}, {}
         if self.retention is Retention.EVICT:
-            state.output_queries = {}  # their own pairs may be gone, and with them their columns
+            state.output_queries = {}  # their own pairs, and so their columns, may be evicted
         return selections or None

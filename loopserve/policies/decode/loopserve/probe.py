@@ -1,6 +1,6 @@
-"""Use the current query within its decode step: attend to pairs that it points to, and notice that a selection has drifted.
+"""Use the current query within its decode step: attend to its best pairs, and detect that a selection has drifted.
 
-Both read summaries of the keys (``core.kv.key_summaries``), a fraction of the keys' bytes.
+Both read summaries of the keys (``core.kv.key_summaries``), which take a fraction of the keys' bytes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from loopserve.core.kv.key_summaries import KeySummaries, best_pages
 from loopserve.core.policy.interfaces import AttentionInputs, KVSelection
 
-_SURE = 1e-4  # captured shares are kept this far from 0 and 1, where log-odds end
+_SURE = 1e-4  # captured shares are clamped this far from 0 and 1, where log-odds are infinite
 
 
 def columns_of(mask: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -61,13 +61,15 @@ def best_columns(scores: Tensor, free: Tensor, budget: int) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class DriftReference:
-    """Hold the share of attention that a selection captured when it was made, to notice its decline."""
+    """Hold the share of attention that a selection captured when it was made, to detect its decline."""
 
-    captured: Tensor  # [Hkv], share of the attention of the query at hand
+    captured: Tensor  # [Hkv], share of the attention of the current query
     odds: Tensor | None  # [Hkv], that query's log-odds by page bounds; None where codes give shares directly
 
     def estimate(self, odds: Tensor) -> Tensor:
-        """Return the captured share ``[Hkv]`` of a query with these log-odds: the known share, moved by their change."""
+        """Return the captured share ``[Hkv]`` of a query with these log-odds: the known share, adjusted by the change of the
+        log-odds.
+        """
         assert self.odds is not None
         moved = (odds - self.odds).nan_to_num(nan=0.0)  # both infinite: nothing is left outside
         return torch.sigmoid(torch.logit(self.captured.clamp(_SURE, 1 - _SURE)) + moved)
@@ -86,7 +88,7 @@ class QueryProbe:
 
     @classmethod
     def at(cls, inputs: AttentionInputs, summaries: KeySummaries) -> QueryProbe:
-        """Read the layer's summaries, which are up to date."""
+        """Return a probe that reads the layer's summaries. They must be up to date."""
         inputs.record.read("summaries", summaries.nbytes)
         inputs.record.mean("summary_bytes_held", summaries.nbytes)  # per layer, beside the store
         return cls(inputs, summaries)
@@ -99,11 +101,11 @@ class QueryProbe:
     @cached_property
     def logits(self) -> Tensor:
         """Return approximate logits of the current query, by the keys' codes ``[Hkv, group, Tk]``; -inf for filler."""
-        found = self._capped(self.summaries.logits(self.inputs.queries[:, -1:], self.inputs.scaling))
-        return found.masked_fill(~self.inputs.holds[:, None], float("-inf"))
+        logits = self._capped(self.summaries.logits(self.inputs.queries[:, -1:], self.inputs.scaling))
+        return logits.masked_fill(~self.inputs.holds[:, None], float("-inf"))
 
     def with_jumps(self, base: KVSelection, budget: int) -> Tensor:
-        """Return the columns of a selection, its tail and ``budget`` more that the current query points to: bool ``[Hkv, Tk]``."""
+        """Return the columns of a selection, its tail and the ``budget`` best others of the current query: bool ``[Hkv, Tk]``."""
         columns = self.inputs.attended(base)
         if not budget:
             return columns
@@ -113,7 +115,7 @@ class QueryProbe:
         return columns | best_pages(self.bounds, free, self.summaries.page, budget)
 
     def calibrated(self, columns: Tensor) -> DriftReference:
-        """Return what a new selection captures of the current query. Without codes that takes one read of all keys."""
+        """Return the reference of a new selection by the current query. Without codes this reads all keys once."""
         if self.summaries.bits:
             return DriftReference(self._share(columns), None)
         scores = self.inputs.token_scores(self.inputs.queries[:, -1:], self.inputs.columns[-1:])
@@ -130,8 +132,8 @@ class QueryProbe:
     def _log_odds(self, columns: Tensor) -> Tensor:
         """Return the log of (mass on ``columns``) / (bound of the mass on all others), per KV head ``[Hkv]``.
 
-        Exact inside (the attended keys are read once more), by page bounds outside, the strongest query head of the
-        group on either side. Far too pessimistic as it stands, since bounds are loose; only its change is used.
+        The mass inside is exact (the attended keys are read once more). The mass outside follows from page bounds. Each is that of
+        the largest query head of the group. The value is far too low, since bounds are loose, so only its change is used.
         """
         others = columns.new_zeros(columns.shape[0], self.bounds.shape[1] * self.summaries.page)
         others[:, : columns.shape[1]] = ~columns & self.inputs.holds
