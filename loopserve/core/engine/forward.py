@@ -79,7 +79,7 @@ class ForwardBatch:
 
 
 class Model(Protocol):
-    """What the engine needs of a language model; ``models.bridge.TransformersModel`` is one."""
+    """Declare what the engine needs of a language model. ``models.bridge.TransformersModel`` implements it."""
 
     @property
     def layers(self) -> Sequence[LayerSpec]:
