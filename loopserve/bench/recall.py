@@ -200,26 +200,26 @@ class _Writer:
         keys = [chain[0].key for chain in chains]
         question = self._question(keys)
         answer_length = sum(2 + len(fact.value) + 1 for chain in chains for fact in chain) or len(ACKNOWLEDGEMENT)
-        room = stop - len(words) - MARKERS_PER_TURN - answer_length - len(question)
+        free_words = stop - len(words) - MARKERS_PER_TURN - answer_length - len(question)
 
         sentences: list[Fact | list[str]] = []
-        told = sum(len(fact.words) for fact in new)
+        fact_words = sum(len(fact.words) for fact in new)
         asked = {fact.key for chain in chains for fact in chain}
-        while not self.task.lists and told < self.task.fact_share * (room + len(question)) and self.places:
+        while not self.task.lists and fact_words < self.task.fact_share * (free_words + len(question)) and self.places:
             new.append(self._fact(turn))
-            told += len(new[-1].words)
+            fact_words += len(new[-1].words)
         # A fact that no longer fits is dropped again, unless the answer needs it.
-        while told > max(room, 0) and new and new[-1].key not in asked:
+        while fact_words > max(free_words, 0) and new and new[-1].key not in asked:
             dropped = new.pop()
-            told -= len(dropped.words)
+            fact_words -= len(dropped.words)
             del self.layout.facts[dropped.key]
-        room -= told
+        free_words -= fact_words
         sentences.extend(new)
-        while room >= _SHORTEST_SENTENCE:
+        while free_words >= _SHORTEST_SENTENCE:
             talk = self._small_talk()
-            if len(talk) <= room:
+            if len(talk) <= free_words:
                 sentences.append(talk)
-                room -= len(talk)
+                free_words -= len(talk)
         rng.shuffle(sentences)
         if self.task.lists:
             chains = [[sentence] for sentence in sentences if isinstance(sentence, Fact)]
@@ -227,7 +227,7 @@ class _Writer:
         self.unasked.append([fact for fact in new if fact.key not in asked])
         self._place(turn, sentences, question, chains)
 
-    def _choose(self, turn: int, room: int, new: list[Fact]) -> list[list[Fact]]:
+    def _choose(self, turn: int, free_words: int, new: list[Fact]) -> list[list[Fact]]:
         """Return the facts to ask for, one chain per key: some stated earlier, some to be stated in this turn (added to `new`)."""
         low, high = self.task.key_range
         if self.task.lists:
@@ -237,8 +237,8 @@ class _Writer:
         for _ in range(self.rng.randint(low, high)):
             # A short turn has no space for a new fact, so it asks for an older one.
             used = MARKERS_PER_TURN + 6 + sum(2 + 2 * len(f.words) for chain in chains for f in chain)
-            short = self.task.uneven and bool(chains or turn) and used + 20 * self.task.chain > room
-            if short and chains and used > room:
+            short = self.task.uneven and bool(chains or turn) and used + 20 * self.task.chain > free_words
+            if short and chains and used > free_words:
                 break
             if self.rng.random() < self.task.again_share and (old := [c for c in self.asked if c not in chains]):
                 chains.append(self.rng.choice(old))
@@ -332,7 +332,7 @@ class _Writer:
             words.extend(ACKNOWLEDGEMENT)
             sources, owners = [-1, -1], [start, start]
         sources.append(marks[-1] if marks else -1)
-        told = tuple(turn - facts[chain[-1].key].turn for chain in chains)
+        distances = tuple(turn - facts[chain[-1].key].turn for chain in chains)
         self.layout.turns.append(
             TurnLayout(
                 turn=Turn(
@@ -341,7 +341,7 @@ class _Writer:
                     question=" ".join(question),
                     position=position,
                     keys=tuple(chain[0].key for chain in chains),
-                    distances=told,
+                    distances=distances,
                 ),
                 text_start=text_start,
                 question_keys=marks,
