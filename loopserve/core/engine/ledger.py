@@ -44,11 +44,11 @@ class Ledger:
         length = len(session.tokens) + new_tokens + max_new_tokens
         total, transient, whole = 0, 0, 0
         for policies, cache in zip(session.slots.by_layer, session.cache.layers, strict=True):
-            pair = 2 * self._element_bytes * policies.spec.kv_heads * policies.spec.head_dim
+            pair = self._element_bytes * policies.spec.kv_heads * policies.spec.pair_width
             whole += length * pair
             held = cache.allocated_bytes
             grown = held * 3 // 2 if held < length * pair else held
-            store = max(grown, (length + FIRST_CAPACITY) * pair)
+            store = max(grown, (length + FIRST_CAPACITY) * pair) if policies.spec.reads is None else 0
             active = 0
             if policies.compressor is not None and not policies.compressor.capabilities.passive:
                 pairs = min(policies.most_pairs or length, length) + max_new_tokens + ACTIVE_SLACK

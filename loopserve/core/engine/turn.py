@@ -300,6 +300,11 @@ def _ask(context: ForwardContext, slot: str, compressor: DecodeCompressor[Any]) 
         if isinstance(request, Observation):
             if context.phase is Phase.OBSERVE:
                 raise PolicyError("an observation may not ask for another one")
+            if not session.slots.repeatable:
+                raise PolicyError(
+                    "asks for rows of the turn to be computed again, which this model's recurrent or position-counting layers "
+                    "cannot do: declare Capabilities(observes=True), so that it is refused when the model is loaded"
+                )
             check_observation(request, session.turn_start, session.cache.seen)
             return request
         if request is not None:

@@ -116,10 +116,17 @@ class PolicyStack:
                     refused.setdefault(reason, []).append(layer.index)
         if not served and not self.is_dense:
             problems.append("the model has no full-attention layer, so no policy would ever act: use the stack 'dense'")
+        fixed = [layer.index for layer in layers if not layer.repeatable]
         for (kind, policy), indices in served.items():
             where = f"{kind} policy {policy.name!r} at {_spoken(indices)}"
             with blamed(policy, "its declaration", self.owners):
                 problems += [f"{where} {inability}" for inability in _inabilities(policy, batch)]
+                if fixed and policy.effective_capabilities.observes:
+                    problems.append(
+                        f"{where} asks for rows of a turn to be computed again, which {_spoken(fixed)} of this model cannot do "
+                        "(a recurrent state, or positions that are counted): choose a stack without observations, such as "
+                        "'loopserve', 'snapkv' or 'dense'"
+                    )
         problems += [f"at {_spoken(indices)}, {reason}" for reason, indices in refused.items()]
         if problems:
             raise ConfigError("\n".join(f"stack {self.name!r}: {problem}" for problem in problems))
