@@ -17,6 +17,7 @@ from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
+from loopserve.bench.demo_cells import BOOK_COLUMNS, book_cells
 from loopserve.bench.rows import Row, latest, read_rows
 
 COLUMNS = ("op", "case", "dtype", "by", "density", "ms (20-80 %)", "x SDPA", "x own dense", "error", "note")
@@ -202,11 +203,25 @@ def demo_table(result: dict[str, Any]) -> str:
 
 def short_table(result: dict[str, Any]) -> str:
     """Return a Markdown table of three columns for the front page, with the settings of the measurement."""
+    if "conversation" in result["settings"]:
+        return book_table(result)
     lines = ["| stack | answers right | KV pairs attended per output token |", "|---|---|---|"]
     for name, row in result["stacks"].items():
         lines.append(f"| `{name}` | {row['right']} of {row['asked']} | {row['attended_fraction']:.1%} |")
     settings = result["settings"]
     caption = f"{settings['dialogues']} dialogues of {settings['tokens']:,} tokens and {settings['turns']} turns, a question in each."
+    return "\n".join([*lines, "", caption])
+
+
+def book_table(result: dict[str, Any]) -> str:
+    """Return a Markdown table of a conversation about a novel: same answers, pairs read, time; with its settings and machine."""
+    lines = [f"| stack | {' | '.join(BOOK_COLUMNS)} |", "|---|---|---|---|"]
+    lines += [f"| `{name}` | {' | '.join(book_cells(row))} |" for name, row in result["stacks"].items()]
+    settings, machine = result["settings"], result["machine"]
+    caption = (
+        f"One conversation about Moby-Dick with `{settings['model']}`: {settings['tokens']:,} tokens, {settings['turns']} turns, a "
+        f"question in each, {settings['dtype']}, {machine['threads']} threads. `loopserve demo` repeats it."
+    )
     return "\n".join([*lines, "", caption])
 
 
