@@ -52,7 +52,8 @@ class Choice(NamedTuple):
 class Operation:
     """Hold one operation and its implementations.
 
-    modules: module path of each implementation, imported at first use. any_device: ``torch`` serves every device.
+    modules: ``module`` or ``module:function`` of each implementation, imported at first use; the function is called like
+    the operation unless given. any_device: ``torch`` serves every device.
     limits: for an implementation, a function that takes the arguments of the operation and returns why it cannot serve
     them, or None.
     """
@@ -113,25 +114,33 @@ _candidates_seen: dict[tuple[str, str, str, torch.dtype], tuple[str, ...]] = {}
 
 def operation(
     name: str,
-    *implementations: str,
-    package: str | None = None,
+    *,
+    reference: str | None = None,
+    torch: str | None = None,
+    cpu: str | None = None,
+    triton: str | None = None,
     any_device: bool = False,
     limits: dict[str, Callable[..., str | None]] | None = None,
 ) -> Operation:
-    """Register an operation; each defining package calls this once.
+    """Register an operation; the module that defines it calls this once.
 
-    implementations: names besides ``reference``. Each is the function ``name`` in the module of that implementation.
-    package: the folder, where it is not called like the operation.
+    reference, torch, cpu, triton: module of each implementation, below ``loopserve.kernels``; that of the reference is
+    called like the operation unless given. ``cpu`` and ``triton`` are functions called like the operation, the others
+    have the name of the implementation behind it: ``gather_kv_reference``, ``gather_kv_torch``.
     """
-    home = f"{__name__.rpartition('.')[0]}.{package or name}"
-    modules = {each: f"{home}.{each}" for each in ("reference", *implementations)}
+    root = __name__.rpartition(".")[0]
+    modules = {"reference": f"{root}.{reference or name}:{name}_reference"}
+    if torch:
+        modules["torch"] = f"{root}.{torch}:{name}_torch"
+    modules |= {each: f"{root}.{path}" for each, path in (("cpu", cpu), ("triton", triton)) if path}
     _operations[name] = Operation(name, modules, any_device, limits or {})
     return _operations[name]
 
 
 @cache
 def _resolve(module: str, name: str) -> Callable[..., Any]:
-    found: Callable[..., Any] = getattr(import_module(module), name)
+    path, _, own_name = module.partition(":")
+    found: Callable[..., Any] = getattr(import_module(path), own_name or name)
     return found
 
 
@@ -186,9 +195,8 @@ def use(name: str) -> Iterator[None]:
 def operations() -> dict[str, Operation]:
     """Return every operation by name."""
     package = __name__.rpartition(".")[0]
-    for module in iter_modules(import_module(package).__path__):  # importing a package registers its operations
-        if module.ispkg:
-            import_module(f"{package}.{module.name}")
+    for module in iter_modules(import_module(package).__path__):  # importing a module registers its operations
+        import_module(f"{package}.{module.name}")
     return dict(sorted(_operations.items()))
 
 

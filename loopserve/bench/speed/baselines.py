@@ -24,7 +24,7 @@ from loopserve.bench.speed.candidates import Candidate, Case
 from loopserve.bench.speed.paired import Clock, Runner
 from loopserve.core.errors import ConfigError
 from loopserve.core.policy.patterns import LinePattern
-from loopserve.kernels.fused import fused, merge
+from loopserve.kernels.masked import fused, merge
 
 _CPU_DTYPES = (torch.float32, torch.bfloat16)
 BACKENDS = {

@@ -22,9 +22,8 @@ from loopserve.kernels.backend import Operation
 from loopserve.kernels.block_sparse import block_sparse
 from loopserve.kernels.decode_attention import DecodeRequest
 from loopserve.kernels.dense_attention import dense_attention
-from loopserve.kernels.line_scores.reference import row_probabilities
-from loopserve.kernels.vertical_slash import vertical_slash
-from loopserve.kernels.vertical_slash.reference import line_mask
+from loopserve.kernels.line_scores import row_probabilities_reference
+from loopserve.kernels.vertical_slash import line_mask, vertical_slash
 
 # Largest relative error of a sampled row, and of all of them together. Rounding of inputs is not counted, since the
 # reference gets the same rounded tensors in float64.
@@ -220,7 +219,7 @@ def _judge_choice(audit: Audit, result: Any, args: tuple[Any, ...], options: dic
     (queries, keys, columns, _), (chosen, covered, *_) = args, result
     group = queries.shape[0] // keys.shape[0]
     first_valid = options["first_valid"]
-    rows = row_probabilities(
+    rows = row_probabilities_reference(
         queries[:group].double(),
         keys[:1].double(),
         columns,

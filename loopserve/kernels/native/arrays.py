@@ -1,14 +1,20 @@
-"""Pass tensors to C: the only module that takes the address of a tensor.
+"""Pass tensors to C, and back large ones with huge pages: the only module that takes the address of a tensor.
 
 An address carries no dtype, layout or size. So each is checked here against what the C source expects.
 """
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+from functools import cache
+from typing import Any
+
 import torch
 from torch import Tensor
 
 MOST_COLUMNS = 2**31 - 2**16  # the C sources count columns in int32, some up to a tile past the last
+_LARGE = 4 << 20  # bytes; below, the call for huge pages costs more than it saves
 
 
 def rows_of(tensor: Tensor) -> Tensor:
@@ -76,3 +82,31 @@ def _dense_behind(tensor: Tensor, strided: int, written: bool) -> bool:
                 return False
             expected = max(expected, sizes[dim] * strides[dim])
     return True
+
+
+def large_pages(tensor: Tensor) -> Tensor:
+    """Ask the system to back a newly allocated tensor with huge pages, and return the tensor.
+
+    With 4 KiB pages, first touches and scattered reads cost more than the computation. Does
+    nothing for small tensors, for other devices, or where the system has no huge pages.
+    """
+    size = tensor.untyped_storage().nbytes()
+    if size >= _LARGE and tensor.device.type == "cpu":
+        advise = _advise()
+        if advise is not None:
+            start = -(-tensor.untyped_storage().data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+            advise(start, size - 2 * mmap.PAGESIZE, mmap.MADV_HUGEPAGE)
+    return tensor
+
+
+@cache
+def _advise() -> Any:
+    """Return ``madvise`` of the C library, or None where there are no huge pages."""
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return None
+    try:
+        found = ctypes.CDLL(None).madvise
+    except (OSError, AttributeError):
+        return None
+    found.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    return found

@@ -13,9 +13,8 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from loopserve.kernels.line_scores.torch import diagonal_sums
-from loopserve.kernels.select_lines.geometry import cells_added, keys_added, total_cost
-from loopserve.kernels.select_lines.reference import NEGLIGIBLE
+from loopserve.kernels.line_scores import diagonal_sums
+from loopserve.kernels.select_lines.reference import NEGLIGIBLE, cells_added, keys_added, total_cost
 
 _CLOSE = 0.8  # share of the best gain per cost that joins a round ...
 _CLOSE_FAR = 0.5  # ... while more than _FAR of the mass is missing and the order matters less
@@ -24,7 +23,7 @@ _SHARE = 0.7  # share of the missing mass that the lines of a round may claim
 _UNRANKED = torch.iinfo(torch.int32).max
 
 
-def select_lines(
+def select_lines_torch(
     probabilities: Tensor,
     columns: Tensor,
     new_tokens: int,
@@ -39,7 +38,7 @@ def select_lines(
     """Return chosen lines bool ``[Hq, 2, n]``, covered and total mass per row ``[Hq, r]``, cost ``[Hq]``; kind 0 is
     vertical, 1 slash.
 
-    See the package.
+    See the operation.
     """
     state = _Heads(probabilities, columns, new_tokens, tile, most_cost)
     state.weigh(row_weights.float())
