@@ -18,7 +18,7 @@ from loopserve.kernels.line_scores import row_probabilities_reference, row_proba
 from loopserve.kernels.native import scores
 from loopserve.kernels.select_lines import TILE, Cost, LineSelection, finish, prepare
 from loopserve.kernels.select_lines.reference import select_lines_reference
-from loopserve.kernels.select_lines.torch import select_lines_torch
+from loopserve.kernels.select_lines.rounds import select_lines_torch
 from loopserve.kernels.shapes import check
 
 _OPERATION = backend.operation(

@@ -20,7 +20,7 @@ MOST_TILE = 256
 _OPERATION = backend.operation(
     "select_lines",
     reference="select_lines.reference",
-    torch="select_lines.torch",
+    torch="select_lines.rounds",
     cpu="native.scores",
     triton="gpu.select_lines",
     any_device=True,
