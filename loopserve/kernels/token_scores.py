@@ -22,6 +22,7 @@ _OPERATION = backend.operation(
     triton="gpu.scores",
     limits={"cpu": scores.token_limit, "triton": limits.scores},
 )
+_NUMBERS = 1 << 21  # scores in memory at once: 8 MiB in float32
 
 
 def token_scores(
@@ -65,9 +66,6 @@ def token_scores_reference(
     )
     joined = {"mean": rows.mean(1), "sum": rows.sum(1), "max": rows.amax(1)}[over_rows]
     return joined.view(keys.shape[0], -1, keys.shape[1]).mean(1)
-
-
-_NUMBERS = 1 << 21  # scores in memory at once: 8 MiB in float32
 
 
 def token_scores_torch(

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loopserve.kernels import backend
+from loopserve.kernels.key_codes import page_bounds, page_scores
 from loopserve.kernels.line_scores import line_scores
-from loopserve.kernels.page_bounds import page_bounds, page_scores
 from loopserve.kernels.token_scores import token_scores
 from tests.kernels.cases import FAST, IMPLEMENTATIONS, Case, cases, make
 

@@ -12,8 +12,7 @@ from torch import Tensor
 from loopserve.core.errors import Fault, PolicyError
 from loopserve.core.kv.cache import LayerCache
 from loopserve.core.policy.interfaces import AttentionInputs, KVSelection, Observation, Retention
-from loopserve.core.policy.patterns import AttentionPattern, BlockPattern, DensePattern, LinePattern
-from loopserve.core.policy.row_groups import RowGroups
+from loopserve.core.policy.patterns import AttentionPattern, BlockPattern, DensePattern, LinePattern, RowGroups
 
 _OURS = (DensePattern, LinePattern, BlockPattern, RowGroups)  # their kernels are part of loopserve
 _ROWS_LOOKED_AT = 8

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from loopserve.kernels.native import library
-from loopserve.kernels.native.arrays import MOST_COLUMNS, address, large_pages, number_type, optional, rows_of
+from loopserve.kernels.native.library import MOST_COLUMNS, address, large_pages, number_type, optional, rows_of
 
 if TYPE_CHECKING:
     from loopserve.kernels.decode_attention import DecodeRequest

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from loopserve.kernels.native import library
-from loopserve.kernels.native.arrays import MOST_COLUMNS, address, optional, rows_of
+from loopserve.kernels.native.library import MOST_COLUMNS, address, optional, rows_of
 
 
 def gather_kv(keys: Tensor, values: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:

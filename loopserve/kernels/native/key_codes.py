@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from loopserve.kernels.native import library
-from loopserve.kernels.native.arrays import address, number_type, optional, rows_of
+from loopserve.kernels.native.library import address, number_type, optional, rows_of
 
 if TYPE_CHECKING:
     from loopserve.kernels.key_codes import KeyCodes

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from loopserve.kernels.native import library
-from loopserve.kernels.native.arrays import address, large_pages, number_type, optional, rows_of
+from loopserve.kernels.native.library import address, large_pages, number_type, optional, rows_of
 
 JOINS = ("mean", "sum", "max")
 _ROWS = 64  # rows per tile, as in tile.h
