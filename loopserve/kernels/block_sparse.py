@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from loopserve.kernels import backend
+from loopserve.kernels.backend import check, check_flags
 from loopserve.kernels.gpu import limits
 from loopserve.kernels.masked import (
     MASKED,
@@ -18,7 +19,6 @@ from loopserve.kernels.masked import (
     visible,
 )
 from loopserve.kernels.native import attention
-from loopserve.kernels.shapes import check, check_flags
 
 # A tile larger than the number of columns is one tile. Clamping keeps the size within an int64 of the C kernel.
 _LARGEST = 128

@@ -13,13 +13,13 @@ from typing import Any
 from torch import Tensor
 
 from loopserve.kernels import backend
+from loopserve.kernels.backend import check
 from loopserve.kernels.gpu import limits
 from loopserve.kernels.line_scores import row_probabilities_reference, row_probabilities_torch
 from loopserve.kernels.native import scores
 from loopserve.kernels.select_lines import TILE, Cost, LineSelection, finish, prepare
 from loopserve.kernels.select_lines.reference import select_lines_reference
 from loopserve.kernels.select_lines.rounds import select_lines_torch
-from loopserve.kernels.shapes import check
 
 _OPERATION = backend.operation(
     "choose_lines",

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from loopserve.kernels import backend
+from loopserve.kernels.backend import check, check_device, check_range
 from loopserve.kernels.dense_attention import dense_attention_torch
 from loopserve.kernels.gather_kv import gather_kv_torch
 from loopserve.kernels.gpu import limits
 from loopserve.kernels.masked import masked_attention, per_query_head, query_columns, visible
 from loopserve.kernels.native import attention
-from loopserve.kernels.shapes import check, check_device, check_range
 
 _OPERATION = backend.operation(
     "decode_attention",

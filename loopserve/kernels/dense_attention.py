@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from loopserve.kernels import backend
+from loopserve.kernels.backend import check
 from loopserve.kernels.gpu import limits
 from loopserve.kernels.masked import (
     MASKED,
@@ -19,7 +20,6 @@ from loopserve.kernels.masked import (
     visible,
 )
 from loopserve.kernels.native import attention
-from loopserve.kernels.shapes import check
 
 _OPERATION = backend.operation(
     "dense_attention",

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, int64
 
 from loopserve.kernels import backend
-from loopserve.kernels.shapes import check_device, check_range
+from loopserve.kernels.backend import check_device, check_range
 
 _OPERATION = backend.operation("gather_kv", torch="gather_kv", cpu="native.columns", triton="gpu.gather_kv")
 

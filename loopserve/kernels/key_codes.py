@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from loopserve.kernels import backend
+from loopserve.kernels.backend import check_device, check_range
 from loopserve.kernels.gpu import limits
 from loopserve.kernels.native import key_codes as native
-from loopserve.kernels.shapes import check_device, check_range
 
 BITS = (2, 4, 8)
 _SUMMARISE = backend.operation(

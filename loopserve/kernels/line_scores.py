@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from loopserve.kernels import backend
+from loopserve.kernels.backend import check
 from loopserve.kernels.gpu import limits
 from loopserve.kernels.masked import masked_softmax, per_query_head, scaled_scores, visible
 from loopserve.kernels.native import scores
-from loopserve.kernels.shapes import check
 
 
 class LineScores(NamedTuple):

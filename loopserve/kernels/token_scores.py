@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from loopserve.kernels import backend
+from loopserve.kernels.backend import check
 from loopserve.kernels.gpu import limits
 from loopserve.kernels.line_scores import row_probabilities_reference, row_probabilities_torch
 from loopserve.kernels.native import scores
-from loopserve.kernels.shapes import check
 
 OverRows = Literal["mean", "sum", "max"]
 _OVER_ROWS = ("mean", "sum", "max")

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from loopserve.kernels import backend
+from loopserve.kernels.backend import check_first_valid
 from loopserve.kernels.native import columns
-from loopserve.kernels.shapes import check_first_valid
 
 _OPERATION = backend.operation(
     "top_columns", cpu="native.columns", triton="gpu.top_columns", limits={"cpu": columns.limit}

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from loopserve.kernels import backend
+from loopserve.kernels.backend import check, check_lines
 from loopserve.kernels.dense_attention import dense_attention_torch
 from loopserve.kernels.gpu import limits
 from loopserve.kernels.masked import (
@@ -22,7 +23,6 @@ from loopserve.kernels.masked import (
     visible,
 )
 from loopserve.kernels.native import attention
-from loopserve.kernels.shapes import check, check_lines
 
 _OPERATION = backend.operation(
     "vertical_slash",

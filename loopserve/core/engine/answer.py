@@ -6,11 +6,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypedDict
 
 from loopserve.core.engine.sampling import Choose, LogitsProcessor, Sampler, SamplingConfig
 from loopserve.core.errors import ConfigError, InputError
 
 StopCheck = Callable[[int], str | None]  # called with each output token; returns the stop string that it completes
+
+
+class AnswerOptions(TypedDict, total=False):
+    """List the options of an answer beside its sampling settings; ``TokenEngine.begin`` documents them."""
+
+    stop_ids: frozenset[int]
+    stop_check: StopCheck | None
+    max_new_tokens: int | None
+    logits_processors: Sequence[LogitsProcessor]
 
 
 @dataclass(frozen=True)

@@ -261,7 +261,11 @@ def address(
     written: C writes into the tensor, so no two of its numbers may share memory.
     """
     fits = tensor.dtype is dtype and tensor.shape == shape and tensor.is_cpu and not tensor.is_neg()
-    if not fits or not (_dense_behind(tensor, strided, written) if strided else tensor.is_contiguous()):
+    if fits and strided and strided == tensor.dim() - 1 and tensor.stride(-1) == 1 and not written:
+        dense = True  # the common case, checked in every step of every layer
+    else:
+        dense = fits and (_dense_behind(tensor, strided, written) if strided else tensor.is_contiguous())
+    if not dense:
         held = f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}, strides {list(tensor.stride())}"
         layout = f"dense behind {strided} dimensions" if strided else "contiguous"
         raise ValueError(f"{name} must be {dtype} {list(shape)} on cpu, {layout}; got {held}")
@@ -286,10 +290,6 @@ def optional(
 
 def _dense_behind(tensor: Tensor, strided: int, written: bool) -> bool:
     """Return whether the dimensions after the first ``strided`` are contiguous."""
-    if (
-        not written and strided == tensor.dim() - 1 and tensor.stride(-1) == 1
-    ):  # the common case, checked in every step of every layer
-        return True
     expected = 1
     sizes, strides = tensor.shape, tensor.stride()
     for dim in range(tensor.dim() - 1, strided - 1, -1):

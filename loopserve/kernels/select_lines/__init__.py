@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from loopserve.kernels import backend
+from loopserve.kernels.backend import check_columns, check_device, check_lines
 from loopserve.kernels.gpu import limits
-from loopserve.kernels.shapes import check_columns, check_device, check_lines
 
 Cost = Literal["length", "tile"]
 TILE = 64  # rows per tile of the kernels whose work the cost ``tile`` counts
