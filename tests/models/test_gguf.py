@@ -259,5 +259,5 @@ def test_packages_that_are_absent_are_named(tiny: Path, monkeypatch: pytest.Monk
 
 def test_a_cache_folder_that_cannot_be_written(tiny: Path, cache: Path) -> None:
     cache.write_text("a file in its place")
-    with pytest.raises(ModelError, match="cannot keep models in .*LOOPSERVE_CACHE"):
+    with pytest.raises(ModelError, match=r"cannot keep models in .*LOOPSERVE_CACHE"):
         load(str(tiny))
