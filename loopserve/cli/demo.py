@@ -12,9 +12,7 @@ import typer
 
 from loopserve.bench.demo_cells import BOOK_COLUMNS, book_cells
 from loopserve.cli.options import Format, FormatOption, Settings
-from loopserve.cli.output import console, milliseconds, number, percent, print_json, size
-from loopserve.cli.progress import progress
-from loopserve.cli.tables import print_table
+from loopserve.cli.output import console, milliseconds, number, percent, print_json, print_table, progress, size
 from loopserve.core.errors import ConfigError, ModelError
 
 STACKS = ("dense", "loopserve", "loopserve-paper", "snapkv", "streaming_llm")
@@ -32,7 +30,9 @@ def demo(
     stack: Annotated[
         list[str] | None, typer.Option(help=f"Stacks to compare, repeatable. [default: {', '.join(BOOK_STACKS)}]")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of demo: other seeds give other conversations. [default: 0]")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Of demo: other seeds give other conversations. [default: 0]")
+    ] = None,
     tokens: Annotated[
         int | None, typer.Option(min=64, help="Of demo: length of a conversation, in tokens. [default: 2000]")
     ] = None,
@@ -73,7 +73,9 @@ def demo(
 def _book(model: str | None, stacks: list[str], options: Mapping[str, int]) -> dict[str, Any] | None:
     """Return the result of the conversation about a novel; None if no model was asked for and the default cannot be had."""
     if options:
-        raise ConfigError(f"--{next(iter(options))} is of the bundled model's dialogues: leave it out, or give --model demo")
+        raise ConfigError(
+            f"--{next(iter(options))} is of the bundled model's dialogues: leave it out, or give --model demo"
+        )
     from loopserve.bench.book_demo import run_book_demo
     from loopserve.models.quiet import quiet_libraries
 
@@ -106,16 +108,13 @@ def _can_plot(path: Path) -> None:
 def render_book(result: Mapping[str, Any]) -> None:
     """Print the answers of all stacks below each question, then one table of the stacks."""
     stacks: Mapping[str, Mapping[str, Any]] = result["stacks"]
-    for number, asked in enumerate(result["settings"]["questions"]):
-        rows = []
-        length = 0
-        for name, row in stacks.items():
-            turn = row["turns"][number]
-            length = length or turn["prompt_tokens"] + turn["reused_tokens"]
-            rows.append((name, turn["answer"] or "(nothing)", "yes" if turn["right"] else "no"))
-        told = asked["told_in"]
-        source = "told in this turn" if told == number + 1 else f"told in turn {told}"
-        title = f"turn {number + 1}, {length:,} tokens: {asked['question']} ({source})"
+    for index, asked in enumerate(result["settings"]["questions"]):
+        turns = {name: row["turns"][index] for name, row in stacks.items()}
+        rows = [(name, each["answer"] or "(nothing)", "yes" if each["right"] else "no") for name, each in turns.items()]
+        first = next(iter(turns.values()))
+        length, told = first["prompt_tokens"] + first["reused_tokens"], asked["told_in"]
+        source = "told in this turn" if told == index + 1 else f"told in turn {told}"
+        title = f"turn {index + 1}, {length:,} tokens: {asked['question']} ({source})"
         print_table(("stack", "answer", "right"), rows, title=title, prose=("answer",))
     rows = [(name, *book_cells(row)) for name, row in stacks.items()]
     print_table(("stack", *BOOK_COLUMNS), rows, title="all turns", right=True)
