@@ -177,6 +177,8 @@ def count(tokens: int) -> str:
 
 def demo_table(result: dict[str, Any]) -> str:
     """Return a Markdown table of a demonstration, with its settings and machine."""
+    if "conversation" in result["settings"]:
+        return _book_figures(result)
     lines = [
         "| stack | right, question at begin / middle / end | prefill cells / tiles | KV pairs attended | KV bytes per output token "
         "| TTFT | TPOT |",
@@ -221,6 +223,28 @@ def book_table(result: dict[str, Any]) -> str:
     caption = (
         f"One conversation about Moby-Dick with `{settings['model']}`: {settings['tokens']:,} tokens, {settings['turns']} turns, a "
         f"question in each, {settings['dtype']}, {machine['threads']} threads. `loopserve demo` repeats it."
+    )
+    return "\n".join([*lines, "", caption])
+
+
+def _book_figures(result: dict[str, Any]) -> str:
+    """Return a Markdown table of a conversation about a novel with all figures, and its settings."""
+    lines = [
+        "| stack | right | same as dense | prefill cells / tiles | KV pairs attended | KV bytes per output token | prefill | TPOT |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, row in result["stacks"].items():
+        read = row["kv_bytes_per_token"] / row["dense_kv_bytes_per_token"]
+        lines.append(
+            f"| `{name}` | {row['right']} of {row['asked']} | {row['same']} of {row['asked']} "
+            f"| {row['prefill_cell_density']:.1%} / {row['prefill_tile_density']:.1%} | {row['attended_fraction']:.1%} | {read:.1%} "
+            f"| {row['ttft_ms'] / 1000:.1f} s | {row['tpot_ms']:.0f} ms |"
+        )
+    settings, machine = result["settings"], result["machine"]
+    caption = (
+        f"{settings['tokens']:,} tokens, {settings['turns']} turns, budget {' or '.join(map(str, settings['budget']))} pairs per head "
+        f"(the larger where the answer counts in); {machine['processor']}, {machine['threads']} threads, torch {machine['torch']}, "
+        f"{settings['dtype']}. `loopserve demo --format json`"
     )
     return "\n".join([*lines, "", caption])
 
