@@ -1,6 +1,6 @@
 """Hold one conversation about chapters of a novel with a pretrained model under several stacks, and compare the answers.
 
-The user tells facts between the paragraphs of the chapters and asks for them later: in the same turn, in the next one, and after other
+The user states facts between the paragraphs of the chapters and asks for them later: in the same turn, in the next one, and after other
 chapters. The questions were chosen by the dense answers alone: a question is kept if dense attention answers it right. Each stack holds
 the whole conversation by itself, so that its own earlier answers are part of its history.
 """
@@ -33,7 +33,7 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class BookTurn:
-    """Hold one message of the user, its question, the text that a right answer contains, and the turn that told it (from 1)."""
+    """Hold one message of the user, its question, the text that a right answer contains, and the turn that states the fact (from 1)."""
 
     message: str
     question: str
