@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from loopserve.api import Engine
@@ -12,9 +13,14 @@ from loopserve.core.engine.sampling import ChosenLogprob, FinishReason
 from loopserve.core.engine.scheduler import Request
 from loopserve.core.engine.session import Session
 from loopserve.core.engine.stats import TurnStats
+from loopserve.core.stack.stack import PolicyStack
 from loopserve.models.answer_text import AnswerText
 from loopserve.models.chat import Prompt, StreamDecoder
 from loopserve.models.logprobs import TokenLogprob, token_logprobs
+from loopserve.serve.ask import Ask, Match
+from loopserve.serve.records import StoredTurn
+
+FIRST_S = 10.0  # headers of a stream wait so long for the first token, to say what was reused
 
 
 @dataclass(frozen=True)
@@ -68,7 +74,7 @@ class Choice:
     def progressed(self, request: Request) -> None:
         """Give the event loop what a pass added."""
         if request.error is not None:
-            self._send(request.error)
+            self.send(request.error)
             return
         if request.turn is None:
             return
@@ -76,9 +82,10 @@ class Choice:
         if request.done.is_set():
             self.text.close()
             reply = self._conclude(request)
-        self._send(Delta(self.index, self.text.take(), self._new_logprobs(request), reply))
+        self.send(Delta(self.index, self.text.take(), self._new_logprobs(request), reply))
 
-    def _send(self, event: Delta | BaseException) -> None:
+    def send(self, event: Delta | BaseException) -> None:
+        """Give the event loop an event, from any thread."""
         try:
             self._loop.call_soon_threadsafe(self._events.put_nowait, (self, event))
         except RuntimeError:  # the loop is closed: nobody is there to read
@@ -112,3 +119,62 @@ class Choice:
             logprobs=None if turn.logprobs is None else self._said(turn.logprobs),
             stats=self.session.stats,
         )
+
+
+@dataclass(eq=False)
+class Answer:
+    """Hold the answers to one request while they are written. Iterate over it for their deltas."""
+
+    id: str
+    ask: Ask
+    match: Match
+    prompt: Prompt
+    stack: PolicyStack
+    commit: Callable[[Answer, Choice, Reply], Coroutine[Any, Any, None]] = field(repr=False)
+    created: float = field(default_factory=time.time)
+    choices: list[Choice] = field(default_factory=list)
+    events: asyncio.Queue[tuple[Choice, Delta | BaseException]] = field(default_factory=asyncio.Queue)
+    prefill: Request | None = None  # of the prompt, where several answers are asked for
+    turns: dict[int, StoredTurn] = field(default_factory=dict)  # committed, by index of the answer
+    cached_tokens: int = 0  # of the prompt, that were not computed for this request
+    closed: bool = False
+    _first: asyncio.Task[tuple[Choice, Delta | BaseException]] | None = None
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Return the tokens of the whole conversation before the answer."""
+        return len(self.match.path.tokens) + len(self.prompt.tokens)
+
+    @property
+    def cache_note(self) -> str:
+        """Return what was reused, or why nothing was, as the header says it."""
+        if self.cached_tokens:
+            return f"hit {self.cached_tokens}"
+        return f"miss: {self.match.reason or 'the cache of this conversation was released'}"
+
+    async def wait_for_first(self) -> None:
+        """Wait for the first delta, at most some seconds; raise the error if the request failed before it."""
+        self._first = asyncio.create_task(self.events.get())
+        done, _ = await asyncio.wait({self._first}, timeout=FIRST_S)
+        if done and isinstance(error := self._first.result()[1], BaseException):
+            raise error
+
+    async def _next(self) -> tuple[Choice, Delta | BaseException]:
+        first, self._first = self._first, None
+        return await (first if first is not None else self.events.get())
+
+    async def __aiter__(self) -> AsyncIterator[Delta]:
+        left = self.ask.n
+        while left:
+            choice, event = await self._next()
+            if isinstance(event, BaseException):
+                raise event
+            if event.reply is not None:
+                left -= 1
+                await self.commit(self, choice, event.reply)
+            yield event
+
+    async def replies(self) -> list[Reply]:
+        """Read every delta; return the answers in their order."""
+        found = {delta.index: delta.reply async for delta in self if delta.reply is not None}
+        return [found[index] for index in sorted(found)]

@@ -17,10 +17,10 @@ from loopserve.serve import chat, info_routes
 from loopserve.serve.conversations import Conversations
 from loopserve.serve.errors import ApiError, as_api_error
 from loopserve.serve.metrics import Metrics
-from loopserve.serve.responses_http import Disconnected
 from loopserve.serve.security import Security
 from loopserve.serve.server import Server
 from loopserve.serve.settings import ServerSettings
+from loopserve.serve.streaming import Disconnected
 
 _CLIENT_LEFT = 499  # nobody reads it; it is for the access log
 

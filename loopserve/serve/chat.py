@@ -16,12 +16,12 @@ from openai.types.chat.chat_completion_message import ChatCompletionMessage
 from starlette.responses import JSONResponse, Response
 
 from loopserve.models.chat import as_messages
-from loopserve.serve.answer import Delta, Reply
-from loopserve.serve.conversations import Answer, Ask
+from loopserve.serve.answer import Answer, Delta, Reply
+from loopserve.serve.ask import Ask
 from loopserve.serve.protocol import ChatRequest
 from loopserve.serve.rendering import chat_logprobs, figures, headers, usage
-from loopserve.serve.responses_http import EventStream, while_connected
 from loopserve.serve.server import Server, identity, server_of, tenant_of_request
+from loopserve.serve.streaming import EventStream, while_connected
 
 router = APIRouter()
 
@@ -37,6 +37,7 @@ async def chat_completions(request: Request) -> Response:
         sampling=body.sampling,
         stack=body.loopserve.stack,
         n=body.n,
+        store=body.store is not False,
         **identity(request, body),
     )
     async with AsyncExitStack() as stack:

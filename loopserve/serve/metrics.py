@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from loopserve.serve.answer import Reply
+from loopserve.serve.answer import Answer, Reply
 
 if TYPE_CHECKING:
-    from loopserve.serve.conversations import Answer, Conversations
+    from loopserve.serve.conversations import Conversations
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 

@@ -12,8 +12,7 @@ from openai.types.completion_choice import Logprobs
 from openai.types.completion_usage import CompletionTokensDetails, PromptTokensDetails
 
 from loopserve.models.logprobs import TokenLogprob
-from loopserve.serve.answer import Reply
-from loopserve.serve.conversations import Answer
+from loopserve.serve.answer import Answer, Reply
 
 
 def headers(answer: Answer) -> dict[str, str]:

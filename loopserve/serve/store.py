@@ -19,6 +19,7 @@ from loopserve.serve.records import KVRow, Path, StoredSession, StoredTurn, pack
 
 _log = logging.getLogger("loopserve.serve")
 SCHEMA_VERSION = 1
+_IN_MEMORY = ("spare", "volatile")  # what the disk does not take; what is not to be kept
 _WAIT_S = 10.0
 _TABLES = """
 CREATE TABLE IF NOT EXISTS {db}.sessions (
@@ -50,7 +51,8 @@ _FULL = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sql
 class Store:
     """Hold sessions and turns. Without a directory, or while the disk takes nothing, they are in memory only.
 
-    The attached database ``spare`` takes what the disk does not; the next commit that succeeds moves it over.
+    The attached database ``spare`` takes what the disk does not; the next commit that succeeds moves it over. ``volatile`` takes
+    what its client does not want to have kept.
     """
 
     def __init__(self, directory: FilePath | None) -> None:
@@ -66,21 +68,26 @@ class Store:
             self._db = sqlite3.connect(name, timeout=_WAIT_S, check_same_thread=False, isolation_level=None)
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=FULL")
-            self._db.execute("ATTACH ':memory:' AS spare")
+            for db in _IN_MEMORY:
+                self._db.execute(f"ATTACH ':memory:' AS {db}")
             (version,) = self._db.execute("PRAGMA main.user_version").fetchone()
             if version not in (0, SCHEMA_VERSION):
                 raise ConfigError(
                     f"{name}: written by another version of loopserve (schema {version}); use another directory"
                 )
-            for db in ("main", "spare"):
+            for db in ("main", *_IN_MEMORY):
                 self._db.executescript(_TABLES.format(db=db))
             self._db.executescript(_KV_TABLE)
             self._db.execute(f"PRAGMA main.user_version={SCHEMA_VERSION}")
             for table in ("sessions", "turns"):
-                self._db.execute(
-                    f"CREATE TEMP VIEW every_{table} AS SELECT * FROM spare.{table} UNION ALL SELECT * FROM main.{table} "
-                    f"WHERE id NOT IN (SELECT id FROM spare.{table})"
-                )
+                parts = [f"SELECT * FROM main.{table}"]
+                for db in _IN_MEMORY:
+                    parts = [
+                        f"{part} {'AND' if 'WHERE' in part else 'WHERE'} id NOT IN (SELECT id FROM {db}.{table})"
+                        for part in parts
+                    ]
+                    parts.append(f"SELECT * FROM {db}.{table}")
+                self._db.execute(f"CREATE TEMP VIEW every_{table} AS {' UNION ALL '.join(parts)}")
         except (OSError, sqlite3.Error) as error:
             raise ConfigError(
                 f"--session-dir {directory}: cannot be used ({error}); give a directory that this user may write to"
@@ -93,19 +100,35 @@ class Store:
 
     # Turns.
 
-    def commit(self, turn: StoredTurn, session: StoredSession) -> bool:
-        """Write a turn, and its session with the turn as head, in one transaction. Return False if only memory took them."""
+    def commit(self, path: Path, session: StoredSession, *, keep: bool = True) -> bool:
+        """Write the last turn of a path, and its session, in one transaction. Return False if only memory took them.
+
+        keep: False leaves them in memory until the server ends. Turns before it that were left there are written with it.
+        """
+        if not keep:
+            self._write("volatile", [path.turns[-1]], [session])
+            return False
         self._settle()
+        before = [turn for turn in path.turns[:-1] if self._is_volatile(turn.id)]
         try:
-            self._write("main", [turn], [session])
-            return True
+            self._write("main", [*before, path.turns[-1]], [session])
         except sqlite3.OperationalError as error:
             if getattr(error, "sqlite_errorcode", 0) & 0xFF not in _FULL:
                 raise
             _log.error("a turn is kept in memory only: the session directory takes nothing (%s)", error)
-            self._write("spare", [turn], [session])
+            self._write("spare", [*before, path.turns[-1]], [session])
             self.spare_turns += 1
             return False
+        self._db.executemany("DELETE FROM volatile.turns WHERE id=?", [(turn.id,) for turn in before])
+        self._db.execute("DELETE FROM volatile.sessions WHERE id=?", (session.id,))
+        return True
+
+    def _is_volatile(self, turn: str) -> bool:
+        return self._db.execute("SELECT 1 FROM volatile.turns WHERE id=?", (turn,)).fetchone() is not None
+
+    def is_kept(self, turn: str) -> bool:
+        """Return whether a turn was to be kept, and is not in memory only because its request said so."""
+        return not self._is_volatile(turn)
 
     def _settle(self) -> None:
         """Move what the disk did not take to it, if it takes it now."""
@@ -208,7 +231,7 @@ class Store:
         through = self.path(tenant, found.head) if found.head is not None else None
         gone = sorted({*own, *(through.ids if through is not None else ())} - kept)
         self._db.execute("BEGIN IMMEDIATE")
-        for db in ("main", "spare"):
+        for db in ("main", *_IN_MEMORY):
             self._db.execute(f"DELETE FROM {db}.sessions WHERE id=?", (session,))
             self._db.executemany(f"DELETE FROM {db}.turns WHERE id=?", [(each,) for each in gone])
         self._db.execute("COMMIT")
