@@ -59,8 +59,8 @@ class Choice:
         loop: asyncio.AbstractEventLoop,
         events: asyncio.Queue[tuple[Choice, Delta | BaseException]],
     ) -> None:
-        self.index, self.session, self.request = index, session, None
-        self.request: Request | None
+        self.index, self.session = index, session
+        self.request: Request | None = None
         self.committed = self.started = False
         self._engine, self._opened, self._loop, self._events = engine, opened, loop, events
         self.text = AnswerText(engine.tokenizer, stop, StreamDecoder(engine.tokenizer, opened.text))

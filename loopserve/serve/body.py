@@ -18,9 +18,14 @@ _BRACKETS = re.compile(r"[\[\]{}]")
 T = TypeVar("T", bound=BaseModel)
 
 
-async def read_body(request: Request, model: type[T], max_bytes: int) -> T:
-    """Return the request that a body holds. Raises ApiError: 413 for too many bytes, 400 for anything that ``model`` refuses."""
+async def read_body(request: Request, model: type[T], max_bytes: int, *, empty: bool = False) -> T:
+    """Return the request that a body holds. Raises ApiError: 413 for too many bytes, 400 for anything that ``model`` refuses.
+
+    empty: no body at all stands for an empty object.
+    """
     data = await _read(request, max_bytes)
+    if empty and not data:
+        return model()
     try:
         text = data.decode()
     except UnicodeDecodeError:

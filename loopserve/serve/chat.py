@@ -59,7 +59,7 @@ def _completion(server: Server, answer: Answer, replies: list[Reply]) -> dict[st
             message.reasoning_content = reply.reasoning  # type: ignore[attr-defined]
         logprobs = None if reply.logprobs is None else ChoiceLogprobs(content=chat_logprobs(reply.logprobs))
         choices.append(
-            Choice(index=index, message=message, finish_reason=str(reply.finish_reason), logprobs=logprobs)  # type: ignore[arg-type]
+            Choice(index=index, message=message, finish_reason=str(reply.finish_reason), logprobs=logprobs)
         )
     completion = ChatCompletion(
         id=f"chatcmpl-{answer.id}",
@@ -99,7 +99,7 @@ async def _chunks(server: Server, body: ChatRequest, answer: Answer) -> AsyncIte
             last = ChoiceDelta()
             if each.reply.reasoning is not None:
                 last.reasoning_content = each.reply.reasoning  # type: ignore[attr-defined]
-            yield chunk([ChunkChoice(index=each.index, delta=last, finish_reason=str(each.reply.finish_reason))])  # type: ignore[arg-type]
+            yield chunk([ChunkChoice(index=each.index, delta=last, finish_reason=str(each.reply.finish_reason))])
     found = [replies[index] for index in sorted(replies)]
     server.metrics.ended(answer, found)
     if wants_usage:

@@ -20,7 +20,7 @@ from loopserve.serve.answer import Answer, Choice, Reply
 from loopserve.serve.ask import Ask, Match
 from loopserve.serve.errors import not_found
 from loopserve.serve.finding import find
-from loopserve.serve.kv_files import KVFiles
+from loopserve.serve.kv_files import KVFiles, remove_orphans
 from loopserve.serve.live import LiveSessions
 from loopserve.serve.matching import ROOT, extend
 from loopserve.serve.records import Path, StoredTurn, new_id
@@ -49,6 +49,7 @@ class Conversations:
         self.live = LiveSessions(engine.token_engine, self.worker.scheduler.ledger)
         self.submissions = Submissions(engine, self.worker, self.live, settings)
         self.store = Store(settings.session_dir)
+        remove_orphans(self.store)
         self.files = KVFiles(self.store, self.model, engine.token_engine)
         self._disk = ThreadPoolExecutor(1, "loopserve store")
         self._text = ThreadPoolExecutor(1, "loopserve text")

@@ -54,7 +54,7 @@ async def tokenize(request: Request) -> dict[str, Any]:
     if body.model is not None:
         server.check_model(body.model)
     tokens = await conversations.tokens(
-        body.prompt if body.messages is None else as_messages(body.messages), special=body.add_special_tokens
+        as_messages(body.messages) if body.prompt is None else body.prompt, special=body.add_special_tokens
     )
     limit = conversations.engine.token_engine.model.max_positions
     return {"tokens": list(tokens), "count": len(tokens), "max_model_len": limit}

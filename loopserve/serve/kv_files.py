@@ -142,21 +142,7 @@ class KVFiles:
 
     def remove(self, turns: list[str]) -> None:
         """Remove the files of turns."""
-        for turn in turns:
-            if (row := self._store.kv(turn)) is not None and self._store.directory is not None:
-                with suppress(OSError):
-                    self._place(row.file).unlink()
-        self._store.drop_kv(turns)
-
-    def verify(self) -> list[tuple[KVRow, str]]:
-        """Compare every file with its manifest; return those that are damaged, with the reason. Nothing is put away."""
-        found = []
-        for row in self._store.every_kv():
-            try:
-                self._checked(row, whole=True)
-            except (OSError, ValueError, SafetensorError) as error:
-                found.append((row, str(error)))
-        return found
+        remove_files(self._store, turns)
 
     def _chain(self, path: Path, stack: PolicyStack) -> list[KVRow]:
         """Return the rows that hold the longest beginning of a path, in order."""
@@ -175,7 +161,7 @@ class KVFiles:
 
     def _fits(self, row: KVRow, path: Path, stack: PolicyStack, end: int | None, later: list[KVRow]) -> bool:
         held = row.manifest
-        return (
+        return bool(
             held["fingerprint"] == self._fingerprint(stack)
             and (end is None or held["end"] == end)
             and (not later or held["rotation"] == later[0].manifest["rotation"])
@@ -185,25 +171,13 @@ class KVFiles:
 
     def _read(self, row: KVRow) -> dict[str, Tensor] | None:
         try:
-            tensors = self._checked(row, whole=row.file not in self._known)
+            tensors = checked(self._place(row.file), row, whole=row.file not in self._known)
         except (OSError, ValueError, SafetensorError) as error:
             _log.error("%s is put away and computed again: %s", row.file, error)
             self.quarantined += 1
             self._quarantine(row)
             return None
         self._known.add(row.file)
-        return tensors
-
-    def _checked(self, row: KVRow, whole: bool) -> dict[str, Tensor]:
-        data = self._place(row.file).read_bytes()
-        if len(data) != row.bytes:
-            raise ValueError(f"it has {len(data)} bytes instead of {row.bytes}")
-        if whole and hashlib.sha256(data).hexdigest() != row.sha256:
-            raise ValueError("its sha256 is another one")
-        tensors = load(data)
-        sums = row.manifest["checksums"]
-        if tensors.keys() != sums.keys() or any(_checksum(each) != sums[name] for name, each in tensors.items()):
-            raise ValueError("a checksum of its tensors is another one")
         return tensors
 
     def _quarantine(self, row: KVRow) -> None:
@@ -242,4 +216,60 @@ def _tokens_digest(path: Path, count: int) -> str:
 
 def _checksum(tensor: Tensor) -> int:
     flat = tensor.contiguous().reshape(-1)
-    return zlib.crc32(flat.view(torch.uint8).numpy()) if flat.numel() else 0
+    return zlib.crc32(flat.view(torch.uint8).numpy().data) if flat.numel() else 0
+
+
+def checked(place: FilePath, row: KVRow, whole: bool = True) -> dict[str, Tensor]:
+    """Return the tensors of a file. Raises OSError, ValueError or SafetensorError if anything differs from its row.
+
+    whole: compare the sha256 of the file too, and not only size and checksums of the tensors.
+    """
+    data = place.read_bytes()
+    if len(data) != row.bytes:
+        raise ValueError(f"it has {len(data)} bytes instead of {row.bytes}")
+    if whole and hashlib.sha256(data).hexdigest() != row.sha256:
+        raise ValueError("its sha256 is another one")
+    tensors = load(data)
+    sums = row.manifest["checksums"]
+    if tensors.keys() != sums.keys() or any(_checksum(each) != sums[name] for name, each in tensors.items()):
+        raise ValueError("a checksum of its tensors is another one")
+    return tensors
+
+
+def damaged_files(store: Store) -> list[tuple[KVRow, str]]:
+    """Compare every file with its row; return those that are damaged, with the reason. Nothing is put away."""
+    found = []
+    for row in store.every_kv() if store.directory is not None else ():
+        try:
+            checked(store.directory / row.file, row)  # type: ignore[operator]
+        except (OSError, ValueError, SafetensorError) as error:
+            found.append((row, str(error)))
+    return found
+
+
+def remove_files(store: Store, turns: list[str]) -> None:
+    """Remove the files of turns and their rows."""
+    for turn in turns:
+        row = store.kv(turn)
+        if row is not None and store.directory is not None:
+            with suppress(OSError):
+                (store.directory / row.file).unlink()
+    store.drop_kv(turns)
+
+
+def remove_orphans(store: Store) -> int:
+    """Remove files that no row names: a writer was killed between the file and its row. Return how many."""
+    if store.directory is None:
+        return 0
+    known = {row.file for row in store.every_kv()}
+    orphans = [
+        each
+        for each in store.directory.glob("*/*/*")
+        if each.is_file()
+        and str(each.relative_to(store.directory)) not in known
+        and each.parent.parent.name != "quarantine"
+    ]
+    for each in orphans:
+        with suppress(OSError):
+            each.unlink()
+    return len(orphans)

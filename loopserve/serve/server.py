@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel
@@ -14,6 +14,7 @@ from loopserve.serve.conversations import Conversations
 from loopserve.serve.errors import ApiError, invalid
 from loopserve.serve.metrics import Metrics
 from loopserve.serve.protocol import ChatRequest, GenerationRequest
+from loopserve.serve.sessions import Sessions
 from loopserve.serve.settings import ServerSettings
 
 B = TypeVar("B", bound=BaseModel)
@@ -29,12 +30,16 @@ class Server:
     settings: ServerSettings
     conversations: Conversations
     metrics: Metrics
+    sessions: Sessions
     draining: bool = False
     started: int = field(default_factory=lambda: int(time.time()))
 
-    async def read(self, request: Request, model: type[B]) -> B:
-        """Return the checked body of a request for this server. ApiError says what is wrong with it."""
-        body = await read_body(request, model, self.settings.max_body_bytes)
+    async def read(self, request: Request, model: type[B], *, empty: bool = False) -> B:
+        """Return the checked body of a request for this server. ApiError says what is wrong with it.
+
+        empty: no body at all stands for an empty object.
+        """
+        body = await read_body(request, model, self.settings.max_body_bytes, empty=empty)
         if self.draining:
             raise ApiError(503, "the server is stopping", code="server_stopping", headers={"Retry-After": "5"})
         if isinstance(body, GenerationRequest):
@@ -90,8 +95,8 @@ def conversation_key(request: Request, body: GenerationRequest) -> str | None:
     return None
 
 
-def identity(request: Request, body: ChatRequest) -> dict[str, str | None]:
-    """Return who is meant by a request, as keywords of ``Ask``."""
+def identity(request: Request, body: ChatRequest) -> dict[str, Any]:
+    """Return who is meant by a request, as keywords of ``Ask``: previous, session, key."""
     return {
         "previous": None if body.previous_response_id is None else plain_id(body.previous_response_id),
         "session": None if body.conversation is None else plain_id(body.conversation),

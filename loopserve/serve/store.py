@@ -256,12 +256,12 @@ class Store:
         row = self._db.execute(
             "SELECT turn, file, bytes, sha256, manifest FROM main.kv WHERE turn=?", (turn,)
         ).fetchone()
-        return None if row is None else KVRow(*row[:4], json.loads(row[4]))
+        return None if row is None else _kv_row(row)
 
     def every_kv(self) -> list[KVRow]:
         """Return the rows of all files, oldest first."""
         rows = self._db.execute("SELECT turn, file, bytes, sha256, manifest FROM main.kv ORDER BY created")
-        return [KVRow(*row[:4], json.loads(row[4])) for row in rows]
+        return [_kv_row(row) for row in rows]
 
     def drop_kv(self, turns: Iterable[str]) -> None:
         """Forget the files of turns."""
@@ -307,3 +307,8 @@ def _turn(row: Sequence[Any]) -> StoredTurn:
         finish,
         json.loads(figures),
     )
+
+
+def _kv_row(row: Sequence[Any]) -> KVRow:
+    turn, file, size, sha256, manifest = row
+    return KVRow(turn, file, size, sha256, json.loads(manifest))

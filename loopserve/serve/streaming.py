@@ -60,7 +60,7 @@ async def _framed(events: AsyncIterator[str]) -> AsyncIterator[str]:
     waiting: asyncio.Future[str] | None = None
     try:
         while True:
-            waiting = asyncio.ensure_future(anext(events))  # type: ignore[arg-type]
+            waiting = asyncio.ensure_future(anext(events))
             while not (await asyncio.wait({waiting}, timeout=KEEP_ALIVE_S))[0]:
                 yield ": keep-alive\n\n"
             try:
