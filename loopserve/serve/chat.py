@@ -58,9 +58,7 @@ def _completion(server: Server, answer: Answer, replies: list[Reply]) -> dict[st
         if reply.reasoning is not None:
             message.reasoning_content = reply.reasoning  # type: ignore[attr-defined]
         logprobs = None if reply.logprobs is None else ChoiceLogprobs(content=chat_logprobs(reply.logprobs))
-        choices.append(
-            Choice(index=index, message=message, finish_reason=str(reply.finish_reason), logprobs=logprobs)
-        )
+        choices.append(Choice(index=index, message=message, finish_reason=str(reply.finish_reason), logprobs=logprobs))
     completion = ChatCompletion(
         id=f"chatcmpl-{answer.id}",
         object="chat.completion",

@@ -23,6 +23,7 @@ class _Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: object) -> None:
         self.config.app.state.server.draining = True  # type: ignore[union-attr]
         super().handle_exit(sig, frame)  # type: ignore[arg-type]
+        self._captured_signals.clear()  # else uvicorn raises the signal again, and a clean end would not exit with 0
 
 
 def run_server(engine: Engine, settings: ServerSettings, stacks: Mapping[str, PolicyStack]) -> int:
