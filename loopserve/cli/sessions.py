@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from loopserve.cli.output import print_json, remember_json
-from loopserve.cli.tables import print_table
+from loopserve.cli.output import print_json, print_table, remember_json
 from loopserve.core.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
