@@ -145,6 +145,8 @@ class TokenEngine:
         session: Session,
         new_tokens: Sequence[int],
         sampling: SamplingConfig | Choose | None,
+        *,
+        logits: Tensor | None = None,
         **options: Unpack[AnswerOptions],
     ) -> AnswerPlan:
         """Return how ``begin``, called with the same arguments, would answer a turn. Raises what ``begin`` would raise.
@@ -152,7 +154,7 @@ class TokenEngine:
         A session that is busy is no error here.
         """
         self._own(session)
-        if not new_tokens:
+        if logits is None and not new_tokens:
             raise InputError("a turn needs at least one token")
         known = range(self.model.vocabulary)
         if strange := [each for each in new_tokens if not isinstance(each, int) or each not in known]:
@@ -176,6 +178,8 @@ class TokenEngine:
         session: Session,
         new_tokens: Sequence[int],
         sampling: SamplingConfig | Choose | None,
+        *,
+        logits: Tensor | None = None,
         **options: Unpack[AnswerOptions],
     ) -> Turn:
         """Begin a turn; nothing is computed before ``run``.
@@ -183,13 +187,14 @@ class TokenEngine:
         sampling: settings, a function from logits ``[vocabulary]`` to a token, or None to stop after the prefill. stop_ids:
         tokens that end the answer, unless the settings ignore them. stop_check: see ``AnswerPlan``; needed where the settings
         name stop strings, since the engine knows no text. max_new_tokens: those of the settings unless given; if these do not give
-        them either, the answer ends at the model's window. logits_processors: see ``Sampler``; only beside settings.
+        them either, the answer ends at the model's window. logits_processors: see ``Sampler``; only beside settings. logits: those
+        that a turn without ``sampling`` ended with, to answer it on its session or a fork of that; ``new_tokens`` are empty then.
 
         Raises InputError for a turn that does not fit the model, ConfigError for options that do not fit each other.
         """
-        plan = self.plan(session, new_tokens, sampling, **options)
+        plan = self.plan(session, new_tokens, sampling, logits=logits, **options)
         session.require_rest()
-        return self._turn(session, new_tokens, plan, None)
+        return self._turn(session, new_tokens if logits is None else None, plan, logits)
 
     def _turn(
         self, session: Session, new_tokens: Sequence[int] | None, plan: AnswerPlan, logits: Tensor | None
