@@ -222,7 +222,7 @@ def book_table(result: dict[str, Any]) -> str:
     settings, machine = result["settings"], result["machine"]
     caption = (
         f"One conversation about Moby-Dick with `{settings['model']}`: {settings['tokens']:,} tokens, {settings['turns']} turns, a "
-        f"question in each, {settings['dtype']}, {machine['threads']} threads. `loopserve demo` repeats it."
+        f"question in each, {settings['dtype']}, {machine['threads']} thread(s). `loopserve demo` repeats it."
     )
     return "\n".join([*lines, "", caption])
 
@@ -243,7 +243,7 @@ def _book_figures(result: dict[str, Any]) -> str:
     settings, machine = result["settings"], result["machine"]
     caption = (
         f"{settings['tokens']:,} tokens, {settings['turns']} turns, budget {' or '.join(map(str, settings['budget']))} pairs per head "
-        f"(the larger where the answer counts in); {machine['processor']}, {machine['threads']} threads, torch {machine['torch']}, "
+        f"(the larger where the answer counts in); {machine['processor']}, {machine['threads']} thread(s), torch {machine['torch']}, "
         f"{settings['dtype']}. `loopserve demo --format json`"
     )
     return "\n".join([*lines, "", caption])
