@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from loopserve import __version__
-from loopserve.cli import bench, chat, demo, env, logs, policies, stack
+from loopserve.cli import bench, chat, demo, env, logs, models, policies, stack
 from loopserve.cli.options import Settings
 from loopserve.cli.output import print_error, remember_json, unexpected
 from loopserve.core.errors import LoopServeError
@@ -30,6 +30,7 @@ app.add_typer(logs.app, name="logs")
 app.add_typer(policies.app, name="policies")
 app.add_typer(stack.app, name="stack")
 app.add_typer(bench.app, name="bench")
+app.add_typer(models.app, name="models")
 app.add_typer(env.kernels_app, name="kernels")
 app.command()(env.env)
 

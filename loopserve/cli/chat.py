@@ -34,7 +34,8 @@ def chat(
     model: Annotated[
         str | None,
         typer.Argument(
-            metavar="[MODEL]", help="A hub id, a local directory, or 'demo'; with --continue, that of the conversation."
+            metavar="[MODEL]",
+            help="A hub id, a directory, a .gguf file, 'smollm2' or 'demo'; with --continue, that of the conversation.",
         ),
     ] = None,
     last: Annotated[
@@ -63,7 +64,7 @@ def chat(
     chats = ChatLog()
     held = (chats.last() if number is None else chats.conversation(number)) if goes_on else None
     if model is None and held is None:
-        raise typer.BadParameter("no model: give a hub id, a local directory, or 'demo'")
+        raise typer.BadParameter("no model: give a hub id, a directory, a .gguf file, 'smollm2' or 'demo'")
     conversation = _conversation(context, options, model, held)
     stack = settings.stack(conversation.stack)
     with (

@@ -26,7 +26,7 @@ class HistoryKind(StrEnum):
 def run(
     context: typer.Context,
     suite: Annotated[str, typer.Option(help="A suite by name (loopserve bench ls), or a YAML file.")],
-    model: Annotated[str, typer.Option(help="A hub id, a local directory, or 'demo'.")] = "demo",
+    model: Annotated[str, typer.Option(help="A hub id, a directory, a .gguf file, 'smollm2' or 'demo'.")] = "demo",
     stack: Annotated[
         list[str] | None, typer.Option(help="A preset's name or a YAML file, repeatable; the suite's by default.")
     ] = None,
