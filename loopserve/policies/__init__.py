@@ -21,6 +21,7 @@ def loopserve_register_policies(registry: Registry) -> None:
     from loopserve.policies.decode.h2o import H2ODecode
     from loopserve.policies.decode.keydiff import KeyDiffDecode
     from loopserve.policies.decode.knorm import KnormDecode
+    from loopserve.policies.decode.kvzip import KVzipDecode
     from loopserve.policies.decode.lagkv import LagKVDecode
     from loopserve.policies.decode.loopserve.policy import LoopServeDecode
     from loopserve.policies.decode.omnikv import OmniKVDecode
@@ -58,6 +59,7 @@ def loopserve_register_policies(registry: Registry) -> None:
         LagKVDecode,
         ExpectedAttentionDecode,
         RKVDecode,
+        KVzipDecode,
     ):
         registry.register(scored)
     for wrapper in (AdaKVDecode, PyramidKVDecode, CriticalKVDecode, ChunkKVDecode, FlowKVDecode, TwilightDecode):

@@ -32,6 +32,7 @@ def test_the_presets_that_are_promised_are_there():
         "omnikv",
         "rkv",
         "flowkv",
+        "kvzip",
     }
     ablations = {"no-overlap", "last-rows", "length-cost", "active", "interval-1", "interval-8", "interval-64"}
     ablations |= {"first-last-window", "first-sampled", "first-dense"}

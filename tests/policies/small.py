@@ -43,6 +43,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "decode chunkkv": {"inner": SNAP, "chunk": 5},
     "decode flowkv": {"inner": SNAP},
     "decode twilight": {"inner": SNAP, "top_p": 0.7},
+    "decode kvzip": {"budget": 24, "recent_window": 4, "chunk": 16},
     "decode omnikv": {"budget": 24},
     "decode rkv": {"budget": 24, "window": 4, "interval": 5},
     "decode quest": {"budget": 24, "page": 4},

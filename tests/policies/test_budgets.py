@@ -43,7 +43,7 @@ def resized(policy: Registration, budget: int, **more: Any) -> ScoredCompressor:
     return plain
 
 
-@pytest.mark.parametrize("policy", SCORED, ids=label)
+@pytest.mark.parametrize("policy", [each for each in SCORED if each.name != "kvzip"], ids=label)  # it reads again first
 @settings(max_examples=25)
 @given(inputs=attention_inputs(max_tokens=60), budget=st.integers(1, 70), retention=st.sampled_from(list(Retention)))
 def test_any_call_gives_an_exact_selection(

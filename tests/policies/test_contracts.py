@@ -56,6 +56,7 @@ def test_all_are_there() -> None:
         "h2o",
         "keydiff",
         "knorm",
+        "kvzip",
         "lagkv",
         "loopserve",
         "omnikv",

@@ -18,8 +18,10 @@ from loopserve.core.policy.interfaces import (
     DecodeCompressor,
     KVSelection,
     LayerSpec,
+    Observation,
     PolicyConfig,
     Retention,
+    Step,
 )
 from loopserve.core.policy.scoring import ScoredCompressor, ScoredConfig, ScoredState
 from loopserve.core.stack.config import mistake, mistake_at
@@ -156,6 +158,13 @@ class ScoredWrapper(ScoredCompressor):
     def refuses(self, layer: LayerSpec) -> str | None:
         return self.inner.refuses(layer)
 
+    @property
+    def reads_again(self) -> int:
+        return self.inner.reads_again
+
+    def init_state(self) -> ScoredState:
+        return self.inner.init_state()
+
     def end_turn(self, state: ScoredState) -> None:
         self.inner.end_turn(state)
 
@@ -164,6 +173,12 @@ class ScoredWrapper(ScoredCompressor):
 
     def observe(self, inputs: AttentionInputs, state: ScoredState) -> None:
         self.inner.observe(inputs, state)
+
+    def ranked_call(self, inputs: AttentionInputs, state: ScoredState) -> AttentionInputs | None:
+        return self.inner.ranked_call(inputs, state)
+
+    def asks(self, step: Step, state: ScoredState) -> Observation | None:
+        return self.inner.asks(step, state)
 
     def ranking(self, inputs: AttentionInputs, state: ScoredState, budget: int) -> Tensor:
         return self.inner.ranking(inputs, state, budget)

@@ -14,7 +14,7 @@ from loopserve.core.policy.interfaces import (
     DecodeCompressor,
     KVSelection,
     LayerSpec,
-    Phase,
+    Observation,
     Retention,
     Selections,
     Step,
@@ -83,7 +83,11 @@ class FlowKVDecode(DecodeCompressor[FlowKVState]):
 
     @property
     def effective_state_types(self) -> tuple[type, ...]:
-        return (*self.state_types, *self.inner.effective_state_types)
+        return (*self.state_types, type(self.inner.init_state()), *self.inner.effective_state_types)
+
+    @property
+    def reads_again(self) -> int:
+        return self.inner.reads_again
 
     def refuses(self, layer: LayerSpec) -> str | None:
         return self.inner.refuses(layer)
@@ -99,8 +103,10 @@ class FlowKVDecode(DecodeCompressor[FlowKVState]):
 
     def after_attention(self, inputs: AttentionInputs, state: FlowKVState) -> None:
         self.inner.observe(inputs, state.inner)
-        if inputs.phase is not Phase.PREFILL or not inputs.final:
+        call = self.inner.ranked_call(inputs, state.inner)
+        if call is None:
             return
+        inputs = call
         layer, budget = inputs.layer.index, self.inner.layer_budget(inputs)
         before = state.kept.get(layer)
         new = min(inputs.length - (before.boundary if before is not None else 0), inputs.total_tokens)
@@ -113,7 +119,10 @@ class FlowKVDecode(DecodeCompressor[FlowKVState]):
         if found.pairs < inputs.keys.shape[0] * inputs.length:
             state.pending[layer] = found
 
-    def after_forward(self, step: Step, state: FlowKVState) -> Selections | None:
+    def after_forward(self, step: Step, state: FlowKVState) -> Selections | Observation | None:
+        request = self.inner.asks(step, state.inner)
+        if request is not None:
+            return request
         chosen, state.pending = state.pending, {}
         return chosen or None
 

@@ -101,6 +101,10 @@ class TwilightDecode(DecodeCompressor[TwilightState]):
     def dense_below_tokens(self) -> int:
         return self.inner.dense_below_tokens
 
+    @property
+    def reads_again(self) -> int:
+        return self.inner.reads_again
+
     def refuses(self, layer: LayerSpec) -> str | None:
         return self.inner.refuses(layer)
 
