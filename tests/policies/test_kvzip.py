@@ -190,6 +190,12 @@ def test_a_conversation_that_leaves_no_positions_to_read_again_is_refused_with_t
         served.prefill(served.session(), [5] * (limit - 40), max_new_tokens=4)
 
 
+def test_a_prompt_of_another_vocabulary_is_refused_with_the_remedy() -> None:
+    served = engine("llama", DENSE, {"policy": "kvzip", "budget": 24, "recent_window": 4, "prompt": [99_999]})
+    with pytest.raises(InputError, match=r"token 99999 .*prompt"):
+        served.prefill(served.session(), [5] * 60, max_new_tokens=4)
+
+
 def test_the_chunks_that_are_read_again_reach_the_same_choice_with_other_policies_beside() -> None:
     """A selection that another layer's policy has made before is still there after the tokens are dropped."""
     written = {"policy": "kvzip", "budget": 24, "recent_window": 4, "chunk": 16}

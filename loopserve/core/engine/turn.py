@@ -16,7 +16,7 @@ from loopserve.core.engine.sampling import ChosenLogprob, FinishReason, Sampler
 from loopserve.core.engine.session import Session
 from loopserve.core.errors import InputError, PolicyError, PolicyFault
 from loopserve.core.guard.faults import FAULTS
-from loopserve.core.guard.validation import check_observation, check_selection
+from loopserve.core.guard.guard import check_observation, check_selection
 from loopserve.core.kv.recording import plain_tensors
 from loopserve.core.policy.interfaces import DecodeCompressor, Observation, Phase, Selections, Step
 
@@ -254,6 +254,11 @@ def observation_context(session: Session, slot: str, observation: Observation, m
     positions, seen = observation.positions.to(model.device), session.cache.seen
     if observation.again:
         tokens = [*observation.prompt, *tokens]
+        if strange := [token for token in observation.prompt if token >= model.vocabulary]:
+            raise InputError(
+                f"decode policy {session.slots.policies[slot].name!r} writes token {strange[0]} in front of what it reads again, the "
+                f"vocabulary has the ids 0 to {model.vocabulary - 1}: give it ids of this model (its option prompt)"
+            )
         if model.max_positions is not None and seen + len(tokens) > model.max_positions:
             raise InputError(
                 f"decode policy {session.slots.policies[slot].name!r} reads {len(tokens)} tokens again behind the {seen} of the "
