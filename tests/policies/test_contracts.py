@@ -34,6 +34,8 @@ def test_all_are_there() -> None:
     assert registered().names(Kind.PREFILL) == [
         "a_shape",
         "dense",
+        "duo",
+        "flashprefill",
         "flexprefill",
         "loopserve",
         "minference",
@@ -47,6 +49,7 @@ def test_all_are_there() -> None:
         "adakv",
         "chunkkv",
         "criticalkv",
+        "duo",
         "expected_attention",
         "full",
         "h2o",

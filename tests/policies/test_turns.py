@@ -24,7 +24,7 @@ from tests.policies.conversations import DENSE, conversation, engine, model, pro
 from tests.policies.small import COMPRESSORS, label, spec
 
 SHORT_TURNS = (41, 9, 9, 9, 9, 9)
-REMEMBER = {"h2o", "streaming_llm"}  # sums over all turns; the number of heads of each layer
+REMEMBER = {"h2o", "streaming_llm", "duo"}  # sums over all turns; the number of heads; the kind of each head
 
 
 def tensor_bytes(value: Any, met: set[int]) -> int:
