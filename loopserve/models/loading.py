@@ -1,4 +1,4 @@
-"""Load a model and its tokenizer by hub id, directory or bundled name. Each error message is one line with a remedy."""
+"""Load a model and its tokenizer by hub id, directory, GGUF file or name. Each error message is one line with a remedy."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from loopserve.core.errors import ConfigError, ModelError
 from loopserve.core.policy.interfaces import LayerSpec
+from loopserve.models.catalog import CATALOG, named_directory
+from loopserve.models.conversion import converted
 from loopserve.models.demo import bundled_path, is_bundled
 from loopserve.models.layers import read_layers
 
@@ -29,7 +31,7 @@ def load(
 
     Raises ModelError for a model that cannot be loaded, ConfigError for an unknown dtype or device. Both name a remedy.
     """
-    source = str(bundled_path(model)) if is_bundled(model) else _source(model)
+    source = _source(model)
     place = _device(device)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     if is_bundled(model):
@@ -57,11 +59,11 @@ def load(
 
 
 def load_layers(model: str, *, revision: str | None = None, trust_remote_code: bool = False) -> tuple[LayerSpec, ...]:
-    """Return the attention layers of a model by hub id, directory or bundled name. Its weights are not read.
+    """Return the attention layers of a model by hub id, directory, GGUF file or name. Its weights are not read.
 
     Raises ModelError if the configuration cannot be loaded, or describes layers that loopserve cannot serve.
     """
-    source = str(bundled_path(model)) if is_bundled(model) else _source(model)
+    source = _source(model)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(source, **options)
@@ -75,13 +77,18 @@ def load_layers(model: str, *, revision: str | None = None, trust_remote_code: b
 
 
 def _source(model: str) -> str:
-    """Return a hub id, or the directory of a path. Raises ModelError for a path that does not exist."""
+    """Return a hub id, or the directory of a path, of a GGUF file's converted copy, or of a name.
+
+    A GGUF file is converted and a named model is downloaded at the first use. Raises ModelError for a path that does not exist.
+    """
     text = str(model)
+    if is_bundled(text):
+        return str(bundled_path(text))
+    if text in CATALOG:
+        return str(named_directory(text))
     path = Path(text).expanduser()
-    if text.endswith(".gguf"):
-        raise ModelError(
-            f"cannot load model {text!r}: GGUF files hold a model for llama.cpp; give the hub id or directory of the original model"
-        )
+    if text.endswith(".gguf") and not path.is_dir():
+        return str(converted(path))
     if path.is_file():
         raise ModelError(
             f"cannot load model {text!r}: it is a file; give the directory that holds it, {str(path.parent)!r}"
@@ -130,6 +137,8 @@ def _reason(error: BaseException) -> str:
 def _remedy(model: str) -> str:
     if is_bundled(model):
         return "the bundled model is damaged, reinstall loopserve"
+    if model in CATALOG:
+        return f"remove the cached copy with: loopserve models rm {model}"
     if Path(model).exists():
         return "check that the directory holds config.json, an intact *.safetensors file and a tokenizer"
-    return "give a hub id, a directory, or 'demo' for the bundled model"
+    return "give a hub id, a directory, a .gguf file, or a name of loopserve models ls"
