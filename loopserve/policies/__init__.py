@@ -15,6 +15,7 @@ def loopserve_register_policies(registry: Registry) -> None:
     from loopserve.policies.decode.adakv import AdaKVDecode
     from loopserve.policies.decode.chunkkv import ChunkKVDecode
     from loopserve.policies.decode.criticalkv import CriticalKVDecode
+    from loopserve.policies.decode.duo import DuoDecode
     from loopserve.policies.decode.expected_attention import ExpectedAttentionDecode
     from loopserve.policies.decode.flowkv import FlowKVDecode
     from loopserve.policies.decode.full import FullDecode
@@ -37,6 +38,8 @@ def loopserve_register_policies(registry: Registry) -> None:
     from loopserve.policies.decode.twilight import TwilightDecode
     from loopserve.policies.prefill.a_shape import AShapePrefill
     from loopserve.policies.prefill.dense import DensePrefill
+    from loopserve.policies.prefill.duo import DuoPrefill
+    from loopserve.policies.prefill.flashprefill import FlashPrefillPrefill
     from loopserve.policies.prefill.flexprefill import FlexPrefillPrefill
     from loopserve.policies.prefill.loopserve import LoopServePrefill
     from loopserve.policies.prefill.minference import MInferencePrefill
@@ -66,5 +69,5 @@ def loopserve_register_policies(registry: Registry) -> None:
         registry.register(wrapper)
     for other in (FullDecode, LoopServeDecode, StreamingLLMDecode, RandomDecode, QuestDecode, RocketKVMTDecode):
         registry.register(other)
-    for shared in (RecoverAlphaDecode, OmniKVDecode):
-        registry.register(shared)
+    for more in (RecoverAlphaDecode, OmniKVDecode, FlashPrefillPrefill, DuoPrefill, DuoDecode):
+        registry.register(more)

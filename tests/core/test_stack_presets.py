@@ -21,6 +21,7 @@ def registry() -> Registry:
 
 def test_the_presets_that_are_promised_are_there():
     rivals = {"tri_shape", "minference", "flexprefill", "xattention", "topk_blocks", "sample_attention", "static_lines"}
+    rivals |= {"flashprefill", "flashprefill-paper", "duo", "minference-paper", "a_shape-paper", "tri_shape-paper"}
     rivals |= {"h2o", "tova", "quest", "keydiff", "knorm", "lagkv", "expected_attention", "adakv", "adakv-evict"}
     rivals |= {
         "pyramidkv",

@@ -24,7 +24,7 @@ SCORED = [each for each in COMPRESSORS if isinstance(default(each), ScoredCompre
 BUDGETED = [
     pytest.param(each, retention, id=f"{each.name}-{retention}")
     for each in COMPRESSORS
-    if each.name not in ("full", "recover_alpha", "twilight", "omnikv", "flowkv")
+    if each.name not in ("full", "recover_alpha", "twilight", "omnikv", "flowkv", "duo")
     for retention in sorted(each.capabilities.retentions)
 ]
 

@@ -37,6 +37,8 @@ def test_all_are_there() -> None:
     assert registered().names(Kind.PREFILL) == [
         "a_shape",
         "dense",
+        "duo",
+        "flashprefill",
         "flexprefill",
         "loopserve",
         "minference",
@@ -50,6 +52,7 @@ def test_all_are_there() -> None:
         "adakv",
         "chunkkv",
         "criticalkv",
+        "duo",
         "expected_attention",
         "flowkv",
         "full",

@@ -24,6 +24,8 @@ WIDEST: dict[str, dict[str, Any]] = {
     "prefill a_shape": {"local_window": 4096},
     "prefill tri_shape": {"last_rows": 4096},
     "prefill minference": {"vertical_size": 4096},
+    "prefill flashprefill": {"local_window": 4096},
+    "prefill duo": {"retrieval_share": 1.0},
     "prefill flexprefill": {"gamma": 1.0},
     "prefill xattention": {"threshold": 1.0},
     "prefill topk_blocks": {"top_p": 1.0},
@@ -32,6 +34,7 @@ WIDEST: dict[str, dict[str, Any]] = {
     "prefill loopserve": {"alpha": 1.0},
     "decode twilight": {"top_p": 1.0},
     "decode recover_alpha": {"alpha": 1.0},
+    "decode duo": {"retrieval_share": 1.0},
     "decode rocketkv_mt": {"budget": 4096, "filter_budget": 4096},
 }
 
