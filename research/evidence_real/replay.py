@@ -1,0 +1,148 @@
+"""Record one dense prefill and replay it to any number of decode policies, so that its cost is paid once.
+
+A decode policy sees the queries, keys and values of a prefill and never changes them. ``ReplayModel`` therefore answers a prefill
+pass that was recorded from the recording: it stores the recorded pairs and shows every layer's recorded queries. All other passes
+(observations, decode steps) run on the model, for sessions of several stacks at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from loopserve.core.engine.attention import LayerCall, attend
+from loopserve.core.engine.engine import TokenEngine
+from loopserve.core.engine.forward import ForwardBatch
+from loopserve.core.engine.session import Session
+from loopserve.core.policy.interfaces import AttentionInputs, Phase, PrefillSparsifier
+from loopserve.core.policy.patterns import AttentionPattern, DensePattern
+from loopserve.core.stack.stack import PolicyStack
+from loopserve.models.bridge import TransformersModel
+from loopserve.policies.decode.full import FullDecode
+
+
+@dataclass(frozen=True)
+class Recording:
+    """Hold one dense prefill: its tokens, and by layer queries ``[Hq, T, D]``, keys and values ``[Hkv, T, D]``."""
+
+    tokens: list[int]
+    layers: list[tuple[Tensor, Tensor, Tensor]]
+
+
+class ReplayModel:
+    """Be a model whose recorded prefill costs nothing (``core.engine.forward.Model``)."""
+
+    def __init__(self, model: TransformersModel, recording: Recording | None = None) -> None:
+        self.model, self.recording = model, recording
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
+    def forward(self, batch: ForwardBatch) -> Tensor:
+        """Return logits ``[contexts, vocabulary]``; zeros for a prefill from the recording, whose logits nobody reads."""
+        first = batch.contexts[0]
+        if self.recording is None or first.phase is not Phase.PREFILL:
+            return self.model.forward(batch)
+        if len(batch.contexts) > 1:
+            raise ValueError("a recorded prefill is replayed alone")
+        start, stop = int(first.positions[0]), int(first.positions[-1]) + 1
+        if list(first.token_ids) != self.recording.tokens[start:stop]:
+            raise ValueError("these tokens were not recorded")
+        for index, (queries, keys, values) in enumerate(self.recording.layers):
+            first.append(index, keys[:, start:stop], values[:, start:stop])
+            scaling = float(queries.shape[2] ** -0.5)
+            attend([first], LayerCall(index, scaling), [queries[:, start:stop]])
+        return torch.zeros(1, self.model.vocabulary, dtype=torch.float32, device=first.positions.device)
+
+
+@dataclass(frozen=True)
+class _Unread(DensePattern):
+    """Compute nothing: the output of a replayed layer is not read."""
+
+    def attend(
+        self, queries: Tensor, keys: Tensor, values: Tensor, *, need_lse: bool = False, **options: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        return torch.zeros_like(queries), None
+
+
+class _Replayed(PrefillSparsifier):
+    name: ClassVar[str] = "replayed"
+    paper: ClassVar[str] = ""
+
+    def sparsify(self, inputs: AttentionInputs) -> AttentionPattern:
+        return _Unread(inputs.queries.shape[0], inputs.new_tokens, inputs.total_tokens)
+
+
+class _Recorder(PrefillSparsifier):
+    name: ClassVar[str] = "recorder"
+    paper: ClassVar[str] = ""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queries: dict[int, list[Tensor]] = {}
+
+    def sparsify(self, inputs: AttentionInputs) -> AttentionPattern:
+        self.queries.setdefault(inputs.layer.index, []).append(inputs.queries.clone())
+        return DensePattern(inputs.queries.shape[0], inputs.new_tokens, inputs.total_tokens)
+
+
+def replayed(stack: PolicyStack) -> PolicyStack:
+    """Return the stack with a prefill that is replayed. ValueError if its own prefill is not dense."""
+    parts = [stack.prefill, *(each.prefill for each in stack.overrides if each.prefill)]
+    if not all(each.capabilities.passive for each in parts):
+        raise ValueError(f"stack {stack.name!r}: only a dense prefill can be replayed")
+    return replace(stack, prefill=_Replayed(), overrides=tuple(replace(each, prefill=None) for each in stack.overrides))
+
+
+def record(model: TransformersModel, tokens: Sequence[int], then: Sequence[int]) -> tuple[Recording, Tensor]:
+    """Prefill ``tokens`` densely, then ``then``.
+
+    Return the recording of the first part, and the logits ``[len(then), vocabulary]`` after each token of the second.
+    """
+    recorder = _Recorder()
+    engine = TokenEngine(model, PolicyStack("recorder", recorder, FullDecode()))
+    session = engine.session()
+    engine.prefill(session, list(tokens))
+    queries = {layer: torch.cat(parts, dim=1) for layer, parts in recorder.queries.items()}
+    recorder.queries.clear()
+    with all_logits(model) as logits:
+        engine.prefill(session, list(then))
+    layers = []
+    for index, layer in enumerate(session.cache.layers):
+        assert layer.store is not None
+        pairs = (layer.store.keys[:, : len(tokens)].clone(), layer.store.values[:, : len(tokens)].clone())
+        layers.append((queries[index], *pairs))
+    session.close()
+    return Recording(list(tokens), layers), torch.cat(logits)
+
+
+@contextmanager
+def all_logits(model: TransformersModel) -> Iterator[list[Tensor]]:
+    """Collect, pass by pass, the logits ``[T, vocabulary]`` of all tokens, which a pass itself gives for the last one only."""
+    found: list[Tensor] = []
+    inner = model.model
+    cap = getattr(inner.config.get_text_config(decoder=True), "final_logit_softcapping", None)
+
+    def keep(module: torch.nn.Module, inputs: Any, output: Any) -> None:
+        hidden = output.last_hidden_state[0]
+        logits = inner.get_output_embeddings()(hidden)
+        found.append(cap * torch.tanh(logits / cap) if cap else logits)
+
+    hook = inner.base_model.register_forward_hook(keep)
+    try:
+        yield found
+    finally:
+        hook.remove()
+
+
+def adopt(session: Session, source: Session) -> None:
+    """Give a new session the tokens and stored pairs of another, which is left without them."""
+    session.tokens = list(source.tokens)
+    session.cache = source.cache
+    session.rotation = source.rotation
+    session.cache.release()
