@@ -28,11 +28,12 @@ from loopserve.models.bridge import IMPLEMENTATION, TransformersModel
 from loopserve.models.layers import set_implementation
 from loopserve.models.loading import load
 from research.evidence.words import percent, table
-from research.evidence_real.replay import Recording, ReplayModel, adopt, all_logits, record, replayed
+from research.evidence_real.replay import ReplayModel, adopt, all_logits, record, replayed
 from research.evidence_real.texts import KINDS, TEXTS, continued, digest, text
 
 MODEL = "smollm2"
 FORCED = 176
+BLOCK = 16  # tokens whose mean is one observation of the standard errors
 _PACKED = 8  # sessions per pass
 _WHOLE = {"prefill": {"policy": "dense"}, "decode": {"policy": "full"}}
 
@@ -83,11 +84,17 @@ class Forced:
         self.loss.append(loss)
 
     def found(self) -> Found:
+        """Return the sums over blocks of ``BLOCK`` tokens; a last, shorter block counts too."""
         return {
-            "kl": [round(each, 6) for each in self.kl],
-            "same": "".join("01"[each] for each in self.same),
-            "loss": [round(each, 4) for each in self.loss],
+            "tokens": len(self.kl),
+            "kl": [round(each, 5) for each in _sums(self.kl)],
+            "same": [int(each) for each in _sums(self.same)],
+            "loss": [round(each, 4) for each in _sums(self.loss)],
         }
+
+
+def _sums(values: Sequence[float]) -> list[float]:
+    return [sum(values[start : start + BLOCK]) for start in range(0, len(values), BLOCK)]
 
 
 @lru_cache(maxsize=1)
@@ -109,18 +116,25 @@ class Text:
 
 
 class Case:
-    """A prompt, the tokens after it, the recorded dense prefill and what dense attention predicts."""
+    """Hold a prompt, the tokens after it, the recorded dense prefill and what dense attention predicts."""
 
-    def __init__(self, model: str, source: Text) -> None:
-        self.model, self.tokenizer = loaded(model)
-        content = text(source.kind, source.number)
+    def __init__(
+        self, model: TransformersModel, prompt: Sequence[int], forced: Sequence[int], content: str = ""
+    ) -> None:
+        """forced: one token more than predictions are compared."""
+        self.model, self.prompt, self.forced = model, list(prompt), list(forced)
         self.digest = digest(content)
-        self.prompt, self.forced = continued(self.tokenizer, content, source.tokens, source.forced + 1)
-        self.recording: Recording
-        self.recording, logits = record(self.model, self.prompt, self.forced[:-1])
+        self.recording, logits = record(model, self.prompt, self.forced[:-1])
         self.reference = Reference(logits, self.forced[1:])
         losses = [-float(row[target]) for row, target in zip(self.reference.logs, self.reference.targets, strict=True)]
         self.loss = sum(losses) / len(losses)
+
+    @classmethod
+    def of(cls, model: str, source: Text) -> Case:
+        """Return the case of a text, for a model by name or directory."""
+        network, tokenizer = loaded(model)
+        content = text(source.kind, source.number)
+        return cls(network, *continued(tokenizer, content, source.tokens, source.forced + 1), content)
 
     def decoding(self, stacks: Mapping[str, PolicyStack]) -> Iterable[tuple[str, Found]]:
         """Decode the forced tokens under each stack after the dense prefill, several stacks in one pass."""
@@ -161,9 +175,12 @@ class Case:
         turns.clear()
         gc.collect()
 
-    def prefilling(self, stack: PolicyStack) -> Found:
-        """Prefill under the stack, then read the forced tokens densely: what sparse prefill alone costs."""
-        engine = TokenEngine(self.model, load_stack(_WHOLE), measure_coverage=False, policy_timeout_s=None)
+    def prefilling(self, stack: PolicyStack, *, realised: bool = False) -> Found:
+        """Prefill under the stack, then read the forced tokens densely: what sparse prefill alone costs.
+
+        realised: measure what share of all rows' mass the pattern holds, as costly as dense attention.
+        """
+        engine = TokenEngine(self.model, load_stack(_WHOLE), measure_coverage=realised, policy_timeout_s=None)
         session = engine.session(stack)
         started = time.process_time()
         engine.prefill(session, self.prompt)
@@ -191,6 +208,7 @@ def prefill_figures(stats: Any) -> Found:
         "cells": means["prefill_cell_density"],
         "tiles": means["prefill_tile_density"],
         "coverage": means["coverage_estimated"],
+        "realised": means["coverage_realised"],
         "ms": round(stats.ttft_ms, 1),
         "cells_by_layer": [
             round(sum(heads["prefill_cell_density"]) / len(heads["prefill_cell_density"]), 4)
@@ -269,14 +287,9 @@ def _plain(value: str) -> Any:
     return {"true": True, "false": False}.get(value, value)
 
 
-def standard_error(blocks: Sequence[Sequence[float]], size: int = 16) -> float:
-    """Return the standard error of the mean over all numbers, from means of ``size`` neighbouring ones, which depend on each other."""
-    means = [
-        sum(part) / len(part)
-        for block in blocks
-        for part in (block[start : start + size] for start in range(0, len(block), size))
-        if len(part) == size
-    ]
+def standard_error(parts: Sequence[Found], name: str) -> float:
+    """Return the standard error of a figure's mean per token, from the means of blocks, whose tokens depend on each other."""
+    means = [each / BLOCK for part in parts for each in part[name][: part["tokens"] // BLOCK]]
     if len(means) < 2:
         return math.nan
     middle = sum(means) / len(means)
@@ -291,31 +304,31 @@ class Agreement:
 
     @property
     def tokens(self) -> int:
-        return sum(len(each["kl"]) for each in self.parts)
+        return sum(int(each["tokens"]) for each in self.parts)
+
+    def _mean(self, name: str) -> float:
+        return float(sum(sum(each[name]) for each in self.parts) / self.tokens)
 
     @property
     def kl(self) -> float:
-        return sum(map(sum, self._all("kl"))) / self.tokens
+        return self._mean("kl")
 
     @property
     def kl_error(self) -> float:
-        return standard_error(self._all("kl"))
+        return standard_error(self.parts, "kl")
 
     @property
     def same(self) -> float:
-        return sum(each["same"].count("1") for each in self.parts) / self.tokens
+        return self._mean("same")
 
     @property
     def same_error(self) -> float:
-        return standard_error([[float(digit) for digit in each["same"]] for each in self.parts])
+        return standard_error(self.parts, "same")
 
     @property
     def perplexity(self) -> float:
         """Return the change of perplexity, as a share."""
-        return math.exp(sum(map(sum, self._all("loss"))) / self.tokens) - 1
-
-    def _all(self, name: str) -> list[list[float]]:
-        return [each[name] for each in self.parts]
+        return math.exp(self._mean("loss")) - 1
 
     def share(self, over: str, under: str = "dense") -> float | None:
         costs = [each["costs"] for each in self.parts if "costs" in each]
@@ -384,7 +397,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for kind in given.kinds:
             for number in range(min(given.texts, len(TEXTS[kind]))):
                 started = time.monotonic()
-                case = Case(given.model, Text(kind, number, tokens, given.forced))
+                case = Case.of(given.model, Text(kind, number, tokens, given.forced))
                 for name, part in _measured(case, given, tokens):
                     if "error" in part:
                         print(f"{name}: {part['error']}", flush=True)

@@ -28,10 +28,14 @@ from loopserve.policies.decode.full import FullDecode
 
 @dataclass(frozen=True)
 class Recording:
-    """Hold one dense prefill: its tokens, and by layer queries ``[Hq, T, D]``, keys and values ``[Hkv, T, D]``."""
+    """Hold one dense prefill: its tokens, and by layer keys and values ``[Hkv, T, D]``.
+
+    queries: ``[Hq, T, D]`` and how they were attended with, for the layers that policies serve.
+    """
 
     tokens: list[int]
-    layers: list[tuple[Tensor, Tensor, Tensor]]
+    pairs: list[tuple[Tensor, Tensor]]
+    queries: dict[int, tuple[Tensor, LayerCall]]
 
 
 class ReplayModel:
@@ -53,10 +57,11 @@ class ReplayModel:
         start, stop = int(first.positions[0]), int(first.positions[-1]) + 1
         if list(first.token_ids) != self.recording.tokens[start:stop]:
             raise ValueError("these tokens were not recorded")
-        for index, (queries, keys, values) in enumerate(self.recording.layers):
+        for index, (keys, values) in enumerate(self.recording.pairs):
             first.append(index, keys[:, start:stop], values[:, start:stop])
-            scaling = float(queries.shape[2] ** -0.5)
-            attend([first], LayerCall(index, scaling), [queries[:, start:stop]])
+            if index in self.recording.queries:
+                queries, call = self.recording.queries[index]
+                attend([first], call, [queries[:, start:stop]])
         return torch.zeros(1, self.model.vocabulary, dtype=torch.float32, device=first.positions.device)
 
 
@@ -85,9 +90,12 @@ class _Recorder(PrefillSparsifier):
     def __init__(self) -> None:
         super().__init__()
         self.queries: dict[int, list[Tensor]] = {}
+        self.calls: dict[int, LayerCall] = {}
 
     def sparsify(self, inputs: AttentionInputs) -> AttentionPattern:
-        self.queries.setdefault(inputs.layer.index, []).append(inputs.queries.clone())
+        index = inputs.layer.index
+        self.queries.setdefault(index, []).append(inputs.queries.clone())
+        self.calls[index] = LayerCall(index, inputs.scaling, inputs.softcap)
         return DensePattern(inputs.queries.shape[0], inputs.new_tokens, inputs.total_tokens)
 
 
@@ -108,17 +116,16 @@ def record(model: TransformersModel, tokens: Sequence[int], then: Sequence[int])
     engine = TokenEngine(model, PolicyStack("recorder", recorder, FullDecode()))
     session = engine.session()
     engine.prefill(session, list(tokens))
-    queries = {layer: torch.cat(parts, dim=1) for layer, parts in recorder.queries.items()}
+    queries = {layer: (torch.cat(parts, dim=1), recorder.calls[layer]) for layer, parts in recorder.queries.items()}
     recorder.queries.clear()
     with all_logits(model) as logits:
         engine.prefill(session, list(then))
-    layers = []
-    for index, layer in enumerate(session.cache.layers):
+    pairs = []
+    for layer in session.cache.layers:
         assert layer.store is not None
-        pairs = (layer.store.keys[:, : len(tokens)].clone(), layer.store.values[:, : len(tokens)].clone())
-        layers.append((queries[index], *pairs))
+        pairs.append((layer.store.keys[:, : len(tokens)].clone(), layer.store.values[:, : len(tokens)].clone()))
     session.close()
-    return Recording(list(tokens), layers), torch.cat(logits)
+    return Recording(list(tokens), pairs, queries), torch.cat(logits)
 
 
 @contextmanager
