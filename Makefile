@@ -111,7 +111,7 @@ test-gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(VENV)/ready)
 bench-engine: $(VENV)/ready
 	$(BIN)/loopserve bench engine $(ARGS)
 
-# The paper's claims on the bundled model: docs/evidence.md and the rows it is made of. At most an hour on two cores, five minutes
+# The paper's claims on the bundled model: docs/evidence_bundled.md and the rows it is made of. At most an hour on two cores, five minutes
 # with ARGS=--quick, which writes into build/evidence instead. A run that was broken off goes on where it was.
 evidence: $(VENV)/ready
 	$(BIN)/python -m research.evidence $(ARGS)

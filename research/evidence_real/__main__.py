@@ -70,7 +70,7 @@ def _run(ledger: Ledger, plan: list[Unit], wanted: argparse.Namespace) -> int:
         last = rows[-1]["unit"]
         print(
             f"{count}/{len(waiting)}  {_clock(gone)} gone, about {_clock(left)} left  {rows[-1]['experiment']}: "
-            f"{' '.join(map(str, last['text']))}, {last['tokens']} tokens",
+            f"{' '.join(map(str, last.get('text', [last.get('seed')])))}, {last['tokens']} tokens",
             file=sys.stderr,
             flush=True,
         )

@@ -34,7 +34,7 @@ from research.evidence_real.texts import KINDS, TEXTS, continued, digest, text
 MODEL = "smollm2"
 FORCED = 176
 BLOCK = 16  # tokens whose mean is one observation of the standard errors
-_PACKED = 8  # sessions per pass
+_PACKED = 9  # sessions per pass
 _WHOLE = {"prefill": {"policy": "dense"}, "decode": {"policy": "full"}}
 
 Found = dict[str, Any]

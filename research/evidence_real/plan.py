@@ -8,96 +8,89 @@ from dataclasses import dataclass
 from typing import Any
 
 from loopserve.core.errors import ConfigError
-from research.evidence.units import Unit
+from research.evidence.units import Spec, Unit
 from research.evidence_real import recipes
 from research.evidence_real.agreement import FORCED, MODEL
+from research.evidence_real.needles import ANSWER
 from research.evidence_real.texts import KINDS
 
 LONGEST = 7680
-"""With the forced tokens just under the model's window."""
+"""With the tokens compared just under the model's window."""
 SHARE = 0.05
+READ = 2 * FORCED
+"""Tokens of a text that are compared after a sparse prefill: read in one pass, they cost little."""
 _SHORT = 3072
 """Below it a twentieth of the prompt is hardly more than the answer's own tokens: a tenth is given there."""
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Lengths of the prompt in tokens, texts of each kind, forced tokens of each text."""
-
-    main: int = 4096
-    others: Sequence[int] = (2048, LONGEST)
-    texts: int = 2
-    forced: int = FORCED
-    kinds: Sequence[str] = KINDS
-    few: bool = False
-
-
-FULL = Sizes()
-QUICK = Sizes(main=1024, others=(), texts=1, forced=32, few=True)
-
-
-def units_of(sizes: Sizes, model: str = MODEL) -> list[Unit]:
-    """Return every unit."""
-    both_texts = [(kind, number) for number in range(sizes.texts) for kind in sizes.kinds]
-    first_texts = [(kind, 0) for kind in sizes.kinds]
-    plan = _Plan(model, sizes.forced)
-    main, main_texts = sizes.main, both_texts
-    names = recipes.decode_presets()
-    if sizes.few:
-        names = {name: names[name] for name in ("loopserve", "loopserve-paper", "snapkv", "quest")}
-    alphas = recipes.prefill_alphas()
-    rivals = recipes.prefill_rivals(main)
-    if sizes.few:
-        alphas = {name: alphas[name] for name in list(alphas)[2:4]}
-        rivals = {name: rivals[name] for name in list(rivals)[:2]}
-
-    plan.decode("decode", names, main_texts, main, share_at(main))
-    plan.prefill("prefill", alphas, main_texts, main)
-    plan.prefill("prefill", rivals, main_texts, main)
-    plan.both(
-        "both",
-        recipes.whole_stacks() if not sizes.few else {"loopserve": recipes.whole_stacks()["loopserve"]},
-        main_texts,
-        main,
-    )
-    plan.prefill("coverage", alphas, first_texts[: len(sizes.kinds)], main, realised=True)
-    for tokens in sizes.others:
-        plan.decode("decode", names, both_texts, tokens, share_at(tokens))
-    for tokens in sizes.others:
-        plan.prefill("prefill", alphas, both_texts if tokens < LONGEST else first_texts, tokens)
-    few = {name: names[name] for name in _MAIN if name in names}
-    for share in recipes.SHARES:
-        if share != share_at(main):
-            plan.decode("decode", few, both_texts, main, share)
-    if not sizes.few:
-        plan.ablations(first_texts, main)
-        plan.prefill("prefill ablations", recipes.prefill_ablations(), first_texts, main)
-        for tokens in sizes.others:
-            plan.prefill(
-                "prefill", recipes.prefill_rivals(tokens), both_texts if tokens < LONGEST else first_texts, tokens
-            )
-        plan.prefill("prefill", recipes.prefill_presets(), first_texts, main)
-        for tokens in sizes.others:
-            plan.both("both", recipes.whole_stacks(), first_texts, tokens)
-    return plan.units
-
-
 _MAIN = (
     "loopserve",
     "loopserve-paper",
     "quest",
     "snapkv",
-    "tova",
-    "h2o",
     "streaming_llm",
     "rocketkv_mt",
     "adakv",
-    "expected_attention",
     "twilight",
     "omnikv",
     "duo",
 )
-"""Stacks measured at every share; the others at one."""
+"""Stacks measured at every share and length; the others at one."""
+
+Texts = Sequence[tuple[str, int]]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Lengths of the prompt in tokens, texts of each kind, tokens of each text that are decoded, and that are read."""
+
+    main: int = 4096
+    others: Sequence[int] = (LONGEST, 2048)
+    texts: int = 2
+    forced: int = FORCED
+    read: int = READ
+    kinds: Sequence[str] = KINDS
+    dialogues: int = 7
+    few: bool = False
+
+
+FULL = Sizes()
+QUICK = Sizes(main=1024, others=(), texts=1, forced=32, read=64, dialogues=1, few=True)
+
+
+def units_of(sizes: Sizes, model: str = MODEL) -> list[Unit]:
+    """Return every unit."""
+    texts = [(kind, number) for number in range(sizes.texts) for kind in sizes.kinds]
+    first = [(kind, 0) for kind in sizes.kinds]
+    plan, main, forced = _Plan(model), sizes.main, sizes.forced
+    names, wholes = recipes.decode_presets(), recipes.whole_stacks()
+    alphas, rivals = recipes.prefill_alphas(), recipes.prefill_rivals(main)
+    if sizes.few:
+        names = {name: names[name] for name in ("loopserve", "loopserve-paper", "snapkv", "quest")}
+        wholes = {"loopserve": wholes["loopserve"]}
+        alphas = {name: alphas[name] for name in list(alphas)[2:4]}
+        rivals = {name: rivals[name] for name in list(rivals)[:2]}
+    few = {name: names[name] for name in _MAIN if name in names}
+
+    plan.decode("decode", names, texts, main, forced, share_at(main))
+    plan.prefill("prefill", alphas, first, main, sizes.read)
+    plan.prefill("prefill", rivals, first, main, sizes.read)
+    plan.both("both", wholes, texts, main, forced)
+    plan.prefill("coverage", alphas, first, main, sizes.read, realised=True)
+    plan.needles("needles", dict(list(few.items())[:8]), sizes.dialogues, main, share_at(main))
+    if sizes.few:
+        return plan.units
+    plan.ablations(first, main, forced)
+    plan.prefill("prefill ablations", recipes.prefill_ablations(), first, main, sizes.read)
+    for tokens in sizes.others:
+        plan.prefill("prefill", alphas, first, tokens, sizes.read)
+        plan.decode("decode", few, texts, tokens, forced, share_at(tokens))
+    for share in recipes.SHARES:
+        if share != share_at(main):
+            plan.decode("decode", few, texts, main, forced, share)
+    for tokens in sizes.others:
+        plan.prefill("prefill", recipes.prefill_rivals(tokens), first, tokens, sizes.read)
+        plan.both("both", wholes, first, tokens, forced)
+    plan.prefill("prefill", recipes.prefill_presets(), first, main, sizes.read)
+    return plan.units
 
 
 def share_at(tokens: int) -> float:
@@ -115,61 +108,68 @@ def _sized(stacks: Mapping[str, Any], share: float, tokens: int, forced: int) ->
 
 
 class _Plan:
-    def __init__(self, model: str, forced: int) -> None:
+    def __init__(self, model: str) -> None:
         self.units: list[Unit] = []
-        self._model, self._forced = model, forced
+        self._model = model
         self._keys: set[str] = set()
 
-    def _add(self, experiment: str, kind: str, label: str, where: tuple[tuple[str, int], int], **spec: Any) -> None:
-        text, tokens = where
-        unit = Unit(
-            experiment,
-            {
-                "kind": kind,
-                "label": label,
-                "model": self._model,
-                "text": list(text),
-                "tokens": tokens,
-                "forced": self._forced,
-                **spec,
-            },
-        )
+    def _add(self, experiment: str, kind: str, label: str, text: tuple[str, int], **spec: Any) -> None:
+        self._put(experiment, {"kind": kind, "label": label, "model": self._model, "text": list(text), **spec})
+
+    def _put(self, experiment: str, spec: Spec) -> None:
+        unit = Unit(experiment, spec)
         if unit.key not in self._keys:
             self._keys.add(unit.key)
             self.units.append(unit)
 
     def decode(
-        self, experiment: str, stacks: Mapping[str, Any], texts: Sequence[tuple[str, int]], tokens: int, share: float
+        self, experiment: str, stacks: Mapping[str, Any], texts: Texts, tokens: int, forced: int, share: float
     ) -> None:
-        sized = _sized(stacks, share, tokens, self._forced)
-        for text in texts:
-            for name, recipe in sized.items():
-                self._add(experiment, "decode", name, (text, tokens), stack=recipe, share=share)
+        self._decoded(experiment, "decode", _sized(stacks, share, tokens, forced), texts, tokens, forced, share)
 
-    def ablations(self, texts: Sequence[tuple[str, int]], tokens: int) -> None:
-        stacks = recipes.decode_ablations(SHARE, tokens, self._forced)
+    def needles(self, experiment: str, stacks: Mapping[str, Any], dialogues: int, tokens: int, share: float) -> None:
+        """Add dialogues with numbers to find again, under dense attention and under each stack."""
+        dense = {"dense": {"prefill": {"policy": "dense"}, "decode": {"policy": "full"}}}
+        sized = dense | _sized(stacks, share, tokens, ANSWER)
+        for seed in range(dialogues):
+            for name, recipe in sized.items():
+                spec = {"kind": "needles", "label": name, "model": self._model, "tokens": tokens, "seed": seed}
+                self._put(experiment, spec | {"stack": recipe, "share": share})
+
+    def ablations(self, texts: Texts, tokens: int, forced: int) -> None:
+        stacks = recipes.decode_ablations(SHARE, tokens, forced)
+        self._decoded("decode ablations", "decode", stacks, texts, tokens, forced, SHARE)
+
+    def both(self, experiment: str, stacks: Mapping[str, Any], texts: Texts, tokens: int, forced: int) -> None:
+        share = share_at(tokens)
+        self._decoded(experiment, "both", _sized(stacks, share, tokens, forced), texts, tokens, forced, share)
+
+    def _decoded(
+        self,
+        experiment: str,
+        kind: str,
+        stacks: Mapping[str, Any],
+        texts: Texts,
+        tokens: int,
+        forced: int,
+        share: float,
+    ) -> None:
         for text in texts:
             for name, recipe in stacks.items():
-                self._add("decode ablations", "decode", name, (text, tokens), stack=recipe, share=SHARE)
-
-    def both(self, experiment: str, stacks: Mapping[str, Any], texts: Sequence[tuple[str, int]], tokens: int) -> None:
-        share = share_at(tokens)
-        sized = _sized(stacks, share, tokens, self._forced)
-        for text in texts:
-            for name, recipe in sized.items():
-                self._add(experiment, "both", name, (text, tokens), stack=recipe, share=share)
+                self._add(experiment, kind, name, text, tokens=tokens, forced=forced, stack=recipe, share=share)
 
     def prefill(
         self,
         experiment: str,
         policies: Mapping[str, Any],
-        texts: Sequence[tuple[str, int]],
+        texts: Texts,
         tokens: int,
+        forced: int,
         *,
         realised: bool = False,
     ) -> None:
         extra = {"realised": True} if realised else {}
+        dense = {"dense": {"policy": "dense"}} if experiment == "prefill" else {}
         for text in texts:
-            dense = {"dense": {"policy": "dense"}} if experiment == "prefill" else {}
             for name, policy in (dense | dict(policies)).items():
-                self._add(experiment, "prefill", name, (text, tokens), policy=policy, **extra)
+                self._add(experiment, "prefill", name, text, tokens=tokens, forced=forced, policy=policy, **extra)

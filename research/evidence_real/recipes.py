@@ -61,9 +61,9 @@ def decode_ablations(share: float, tokens: int, forced: int) -> dict[str, Recipe
     for bits in (0, 2, 4, 8):
         pages = {"page": 16, "rescore": "keys"} if not bits else {}
         variants[f"key_bits {bits}" + (", pages of 16" if not bits else "")] = one(key_bits=bits, **pages)
-    for page in (16, 32, 128):
+    for page in (16, 128):
         variants[f"page {page}"] = one(page=page)
-    for part in (0, 0.25, 0.75, 0.875):
+    for part in (0, 0.25, 0.875):
         forced_pairs = given["sink_tokens"] + given["recent_window"]
         taken = min(round(part * budget), budget - forced_pairs - 1)
         variants[f"page_budget {part:g} of the budget"] = one(
@@ -71,7 +71,7 @@ def decode_ablations(share: float, tokens: int, forced: int) -> dict[str, Recipe
         )
     for each in ("none", "heads", "layer_groups"):
         variants[f"share {each}"] = one(share=each)
-    for memory in (0.0, 0.5, 0.99):
+    for memory in (0.0, 0.99):
         variants[f"memory {memory:g}"] = one(memory=memory)
     for interval in (4, 64):
         variants[f"interval {interval}"] = one(interval=interval)
@@ -166,9 +166,4 @@ def whole_stacks() -> dict[str, Recipe]:
         "loopserve-paper": preset("loopserve-paper"),
         "minference and snapkv": {"prefill": minference, "decode": snapkv},
         "minference and quest": {"prefill": minference, "decode": quest},
-        "xattention and snapkv": {"prefill": preset("xattention")["prefill"] | {"block": 64}, "decode": snapkv},
-        "flexprefill and quest": {
-            "prefill": preset("flexprefill")["prefill"] | {"block": 64, "min_budget": 64},
-            "decode": quest,
-        },
     }

@@ -107,25 +107,51 @@ def replayed(stack: PolicyStack) -> PolicyStack:
     return replace(stack, prefill=_Replayed(), overrides=tuple(replace(each, prefill=None) for each in stack.overrides))
 
 
+class TurnRecorder:
+    """Read turns densely, and record them."""
+
+    def __init__(self, model: TransformersModel) -> None:
+        self._recorder = _Recorder()
+        self._engine = TokenEngine(model, PolicyStack("recorder", self._recorder, FullDecode()))
+        self._session = self._engine.session()
+
+    def read(self, tokens: Sequence[int]) -> None:
+        """Read one turn."""
+        self._engine.prefill(self._session, list(tokens))
+
+    def fork(self) -> TurnRecorder:
+        """Return a recorder that goes on from here; this one can be forked again."""
+        other = TurnRecorder.__new__(TurnRecorder)
+        other._recorder = _Recorder()
+        other._recorder.queries = {layer: list(parts) for layer, parts in self._recorder.queries.items()}
+        other._recorder.calls = dict(self._recorder.calls)
+        other._engine = TokenEngine(self._engine.model, PolicyStack("recorder", other._recorder, FullDecode()))
+        other._session = other._engine.session()
+        copied = self._session.fork()
+        adopt(other._session, copied)
+        return other
+
+    def recording(self) -> Recording:
+        """Return what was read, and stop."""
+        pairs = []
+        for layer in self._session.cache.layers:
+            assert layer.store is not None
+            pairs.append((layer.store.keys, layer.store.values))
+        calls = self._recorder.calls
+        queries = {layer: (torch.cat(parts, dim=1), calls[layer]) for layer, parts in self._recorder.queries.items()}
+        return Recording(list(self._session.tokens), pairs, queries)
+
+
 def record(model: TransformersModel, tokens: Sequence[int], then: Sequence[int]) -> tuple[Recording, Tensor]:
     """Prefill ``tokens`` densely, then ``then``.
 
-    Return the recording of the first part, and the logits ``[len(then), vocabulary]`` after each token of the second.
+    Return the recording of both, and the logits ``[len(then), vocabulary]`` after each token of the second.
     """
-    recorder = _Recorder()
-    engine = TokenEngine(model, PolicyStack("recorder", recorder, FullDecode()))
-    session = engine.session()
-    engine.prefill(session, list(tokens))
-    queries = {layer: (torch.cat(parts, dim=1), recorder.calls[layer]) for layer, parts in recorder.queries.items()}
-    recorder.queries.clear()
+    recorder = TurnRecorder(model)
+    recorder.read(tokens)
     with all_logits(model) as logits:
-        engine.prefill(session, list(then))
-    pairs = []
-    for layer in session.cache.layers:
-        assert layer.store is not None
-        pairs.append((layer.store.keys[:, : len(tokens)].clone(), layer.store.values[:, : len(tokens)].clone()))
-    session.close()
-    return Recording(list(tokens), pairs, queries), torch.cat(logits)
+        recorder.read(then)
+    return recorder.recording(), torch.cat(logits)
 
 
 @contextmanager

@@ -16,11 +16,13 @@ import torch
 from loopserve.api import load_stack
 from loopserve.bench.rows import provenance
 from loopserve.core.errors import ConfigError
+from loopserve.core.stack.stack import PolicyStack
 from research.evidence.units import Found, Row, Unit
-from research.evidence_real.agreement import Case, Text
+from research.evidence_real import needles
+from research.evidence_real.agreement import Case, Text, loaded
 
-_TOGETHER = ("kind", "model", "text", "tokens", "forced")  # what the units of a batch have in common
-_MOST = {"decode": 16, "both": 4, "prefill": 3}
+_TOGETHER = ("kind", "model", "text", "tokens", "forced", "seed", "share")  # what the units of a batch have in common
+_MOST = {"decode": 18, "both": 4, "prefill": 3, "needles": 16}
 
 
 @lru_cache(maxsize=1)
@@ -33,34 +35,47 @@ def _case_of(unit: Unit, model: str) -> Case:
     return _case(model, Text(spec["text"][0], spec["text"][1], spec["tokens"], spec["forced"]))
 
 
-def _decode(case: Case, units: Sequence[Unit]) -> Iterator[tuple[Unit, Found]]:
-    stacks = {unit.key: load_stack(unit.spec["stack"]) for unit in units}
-    found = dict(case.decoding(stacks))
-    return ((unit, found[unit.key]) for unit in units)
+def _stacks(units: Sequence[Unit]) -> dict[str, PolicyStack]:
+    return {unit.key: load_stack(unit.spec["stack"]) for unit in units}
 
 
-def _both(case: Case, units: Sequence[Unit]) -> Iterator[tuple[Unit, Found]]:
-    stacks = {unit.key: load_stack(unit.spec["stack"]) for unit in units}
-    found = dict(case.whole(stacks))
-    return ((unit, found[unit.key]) for unit in units)
+def _of_text(case: Case) -> Found:
+    return {"digest": case.digest, "dense_loss": round(case.loss, 4)}
 
 
-def _prefill(case: Case, units: Sequence[Unit]) -> Iterator[tuple[Unit, Found]]:
+def _decode(model: str, units: Sequence[Unit]) -> Iterator[tuple[Unit, Found]]:
+    case = _case_of(units[0], model)
+    found = dict(case.decoding(_stacks(units)))
+    return ((unit, found[unit.key] | _of_text(case)) for unit in units)
+
+
+def _both(model: str, units: Sequence[Unit]) -> Iterator[tuple[Unit, Found]]:
+    case = _case_of(units[0], model)
+    found = dict(case.whole(_stacks(units)))
+    return ((unit, found[unit.key] | _of_text(case)) for unit in units)
+
+
+def _prefill(model: str, units: Sequence[Unit]) -> Iterator[tuple[Unit, Found]]:
+    case = _case_of(units[0], model)
     for unit in units:
         recipe = {"prefill": unit.spec["policy"], "decode": {"policy": "full"}}
-        yield unit, case.prefilling(load_stack(recipe), realised=unit.spec.get("realised", False))
+        found = case.prefilling(load_stack(recipe), realised=unit.spec.get("realised", False))
+        yield unit, found | _of_text(case)
 
 
-KINDS: dict[str, Callable[[Case, Sequence[Unit]], Iterator[tuple[Unit, Found]]]] = {
+def _needles(model: str, units: Sequence[Unit]) -> Iterator[tuple[Unit, Found]]:
+    _case.cache_clear()  # its recording is not needed meanwhile
+    spec = units[0].spec
+    found = needles.measure(*loaded(model), spec["tokens"], spec["seed"], _stacks(units))
+    return ((unit, {"answers": found[unit.key]}) for unit in units)
+
+
+KINDS: dict[str, Callable[[str, Sequence[Unit]], Iterator[tuple[Unit, Found]]]] = {
     "decode": _decode,
     "both": _both,
     "prefill": _prefill,
+    "needles": _needles,
 }
-
-
-def _text(unit: Unit, model: str) -> Found:
-    case = _case_of(unit, model)
-    return {"digest": case.digest, "dense_loss": round(case.loss, 4)}
 
 
 def batches(units: Sequence[Unit]) -> list[list[Unit]]:
@@ -79,7 +94,7 @@ def run(units: Sequence[Unit], model: str) -> list[Row]:
     """Do one batch here on the model at ``model``; a stack that fails gives a row with its error."""
     started = time.process_time()
     try:
-        found = list(KINDS[units[0].spec["kind"]](_case_of(units[0], model), units))
+        found = list(KINDS[units[0].spec["kind"]](model, units))
     except Exception as error:
         if len(units) > 1:  # one stack must not take the others with it
             return [row for unit in units for row in run([unit], model)]
@@ -93,7 +108,7 @@ def run(units: Sequence[Unit], model: str) -> list[Row]:
         {
             "experiment": unit.experiment,
             "unit": unit.spec,
-            "found": each | _text(unit, model),
+            "found": each,
             "seconds": seconds,
             "made": where,
         }
