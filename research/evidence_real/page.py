@@ -58,7 +58,7 @@ def render(ledger: Ledger, plan: Sequence[Unit]) -> str:
         said, found = section(rows)
         verdicts += found
         texts.append(f"## {title}\n\n{said}")
-    forced = plan[0].spec["forced"]
+    forced = next(unit.spec["forced"] for unit in plan if "forced" in unit.spec)
     head = _HEAD.format(results=os.path.relpath(ledger.directory), forced=forced)
     lines = [[each.claim, each.word, each.figure, each.model] for each in verdicts]
     whole = [
@@ -77,7 +77,10 @@ _SECTIONS: tuple[tuple[str, Callable[[Rows], tuple[str, list[Verdict]]]], ...] =
     ("2. Sparse prefill", sections.prefilling),
     ("3. What alpha gives", sections.alphas),
     ("4. Both phases together", sections.both),
-    ("5. The default stack's fields", sections.ablations),
+    ("5. Numbers told turns before", sections.needles),
+    ("6. The default stack's fields", sections.ablations),
+    ("7. Conversations of several turns", sections.talks),
+    ("8. The paper's claims about attention", sections.claims),
 )
 
 

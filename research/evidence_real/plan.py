@@ -11,6 +11,7 @@ from loopserve.core.errors import ConfigError
 from research.evidence.units import Spec, Unit
 from research.evidence_real import recipes
 from research.evidence_real.agreement import FORCED, MODEL
+from research.evidence_real.dialogues import ANSWER as ANSWERED
 from research.evidence_real.needles import ANSWER
 from research.evidence_real.texts import KINDS
 
@@ -86,6 +87,8 @@ def units_of(sizes: Sizes, model: str = MODEL) -> list[Unit]:
     for share in recipes.SHARES:
         if share != share_at(main):
             plan.decode("decode", few, texts, main, forced, share)
+    plan.claims("claims", sizes.kinds, (2048, main))
+    plan.dialogues("dialogues", recipes.talking_stacks(), first, main)
     for tokens in sizes.others:
         plan.prefill("prefill", recipes.prefill_rivals(tokens), first, tokens, sizes.read)
         plan.both("both", wholes, first, tokens, forced)
@@ -135,6 +138,18 @@ class _Plan:
             for name, recipe in sized.items():
                 spec = {"kind": "needles", "label": name, "model": self._model, "tokens": tokens, "seed": seed}
                 self._put(experiment, spec | {"stack": recipe, "share": share})
+
+    def dialogues(self, experiment: str, stacks: Mapping[str, Any], texts: Texts, tokens: int) -> None:
+        """Add conversations of several turns, under each stack with one budget for all turns."""
+        for text in texts:
+            for name, recipe in _sized(stacks, SHARE, tokens, ANSWERED).items():
+                self._add(experiment, "dialogues", name, text, tokens=tokens, stack=recipe, share=SHARE)
+
+    def claims(self, experiment: str, kinds: Sequence[str], lengths: Sequence[int]) -> None:
+        """Add what the attention of one text of each kind is like."""
+        for number, tokens in enumerate(lengths):
+            for kind in kinds:
+                self._add(experiment, "claims", kind, (kind, 0), tokens=tokens, pairs=number == 0)
 
     def ablations(self, texts: Texts, tokens: int, forced: int) -> None:
         stacks = recipes.decode_ablations(SHARE, tokens, forced)

@@ -167,3 +167,16 @@ def whole_stacks() -> dict[str, Recipe]:
         "minference and snapkv": {"prefill": minference, "decode": snapkv},
         "minference and quest": {"prefill": minference, "decode": quest},
     }
+
+
+def talking_stacks() -> dict[str, Recipe]:
+    """Return stacks for conversations of several turns behind dense prefill, with everything kept and with eviction."""
+    kept = {
+        name: _without_prefill(preset(name)) for name in ("loopserve", "loopserve-paper", "quest", "snapkv", "adakv")
+    }
+    evicting = {
+        name: _without_prefill(preset(name)) for name in ("snapkv-evict", "adakv-evict") if name in preset_names()
+    }
+    streaming = _without_prefill(preset("streaming_llm"))
+    streaming["decode"] |= {"retention": "evict"}
+    return kept | evicting | {"streaming_llm, evicting": streaming}

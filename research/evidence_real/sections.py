@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from research.evidence.units import Row
 from research.evidence.words import milliseconds, percent, table
-from research.evidence_real.agreement import Agreement
+from research.evidence_real.agreement import BLOCK, Agreement
+from research.evidence_real.needles import POSITIONS, TURNS
 from research.evidence_real.plan import LONGEST, share_at
 from research.evidence_real.texts import KINDS
 
@@ -372,8 +373,6 @@ def ablations(rows: Rows) -> tuple[str, list[Verdict]]:
 
 def difference(one: Agreement, other: Agreement) -> tuple[float, float]:
     """Return the mean difference of KL per token over the blocks that both have, and its standard error."""
-    from research.evidence_real.agreement import BLOCK
-
     pairs = [
         (mine - theirs) / BLOCK
         for first, second in zip(one.parts, other.parts, strict=False)
@@ -428,3 +427,251 @@ def _field_verdicts(rows: Rows) -> list[Verdict]:
                 )
             )
     return verdicts
+
+
+# Numbers to find again.
+
+
+@dataclass(frozen=True)
+class Found:
+    """Count answers: digits right and asked, and whole answers right."""
+
+    answers: list[Row]
+
+    @property
+    def digits(self) -> float:
+        return sum(each["right"] for each in self.answers) / sum(each["of"] for each in self.answers)
+
+    @property
+    def whole(self) -> float:
+        return sum(each["right"] == each["of"] for each in self.answers) / len(self.answers)
+
+    @property
+    def error(self) -> float:
+        """Return the standard error of ``digits``, between answers."""
+        shares = [each["right"] / each["of"] for each in self.answers]
+        middle = sum(shares) / len(shares)
+        spread = sum((each - middle) ** 2 for each in shares) / max(len(shares) - 1, 1)
+        return float((spread / len(shares)) ** 0.5)
+
+    def where(self, name: str, value: object) -> Found:
+        return Found([each for each in self.answers if each[name] == value])
+
+    @property
+    def attended(self) -> float | None:
+        values = [each["attended"] for each in self.answers if each["attended"] is not None]
+        return sum(values) / len(values) if values else None
+
+
+def needles(rows: Rows) -> tuple[str, list[Verdict]]:
+    """Numbers told in a conversation of three turns."""
+    mine = [row for row in rows.get("needles", []) if "error" not in row["found"]]
+    if not mine:
+        return "Not measured.", [Verdict("Facts of earlier turns are found again", None, "-")]
+    found: dict[str, list[Row]] = {}
+    for row in mine:
+        found.setdefault(row["unit"]["label"], []).extend(row["found"]["answers"])
+    told = {label: Found(answers) for label, answers in found.items()}
+    tokens, share = mine[0]["unit"]["tokens"], mine[0]["unit"]["share"]
+    lines = [
+        [
+            label,
+            f"{100 * each.digits:.0f} ± {100 * each.error:.0f} %",
+            percent(each.whole, 0),
+            " / ".join(percent(each.where("position", place).digits, 0) for place in POSITIONS),
+            " / ".join(percent(each.where("back", back).digits, 0) for back in range(TURNS)),
+            percent(each.attended),
+        ]
+        for label, each in sorted(told.items(), key=lambda item: -item[1].digits)
+    ]
+    counts = sorted({len(each.answers) for each in told.values()})
+    text = (
+        f"A novel of {tokens:,} tokens is read over {TURNS} turns; two sentences in each turn's part tell a number (`The magic "
+        "number of the harbour is 48213.`). The last turn's message asks for one of them, at its begin, in its middle or at its "
+        f"end. Answers are teacher-forced, a digit is right if it is the likeliest token. {counts[0]} answers per stack"
+        f"{'' if len(counts) == 1 else f' to {counts[-1]}'}, dense prefill, {percent(share, 0)} of the pairs.\n\n"
+        + table(
+            [
+                "stack",
+                "digits right",
+                "whole numbers right",
+                "digits: begin / middle / end",
+                "digits: told in the last turn / one before / two before",
+                "attended",
+            ],
+            lines,
+        )
+    )
+    verdicts = []
+    if {"dense", "loopserve"} <= set(told):
+        dense, ours = told["dense"], told["loopserve"]
+        rivals = {label: each for label, each in told.items() if not label.startswith(("dense", "loopserve"))}
+        best = max(rivals.items(), key=lambda item: item[1].digits) if rivals else None
+        said = f"digits right: {percent(ours.digits, 0)} beside dense's {percent(dense.digits, 0)}" + (
+            f"; `{best[0]}` {percent(best[1].digits, 0)}" if best else ""
+        )
+        verdicts.append(
+            Verdict(
+                f"Numbers told turns before are found as under dense attention (within 3 points), {tokens:,} tokens, "
+                f"{percent(share, 0)} of the pairs",
+                ours.digits >= dense.digits - 0.03,
+                said,
+            )
+        )
+        windows = {label: told[label] for label in ("snapkv", "adakv") if label in told}
+        if windows:
+            verdicts.append(
+                Verdict(
+                    "Policies that watch the end of the prompt lose answers when the question stands earlier",
+                    all(
+                        each.where("position", "begin").digits < each.where("position", "end").digits
+                        for each in windows.values()
+                    ),
+                    "; ".join(
+                        f"`{label}` {' / '.join(percent(each.where('position', place).digits, 0) for place in POSITIONS)}"
+                        for label, each in windows.items()
+                    ),
+                )
+            )
+    return text, verdicts
+
+
+# Conversations.
+
+
+def talks(rows: Rows) -> tuple[str, list[Verdict]]:
+    """Agreement by turn, with everything kept and with eviction."""
+    mine = [row for row in rows.get("dialogues", []) if "error" not in row["found"]]
+    if not mine:
+        return "Not measured.", [Verdict("Agreement does not fall over the turns of a conversation", None, "-")]
+    found: dict[str, list[list[Row]]] = {}
+    for row in mine:
+        turns = found.setdefault(row["unit"]["label"], [[] for _ in row["found"]["turns"]])
+        for turn, each in zip(turns, row["found"]["turns"], strict=True):
+            turn.append(each | {"kind": row["unit"]["text"][0]})
+    told = {label: [Agreement(parts) for parts in turns] for label, turns in found.items()}
+    tokens, share = mine[0]["unit"]["tokens"], mine[0]["unit"]["share"]
+    count = len(next(iter(told.values())))
+    lines = [
+        [label, *(f"{each.kl:.4f} ± {each.kl_error:.4f}" for each in turns), percent(turns[-1].attended)]
+        for label, turns in sorted(told.items(), key=lambda item: item[1][-1].kl)
+    ]
+    sample = next(iter(told.values()))[0].tokens
+    text = (
+        f"A text is given in {count} messages, and every answer is the piece that follows, {tokens:,} tokens in all; one budget for "
+        f"all turns, {percent(share, 0)} of the whole. Dense prefill over what is kept; KL of the answers by turn, {sample} tokens "
+        "per cell. *Attended*: in the last turn, of everything said.\n\n"
+        + table(["stack", *(f"turn {turn + 1}" for turn in range(count)), "attended"], lines)
+    )
+    verdicts = []
+    for label in ("snapkv", "adakv"):
+        if label in told and f"{label}-evict" in told:
+            kept, gone = told[label][-1], told[f"{label}-evict"][-1]
+            verdicts.append(
+                Verdict(
+                    f"Eviction costs agreement in later turns, `{label}`, turn {count}",
+                    gone.kl > kept.kl,
+                    f"KL {gone.kl:.4f} ± {gone.kl_error:.4f} with eviction, {kept.kl:.4f} ± {kept.kl_error:.4f} with everything kept",
+                )
+            )
+    if "loopserve" in told:
+        first, last = told["loopserve"][1], told["loopserve"][-1]
+        verdicts.append(
+            Verdict(
+                f"`loopserve` agrees in the last turn as in the second (KL at most twice), {count} turns, {tokens:,} tokens",
+                last.kl <= 2 * first.kl,
+                f"KL {first.kl:.4f} ± {first.kl_error:.4f} in turn 2, {last.kl:.4f} ± {last.kl_error:.4f} in turn {count}",
+            )
+        )
+    return text, verdicts
+
+
+# The paper's claims about attention.
+
+
+def claims(rows: Rows) -> tuple[str, list[Verdict]]:
+    """Concentration and input dependence, by layer and head."""
+    mine = [row for row in rows.get("claims", []) if "error" not in row["found"]]
+    if not mine:
+        return "Not measured.", [
+            Verdict("A tenth of the lines holds nine tenths of the attention", None, "-"),
+            Verdict("Which lines they are, the input decides", None, "-"),
+        ]
+    texts = [
+        "Lines are vertical and slash lines, 2n of them for n tokens; all rows choose, at the price of a line's length. Means over "
+        "layers and heads, and in brackets the range over single heads."
+    ]
+    lines = []
+    for row in sorted(mine, key=lambda each: each["unit"]["tokens"]):
+        figures = row["found"]
+        lines.append(
+            [
+                f"{row['unit']['tokens']:,}",
+                row["unit"]["text"][0],
+                *(_ranged(figures[f"{name}_{alpha}"]) for alpha in ("0.9", "0.95") for name in ("lines", "cells")),
+            ]
+        )
+    texts.append(table(["tokens", "text", "lines, 90 %", "cells, 90 %", "lines, 95 %", "cells, 95 %"], lines))
+    by_layer = {tokens: _by_layer(mine, tokens, "cells_0.95") for tokens in lengths(mine)}
+    texts.append(
+        "Cells that hold 95 %, by layer (mean over heads and texts):\n\n"
+        + table(
+            ["tokens", *(str(layer) for layer in range(len(next(iter(by_layer.values())))))],
+            [[f"{tokens:,}", *(f"{100 * value:.0f}" for value in values)] for tokens, values in by_layer.items()],
+        )
+    )
+    pairs = [row for row in mine if row["unit"]["pairs"]]
+    verdicts = [_concentrated(mine)]
+    if pairs:
+        overlap, held, own = (_overall(pairs, name) for name in ("overlap", "held", "own"))
+        texts.append(
+            "The lines that hold 90 % of one text's attention, on another text of the same kind:\n\n"
+            + table(
+                ["text", "lines in common (Jaccard)", "held of the other's attention", "held by its own lines"],
+                [
+                    [row["unit"]["text"][0], *(_ranged(row["found"][name]) for name in ("overlap", "held", "own"))]
+                    for row in pairs
+                ],
+            )
+        )
+        verdicts.append(
+            Verdict(
+                "Which lines matter, the input decides: those of two texts overlap by less than half",
+                overlap < 0.5,
+                f"{percent(overlap)} in common; another text's lines hold {percent(held)} where its own hold {percent(own)}",
+            )
+        )
+    return "\n\n".join(texts), verdicts
+
+
+def _flat(values: Sequence[Sequence[float]]) -> list[float]:
+    return [each for layer in values for each in layer]
+
+
+def _ranged(values: Sequence[Sequence[float]]) -> str:
+    flat = _flat(values)
+    return f"{percent(sum(flat) / len(flat))} ({100 * min(flat):.0f} to {100 * max(flat):.0f})"
+
+
+def _overall(rows: Sequence[Row], name: str) -> float:
+    flat = [each for row in rows for each in _flat(row["found"][name])]
+    return sum(flat) / len(flat)
+
+
+def _by_layer(rows: Sequence[Row], tokens: int, name: str) -> list[float]:
+    maps = [row["found"][name] for row in rows if row["unit"]["tokens"] == tokens]
+    return [
+        sum(each for heads in layers for each in heads) / sum(map(len, layers)) for layers in zip(*maps, strict=True)
+    ]
+
+
+def _concentrated(rows: Sequence[Row]) -> Verdict:
+    longest = max(lengths(rows))
+    flat = [each for row in rows if row["unit"]["tokens"] == longest for each in _flat(row["found"]["lines_0.9"])]
+    share, few = sum(flat) / len(flat), sum(each <= 0.1 for each in flat) / len(flat)
+    return Verdict(
+        f"A tenth of the lines holds nine tenths of the attention, {longest:,} tokens",
+        share <= 0.1,
+        f"{percent(share)} of the lines on average; {percent(few, 0)} of the heads need a tenth or less, the worst "
+        f"{percent(max(flat), 0)}",
+    )

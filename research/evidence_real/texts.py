@@ -57,8 +57,15 @@ def continued(tokenizer: Any, content: str, tokens: int, forced: int) -> tuple[l
 
 def template_around(tokenizer: Any, request: str) -> tuple[list[int], list[int]]:
     """Return the template's tokens before and after the text of a first message that begins with ``request``."""
+    before, after, _ = template_of_turns(tokenizer, request)
+    return before, after
+
+
+def template_of_turns(tokenizer: Any, request: str) -> tuple[list[int], list[int], list[int]]:
+    """Return the template's tokens before a first message's text, after it, and from an answer's text to the next message's."""
     marker = "\u2042"
-    messages = [{"role": "user", "content": request + marker}]
-    spoken = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    before, after = spoken.split(marker)
-    return tokenizer.encode(before, add_special_tokens=False), tokenizer.encode(after, add_special_tokens=False)
+    user, assistant = {"role": "user", "content": request + marker}, {"role": "assistant", "content": marker}
+    spoken = tokenizer.apply_chat_template([user, assistant, user], add_generation_prompt=True, tokenize=False)
+    before, after, between, _ = spoken.split(marker)
+    first, second, third = (tokenizer.encode(part, add_special_tokens=False) for part in (before, after, between))
+    return first, second, third

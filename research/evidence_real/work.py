@@ -18,11 +18,11 @@ from loopserve.bench.rows import provenance
 from loopserve.core.errors import ConfigError
 from loopserve.core.stack.stack import PolicyStack
 from research.evidence.units import Found, Row, Unit
-from research.evidence_real import needles
+from research.evidence_real import claims, dialogues, needles
 from research.evidence_real.agreement import Case, Text, loaded
 
 _TOGETHER = ("kind", "model", "text", "tokens", "forced", "seed", "share")  # what the units of a batch have in common
-_MOST = {"decode": 18, "both": 4, "prefill": 3, "needles": 16}
+_MOST = {"decode": 18, "both": 4, "prefill": 3, "needles": 16, "dialogues": 8, "claims": 1}
 
 
 @lru_cache(maxsize=1)
@@ -70,11 +70,27 @@ def _needles(model: str, units: Sequence[Unit]) -> Iterator[tuple[Unit, Found]]:
     return ((unit, {"answers": found[unit.key]}) for unit in units)
 
 
+def _dialogues(model: str, units: Sequence[Unit]) -> Iterator[tuple[Unit, Found]]:
+    _case.cache_clear()
+    spec = units[0].spec
+    kind, number = spec["text"]
+    found = dialogues.measure(*loaded(model), kind, number, spec["tokens"], _stacks(units))
+    return ((unit, {"turns": found[unit.key]}) for unit in units)
+
+
+def _claims(model: str, units: Sequence[Unit]) -> Iterator[tuple[Unit, Found]]:
+    _case.cache_clear()
+    for unit in units:
+        yield unit, claims.measure(model, unit.spec["text"][0], unit.spec["tokens"], pairs=unit.spec["pairs"])
+
+
 KINDS: dict[str, Callable[[str, Sequence[Unit]], Iterator[tuple[Unit, Found]]]] = {
     "decode": _decode,
     "both": _both,
     "prefill": _prefill,
     "needles": _needles,
+    "dialogues": _dialogues,
+    "claims": _claims,
 }
 
 
