@@ -29,7 +29,8 @@ def main(arguments: list[str] | None = None) -> int:
         if not wanted.render:
             chosen = [unit for unit in plan if wanted.only is None or unit.experiment in wanted.only]
             failed = _run(ledger, chosen, wanted)
-            ledger.tidy(chosen)
+            if not ledger.waiting(chosen):
+                ledger.tidy(chosen)
         page.write(ledger, plan, text, text.with_suffix("").with_name(text.stem + "_real"))
     except LoopServeError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,7 +1,7 @@
 """Where finished units are kept: one file of JSON lines per experiment, a line per unit, on the disk as soon as it is done.
 
 A unit whose spec has changed since (another setting of a stack, say) is not in the plan any more; its row is dropped when a run
-begins. What the plan has and no row is there for is missing, and the page says so.
+comes to its end. What the plan has and no row is there for is missing, and the page says so.
 """
 
 from __future__ import annotations

@@ -36,6 +36,9 @@ _MAIN = (
 )
 """Stacks measured at every share and length; the others at one."""
 
+_REALISED = (*(f"loopserve, alpha {alpha}" for alpha in (0.8, 0.9, 0.95, 0.98, 0.99)), "loopserve-paper, alpha 0.95")
+"""Prefill policies whose coverage of all rows is measured too."""
+
 Texts = Sequence[tuple[str, int]]
 
 
@@ -71,24 +74,32 @@ def units_of(sizes: Sizes, model: str = MODEL) -> list[Unit]:
         rivals = {name: rivals[name] for name in list(rivals)[:2]}
     few = {name: names[name] for name in _MAIN if name in names}
 
-    plan.decode("decode", names, texts, main, forced, share_at(main))
+    at = share_at(main)
+    plan.decode("decode", names, first, main, forced, at)
     plan.prefill("prefill", alphas, first, main, sizes.read)
-    plan.prefill("prefill", rivals, first, main, sizes.read)
-    plan.both("both", wholes, texts, main, forced)
-    plan.prefill("coverage", alphas, first, main, sizes.read, realised=True)
-    plan.needles("needles", dict(list(few.items())[:8]), sizes.dialogues, main, share_at(main))
+    plan.needles("needles", dict(list(few.items())[:8]), sizes.dialogues, main, at)
+    plan.prefill(
+        "coverage", {name: alphas[name] for name in _REALISED if name in alphas}, first, main, sizes.read, realised=True
+    )
     if sizes.few:
+        plan.prefill("prefill", rivals, first, main, sizes.read)
+        plan.both("both", wholes, texts, main, forced)
         return plan.units
+    plan.decode("decode", few, texts, main, forced, at)
+    plan.prefill("prefill", rivals, first, main, sizes.read)
     plan.ablations(first, main, forced)
-    plan.prefill("prefill ablations", recipes.prefill_ablations(), first, main, sizes.read)
+    plan.both("both", wholes, first, main, forced)
+    plan.prefill("prefill_ablations", recipes.prefill_ablations(), first, main, sizes.read)
+    plan.claims("claims", sizes.kinds, (2048, main))
+    plan.dialogues("dialogues", recipes.talking_stacks(), first, main)
     for tokens in sizes.others:
         plan.prefill("prefill", alphas, first, tokens, sizes.read)
         plan.decode("decode", few, texts, tokens, forced, share_at(tokens))
     for share in recipes.SHARES:
-        if share != share_at(main):
+        if share != at:
             plan.decode("decode", few, texts, main, forced, share)
-    plan.claims("claims", sizes.kinds, (2048, main))
-    plan.dialogues("dialogues", recipes.talking_stacks(), first, main)
+    plan.decode("decode", names, texts, main, forced, at)
+    plan.both("both", wholes, texts, main, forced)
     for tokens in sizes.others:
         plan.prefill("prefill", recipes.prefill_rivals(tokens), first, tokens, sizes.read)
         plan.both("both", wholes, first, tokens, forced)
@@ -153,7 +164,7 @@ class _Plan:
 
     def ablations(self, texts: Texts, tokens: int, forced: int) -> None:
         stacks = recipes.decode_ablations(SHARE, tokens, forced)
-        self._decoded("decode ablations", "decode", stacks, texts, tokens, forced, SHARE)
+        self._decoded("decode_ablations", "decode", stacks, texts, tokens, forced, SHARE)
 
     def both(self, experiment: str, stacks: Mapping[str, Any], texts: Texts, tokens: int, forced: int) -> None:
         share = share_at(tokens)

@@ -355,7 +355,7 @@ def both(rows: Rows) -> tuple[str, list[Verdict]]:
 def ablations(rows: Rows) -> tuple[str, list[Verdict]]:
     """One field changed at a time."""
     texts = []
-    for name, said in (("decode ablations", "Decoding"), ("prefill ablations", "Prefill")):
+    for name, said in (("decode_ablations", "Decoding"), ("prefill_ablations", "Prefill")):
         mine = rows.get(name, [])
         for tokens in lengths(mine):
             for share in shares(mine, tokens) or [None]:
@@ -403,7 +403,7 @@ def _fields(said: str, tokens: int, found: Cells) -> str:
 
 
 def _field_verdicts(rows: Rows) -> list[Verdict]:
-    mine = rows.get("decode ablations", [])
+    mine = rows.get("decode_ablations", [])
     verdicts = []
     for tokens in lengths(mine):
         for share in shares(mine, tokens):

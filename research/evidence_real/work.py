@@ -95,15 +95,16 @@ KINDS: dict[str, Callable[[str, Sequence[Unit]], Iterator[tuple[Unit, Found]]]] 
 
 
 def batches(units: Sequence[Unit]) -> list[list[Unit]]:
-    """Return units in groups that one text serves, in the order of the first of each."""
-    groups: dict[Any, list[Unit]] = {}
+    """Return units in groups that one text serves, without changing their order."""
+    groups: list[list[Unit]] = []
+    last: Any = None
     for unit in units:
-        groups.setdefault((unit.experiment, *(str(unit.spec.get(name)) for name in _TOGETHER)), []).append(unit)
-    return [
-        group[start : start + _MOST[group[0].spec["kind"]]]
-        for group in groups.values()
-        for start in range(0, len(group), _MOST[group[0].spec["kind"]])
-    ]
+        key = (unit.experiment, *(str(unit.spec.get(name)) for name in _TOGETHER))
+        if key != last or len(groups[-1]) == _MOST[unit.spec["kind"]]:
+            groups.append([])
+        groups[-1].append(unit)
+        last = key
+    return groups
 
 
 def run(units: Sequence[Unit], model: str) -> list[Row]:
