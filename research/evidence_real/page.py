@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -11,7 +12,9 @@ from loopserve.core.errors import ConfigError
 from research.evidence.units import Row, Unit, key_of
 from research.evidence.words import minutes, table
 from research.evidence_real import sections
+from research.evidence_real.agreement import FORCED
 from research.evidence_real.ledger import Ledger
+from research.evidence_real.plan import READ
 from research.evidence_real.sections import Rows, Verdict
 
 _HEAD = """# Evidence
@@ -22,8 +25,8 @@ page. Do not edit it. What the same claims look like on the small model that com
 
 The model is SmolLM2-135M-Instruct (30 layers, 9 query and 3 KV heads of 64, 8,192 positions), in float32. Texts are natural, two of
 each of three kinds: prose (chapters of a novel), technical (the Python language reference) and code (Python's standard library). The
-model is asked to continue a text; the next {forced} tokens of it are teacher-forced, and its distribution of each next token is
-compared with that under dense attention."""
+model is asked to continue a text; the next {forced} tokens of it are teacher-forced ({read} where only the prefill is sparse), and
+its distribution of each next token is compared with that under dense attention."""
 
 _TERMS = """*KL*: divergence of the next token's distribution from dense attention's, in nats, mean per token. *Top-1*: share of tokens
 for which the likeliest next token is the same. *Perplexity*: change of the text's perplexity. *Attended*: pairs that decode steps
@@ -44,32 +47,50 @@ def write(ledger: Ledger, plan: Sequence[Unit], text: Path, pictures: Path) -> N
 
 
 def render(ledger: Ledger, plan: Sequence[Unit]) -> str:
-    """Return the page's text; what is planned and not measured is said to be missing."""
-    wanted: dict[str, list[Unit]] = {}
-    for unit in plan:
-        wanted.setdefault(unit.experiment, []).append(unit)
-    rows: Rows = {}
-    for name, units in wanted.items():
-        keys = {unit.key for unit in units}
-        rows[name] = [row for row in ledger.rows(name) if key_of(row["unit"]) in keys]
+    """Return the page's text; what is planned and not measured is said to be missing.
+
+    All but the last section depends on the rows alone, not on what the presets are today.
+    """
+    rows: Rows = {name: current(ledger.rows(name)) for name in EXPERIMENTS}
     verdicts: list[Verdict] = []
     texts = []
     for title, section in _SECTIONS:
         said, found = section(rows)
         verdicts += found
         texts.append(f"## {title}\n\n{said}")
-    forced = next(unit.spec["forced"] for unit in plan if "forced" in unit.spec)
-    head = _HEAD.format(results=os.path.relpath(ledger.directory), forced=forced)
     lines = [[each.claim, each.word, each.figure, each.model] for each in verdicts]
     whole = [
-        head,
+        _HEAD.format(results=os.path.relpath(ledger.directory), forced=FORCED, read=READ),
         "## Verdicts\n\n" + table(["claim", "holds?", "figure", "model"], lines),
-        _missing(wanted, rows),
         _TERMS,
         *texts,
-        f"## How it was had\n\n{_made(rows)}",
+        f"{LAST}\n\n{_made(rows)}",
+        _missing(plan, rows),
     ]
     return "\n\n".join(part for part in whole if part) + "\n"
+
+
+EXPERIMENTS = (
+    "decode", "prefill", "coverage", "needles", "both", "decode_ablations", "prefill_ablations", "dialogues", "claims",
+)  # fmt: skip
+LAST = "## How it was had"
+
+
+def current(rows: Sequence[Row]) -> list[Row]:
+    """Return the rows of each label's latest settings, the latest row of each text: a stack that changed is not mixed with itself."""
+    latest: dict[str, str] = {}
+    kept: dict[tuple[str, str], Row] = {}
+    for row in sorted(rows, key=lambda each: each["made"]["date"]):
+        spec = row["unit"]
+        label, settings, where = (
+            json.dumps([spec.get(name) for name in names], sort_keys=True)
+            for names in (("label", "tokens", "share", "forced"), ("stack", "policy"), ("text", "seed"))
+        )
+        if latest.get(label) != settings:
+            latest[label] = settings
+            kept = {key: each for key, each in kept.items() if key[0] != label}
+        kept[label, where] = row
+    return sorted(kept.values(), key=lambda each: str([each["unit"].get(name) for name in ("tokens", "text", "seed")]))
 
 
 _SECTIONS: tuple[tuple[str, Callable[[Rows], tuple[str, list[Verdict]]]], ...] = (
@@ -84,21 +105,19 @@ _SECTIONS: tuple[tuple[str, Callable[[Rows], tuple[str, list[Verdict]]]], ...] =
 )
 
 
-def _missing(wanted: dict[str, list[Unit]], rows: Rows) -> str:
-    parts = []
-    for name, units in wanted.items():
-        done = {key_of(row["unit"]) for row in rows[name]}
-        absent = Counter(unit.spec["tokens"] for unit in units if unit.key not in done)
-        parts += [
-            f"{name} at {tokens:,} tokens ({count} of {_planned(units, tokens)})" for tokens, count in absent.items()
-        ]
+def _missing(plan: Sequence[Unit], rows: Rows) -> str:
+    done = {key_of(row["unit"]) for found in rows.values() for row in found}
+    wanted: dict[tuple[str, int], list[Unit]] = {}
+    for unit in plan:
+        wanted.setdefault((unit.experiment, unit.spec["tokens"]), []).append(unit)
+    parts = [
+        f"{name} at {tokens:,} tokens ({absent} of {len(units)})"
+        for (name, tokens), units in sorted(wanted.items())
+        if (absent := sum(unit.key not in done for unit in units))
+    ]
     if not parts:
         return ""
-    return f"Not measured, of what `make evidence-real` measures (texts times stacks): {'; '.join(parts)}."
-
-
-def _planned(units: Sequence[Unit], tokens: int) -> int:
-    return sum(unit.spec["tokens"] == tokens for unit in units)
+    return f"Not measured with today's settings, of what `make evidence-real` measures (texts times stacks): {'; '.join(parts)}."
 
 
 def _made(rows: Rows) -> str:

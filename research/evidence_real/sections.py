@@ -18,6 +18,8 @@ DENSE_LEVEL = 0.01
 """KL in nats up to which decoding counts as dense's."""
 _PREFILL_LEVEL = 0.005
 _NEAR = 0.02
+_AS_MANY = 1.25
+"""A rival that attends to more pairs than so many times as many is not compared."""
 
 
 @dataclass(frozen=True)
@@ -131,14 +133,20 @@ def _decode_verdicts(mine: Sequence[Row]) -> list[Verdict]:
                     f"KL {paper.kl:.4f} ± {paper.kl_error:.4f}, top-1 {percent(paper.same)}",
                 )
             )
-        rivals = {label: each for label, each in found.items() if not label.startswith("loopserve")}
+        most = _AS_MANY * (ours.attended or 1.0)
+        rivals = {
+            label: each
+            for label, each in found.items()
+            if not label.startswith("loopserve") and (each.attended or 1.0) <= most
+        }
         if rivals:
             best, beaten = min(rivals.items(), key=lambda item: item[1].kl)
             found_verdicts.append(
                 Verdict(
-                    f"No other preset agrees better at these pairs, {where}",
+                    f"No other preset that attends to about as many pairs agrees better, {where}",
                     ours.kl <= beaten.kl,
-                    f"the best other is `{best}`: KL {beaten.kl:.4f} ± {beaten.kl_error:.4f} at {percent(beaten.bytes_bf16)} "
+                    f"the best of {len(rivals)} others is `{best}`: KL {beaten.kl:.4f} ± {beaten.kl_error:.4f} at "
+                    f"{percent(beaten.bytes_bf16)} "
                     "of the bytes",
                 )
             )
