@@ -39,6 +39,15 @@ _MAIN = (
 _REALISED = (*(f"loopserve, alpha {alpha}" for alpha in (0.8, 0.9, 0.95, 0.98, 0.99)), "loopserve-paper, alpha 0.95")
 """Prefill policies whose coverage of all rows is measured too."""
 
+_LONG = (
+    *(f"loopserve, alpha {alpha}" for alpha in (0.9, 0.95, 0.98)),
+    "loopserve-paper, alpha 0.95",
+    "flexprefill, gamma 0.9",
+    "xattention, threshold 0.9",
+    "tri_shape, window 1/4",
+)
+"""Prefill policies measured at other lengths than the main one too."""
+
 Texts = Sequence[tuple[str, int]]
 
 
@@ -77,32 +86,30 @@ def units_of(sizes: Sizes, model: str = MODEL) -> list[Unit]:
     at = share_at(main)
     plan.decode("decode", names, first, main, forced, at)
     plan.prefill("prefill", alphas, first, main, sizes.read)
+    if not sizes.few:
+        plan.decode("decode", few, texts, main, forced, at)
     plan.needles("needles", dict(list(few.items())[:8]), sizes.dialogues, main, at)
-    plan.prefill(
-        "coverage", {name: alphas[name] for name in _REALISED if name in alphas}, first, main, sizes.read, realised=True
-    )
-    if sizes.few:
-        plan.prefill("prefill", rivals, first, main, sizes.read)
-        plan.both("both", wholes, texts, main, forced)
-        return plan.units
-    plan.decode("decode", few, texts, main, forced, at)
     plan.prefill("prefill", rivals, first, main, sizes.read)
-    plan.ablations(first, main, forced)
     plan.both("both", wholes, first, main, forced)
+    measured = {name: alphas[name] for name in _REALISED if name in alphas}
+    plan.prefill("coverage", measured, first, main, sizes.read, realised=True)
+    if sizes.few:
+        return plan.units
+    plan.ablations(first, main, forced)
     plan.prefill("prefill_ablations", recipes.prefill_ablations(), first, main, sizes.read)
     plan.claims("claims", sizes.kinds, (2048, main))
     plan.dialogues("dialogues", recipes.talking_stacks(), first, main)
     for tokens in sizes.others:
-        plan.prefill("prefill", alphas, first, tokens, sizes.read)
+        some = {name: alphas[name] for name in _LONG if name in alphas} | {
+            name: policy for name, policy in recipes.prefill_rivals(tokens).items() if name in _LONG
+        }
+        plan.prefill("prefill", some, first, tokens, sizes.read)
         plan.decode("decode", few, texts, tokens, forced, share_at(tokens))
     for share in recipes.SHARES:
         if share != at:
             plan.decode("decode", few, texts, main, forced, share)
     plan.decode("decode", names, texts, main, forced, at)
-    plan.both("both", wholes, texts, main, forced)
-    for tokens in sizes.others:
-        plan.prefill("prefill", recipes.prefill_rivals(tokens), first, tokens, sizes.read)
-        plan.both("both", wholes, first, tokens, forced)
+    plan.both("both", wholes, first, sizes.others[-1], forced)
     plan.prefill("prefill", recipes.prefill_presets(), first, main, sizes.read)
     return plan.units
 
