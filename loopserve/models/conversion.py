@@ -20,6 +20,7 @@ from loopserve.models.gguf_file import (
     GgufFile,
     check_header,
     check_packages,
+    incomplete,
     read_gguf,
     unreadable_tokenizer,
     unsupported,
@@ -147,7 +148,7 @@ def _convert(source: GgufFile, folder: Path) -> None:
         model, report = result
         absent = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
         if absent:
-            raise unsupported(source, f"its weights lack {absent[0]} and {len(absent) - 1} more")
+            raise incomplete(source, absent)
         tokenizer = _tokenizer(source)
         _set_generation(model.generation_config, tokenizer, source.metadata)
         if hasattr(model.config, "quantization_config"):  # transformers saves no model that has one
@@ -219,7 +220,7 @@ def _set_generation(config: Any, tokenizer: Any, metadata: dict[str, Any]) -> No
 
 @contextmanager
 def _without_bars() -> Iterator[None]:
-    """Hide the bars of the conversion, which no setting of transformers turns off. Errors are raised, not printed."""
+    """Hide the bars of the conversion, which no setting of transformers turns off. Errors are raised, never printed."""
     with redirect_stderr(StringIO()):
         yield
 

@@ -20,7 +20,7 @@ _PACKAGES = ("gguf", "accelerate")  # what transformers needs to load a GGUF fil
 
 @dataclass(frozen=True)
 class GgufFile:
-    """Hold the metadata of a complete GGUF file. ``dtype`` is the narrowest type that holds its matrices exactly."""
+    """Hold the metadata of a complete GGUF file. ``dtype`` is the narrowest type that holds its weights exactly."""
 
     path: Path
     metadata: dict[str, Any]
@@ -81,13 +81,29 @@ def read_gguf(path: Path) -> GgufFile:
         raise _split(path, int(metadata.get("split.no", 0)) + 1, int(metadata["split.count"]))
     kind = metadata.get("general.type", "model")
     if kind != "model" or not kinds or "general.architecture" not in metadata:
-        held = f"a {kind}" if kind != "model" else "no weights" if not kinds else "no architecture"
-        raise _refusal(path, f"it holds {held} instead of a whole model", "give the file of the language model itself")
+        fault = f"it is of the kind {kind!r}" if kind != "model" else "it holds no weights or names no architecture"
+        raise _refusal(path, f"{fault}, so no whole model", "give the file of the language model itself")
     if not metadata.get("tokenizer.ggml.tokens") or not metadata.get("tokenizer.ggml.model"):
         raise _refusal(path, "it holds no tokenizer", f"convert the model again with its tokenizer, or {_ORIGINAL}")
-    exact = {"F16": torch.float16, "BF16": torch.bfloat16}
-    dtype = exact.get(kinds.pop(), torch.float32) if len(kinds) == 1 else torch.float32
+    dtype = _exact_dtype(reader.tensors, kinds)
     return GgufFile(path, metadata, dtype)
+
+
+def _exact_dtype(tensors: Any, kinds: set[str]) -> torch.dtype:
+    """Return the type of matrices that are all F16 or all BF16, if it holds the float32 vectors exactly too; else float32."""
+    names = {"F16": torch.float16, "BF16": torch.bfloat16}
+    dtype = names.get(next(iter(kinds)), torch.float32) if len(kinds) == 1 else torch.float32
+    for each in tensors:
+        if each.tensor_type.name == "F32":
+            vector = torch.tensor(each.data, dtype=torch.float32, device="cpu")
+            if not torch.equal(vector.to(dtype).float(), vector):
+                return torch.float32
+    return dtype
+
+
+def incomplete(file: GgufFile, absent: list[str]) -> ModelError:
+    """Return the error for a file without some weights of its architecture."""
+    return _refusal(file.path, f"its weights lack {absent[0]} and {len(absent) - 1} more", "download it again")
 
 
 def unsupported(file: GgufFile, reason: str) -> ModelError:

@@ -11,7 +11,7 @@ from loopserve.core.engine.engine import TokenEngine
 from loopserve.core.engine.session import Session
 from loopserve.core.policy.interfaces import Retention
 from loopserve.core.policy.registry import Kind, Registration
-from loopserve.core.stack.compatibility import pairs
+from loopserve.core.stack.stack import pairs
 from tests.policies.conversations import ANSWER, DENSE, FAMILIES, FULL, TURNS, answers, conversation, engine
 from tests.policies.small import COMPRESSORS, SPARSIFIERS, label, registered, spec, wraps
 

@@ -63,21 +63,30 @@ class Ledger:
     def admit(self, session: Session, amount: int) -> bool:
         """Reserve bytes for a turn that begins, in place of what its session holds at rest; return whether they fit.
 
-        Stores of other sessions at rest are released for it if that makes it fit, least recently used first: their next turns
-        compute the conversations anew.
+        Stores of other sessions at rest are released for it if that makes it fit, see ``make_space``.
         """
-        if self.limit is not None:
-            others = [each for each in self._sessions() if each is not session]
-            excess = sum(map(self._bytes, others)) + amount - self.limit
-            idle = [each for each in others if each not in self._reserved and not each.busy and each.ended]
-            if excess > sum(each.allocated_bytes for each in idle):
-                return False
-            for each in idle:
-                if excess <= 0:
-                    break
-                excess -= each.allocated_bytes
-                each.release_store()
+        if not self.make_space(amount, session):
+            return False
         self._reserved[session] = amount
+        return True
+
+    def make_space(self, amount: int, session: Session) -> bool:
+        """Release stores of sessions at rest, least recently used first, until ``amount`` bytes fit beside all but ``session``.
+
+        Return whether they fit; if not, nothing is released. The next turns of released sessions compute the conversations anew.
+        """
+        if self.limit is None:
+            return True
+        others = [each for each in self._sessions() if each is not session]
+        excess = sum(map(self._bytes, others)) + amount - self.limit
+        idle = [each for each in others if each not in self._reserved and not each.busy and each.ended]
+        if excess > sum(each.allocated_bytes for each in idle):
+            return False
+        for each in idle:
+            if excess <= 0:
+                break
+            excess -= each.allocated_bytes
+            each.release_store()
         return True
 
     def settle(self, session: Session) -> None:

@@ -16,7 +16,7 @@ from loopserve.core.engine.sampling import ChosenLogprob, FinishReason, Sampler
 from loopserve.core.engine.session import Session
 from loopserve.core.errors import InputError, PolicyError, PolicyFault
 from loopserve.core.guard.faults import FAULTS
-from loopserve.core.guard.validation import check_observation, check_selection
+from loopserve.core.guard.guard import check_observation, check_selection
 from loopserve.core.kv.recording import plain_tensors
 from loopserve.core.policy.interfaces import DecodeCompressor, Observation, Phase, Selections, Step
 

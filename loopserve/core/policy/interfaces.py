@@ -18,7 +18,7 @@ from torch import Tensor
 
 from loopserve.core.kv.selection import KVSelection as KVSelection
 from loopserve.core.kv.selection import Retention as Retention
-from loopserve.core.policy.api_version import API_VERSION as API_VERSION
+from loopserve.core.policy.base import API_VERSION as API_VERSION
 from loopserve.core.policy.base import Capabilities as Capabilities
 from loopserve.core.policy.base import Policy as Policy
 from loopserve.core.policy.base import PolicyConfig as PolicyConfig

@@ -7,8 +7,7 @@ from typing import ClassVar
 from pydantic import Field
 
 from loopserve.core.policy.interfaces import AttentionInputs, PolicyConfig, PrefillSparsifier
-from loopserve.core.policy.patterns import AttentionPattern, DensePattern, LinePattern
-from loopserve.core.policy.row_groups import RowGroups
+from loopserve.core.policy.patterns import AttentionPattern, DensePattern, LinePattern, RowGroups
 from loopserve.policies.lines import sink_lines
 
 
