@@ -50,7 +50,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--only", nargs="+", help="these experiments only")
     parser.add_argument("--render", action="store_true", help="run nothing, write the page from what is there")
     parser.add_argument("--workers", type=int, default=2, help="processes, one thread each (default 2)")
-    parser.add_argument("--minutes", type=float, help="begin no further batch after so many minutes")
+    parser.add_argument(
+        "--minutes", type=float, default=85.0, help="begin no further batch after so many minutes (default 85)"
+    )
     parser.add_argument("--model", default=MODEL, help="where the model lies, if not under its name (default smollm2)")
     parser.add_argument("--results", type=Path, help="folder of the rows")
     parser.add_argument("--page", type=Path, help="file of the page; its pictures go into a folder beside it")
@@ -75,7 +77,7 @@ def _run(ledger: Ledger, plan: list[Unit], wanted: argparse.Namespace) -> int:
             file=sys.stderr,
             flush=True,
         )
-        if wanted.minutes is not None and gone > 60 * wanted.minutes:
+        if gone > 60 * wanted.minutes:
             print("the time is over; the same command goes on from here", file=sys.stderr)
             break
     return failed

@@ -85,7 +85,7 @@ def decode_ablations(share: float, tokens: int, forced: int) -> dict[str, Recipe
         variants[f"recent_window {window}"] = one(recent_window=window)
     variants["rescore keys"] = one(rescore="keys")
     variants["layers 0 and 1 dense"] = base | {"layers": [{"at": [0, 1], "decode": FULL}]}
-    return variants
+    return {name: recipe for name, recipe in variants.items() if name == "as it is" or recipe != base}
 
 
 def prefill_alphas() -> dict[str, Policy]:
