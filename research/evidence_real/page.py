@@ -26,7 +26,8 @@ page. Do not edit it. What the same claims look like on the small model that com
 The model is SmolLM2-135M-Instruct (30 layers, 9 query and 3 KV heads of 64, 8,192 positions), in float32. Texts are natural, two of
 each of three kinds: prose (chapters of a novel), technical (the Python language reference) and code (Python's standard library). The
 model is asked to continue a text; the next {forced} tokens of it are teacher-forced ({read} where only the prefill is sparse), and
-its distribution of each next token is compared with that under dense attention."""
+its distribution of each next token is compared with that under dense attention. Stacks of your own are measured the same way by
+`python -m research.evidence_real.agreement STACK...`."""
 
 _TERMS = """*KL*: divergence of the next token's distribution from dense attention's, in nats, mean per token. *Top-1*: share of tokens
 for which the likeliest next token is the same. *Perplexity*: change of the text's perplexity. *Attended*: pairs that decode steps
