@@ -144,7 +144,7 @@ class Engine:
         policy_timeout_s: float | None = POLICY_TIMEOUT_S,
         sampling: Literal["default", "model"] = "default",
     ) -> Engine:
-        """Load by hub id, local directory, or ``demo``. The stack is checked before the weights are read."""
+        """Load a hub id, directory, GGUF file, or name of ``loopserve models ls``. The stack is checked before the weights are read."""
         resolved = load_stack(stack)
         loaded, tokenizer = load(
             model, dtype=dtype, device=device, revision=revision, trust_remote_code=trust_remote_code

@@ -11,8 +11,7 @@ import typer
 
 from loopserve.cli import quality
 from loopserve.cli.options import Format, FormatOption, Settings
-from loopserve.cli.output import print_json
-from loopserve.cli.tables import print_table
+from loopserve.cli.output import print_json, print_table
 from loopserve.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -156,7 +155,7 @@ def report(
 @app.command()
 def engine(
     context: typer.Context,
-    model: Annotated[str, typer.Option(help="A hub id, a local directory, or 'demo'.")] = "demo",
+    model: Annotated[str, typer.Option(help="A hub id, a directory, a .gguf file, 'smollm2' or 'demo'.")] = "demo",
     history: Annotated[int, typer.Option(min=1, help="Tokens of the first message.")] = 2048,
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each later message.")] = 64,
     output_tokens: Annotated[int, typer.Option(min=2, help="Tokens of each answer.")] = 48,
@@ -181,7 +180,7 @@ def engine(
 @app.command()
 def guard(
     context: typer.Context,
-    model: Annotated[str, typer.Option(help="A hub id, a local directory, or 'demo'.")] = "demo",
+    model: Annotated[str, typer.Option(help="A hub id, a directory, a .gguf file, 'smollm2' or 'demo'.")] = "demo",
     stack: Annotated[
         list[str] | None,
         typer.Option(help="A preset's name or a YAML file, repeatable. [default: dense, snapkv, quest, loopserve]"),
@@ -207,7 +206,8 @@ def guard(
 def batch(
     context: typer.Context,
     model: Annotated[
-        str, typer.Option(help="A hub id, a local directory, 'demo', or 'random' (12 layers, 768 wide).")
+        str,
+        typer.Option(help="A hub id, a directory, a .gguf file, 'smollm2', 'demo', or 'random' (12 layers, 768 wide)."),
     ] = "random",
     stack: Annotated[
         list[str] | None,

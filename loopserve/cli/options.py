@@ -61,7 +61,9 @@ def _remember(format: Format) -> Format:
 FormatOption = Annotated[
     Format, typer.Option("--format", callback=_remember, help="Tables and text, or one JSON object.")
 ]
-ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A hub id, a local directory, or 'demo'.")]
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A hub id, a directory, a .gguf file, 'smollm2' or 'demo'.")
+]
 StackOption = Annotated[str, typer.Option(help="A preset's name or a YAML file.")]
 SystemOption = Annotated[str | None, typer.Option(help="System message the conversation begins with.")]
 VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Print per-turn statistics.")]

@@ -7,6 +7,7 @@ the attention function. Knows no policy.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -129,6 +130,7 @@ class TransformersModel:
         self._cache_keyword = cache_keyword(model)
         self._takes_pass = takes_keywords(model)
         self.carried = Carried(model, self._layers)
+        self._layers = self.carried.layers
         self._one_session = not all(spec.repeatable for spec in self._layers)
         self._slices_rows = any(spec.reads is not None for spec in self._layers)
         config = model.config.get_text_config(decoder=True)
@@ -188,8 +190,8 @@ class TransformersModel:
         load_states(cache, rows.sessions)
         # A whole number lets gemma 4 compute the last rows alone in layers that read another layer's pairs.
         whole = len(contexts) == 1 and not self._slices_rows
-        rotations = under_way.rotations(1, spans[-1].stop)
-        with torch.no_grad(), self.rotary.as_long_as(rotations), self.carried.token_by_token():
+        rotated = nullcontext() if self.rotary.fixed else self.rotary.as_long_as(under_way.rotations(1, spans[-1].stop))
+        with torch.no_grad(), rotated, self.carried.token_by_token():
             output = self.model(
                 input_ids=batch.token_ids.to(device)[None],
                 position_ids=batch.positions[None],

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -34,12 +35,14 @@ class Carried:
 
     def __init__(self, model: PreTrainedModel, layers: Sequence[LayerSpec]) -> None:
         """Try each kind of recurrent layer. ModelError if one cannot be tried."""
+        self.layers = tuple(layers)  # with the bytes of their states
         self._stepped: list[nn.Module] = []
         recurrent = {spec.index: spec for spec in layers if spec.recurrent}
         if not recurrent:
             return
-        drops: dict[type, bool] = {}
-        found = _mixers(model, frozenset(recurrent))
+        tried: dict[type, tuple[bool, int]] = {}
+        held = dict.fromkeys(recurrent, 0)
+        found = _mixers(model, recurrent)
         for spec in recurrent.values():
             if spec.index not in found:
                 raise ModelError(
@@ -50,10 +53,13 @@ class Carried:
         for index, modules in found.items():
             for module in modules:
                 kind = type(module)
-                if kind not in drops:
-                    drops[kind] = _drops_state(module, recurrent[index], width)
-                if drops[kind]:
+                if kind not in tried:
+                    tried[kind] = _tried(module, recurrent[index], width)
+                drops, held_bytes = tried[kind]
+                held[index] += held_bytes
+                if drops:
                     self._stepped.append(module)
+        self.layers = tuple(replace(spec, state_bytes=held.get(spec.index, 0)) for spec in layers)
 
     @contextmanager
     def token_by_token(self) -> Iterator[None]:
@@ -73,9 +79,9 @@ class Carried:
                         del module.forward, _users[module]
 
 
-def _mixers(model: PreTrainedModel, layers: frozenset[int]) -> dict[int, list[nn.Module]]:
-    """Return the innermost modules of recurrent layers that take a cache, by layer; attention has its own."""
-    attention = set(attention_modules(model).values())
+def _mixers(model: PreTrainedModel, layers: Mapping[int, LayerSpec]) -> dict[int, list[nn.Module]]:
+    """Return the innermost modules of recurrent layers that take a cache, by layer, without those that attend to pairs."""
+    attention = {module for index, module in attention_modules(model).items() if index in layers and layers[index].holds_pairs}
     taking = [
         module
         for module in decoder_of(model).modules()
@@ -84,7 +90,7 @@ def _mixers(model: PreTrainedModel, layers: frozenset[int]) -> dict[int, list[nn
     found: dict[int, list[nn.Module]] = {}
     for module in taking:
         inner = any(each is not module and each in set(taking) for each in module.modules())
-        if not inner and not (module in attention and len([m for m in taking if m.layer_idx == module.layer_idx]) > 1):
+        if not inner and module not in attention:
             found.setdefault(module.layer_idx, []).append(module)  # type: ignore[arg-type]
     return found
 
@@ -94,11 +100,11 @@ def _cache_name(module: nn.Module) -> str | None:
     return next((each for each in _CACHE_NAMES if each in names), None)
 
 
-def _drops_state(module: nn.Module, spec: LayerSpec, width: int) -> bool:
-    """Return whether a pass of two tokens gives the same output after two different states."""
+def _tried(module: nn.Module, spec: LayerSpec, width: int) -> tuple[bool, int]:
+    """Return whether a pass of two tokens gives the same output after two different states, and the bytes of a state."""
     weight = next(module.parameters(), None)
     if weight is None or weight.device.type == "meta":
-        return False
+        return False, 0
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randn(2, 1, 2, width, generator=generator, dtype=torch.float32, device="cpu")
     first, second = tokens.to(device=weight.device, dtype=weight.dtype)
@@ -110,8 +116,10 @@ def _drops_state(module: nn.Module, spec: LayerSpec, width: int) -> bool:
                 layer = LinearAttentionLayer(number_of_states=spec.recurrent)  # type: ignore[no-untyped-call]
                 cache = Cache(layers=[*(EmptyLayer() for _ in range(spec.index)), layer])
                 module(hidden_states=first, **{name: cache})
+                convolved = [each for each in layer.conv_states.values() if each is not None]
                 states = [each for each in layer.recurrent_states.values() if each is not None]
-                for state in states or [each for each in layer.conv_states.values() if each is not None]:
+                held = sum(each.numel() * each.element_size() for each in (*convolved, *states))
+                for state in states or convolved:
                     state.add_(shift)
                 found = module(hidden_states=second, **{name: cache})
                 outputs.append(found if isinstance(found, Tensor) else torch.cat([each.flatten() for each in found]))
@@ -120,7 +128,7 @@ def _drops_state(module: nn.Module, spec: LayerSpec, width: int) -> bool:
             f"layer {spec.index} ({type(module).__name__}) cannot be tried by itself ({type(error).__name__}: {error}), so it is not "
             "known whether it carries its state; this model is not supported"
         ) from error
-    return torch.equal(*outputs)
+    return torch.equal(*outputs), held
 
 
 def _stepping(module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 NAME = "demo"
 _WEIGHTS = {"demo": "recall", "demo-no-lookahead": "recall_no_lookahead"}
+BUNDLED = tuple(_WEIGHTS)
 
 
 def is_bundled(model: str) -> bool:

@@ -27,12 +27,6 @@ def test_a_file_in_place_of_a_directory(tmp_path: Path) -> None:
         load(str(file))
 
 
-@pytest.mark.parametrize("name", ["some/model.gguf", "model.gguf"])
-def test_a_gguf_file(name: str) -> None:
-    with pytest.raises(ModelError, match=r"GGUF files hold a model for llama\.cpp"):
-        load(name)
-
-
 @pytest.mark.parametrize("device", ["meta", torch.device("meta")])
 def test_the_device_without_numbers(device: Any) -> None:
     with pytest.raises(ConfigError, match="device 'meta' holds no numbers"):

@@ -88,8 +88,12 @@ class Session:
     def allocated_bytes(self) -> int:
         """Bytes taken from the machine: cache, copies kept for undo, and what the policies report of their states."""
         copies = sum(start.cache.allocated_bytes for start in self._starts if start.cache is not None)
-        copies += sum(bytes_of_states(start.recurrent) for start in self._starts if start.recurrent)
-        return self.cache.allocated_bytes + copies + self.state_bytes
+        return self.cache.allocated_bytes + copies + self.copied_state_bytes + self.state_bytes
+
+    @property
+    def copied_state_bytes(self) -> int:
+        """Bytes of the recurrent states that turns began with, kept for undo."""
+        return sum(bytes_of_states(start.recurrent) for start in self._starts if start.recurrent)
 
     def require_rest(self) -> None:
         """Raise InputError while a turn is under way, or once the session is closed."""
@@ -201,6 +205,27 @@ class Session:
                 return
         for layer, active in zip(self.cache.layers, start.active, strict=True):
             layer.active = active
+
+    @plain_tensors()
+    def go_back(self, length: int) -> None:
+        """Keep the first ``length`` tokens. Whole turns are taken back as by ``undo``; beyond that, pairs are cut off.
+
+        A policy whose state at that place is no longer known begins anew. Where pairs were evicted, the cache is dropped.
+        """
+        self.require_rest()
+        while len(self.tokens) > length and self._starts and self._starts[-1].tokens >= length:
+            if self._starts[-1].states is None:
+                break
+            self.undo()
+        if len(self.tokens) <= length:
+            return
+        if self.slots.evicts or not self.cache.intact:
+            self._drop_store()
+        else:
+            self.cache.truncate(min(length, self.cache.seen))
+        self.states, self.disabled, self._starts = {}, set(), []
+        self.ended, self.output_index = True, 0
+        del self.tokens[length:]
 
     @plain_tensors()
     def fork(self) -> Session:

@@ -226,6 +226,14 @@ class LayerCache:
         if length == 0:
             self.store = None
 
+    def drop_last(self, tokens: int) -> None:
+        """Remove the last ``tokens`` positions, added since any selection was made; the active set stays."""
+        assert self.store is not None
+        self.store.length -= tokens
+        if self.active is not None and self.active.pairs is not None:
+            self.active.pairs.length -= tokens
+        self.seen -= tokens
+
     def _truncate_survivors(self, length: int) -> None:
         """Truncate into the part where heads hold different pairs: align them to the right again."""
         assert self.store is not None and self._positions is not None
@@ -280,6 +288,11 @@ class SharedLayerCache(LayerCache):
     def reserve(self, tokens: int) -> None:
         """Do nothing: the owner provides capacity."""
 
+    def drop_last(self, tokens: int) -> None:
+        """Remove the last ``tokens`` positions from the active set; the owner removes the pairs."""
+        if self.active is not None and self.active.pairs is not None:
+            self.active.pairs.length -= tokens
+
     def truncate(self, length: int) -> None:
         """Drop the active set; the owner truncates the pairs."""
         self.active = None
@@ -328,6 +341,15 @@ class KVCache:
             self.layers.append(LayerCache(counted) if owner is None else SharedLayerCache(self.layers[owner]))
         self.recurrent: RecurrentStates = {}
         self._first = next((index for index in range(layers) if index not in without_pairs), 0)
+
+    @property
+    def own_layers(self) -> list[LayerCache]:
+        """Return the layers that hold pairs of their own."""
+        return [
+            layer
+            for index, layer in enumerate(self.layers)
+            if index not in self._without_pairs and index not in self._reads
+        ]
 
     @property
     def seen(self) -> int:

@@ -55,6 +55,7 @@ class LayerSpec:
     value_dim: int | None = None  # head size of the values where it is not that of the keys
     reads: int | None = None  # index of the layer whose pairs it attends to; None = its own
     recurrent: int = 0  # recurrent or convolution states that it keeps, beside its pairs or without any
+    state_bytes: int = 0  # of these states, for one conversation
     repeatable: bool = True  # rows of a turn can be computed again at their own positions
     latent: bool = False  # the model puts a latent into its cache; what is stored are the pairs expanded from it
 
