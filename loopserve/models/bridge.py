@@ -86,12 +86,11 @@ def _require_shape(module: torch.nn.Module, spec: LayerSpec, query: Tensor, key:
             f"layer {spec.index} ({name}) computes queries in {query.dtype}, keys in {key.dtype} and values in {value.dtype}; "
             "loopserve needs one dtype: load the model in one, or run it under torch.autocast"
         )
-    found = (query.shape[1], key.shape[1], value.shape[1], query.shape[3], key.shape[3], value.shape[3])
-    sizes = (spec.head_dim, spec.head_dim, spec.pair_width - spec.head_dim)
-    if found != (spec.query_heads, spec.kv_heads, spec.kv_heads, *sizes):
+    found = (query.shape[1], key.shape[1], value.shape[1], query.shape[3], key.shape[3])
+    if found != (spec.query_heads, spec.kv_heads, spec.kv_heads, spec.head_dim, spec.head_dim):
         raise ModelError(
             f"layer {spec.index} ({name}) computes {found[0]} query heads of size {found[3]}, {found[1]} key heads of size "
-            f"{found[4]} and {found[2]} value heads of size {found[5]}; its configuration says {spec.query_heads} and {spec.kv_heads} heads of size "
+            f"{found[4]} and {found[2]} value heads; its configuration says {spec.query_heads} and {spec.kv_heads} heads of size "
             f"{spec.head_dim}, so this model is not supported"
         )
 

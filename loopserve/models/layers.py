@@ -68,14 +68,14 @@ def read_layers(model: PreTrainedModel) -> tuple[LayerSpec, ...]:
                 *_head_sizes(module, config, query_heads),
                 window=getattr(config, windows[served], None) if served in windows else None,
                 parts=parts.get(index),
-                value_dim=_latent_sizes(module)[2] if _is_latent(module) else None,
+                value_dim=_value_size(module),
                 reads=_owner(config, types, index),
                 recurrent=states[index],
                 repeatable=not states[index] and not _counts_positions(module),
-                latent=_is_latent(module),
+                latent=hasattr(module, "expand_kv"),
             )
         )
-    if getattr(config, "kv_lora_rank", None) and not any(spec.latent for spec in layers):
+    if getattr(config, "kv_lora_rank", None) and not any(_has_latent(each) for each in modules.values()):
         raise ModelError(
             f"{name} keeps compressed keys and values (multi-head latent attention) in a way that policies cannot choose among; it is "
             "not supported"
@@ -108,23 +108,25 @@ def _owner(config: Any, types: list[str], index: int) -> int | None:
     return owners[-1]
 
 
-def _is_latent(module: Any) -> bool:
-    """Return whether a layer caches a latent and expands it to keys and values afterwards (multi-head latent attention)."""
-    return hasattr(module, "expand_kv")
+def _has_latent(module: Any) -> bool:
+    """Return whether a layer makes its keys and values from a latent (multi-head latent attention).
+
+    Recent versions of transformers cache the latent and call ``expand_kv`` afterwards; earlier ones cache the keys and values.
+    """
+    return hasattr(module, "kv_b_proj")
 
 
-def _latent_sizes(module: Any) -> tuple[int, int, int]:
-    """Return (heads, size of a key, size of a value) of a layer with a latent."""
+def _latent_sizes(module: Any) -> tuple[int, int]:
+    """Return (heads, size of a key) of a layer with a latent."""
     if any(hasattr(module, each) for each in ("indexer", "index_topk")):
         raise ModelError(
             f"{type(module).__name__} chooses the pairs it attends to by an indexer of its own, beside which policies cannot choose; "
             "it is not supported"
         )
-    sizes = [getattr(module, each, None) for each in ("num_heads", "qk_head_dim", "v_head_dim")]
-    heads, key, value = (each if isinstance(each, int) else 0 for each in sizes)
-    if not heads or not key or not value:
+    heads, key = getattr(module, "num_heads", None), getattr(module, "qk_head_dim", None)
+    if not isinstance(heads, int) or not isinstance(key, int):
         raise ModelError(f"{type(module).__name__} does not say the sizes of its heads, so this model is not supported")
-    return heads, key, value
+    return heads, key
 
 
 def _counts_positions(module: Any) -> bool:
@@ -134,14 +136,20 @@ def _counts_positions(module: Any) -> bool:
 
 def _head_sizes(module: Any, config: Any, query_heads: int) -> tuple[int, int]:
     """Return (KV heads, head size) of a layer. Read them from its module where layers differ (gemma 4)."""
-    if _is_latent(module):
-        return _latent_sizes(module)[:2]
+    if _has_latent(module):
+        return _latent_sizes(module)
     kv_heads = _common(config, "num_key_value_heads") or query_heads
     head_dim = _common(config, "head_dim") or config.hidden_size // query_heads
     groups, own = getattr(module, "num_key_value_groups", None), getattr(module, "head_dim", None)
     if isinstance(groups, int) and groups > 0:
         kv_heads = query_heads // groups
     return kv_heads, own if isinstance(own, int) else head_dim
+
+
+def _value_size(module: Any) -> int | None:
+    """Return the head size of a layer's values where its module names one; None: that of the keys."""
+    size = getattr(module, "v_head_dim", None)
+    return size if isinstance(size, int) else None
 
 
 def _common(config: Any, name: str) -> int | None:
