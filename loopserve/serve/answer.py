@@ -18,6 +18,7 @@ from loopserve.models.answer_text import AnswerText
 from loopserve.models.chat import Prompt, StreamDecoder
 from loopserve.models.logprobs import TokenLogprob, token_logprobs
 from loopserve.serve.ask import Ask, Match
+from loopserve.serve.attention import AttendedParts
 from loopserve.serve.records import StoredTurn
 
 FIRST_S = 10.0  # headers of a stream wait so long for the first token, to say what was reused
@@ -34,6 +35,9 @@ class Reply:
     stop_string: str | None
     logprobs: tuple[TokenLogprob, ...] | None
     stats: TurnStats
+    attention: dict[str, Any] | None = (
+        None  # which parts of the conversation it attended to, where the request asks for it
+    )
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,7 @@ class Delta:
     text: str
     logprobs: tuple[TokenLogprob, ...] = ()
     reply: Reply | None = None
+    attention: dict[str, Any] | None = None  # of the latest step
 
 
 class Choice:
@@ -61,6 +66,7 @@ class Choice:
     ) -> None:
         self.index, self.session = index, session
         self.request: Request | None = None
+        self.attended: AttendedParts | None = None
         self.committed = self.started = False
         self._engine, self._opened, self._loop, self._events = engine, opened, loop, events
         self.text = AnswerText(engine.tokenizer, stop, StreamDecoder(engine.tokenizer, opened.text))
@@ -82,7 +88,8 @@ class Choice:
         if request.done.is_set():
             self.text.close()
             reply = self._conclude(request)
-        self.send(Delta(self.index, self.text.take(), self._new_logprobs(request), reply))
+        latest = None if self.attended is None else self.attended.latest()
+        self.send(Delta(self.index, self.text.take(), self._new_logprobs(request), reply, latest))
 
     def send(self, event: Delta | BaseException) -> None:
         """Give the event loop an event, from any thread."""
@@ -118,6 +125,7 @@ class Choice:
             stop_string=self.text.stop_string,
             logprobs=None if turn.logprobs is None else self._said(turn.logprobs),
             stats=self.session.stats,
+            attention=None if self.attended is None else self.attended.as_dict(),
         )
 
 

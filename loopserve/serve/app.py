@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse, Response
 import loopserve
 from loopserve.api import Engine
 from loopserve.core.stack.stack import PolicyStack
-from loopserve.serve import chat, completions, info_routes, session_routes
+from loopserve.serve import chat, completions, info_routes, page, session_routes
 from loopserve.serve.conversations import Conversations
 from loopserve.serve.errors import ApiError, as_api_error
 from loopserve.serve.metrics import Metrics
@@ -51,7 +51,7 @@ def create_app(engine: Engine, settings: ServerSettings, stacks: Mapping[str, Po
 
     app = FastAPI(title="loopserve", version=loopserve.__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.server = server
-    for module in (chat, completions, session_routes, info_routes):
+    for module in (chat, completions, session_routes, info_routes, page):
         app.include_router(module.router)
     app.add_middleware(Security, settings=settings)
     for kind in (Exception, HTTPException, ApiError, Disconnected):

@@ -16,7 +16,8 @@ class Ask:
 
     messages: the whole conversation, or with ``previous`` what follows that turn. previous: id of a turn. session: id of a session.
     key: the client's own name for the conversation. tokens: a prompt in place of messages; nothing of it is kept.
-    store: False keeps the turn in memory only, so that the conversation can go on until the server ends.
+    store: False keeps the turn in memory only, so that the conversation can go on until the server ends. attention_map: count which
+    parts of the conversation each step attends to.
     """
 
     tenant: str
@@ -29,6 +30,7 @@ class Ask:
     n: int = 1
     tokens: Sequence[int] | None = None
     store: bool = True
+    attention_map: bool = False
     logits_processors: Sequence[LogitsProcessor] = ()
 
 

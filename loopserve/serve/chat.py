@@ -36,6 +36,7 @@ async def chat_completions(request: Request) -> Response:
         messages=as_messages(body.messages),
         sampling=body.sampling,
         stack=body.loopserve.stack,
+        attention_map=body.loopserve.attention_map,
         n=body.n,
         store=body.store is not False,
         **identity(request, body),
@@ -90,8 +91,9 @@ async def _chunks(server: Server, body: ChatRequest, answer: Answer) -> AsyncIte
         delta = ChoiceDelta(role="assistant", content="")
         yield chunk([ChunkChoice(index=index, delta=delta, finish_reason=None)])
     async for each in answer:
-        if each.text or each.logprobs:
-            yield chunk([_text_chunk(each)])
+        if each.text or each.logprobs or each.attention:
+            more = {"loopserve": {"attention": each.attention}} if each.attention else {}
+            yield chunk([_text_chunk(each)], **more)
         if each.reply is not None:
             replies[each.index] = each.reply
             last = ChoiceDelta()

@@ -158,7 +158,12 @@ class Conversations:
         if reply.reasoning is not None:
             message["reasoning_content"] = reply.reasoning
         path, messages = answer.match.path, answer.match.messages
-        figures = {key: value for key, value in reply.stats.as_dict().items() if isinstance(value, int | float)}
+        figures: dict[str, Any] = {
+            key: value for key, value in reply.stats.as_dict().items() if isinstance(value, int | float)
+        }
+        figures["stack"] = answer.stack.name
+        if reply.attention is not None:
+            figures["attention_map"] = reply.attention
         return StoredTurn(
             id=answer.id if choice.index == 0 else new_id(),
             session=answer.match.session.id,

@@ -42,6 +42,7 @@ class LoopserveOptions(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     stack: Name | None = None
+    attention_map: Annotated[bool, Field(strict=True)] = False  # which parts of the conversation each step attended to
 
 
 class StreamOptions(BaseModel):

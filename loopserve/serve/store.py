@@ -212,6 +212,20 @@ class Store:
         )
         return [StoredSession(*row) for row in rows]
 
+    def title(self, tenant: str, turn: str) -> tuple[str, int]:
+        """Return the first message of a user on the path to a turn, and the number of turns of the path."""
+        rows = self._db.execute(
+            "WITH RECURSIVE up (id, parent, number) AS ("
+            " SELECT id, parent, 1 FROM every_turns WHERE id=?1 AND tenant=?2"
+            " UNION ALL SELECT t.id, t.parent, up.number + 1 FROM every_turns t JOIN up ON t.id = up.parent"
+            ") SELECT messages, number FROM up JOIN every_turns USING (id) WHERE up.parent IS NULL",
+            (turn, tenant),
+        ).fetchall()
+        for messages, number in rows:
+            found = [each["content"] for each in json.loads(messages) if each["role"] == "user"]
+            return (found[0] if found else ""), number
+        return "", 0
+
     def put_session(self, session: StoredSession) -> None:
         """Write a session."""
         self._write("spare" if self.spare_turns else "main", [], [session])

@@ -10,6 +10,7 @@ from loopserve.core.engine.scheduler import Request
 from loopserve.core.engine.session import Session
 from loopserve.core.errors import CapacityError, InputError
 from loopserve.serve.answer import Answer, Choice
+from loopserve.serve.attention import AttendedParts
 from loopserve.serve.kv_files import LoadedPairs
 from loopserve.serve.live import LiveSessions
 from loopserve.serve.records import Path
@@ -74,6 +75,9 @@ class Submissions:
 
     def _answer(self, answer: Answer, choice: Choice, prefill: Request | None = None) -> None:
         sampling = answer.ask.sampling
+        if answer.ask.attention_map:
+            choice.attended = AttendedParts(self._engine, answer.match.path, answer.prompt)
+            choice.session.attention_map = choice.attended.counts
         if choice.index and sampling.seed is not None:
             sampling = sampling.model_copy(update={"seed": (sampling.seed + choice.index) % (1 << 63)})
 
@@ -101,6 +105,7 @@ class Submissions:
                 **choice.options,
             )
         except BaseException:
+            choice.session.attention_map = None
             if prefill is None:
                 self._rest(answer, choice.session)
             raise
@@ -130,6 +135,7 @@ class Submissions:
     def complete(self, answer: Answer, choice: Choice, path: Path) -> None:
         """Let the session of a committed answer rest at its new turn. InputError if its tokens are not those of the turn."""
         session = choice.session
+        session.attention_map = None
         del session.tokens[len(path.tokens) :]
         if session.tokens != path.tokens:
             session.close()
@@ -141,5 +147,6 @@ class Submissions:
         if session.busy or session.closed:
             return
         path = answer.match.path
+        session.attention_map = None
         session.go_back(len(path.tokens))
         self._live.put(session, path, answer.stack)
