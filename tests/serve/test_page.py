@@ -319,7 +319,7 @@ def test_hostile_text_stays_text(
     server: Running, tab: Callable[..., Tab], monkeypatch: pytest.MonkeyPatch, engine: Engine
 ) -> None:
     read = engine.tokenizer.read_answer
-    monkeypatch.setattr(engine.tokenizer, "read_answer", lambda *given: replace(read(*given), text=HOSTILE))
+    monkeypatch.setattr(engine.tokenizer, "read_answer", lambda *given, **more: replace(read(*given, **more), text=HOSTILE))
     here = tab(server)
     here.send(HOSTILE)
     page, answer = here.page, here.answers.last

@@ -218,7 +218,8 @@ function drawMessage(content, role, change) {
   const node = element("div", { class: "said" });
   if (role !== "user") node.append(element("strong", {}, role));
   else node.append(element("span", { class: "unseen" }, "You: "));
-  node.append(element("p", {}, content));
+  const long = content.length > 1000; // scrolls within itself, by keyboard as well
+  node.append(element("p", long ? { class: "long", tabindex: "0" } : {}, content));
   if (change) {
     node.append(element("div", { class: "row" }, element("button", { type: "button", class: "small", "aria-label": "Edit this message and branch", click: change }, "Edit")));
   }
