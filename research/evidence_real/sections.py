@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from research.evidence.units import Row
@@ -65,6 +65,7 @@ def _of_kind(found: Agreement, kind: str) -> str:
 def _agreement(label: str, found: Agreement) -> list[str]:
     return [
         label,
+        f"{found.tokens:,}",
         f"{found.kl:.4f} ± {found.kl_error:.4f}",
         *(_of_kind(found, kind) for kind in KINDS),
         f"{100 * found.same:.1f} ± {100 * found.same_error:.1f} %",
@@ -72,12 +73,7 @@ def _agreement(label: str, found: Agreement) -> list[str]:
     ]
 
 
-_HEADER = ["KL", *(f"KL, {kind}" for kind in KINDS), "top-1", "perplexity"]
-
-
-def _samples(found: Mapping[str, Agreement]) -> str:
-    counts = sorted({each.tokens for each in found.values()})
-    return f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
+_HEADER = ["tokens", "KL", *(f"KL, {kind}" for kind in KINDS), "top-1", "perplexity"]
 
 
 def _best_first(found: Cells) -> list[tuple[str, Agreement]]:
@@ -104,7 +100,7 @@ def _decode_table(tokens: int, share: float, found: Cells) -> str:
         [*_agreement(label, each), percent(each.attended), percent(each.bytes_bf16), percent(each.bytes_all)]
         for label, each in _best_first(found)
     ]
-    return f"**{tokens:,} tokens, {percent(share, 0)} of the pairs**, {_samples(found)} tokens per stack:\n\n" + table(
+    return f"**{tokens:,} tokens, {percent(share, 0)} of the pairs**:\n\n" + table(
         ["stack", *_HEADER, "attended", "bytes", "all bytes"], lines
     )
 
@@ -176,7 +172,7 @@ def prefilling(rows: Rows) -> tuple[str, list[Verdict]]:
             for label, each in _best_first(found)
         ]
         texts.append(
-            f"**{tokens:,} tokens**, {_samples(found)} tokens per policy. *Time*: of the processor for the whole prefill, of "
+            f"**{tokens:,} tokens**. *Time*: of the processor for the whole prefill, of "
             "dense attention's:\n\n" + table(["policy", *_HEADER, "cells", "tiles", "time"], lines)
         )
         verdicts += _prefill_verdicts(tokens, found)
@@ -336,7 +332,7 @@ def both(rows: Rows) -> tuple[str, list[Verdict]]:
                 for label, each in _best_first(found)
             ]
             texts.append(
-                f"**{tokens:,} tokens, {percent(share, 0)} of the pairs**, {_samples(found)} tokens per stack:\n\n"
+                f"**{tokens:,} tokens, {percent(share, 0)} of the pairs**:\n\n"
                 + table(["stack", *_HEADER, "attended", "bytes", "cells", "tiles"], lines)
             )
             if "loopserve" in found:
@@ -405,9 +401,7 @@ def _fields(said: str, tokens: int, found: Cells) -> str:
         )
         lines.append([*_agreement(label, each), change, *map(percent, costs)])
     header = ["attended", "bytes", "all bytes"] if decodes else ["cells", "tiles"]
-    return f"**{said}, {tokens:,} tokens**, {_samples(found)} tokens each:\n\n" + table(
-        ["field", *_HEADER, "change", *header], lines
-    )
+    return f"**{said}, {tokens:,} tokens**:\n\n" + table(["field", *_HEADER, "change", *header], lines)
 
 
 def _field_verdicts(rows: Rows) -> list[Verdict]:
