@@ -92,12 +92,15 @@ def units_of(sizes: Sizes, model: str = MODEL) -> list[Unit]:
     plan.prefill("prefill", rivals, first, main, sizes.read)
     plan.both("both", wholes, first, main, forced)
     measured = {name: alphas[name] for name in _REALISED if name in alphas}
-    plan.prefill("coverage", measured, first, main, sizes.read, realised=True)
+    shortest = min(main, *sizes.others, main)
+    plan.prefill("prefill", measured, first, shortest, sizes.read)
+    plan.prefill("coverage", measured, first, shortest, sizes.read, realised=True)
     if sizes.few:
         return plan.units
     plan.ablations(first, main, forced)
     plan.prefill("prefill_ablations", recipes.prefill_ablations(), first, main, sizes.read)
     plan.claims("claims", sizes.kinds, (2048, main))
+    plan.prefill("coverage", measured, first, main, sizes.read, realised=True)
     plan.dialogues("dialogues", recipes.talking_stacks(), first, main)
     for tokens in sizes.others:
         some = {name: alphas[name] for name in _LONG if name in alphas} | {
