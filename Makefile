@@ -13,7 +13,7 @@ PLUGINS := plugins/loopserve-keydiff plugins/loopserve-star plugins/loopserve-kv
 NAME ?= cpu
 RESULTS = benchmarks/results/$(NAME).jsonl
 
-.PHONY: demo test check test-oldest test-compiled test-gpu oracle oracle-check check-wheel sanitize bench bench-gpu bench-engine evidence evidence-real clean
+.PHONY: demo test test-real check test-oldest test-compiled test-gpu oracle oracle-check check-wheel sanitize bench bench-gpu bench-engine evidence evidence-real clean
 
 $(VENV)/ready: pyproject.toml constraints.txt $(PLUGINS:=/pyproject.toml)
 	$(PYTHON) -m venv $(VENV)
@@ -26,6 +26,10 @@ demo: $(VENV)/ready
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+# A pretrained model, SmolLM2, downloaded at the first use: at most ten minutes on two cores.
+test-real: $(VENV)/ready
+	$(BIN)/python -m pytest tests/real $(ARGS)
 
 check: $(VENV)/ready
 	$(BIN)/ruff format --check .
