@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from loopserve.core.errors import ConfigError
@@ -70,7 +71,8 @@ FULL = Sizes()
 QUICK = Sizes(main=1024, others=(), texts=1, forced=32, read=64, dialogues=1, few=True)
 
 
-def units_of(sizes: Sizes, model: str = MODEL) -> list[Unit]:
+@lru_cache
+def units_of(sizes: Sizes, model: str = MODEL) -> tuple[Unit, ...]:
     """Return every unit."""
     texts = [(kind, number) for number in range(sizes.texts) for kind in sizes.kinds]
     first = [(kind, 0) for kind in sizes.kinds]
@@ -97,7 +99,7 @@ def units_of(sizes: Sizes, model: str = MODEL) -> list[Unit]:
     plan.prefill("prefill", measured, first, shortest, sizes.read)
     plan.prefill("coverage", measured, first, shortest, sizes.read, realised=True)
     if sizes.few:
-        return plan.units
+        return tuple(plan.units)
     plan.ablations(first, main, forced)
     plan.prefill("prefill_ablations", recipes.prefill_ablations(), first, main, sizes.read)
     plan.claims("claims", sizes.kinds, (2048, main))
@@ -113,7 +115,7 @@ def units_of(sizes: Sizes, model: str = MODEL) -> list[Unit]:
     plan.decode("decode", names, texts, main, forced, at)
     plan.both("both", wholes, first, sizes.others[-1], forced)
     plan.prefill("prefill", recipes.prefill_rivals(), first, main, sizes.read)
-    return plan.units
+    return tuple(plan.units)
 
 
 def share_at(tokens: int) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -45,7 +46,9 @@ def cells(rows: Sequence[Row], tokens: int, share: float | None = None) -> Cells
     for row in rows:
         spec = row["unit"]
         if spec["tokens"] == tokens and spec.get("share") == share and "error" not in row["found"]:
-            found.setdefault(spec["label"], []).append(row["found"] | {"kind": spec["text"][0]})
+            found.setdefault(spec["label"], []).append(
+                row["found"] | {"kind": spec["text"][0], "text": tuple(spec["text"])}
+            )
     return {label: Agreement(parts) for label, parts in found.items()}
 
 
@@ -77,7 +80,24 @@ _HEADER = ["tokens", "KL", *(f"KL, {kind}" for kind in KINDS), "top-1", "perplex
 
 
 def _best_first(found: Cells) -> list[tuple[str, Agreement]]:
-    return sorted(found.items(), key=lambda item: item[1].kl)
+    """Return the best first, those measured on more texts before others: means over different texts do not compare."""
+    return sorted(found.items(), key=lambda item: (-item[1].tokens, item[1].kl))
+
+
+def on_same(one: Agreement, other: Agreement) -> tuple[Agreement, Agreement] | None:
+    """Return both on the texts that both were measured on, in the same order; None if there is none."""
+    ours, theirs = ({each["text"]: each for each in found.parts} for found in (one, other))
+    shared = [text for text in ours if text in theirs]
+    return (Agreement([ours[t] for t in shared]), Agreement([theirs[t] for t in shared])) if shared else None
+
+
+def _best_rival(ours: Agreement, rivals: Cells) -> tuple[str, Agreement, Agreement] | None:
+    """Return the rival that comes closest to a stack, or beats it most, and both on the same texts."""
+    pairs = [(label, pair) for label, each in rivals.items() if (pair := on_same(ours, each))]
+    if not pairs:
+        return None
+    label, (mine, theirs) = min(pairs, key=lambda item: item[1][1].kl / max(item[1][0].kl, 1e-9))
+    return label, mine, theirs
 
 
 # Decoding.
@@ -135,15 +155,15 @@ def _decode_verdicts(mine: Sequence[Row]) -> list[Verdict]:
             for label, each in found.items()
             if not label.startswith("loopserve") and (each.attended or 1.0) <= most
         }
-        if rivals:
-            best, beaten = min(rivals.items(), key=lambda item: item[1].kl)
+        closest = _best_rival(ours, rivals)
+        if closest is not None:
+            best, own, beaten = closest
             found_verdicts.append(
                 Verdict(
                     f"No other preset that attends to about as many pairs agrees better, {where}",
-                    ours.kl <= beaten.kl,
-                    f"the best of {len(rivals)} others is `{best}`: KL {beaten.kl:.4f} ± {beaten.kl_error:.4f} at "
-                    f"{percent(beaten.bytes_bf16)} "
-                    "of the bytes",
+                    own.kl <= beaten.kl,
+                    f"the closest of {len(rivals)} others is `{best}`: KL {beaten.kl:.4f} ± {beaten.kl_error:.4f} at "
+                    f"{percent(beaten.bytes_bf16)} of the bytes, against {own.kl:.4f} on the same texts",
                 )
             )
     return found_verdicts or [Verdict("Decoding under `loopserve` is at dense's level", None, "-")]
@@ -199,36 +219,40 @@ def _prefill_verdicts(tokens: int, found: Cells) -> list[Verdict]:
                 f"{label.removeprefix('loopserve, ')}: KL {best.kl:.4f} ± {best.kl_error:.4f} at {percent(best.mean('cells'))}",
             )
         )
-    better = [
-        (label, each)
-        for label, each in found.items()
-        if not label.startswith("loopserve") and ours and all(_beats(each, own) for own in ours.values())
-    ]
-    if ours:
-        rivals = {label: each for label, each in found.items() if not label.startswith("loopserve")}
+    rivals = {label: each for label, each in found.items() if not label.startswith("loopserve")}
+    if ours and rivals:
         ahead = [
-            f"`{label}` (KL {each.kl:.4f}, {percent(each.mean('cells'))} of the cells)"
+            f"`{label}` (KL {pair[1].kl:.4f} at {percent(pair[1].mean('cells'))}, {own} {pair[0].kl:.4f} at "
+            f"{percent(pair[0].mean('cells'))})"
             for label, each in rivals.items()
-            if any(_dominates(each, own) for own in ours.values())
+            for own, mine in ours.items()
+            if (pair := on_same(mine, each)) and _dominates(pair[1], pair[0])
         ]
-        if rivals:
-            verdicts.append(
-                Verdict(
-                    f"No other prefill policy agrees better on fewer cells, {tokens:,} tokens",
-                    not ahead and not better,
-                    ", ".join(ahead) or "none of those measured",
-                )
+        verdicts.append(
+            Verdict(
+                f"No other prefill policy agrees better on fewer cells, {tokens:,} tokens",
+                not ahead,
+                ", ".join(ahead) or f"none of {len(rivals)} settings measured",
             )
+        )
+    paper, own = found.get("loopserve-paper, alpha 0.95"), ours.get("loopserve, alpha 0.95")
+    if paper and own and (same := on_same(own, paper)):
+        mine, theirs = same
+        verdicts.append(
+            Verdict(
+                f"At alpha 0.95 the preset's rows and cost agree better than the paper's, {tokens:,} tokens",
+                mine.kl < theirs.kl,
+                f"KL {mine.kl:.4f} ± {mine.kl_error:.4f} at {percent(mine.mean('cells'))} of the cells and "
+                f"{percent(mine.mean('tiles'))} of the tiles, the paper's {theirs.kl:.4f} ± {theirs.kl_error:.4f} at "
+                f"{percent(theirs.mean('cells'))} and {percent(theirs.mean('tiles'))}",
+            )
+        )
     return verdicts
 
 
 def _dominates(other: Agreement, ours: Agreement) -> bool:
     """Return whether it agrees better and computes fewer cells."""
     return other.kl < ours.kl and (other.mean("cells") or 1.0) < (ours.mean("cells") or 1.0)
-
-
-def _beats(other: Agreement, ours: Agreement) -> bool:
-    return _dominates(other, ours)
 
 
 # Alpha.
@@ -338,14 +362,14 @@ def both(rows: Rows) -> tuple[str, list[Verdict]]:
             if "loopserve" in found:
                 ours = found["loopserve"]
                 others = {label: each for label, each in found.items() if label != "loopserve"}
-                best = min(others.items(), key=lambda item: item[1].kl) if others else None
+                best = _best_rival(ours, others)
                 verdicts.append(
                     Verdict(
                         f"Both phases of `loopserve` stay near dense (KL at most {_NEAR}), {tokens:,} tokens, "
                         f"{percent(share, 0)} of the pairs",
                         ours.kl <= _NEAR,
                         f"KL {ours.kl:.4f} ± {ours.kl_error:.4f}, top-1 {percent(ours.same)}"
-                        + (f"; next `{best[0]}`: {best[1].kl:.4f}" if best else ""),
+                        + (f"; next `{best[0]}`: {best[2].kl:.4f}" if best else ""),
                     )
                 )
     if not texts:
@@ -377,9 +401,12 @@ def ablations(rows: Rows) -> tuple[str, list[Verdict]]:
 
 def difference(one: Agreement, other: Agreement) -> tuple[float, float]:
     """Return the mean difference of KL per token over the blocks that both have, and its standard error."""
+    same = on_same(one, other)
+    if same is None:
+        return math.nan, math.nan
     pairs = [
         (mine - theirs) / BLOCK
-        for first, second in zip(one.parts, other.parts, strict=False)
+        for first, second in zip(same[0].parts, same[1].parts, strict=True)
         for mine, theirs in list(zip(first["kl"], second["kl"], strict=True))[: first["tokens"] // BLOCK]
     ]
     middle = sum(pairs) / len(pairs)
@@ -393,7 +420,7 @@ def _fields(said: str, tokens: int, found: Cells) -> str:
     lines = []
     for label, each in found.items():
         change = "-"
-        if base is not None and each is not base and len(each.parts) == len(base.parts):
+        if base is not None and each is not base and on_same(each, base):
             middle, error = difference(each, base)
             change = f"{middle:+.4f} ± {error:.4f}"
         costs = (
@@ -415,7 +442,7 @@ def _field_verdicts(rows: Rows) -> list[Verdict]:
                 continue
             better = []
             for label, each in found.items():
-                if each is base or len(each.parts) != len(base.parts):
+                if each is base or not on_same(each, base):
                     continue
                 middle, error = difference(each, base)
                 fewer = (each.bytes_all or 1.0) <= (base.bytes_all or 1.0) * 1.02
