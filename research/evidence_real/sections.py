@@ -19,21 +19,26 @@ DENSE_LEVEL = 0.01
 """KL in nats up to which decoding counts as dense's."""
 _PREFILL_LEVEL = 0.005
 _NEAR = 0.02
+_ENOUGH = 60
+"""Answers below which nothing is said of a difference."""
 _AS_MANY = 1.25
 """A rival that attends to more pairs than so many times as many is not compared."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """One line of the table of verdicts; ``holds`` None where the rows cannot tell."""
+    """One line of the table of verdicts. holds: None if it was not measured. few: the sample is too small for a verdict."""
 
     claim: str
     holds: bool | None
     figure: str
     model: str = MODEL
+    few: bool = False
 
     @property
     def word(self) -> str:
+        if self.few:
+            return "too few to tell"
         return "not measured" if self.holds is None else "yes" if self.holds else "no"
 
 
@@ -266,9 +271,9 @@ def alphas(rows: Rows) -> tuple[str, list[Verdict]]:
         "cost of dense attention. *Estimated*: what the policy believes, from its sampled rows. *Time*: milliseconds of one "
         "thread for the whole turn's prefill."
     )
-    for tokens in lengths(rows["prefill"]):
-        found = cells(rows["prefill"], tokens)
+    for tokens in lengths([*rows["prefill"], *measured]):
         realised = cells(measured, tokens)
+        found = realised | cells(rows["prefill"], tokens)
         labels = [label for label in found if ", alpha" in label and label.startswith("loopserve")]
         if not labels:
             continue
@@ -284,7 +289,7 @@ def alphas(rows: Rows) -> tuple[str, list[Verdict]]:
                     percent(each.mean("tiles")),
                     f"{each.kl:.4f} ± {each.kl_error:.4f}",
                     percent(each.same),
-                    milliseconds(each.mean("ms")),
+                    milliseconds(each.mean("ms")) if each is not all_rows else "-",
                 ]
             )
         dense = found.get("dense")
@@ -544,7 +549,8 @@ def needles(rows: Rows) -> tuple[str, list[Verdict]]:
                 f"Numbers told turns before are found as under dense attention (within 3 points), {tokens:,} tokens, "
                 f"{percent(share, 0)} of the pairs",
                 ours.digits >= dense.digits - 0.03,
-                said,
+                f"{said} ({len(ours.answers)} answers)",
+                few=len(ours.answers) < _ENOUGH,
             )
         )
         windows = {label: told[label] for label in ("snapkv", "adakv") if label in told}
@@ -556,10 +562,12 @@ def needles(rows: Rows) -> tuple[str, list[Verdict]]:
                         each.where("position", "begin").digits < each.where("position", "end").digits
                         for each in windows.values()
                     ),
-                    "; ".join(
+                    "digits right, question at begin / middle / end: "
+                    + "; ".join(
                         f"`{label}` {' / '.join(percent(each.where('position', place).digits, 0) for place in POSITIONS)}"
                         for label, each in windows.items()
                     ),
+                    few=len(ours.answers) < _ENOUGH,
                 )
             )
     return text, verdicts
