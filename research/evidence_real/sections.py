@@ -97,8 +97,15 @@ def on_same(one: Agreement, other: Agreement) -> tuple[Agreement, Agreement] | N
 
 
 def _best_rival(ours: Agreement, rivals: Cells) -> tuple[str, Agreement, Agreement] | None:
-    """Return the rival that comes closest to a stack, or beats it most, and both on the same texts."""
-    pairs = [(label, pair) for label, each in rivals.items() if (pair := on_same(ours, each))]
+    """Return the rival that comes closest to a stack, or beats it most, and both on the same texts.
+
+    Rivals that are measured on less than half as many tokens are not counted.
+    """
+    pairs = [
+        (label, pair)
+        for label, each in rivals.items()
+        if 2 * each.tokens >= ours.tokens and (pair := on_same(ours, each))
+    ]
     if not pairs:
         return None
     label, (mine, theirs) = min(pairs, key=lambda item: item[1][1].kl / max(item[1][0].kl, 1e-9))
@@ -167,7 +174,7 @@ def _decode_verdicts(mine: Sequence[Row]) -> list[Verdict]:
                 Verdict(
                     f"No other preset that attends to about as many pairs agrees better, {where}",
                     own.kl <= beaten.kl,
-                    f"the closest of {len(rivals)} others is `{best}`: KL {beaten.kl:.4f} ± {beaten.kl_error:.4f} at "
+                    f"the closest other is `{best}`: KL {beaten.kl:.4f} ± {beaten.kl_error:.4f} at "
                     f"{percent(beaten.bytes_bf16)} of the bytes, against {own.kl:.4f} on the same texts",
                 )
             )
