@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from loopserve.chat_session import ChatSession, Reply
     from loopserve.core.errors import ConfigError, InputError, LoopServeError, ModelError, PolicyError, PolicyFault
     from loopserve.core.kv.selection import KVSelection, Retention
-    from loopserve.core.policy.api_version import API_VERSION
+    from loopserve.core.policy.base import API_VERSION
     from loopserve.core.policy.hookspecs import hookimpl
     from loopserve.core.policy.interfaces import (
         AttentionInputs,
@@ -48,7 +48,7 @@ _NAMES = {
         "PolicyFault",
     ),
     "loopserve.core.kv.selection": ("KVSelection", "Retention"),
-    "loopserve.core.policy.api_version": ("API_VERSION",),
+    "loopserve.core.policy.base": ("API_VERSION",),
     "loopserve.core.policy.hookspecs": ("hookimpl",),
     "loopserve.core.policy.interfaces": (
         "AttentionInputs",

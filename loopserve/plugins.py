@@ -17,7 +17,7 @@ import pluggy
 
 from loopserve.core.errors import PluginError, did_you_mean
 from loopserve.core.policy import hookspecs
-from loopserve.core.policy.api_version import FIRST_API, require_api
+from loopserve.core.policy.base import FIRST_API, require_api
 from loopserve.core.policy.registry import Owner, Registry
 
 BUILT_IN = "loopserve"

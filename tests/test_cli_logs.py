@@ -17,8 +17,7 @@ from typing import Any
 import pytest
 
 from loopserve.api import Engine
-from loopserve.cli.chat_log import ChatLog, LoggedConversation, LoggedTurn, TurnState, default_path
-from loopserve.cli.recorder import Recorder
+from loopserve.cli.chat_log import ChatLog, LoggedConversation, LoggedTurn, Recorder, TurnState, default_path
 from loopserve.cli.repl import Repl
 from loopserve.core.errors import ConfigError, InputError
 from tests.test_cli_repl import Conversation
@@ -185,7 +184,7 @@ def test_two_processes_that_go_on_with_one_conversation_do_not_mix(log: ChatLog)
 WRITER = """
 import sys, threading
 from loopserve.cli.chat_log import ChatLog, LoggedConversation
-from loopserve.cli.recorder import Recorder
+from loopserve.cli.chat_log import Recorder
 log = ChatLog()
 notes = Recorder(log, LoggedConversation("demo", "dense"), lambda text: sys.exit(text))
 for n in range(int(sys.argv[1])):

@@ -6,8 +6,8 @@ import threading
 
 import pytest
 
-from loopserve.cli import progress as module
-from loopserve.cli.progress import progress
+from loopserve.cli import output as module
+from loopserve.cli.output import progress
 
 
 class Written(list[str]):

@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 
-from loopserve.cli.reader import ReadingProgress
-from loopserve.cli.repl import Repl
+from loopserve.cli.repl import ReadingProgress, Repl
 from loopserve.core.errors import InputError
 
 FIGURES = {

@@ -14,7 +14,7 @@ import pytest
 
 from loopserve.bench.quality.tables import Table
 from loopserve.cli import main, quality
-from loopserve.cli.tables import print_table
+from loopserve.cli.output import print_table
 from tests.test_cli_run import ROW
 
 WIDTHS = (40, 60, 80, 120)

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from loopserve import __version__
-from loopserve.cli import bench, chat, demo, env, kernels, logs, models, policies, run, stack
+from loopserve.cli import bench, chat, demo, env, logs, models, policies, serve, sessions, stack
 from loopserve.cli.options import Settings
 from loopserve.cli.output import print_error, remember_json, unexpected
 from loopserve.core.errors import LoopServeError
@@ -25,13 +25,15 @@ app = typer.Typer(
 )
 app.command()(demo.demo)
 app.command()(chat.chat)
-app.command()(run.run)
+app.command()(chat.run)
+app.command()(serve.serve)
+app.add_typer(sessions.app, name="sessions")
 app.add_typer(logs.app, name="logs")
 app.add_typer(policies.app, name="policies")
 app.add_typer(stack.app, name="stack")
 app.add_typer(bench.app, name="bench")
 app.add_typer(models.app, name="models")
-app.add_typer(kernels.app, name="kernels")
+app.add_typer(env.kernels_app, name="kernels")
 app.command()(env.env)
 
 

@@ -11,8 +11,7 @@ import typer
 
 from loopserve.cli import quality
 from loopserve.cli.options import Format, FormatOption, Settings
-from loopserve.cli.output import print_json
-from loopserve.cli.tables import print_table
+from loopserve.cli.output import print_json, print_table
 from loopserve.core.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -1,22 +1,25 @@
-"""Define ``loopserve chat``: talk to a model under a stack."""
+"""Define ``loopserve chat``, a conversation at the terminal, and ``loopserve run``: one question, one answer."""
 
 from __future__ import annotations
 
 import sys
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from loopserve.cli.chat_log import ChatLog, LoggedConversation, TurnState
-from loopserve.cli.options import ModelOptions, Settings, with_model_options
-from loopserve.cli.reader import ReadingProgress, at_terminal, reader
-from loopserve.cli.recorder import Recorder
+from loopserve.cli.chat_log import ChatLog, LoggedConversation, Recorder, TurnState
+from loopserve.cli.options import Format, FormatOption, ModelArgument, ModelOptions, Settings, with_model_options
+from loopserve.cli.output import print_json, turn_line
+from loopserve.cli.repl import ReadingProgress, at_terminal, reader
+from loopserve.core.errors import InputError
 
 if TYPE_CHECKING:
     from loopserve.api import Engine
     from loopserve.chat_session import ChatSession
+
 
 _HINT = (
     "the bundled model knows only what you give it; try: the code of lisbon is amber falcon river . "
@@ -141,3 +144,47 @@ def _greet(conversation: LoggedConversation, stack: str, *, going_on: bool) -> N
 
 def _warn(line: str) -> None:
     print(f"warning: {line}", file=sys.stderr, flush=True)
+
+
+@with_model_options
+def run(
+    context: typer.Context,
+    options: ModelOptions,
+    model: ModelArgument,
+    prompt: Annotated[str | None, typer.Argument(help="The message; '-' or nothing reads it from a pipe.")] = None,
+    format: FormatOption = Format.HUMAN,
+) -> None:
+    """Answer one message and leave."""
+    text = _read(prompt)
+    settings: Settings = context.obj
+    stack = settings.stack(options.stack)
+    with options.engine(model, stack) as engine, engine.session(options.system) as conversation:
+        for piece in conversation.stream(text, **options.sampling):
+            if format is Format.HUMAN:
+                print(piece, end="", flush=True)
+        reply = conversation.last_reply
+    assert reply is not None
+    stats = reply.stats.as_dict()
+    if format is Format.JSON:
+        print_json(
+            {
+                "text": reply.text,
+                "token_ids": list(reply.token_ids),
+                "usage": asdict(reply.usage),
+                "timings": asdict(reply.timings),
+                "stats": stats,
+            }
+        )
+        return
+    print()
+    if options.verbose or settings.verbose:
+        print(turn_line(stats), file=sys.stderr)
+
+
+def _read(prompt: str | None) -> str:
+    if prompt is None and sys.stdin.isatty():
+        raise InputError("no prompt: give it as the second argument, or pipe it in")
+    text = sys.stdin.read() if prompt is None or prompt == "-" else prompt
+    if not text.strip():
+        raise InputError("the prompt is empty: give some text as the second argument, or pipe it in")
+    return text

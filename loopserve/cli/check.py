@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from loopserve.cli.options import Format, FormatOption, Settings
-from loopserve.cli.output import console, print_json
-from loopserve.cli.tables import print_table
+from loopserve.cli.output import console, print_json, print_table
 from loopserve.core.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:

@@ -1,14 +1,15 @@
-"""Define ``loopserve env``: the facts that a bug report needs."""
+"""Define ``loopserve env``, the facts that a bug report needs, and ``loopserve kernels``: compile the CPU kernels."""
 
 from __future__ import annotations
 
 import platform
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
 from loopserve.cli.options import Format, FormatOption, Settings
 from loopserve.cli.output import print_json
+from loopserve.core.errors import ConfigError
 
 _PACKAGES = (
     "torch",
@@ -98,3 +99,26 @@ def _required(package: str) -> str:
     except metadata.PackageNotFoundError:
         return "unknown (loopserve is not installed)"
     return next((each.removeprefix(package) for each in wanted if each.startswith(package)), "any")
+
+
+kernels_app = typer.Typer(help="The compiled CPU kernels.", no_args_is_help=True)
+
+
+@kernels_app.command()
+def build(
+    every_level: Annotated[
+        bool,
+        typer.Option("--every-level", help="For all instruction sets of this architecture, not this machine's only."),
+    ] = False,
+) -> None:
+    """Compile the kernels into the cache folder, as the first use does; in a container image, before the compiler goes."""
+    from loopserve.kernels.native import library
+    from loopserve.kernels.native.build import BuildError
+
+    try:
+        print(library.build_into_cache(every_level=every_level))
+    except BuildError as error:
+        raise ConfigError(
+            f"the kernels cannot be built: {error}. loopserve works without them, several times slower; "
+            "install a C compiler (on Debian: apt install gcc libc6-dev) and repeat this command"
+        ) from error

@@ -8,8 +8,7 @@ from typing import Annotated
 import typer
 
 from loopserve.cli.chat_log import ChatLog, LoggedConversation, TurnState, default_path
-from loopserve.cli.output import print_json, remember_json
-from loopserve.cli.tables import print_table
+from loopserve.cli.output import print_json, print_table, remember_json
 
 app = typer.Typer(
     help="Conversations that were logged: list, show, search and remove them. Alone, it lists the latest ones.",

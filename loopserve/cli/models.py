@@ -8,8 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from loopserve.cli.options import Format, FormatOption
-from loopserve.cli.output import print_json, size
-from loopserve.cli.tables import print_table
+from loopserve.cli.output import print_json, print_table, size
 from loopserve.core.errors import ConfigError, did_you_mean
 
 app = typer.Typer(help="Models known by a name, and converted GGUF files: list, fetch, delete.", no_args_is_help=True)

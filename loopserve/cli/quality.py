@@ -11,12 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from loopserve.cli.options import DeviceOption, DtypeOption, Format, FormatOption, Settings
-from loopserve.cli.output import print_json
-from loopserve.cli.progress import progress
-from loopserve.cli.tables import print_table
+from loopserve.cli.output import print_json, print_table, progress
 
 if TYPE_CHECKING:
-    from loopserve.bench.quality.run import Run
+    from loopserve.bench.quality.records import Run
     from loopserve.bench.quality.tables import Table
 
 
@@ -137,24 +135,22 @@ def compare(
 
     Says which differences are more than noise.
     """
-    from loopserve.bench.quality import comparison
-    from loopserve.bench.quality.run import open_run
+    from loopserve.bench.quality.records import open_run
+    from loopserve.bench.quality.tables import compare_runs, compare_stacks, comparison_table
 
-    if run is not None:
-        differences = comparison.compare_stacks(open_run(run), a, b)
-    else:
-        differences = comparison.compare_runs(open_run(Path(a)), open_run(Path(b)))
+    one_run = None if run is None else open_run(run)
+    differences = compare_stacks(one_run, a, b) if one_run else compare_runs(open_run(Path(a)), open_run(Path(b)))
     if format is Format.JSON:
         print_json({"a": a, "b": b, "differences": [each.as_dict() for each in differences]})
     else:
         print(f"A: {a}, B: {b}")
-        _print(comparison.table(differences))
+        _print(comparison_table(differences))
 
 
 def report_run(directory: Path, by: Sequence[str], markdown: bool, output_dir: Path | None, format: Format) -> None:
     """The tables of a run, on the terminal and as files: report.html with plots, report.md."""
     from loopserve.bench.quality import page
-    from loopserve.bench.quality.run import open_run
+    from loopserve.bench.quality.records import open_run
     from loopserve.bench.quality.tables import GROUPS
     from loopserve.core.errors import ConfigError, did_you_mean
 

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from loopserve.cli.options import Format, FormatOption, RevisionOption, Settings, TrustOption
-from loopserve.cli.output import print_json
-from loopserve.cli.tables import print_table
+from loopserve.cli.output import print_json, print_table
 from loopserve.core.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -14,14 +14,15 @@ _SUFFIX = ".loopserve-tmp"
 _NO_SUCH_SUPPORT = (errno.EINVAL, errno.ENOTSUP)  # file systems without fsync or locks for directories
 
 
-def write_atomically(path: str | Path, text: str) -> None:
-    """Write ``text`` as UTF-8 into a file beside ``path``, flush it to the disk, and rename it over ``path``.
+def write_atomically(path: str | Path, text: str | bytes, mode: int = 0o666) -> None:
+    """Write ``text`` (UTF-8) or bytes into a file beside ``path``, flush it to the disk, and rename it over ``path``.
 
-    Writers of one directory wait for each other, so that no two of them interleave. Links are followed and the permissions of an
-    existing file are kept. A device or a pipe is written to directly. Raises OSError; ``path`` is unchanged in that case.
+    mode: permissions of a new file, before the umask. Writers of one directory wait for each other, so that no two of them
+    interleave. Links are followed and the permissions of an existing file are kept. A device or a pipe is written to directly.
+    Raises OSError; ``path`` is unchanged in that case.
     """
     target = Path(os.path.realpath(path))
-    data = text.encode()
+    data = text if isinstance(text, bytes) else text.encode()
     if target.exists() and not target.is_file() and not target.is_dir():
         target.write_bytes(data)
         return
@@ -32,7 +33,7 @@ def write_atomically(path: str | Path, text: str) -> None:
             _remove_leftovers(target)
         beside = target.with_name(f".{target.name[:40]}.{secrets.token_hex(8)}{_SUFFIX}")
         try:
-            _write(beside, data, like=target)
+            _write(beside, data, like=target, mode=mode)
             os.replace(beside, target)
         except BaseException:
             with suppress(OSError):
@@ -42,9 +43,9 @@ def write_atomically(path: str | Path, text: str) -> None:
             _flush(directory)
 
 
-def _write(path: Path, data: bytes, like: Path) -> None:
+def _write(path: Path, data: bytes, like: Path, mode: int) -> None:
     """Create ``path`` with these bytes and flush it to the disk. Take the permissions of ``like`` if that exists."""
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), mode)
     try:
         if like.exists():
             os.chmod(path, stat.S_IMODE(like.stat().st_mode))

@@ -1,6 +1,7 @@
-"""Compute attention and KV selection on plain tensors, one folder per operation.
+"""Compute attention and KV selection on plain tensors, one module per operation.
 
-Each folder holds one public function of its name and a readable reference. ``backend`` selects the implementation that
+Each module holds one public function of its name, a readable reference and a faster version in plain PyTorch. ``native``
+holds the versions in C, ``gpu`` those in Triton. ``backend`` selects the implementation that
 serves a call. The package imports nothing else of loopserve.
 
 Tensors belong to one session: queries ``[Hq, Tq, D]``, keys and values ``[Hkv, Tk, D]``. Query head h attends to KV

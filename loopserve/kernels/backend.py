@@ -1,4 +1,4 @@
-"""Select the implementation of each operation.
+"""Select the implementation of each operation, and check its arguments.
 
 An operation has up to four implementations with one signature:
 
@@ -52,7 +52,8 @@ class Choice(NamedTuple):
 class Operation:
     """Hold one operation and its implementations.
 
-    modules: module path of each implementation, imported at first use. any_device: ``torch`` serves every device.
+    modules: ``module`` or ``module:function`` of each implementation, imported at first use; the function is called like
+    the operation unless given. any_device: ``torch`` serves every device.
     limits: for an implementation, a function that takes the arguments of the operation and returns why it cannot serve
     them, or None.
     """
@@ -113,25 +114,33 @@ _candidates_seen: dict[tuple[str, str, str, torch.dtype], tuple[str, ...]] = {}
 
 def operation(
     name: str,
-    *implementations: str,
-    package: str | None = None,
+    *,
+    reference: str | None = None,
+    torch: str | None = None,
+    cpu: str | None = None,
+    triton: str | None = None,
     any_device: bool = False,
     limits: dict[str, Callable[..., str | None]] | None = None,
 ) -> Operation:
-    """Register an operation; each defining package calls this once.
+    """Register an operation; the module that defines it calls this once.
 
-    implementations: names besides ``reference``. Each is the function ``name`` in the module of that implementation.
-    package: the folder, where it is not called like the operation.
+    reference, torch, cpu, triton: module of each implementation, below ``loopserve.kernels``; that of the reference is
+    called like the operation unless given. ``cpu`` and ``triton`` are functions called like the operation, the others
+    have the name of the implementation behind it: ``gather_kv_reference``, ``gather_kv_torch``.
     """
-    home = f"{__name__.rpartition('.')[0]}.{package or name}"
-    modules = {each: f"{home}.{each}" for each in ("reference", *implementations)}
+    root = __name__.rpartition(".")[0]
+    modules = {"reference": f"{root}.{reference or name}:{name}_reference"}
+    if torch:
+        modules["torch"] = f"{root}.{torch}:{name}_torch"
+    modules |= {each: f"{root}.{path}" for each, path in (("cpu", cpu), ("triton", triton)) if path}
     _operations[name] = Operation(name, modules, any_device, limits or {})
     return _operations[name]
 
 
 @cache
 def _resolve(module: str, name: str) -> Callable[..., Any]:
-    found: Callable[..., Any] = getattr(import_module(module), name)
+    path, _, own_name = module.partition(":")
+    found: Callable[..., Any] = getattr(import_module(path), own_name or name)
     return found
 
 
@@ -186,9 +195,8 @@ def use(name: str) -> Iterator[None]:
 def operations() -> dict[str, Operation]:
     """Return every operation by name."""
     package = __name__.rpartition(".")[0]
-    for module in iter_modules(import_module(package).__path__):  # importing a package registers its operations
-        if module.ispkg:
-            import_module(f"{package}.{module.name}")
+    for module in iter_modules(import_module(package).__path__):  # importing a module registers its operations
+        import_module(f"{package}.{module.name}")
     return dict(sorted(_operations.items()))
 
 
@@ -201,3 +209,92 @@ def describe(device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[di
         choice = each.choose(device, dtype)
         rows.append({"operation": name, "implementation": choice.name, "why": choice.why})
     return rows
+
+
+# Checks before an operation dispatches. Compiled kernels read memory by address, so every argument that could lead to a wrong
+# read (shape, dtype, device, index range) is rejected here.
+
+
+def check(
+    op: str,
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor | None = None,
+    *,
+    columns: Tensor | None = None,
+    first_valid: Tensor | None = None,
+) -> None:
+    """Raise ValueError unless queries ``[Hq, Tq, D]``, keys ``[Hkv, Tk, D]`` and values ``[Hkv, Tk, Dv]`` fit together.
+
+    Without ``columns`` the queries are the last Tq columns, so Tq must not exceed Tk.
+    """
+    rows, held = queries.shape, keys.shape
+    if len(rows) != 3 or len(held) != 3 or 0 in rows or 0 in held:
+        raise ValueError(f"{op}: {_both(queries, keys)} must be non-empty [Hq, Tq, D] and [Hkv, Tk, D]")
+    if rows[2] != held[2] or rows[0] % held[0]:
+        raise ValueError(f"{op}: {_both(queries, keys)} do not fit: D must agree and Hkv divide Hq")
+    if values is not None and (values.dim() != 3 or values.shape[:2] != held[:2]):
+        raise ValueError(f"{op}: values {list(values.shape)} do not fit keys {list(held)}")
+    kind, device = queries.dtype, queries.device
+    for name, other in (("keys", keys), ("values", values)):
+        if other is not None and (other.dtype is not kind or other.device != device):
+            raise ValueError(f"{op}: queries are {kind} on {device}, {name} {other.dtype} on {other.device}")
+    if columns is not None:
+        check_columns(op, columns, rows[1], held[1], device)
+    elif rows[1] > held[1]:
+        raise ValueError(f"{op}: {rows[1]} queries cannot be the last of {held[1]} keys")
+    if first_valid is not None:
+        check_first_valid(op, first_valid, keys)
+
+
+def _both(queries: Tensor, keys: Tensor) -> str:
+    return f"queries {list(queries.shape)} and keys {list(keys.shape)}"
+
+
+def check_columns(op: str, columns: Tensor, rows: int, total: int, device: torch.device) -> None:
+    """Raise ValueError unless ``columns`` are int64 ``[rows]`` in ``[0, total)`` on this device."""
+    if columns.shape != (rows,) or columns.dtype != torch.long:
+        raise ValueError(f"{op}: {rows} rows need int64 columns [{rows}], got {columns.dtype} {list(columns.shape)}")
+    check_device(op, "columns", columns, device)
+    # Reading a value synchronises with an accelerator. So on a GPU the caller must ensure the range.
+    if columns.device.type == "cpu":
+        check_range(f"{op}: columns", columns, total)
+
+
+def check_first_valid(op: str, first_valid: Tensor, of: Tensor) -> None:
+    """Raise ValueError unless ``first_valid`` is int64 ``[H]`` beside ``of`` ``[H, n, ...]``, from 0 to n."""
+    if first_valid.shape != of.shape[:1] or first_valid.dtype != torch.long:
+        raise ValueError(
+            f"{op}: first_valid {first_valid.dtype} {list(first_valid.shape)} must be int64 [{of.shape[0]}]"
+        )
+    check_device(op, "first_valid", first_valid, of.device)
+    if first_valid.device.type == "cpu":
+        check_range(f"{op}: first_valid", first_valid, of.shape[1] + 1)
+
+
+def check_device(op: str, name: str, tensor: Tensor, device: torch.device) -> None:
+    """Raise ValueError unless a tensor is on the device of the others."""
+    if tensor.device != device:
+        raise ValueError(f"{op}: {name} are on {tensor.device}, the rest is on {device}")
+
+
+def check_range(what: str, indices: Tensor, total: int, lowest: int = 0) -> None:
+    """Raise ValueError unless all indices lie in ``[lowest, total)``."""
+    if indices.numel() == 0:
+        return
+    low, high = (int(each) for each in indices.aminmax())
+    if low < lowest or high >= total:
+        raise ValueError(f"{what} must lie in [{lowest}, {total}), got {low} to {high}")
+
+
+def check_lines(op: str, verticals: Tensor, slashes: Tensor, heads: int, total: int, device: torch.device) -> None:
+    """Raise ValueError unless both are bool ``[heads, total]`` on this device."""
+    for name, lines in (("verticals", verticals), ("slashes", slashes)):
+        check_flags(op, name, lines, (heads, total), device)
+
+
+def check_flags(op: str, name: str, flags: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+    """Raise ValueError unless ``flags`` are bool of this shape on this device."""
+    if flags.shape != shape or flags.dtype != torch.bool:
+        raise ValueError(f"{op}: {name} must be bool {list(shape)}, got {flags.dtype} {list(flags.shape)}")
+    check_device(op, name, flags, device)

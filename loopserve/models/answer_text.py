@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from loopserve.core.engine.stop_strings import StopStrings
+from loopserve.core.engine.answer import StopStrings
 from loopserve.models.chat import ChatTokenizer, StreamDecoder
 
 

@@ -7,6 +7,7 @@ the attention function. Knows no policy.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -173,7 +174,8 @@ class TransformersModel:
         rows.under_way = under_way
         device = self.device
         last = torch.tensor([span.stop - 1 for span in spans], dtype=torch.long, device=device)
-        with torch.no_grad(), self.rotary.as_long_as(under_way.rotations(1, spans[-1].stop)):
+        rotated = nullcontext() if self.rotary.fixed else self.rotary.as_long_as(under_way.rotations(1, spans[-1].stop))
+        with torch.no_grad(), rotated:
             output = self.model(
                 input_ids=batch.token_ids.to(device)[None],
                 position_ids=batch.positions[None],

@@ -98,7 +98,11 @@ class ChatTokenizer:
         return Prompt(rendering.clean(), tuple(ids), history)
 
     def turn_tokens(self, messages: Sequence[Message], last_token: int | None) -> list[int]:
-        """Return the ids that the messages after the last answer add, the generation prompt included.
+        """Return the ids of ``turn_prompt``."""
+        return list(self.turn_prompt(messages, last_token).tokens)
+
+    def turn_prompt(self, messages: Sequence[Message], last_token: int | None) -> Prompt:
+        """Return what the messages after the last answer add, the generation prompt included: text and ids of that part alone.
 
         messages: the whole conversation, a user's message at its end. last_token: the last token of the conversation so far, so
         that an end-of-turn token that the model produced is not added twice.
@@ -107,9 +111,9 @@ class ChatTokenizer:
         answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
         if self.tokenizer.chat_template is None:
             texts = "\n".join(message["content"] for message in messages[answers[-1] + 1 if answers else 0 :])
-            return ([] if answers else list(self._encoder.prefix)) + self._plain(texts)
+            return Prompt(texts, (*(() if answers else self._encoder.prefix), *self._plain(texts)))
         if not answers:
-            return list(self.prompt(messages).tokens)
+            return self.prompt(messages)
         standing = list(messages)
         if not standing[answers[-1]]["content"].strip():
             standing[answers[-1]] = {**standing[answers[-1]], "content": "."}  # an empty answer needs a place as well
@@ -118,8 +122,16 @@ class ChatTokenizer:
             raise ModelError(
                 "the model's chat template drops earlier answers or changes them; it is served through ChatSession only"
             )
-        ids = self._encode(rendering, rendering.answers[answers[-1]][1], None)
-        return ids[1:] if last_token is not None and ids[:1] == [last_token] else ids
+        end = rendering.answers[answers[-1]][1]
+        ids = self._encode(rendering, end, None)
+        kept = ids[1:] if last_token is not None and ids[:1] == [last_token] else ids
+        return Prompt(rendering.clean(end), tuple(kept))
+
+    def text_tokens(self, text: str, *, special: bool = True) -> list[int]:
+        """Return the ids of a text without template; what looks like a special token stays text. special: with the tokens that
+        begin every text of the model.
+        """
+        return [*(self._encoder.prefix if special else ()), *self._plain(text)]
 
     def answer_tokens(self, text: str) -> list[int]:
         """Return the ids of an answer from elsewhere, as it continues a prompt. Its end-of-turn token comes with the next turn.

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from loopserve.core.policy.interfaces import AttentionInputs, KVSelection, Phase, Retention
-from loopserve.core.policy.patterns import AttentionPattern, BlockPattern, DensePattern, LinePattern
-from loopserve.core.policy.row_groups import RowGroups
+from loopserve.core.policy.patterns import AttentionPattern, BlockPattern, DensePattern, LinePattern, RowGroups
 from loopserve.testing.extra import require
 from loopserve.testing.inputs import make_inputs
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from loopserve.api import load_stack
 from loopserve.bench.recall import HELD_OUT_SEED, RecallTask
-from loopserve.bench.speed.candidates import as_call
+from loopserve.bench.speed.parity import as_call
 from loopserve.core.policy.interfaces import AttentionInputs
 from loopserve.core.policy.patterns import LinePattern
 from loopserve.policies.draws import SAMPLED_ROWS

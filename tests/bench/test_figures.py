@@ -36,7 +36,7 @@ def test_every_line_has_its_name_beside_its_end_and_no_two_names_overlap() -> No
 
 
 def test_what_is_written_fits_into_a_page_of_1280_pixels() -> None:
-    from loopserve.bench.quality.plots import score_by_cost
+    from loopserve.bench.quality.page import score_by_cost
 
     rows = [
         {"position": place, "family": family, "score": 0.5, "score_se": 0.1, "attended_fraction": share}

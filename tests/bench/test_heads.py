@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from loopserve.bench.heads import planted_lines, random_heads, structured_heads
-from loopserve.bench.speed.candidates import as_call, preset_sparsifier
+from loopserve.bench.speed.parity import as_call, preset_sparsifier
 from loopserve.core.policy.patterns import LinePattern
 
 

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import pytest
 
 from loopserve.core.errors import PluginError
-from loopserve.core.policy.api_version import API_VERSION, require_api
+from loopserve.core.policy.base import API_VERSION, require_api
 from loopserve.core.policy.interfaces import DecodeCompressor, PrefillSparsifier
 from loopserve.core.policy.registry import Kind, Registry
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from loopserve.core.policy.patterns import BlockPattern, DensePattern, LinePattern
-from loopserve.core.policy.row_groups import RowGroups
+from loopserve.core.policy.patterns import BlockPattern, DensePattern, LinePattern, RowGroups
 from loopserve.testing.inputs import make_inputs
 
 

@@ -11,8 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import generation
 
-from loopserve.core.engine.sampling import Dictation, Sampler, SamplingConfig, candidates, largest
-from loopserve.core.engine.sampling_config import read_sampling
+from loopserve.core.engine.sampling import Dictation, Sampler, SamplingConfig, candidates, largest, read_sampling
 from loopserve.core.errors import ConfigError, InputError, ModelError
 
 LOGITS = torch.tensor([0.0, 3.0, 1.0, 3.0, -2.0])

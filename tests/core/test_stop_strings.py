@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from loopserve.core.engine.stop_strings import StopStrings
+from loopserve.core.engine.answer import StopStrings
 
 LETTERS = st.text("ab ", max_size=24)
 STOPS = st.lists(st.text("ab ", min_size=1, max_size=5), max_size=4)

@@ -15,7 +15,7 @@ from loopserve.kernels.block_sparse import block_sparse
 from loopserve.kernels.decode_attention import decode_attention
 from loopserve.kernels.dense_attention import dense_attention
 from loopserve.kernels.gather_kv import gather_kv
-from loopserve.kernels.key_codes.reference import unpack
+from loopserve.kernels.key_codes import unpack
 from loopserve.kernels.line_scores import line_scores
 from loopserve.kernels.select_lines import select_lines
 from loopserve.kernels.token_scores import token_scores

@@ -15,10 +15,9 @@ from loopserve.kernels.block_sparse import block_sparse
 from loopserve.kernels.decode_attention import decode_attention
 from loopserve.kernels.dense_attention import dense_attention
 from loopserve.kernels.gather_kv import gather_kv
-from loopserve.kernels.key_codes import code_jumps, code_logits, summarise_pages
-from loopserve.kernels.key_codes.layout import KeyCodes
+from loopserve.kernels.key_codes import KeyCodes, code_jumps, code_logits, summarise_pages
 from loopserve.kernels.line_scores import line_scores
-from loopserve.kernels.native.arrays import address
+from loopserve.kernels.native.library import address
 from loopserve.kernels.token_scores import token_scores
 from loopserve.kernels.top_columns import top_columns
 from loopserve.kernels.vertical_slash import vertical_slash
@@ -83,7 +82,7 @@ def test_addresses_are_taken_in_one_place_for_each_kind_of_kernel() -> None:
         for path in package.rglob("*.py")
         if ".data_ptr()" in path.read_text().replace(".untyped_storage().data_ptr()", "")
     }
-    assert taken == {"native/arrays.py", "gpu/table.py"}
+    assert taken == {"native/library.py", "gpu/decode_batch.py"}
 
 
 def forms(tensor: Tensor) -> dict[str, Tensor]:

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loopserve.kernels import backend
+from loopserve.kernels.key_codes import page_bounds, page_scores
 from loopserve.kernels.line_scores import line_scores
-from loopserve.kernels.page_bounds import page_bounds, page_scores
 from loopserve.kernels.token_scores import token_scores
 from tests.kernels.cases import FAST, IMPLEMENTATIONS, Case, cases, make
 
@@ -50,7 +50,7 @@ def test_line_scores_equal_the_reference(case: Case, data: st.DataObject) -> Non
 
 
 def test_token_scores_in_several_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loopserve.kernels.token_scores.torch._NUMBERS", 300)
+    monkeypatch.setattr("loopserve.kernels.token_scores._NUMBERS", 300)
     case = make(20, 50, group=2, dim=16, filler=True)
     columns = torch.arange(30, 50)
     for over_rows in ("mean", "sum", "max"):

@@ -10,8 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loopserve.core.kv.key_summaries import CODE_BITS, KeySummaries
-from loopserve.kernels.key_codes.reference import encode, unpack
-from loopserve.kernels.page_bounds import page_bounds
+from loopserve.kernels.key_codes import encode, page_bounds, unpack
 
 
 @given(

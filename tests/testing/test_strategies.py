@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 
 from loopserve.core.kv.cache import LayerCache
 from loopserve.core.policy.interfaces import AttentionInputs, KVSelection
-from loopserve.core.policy.patterns import AttentionPattern, BlockPattern, DensePattern, LinePattern
-from loopserve.core.policy.row_groups import RowGroups
+from loopserve.core.policy.patterns import AttentionPattern, BlockPattern, DensePattern, LinePattern, RowGroups
 from loopserve.kernels.masked import masked_attention
 from loopserve.testing import assert_pattern, attention_inputs, patterns, selections
 

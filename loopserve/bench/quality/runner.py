@@ -31,12 +31,14 @@ from loopserve.bench.quality.records import (
     Kind,
     Record,
     RecordFile,
+    Run,
+    claim,
     error_record,
     is_asked_again,
     key_of,
+    read_manifest,
     turn_record,
 )
-from loopserve.bench.quality.run import Run, claim, read_manifest
 from loopserve.bench.quality.suite import Contestant, Found, QualitySuite, contestants, suite_digest, suite_tasks
 from loopserve.bench.rows import provenance
 from loopserve.bench.samples import AskedTurn, BrokenSample, Sample, Task

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from loopserve.bench.heads import Heads, structured_heads
-from loopserve.bench.speed.candidates import DTYPES, Candidate, Case
-from loopserve.bench.speed.parity import Verdict, exact_dense, relative, verdict
+from loopserve.bench.speed.parity import DTYPES, Candidate, Case, Verdict, exact_dense, relative, verdict
 from loopserve.bench.speed.suite import KernelDecode
 from loopserve.kernels import backend
 from loopserve.kernels.decode_attention import decode_attention

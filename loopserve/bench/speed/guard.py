@@ -17,8 +17,7 @@ from loopserve.bench.speed.engine import machine
 from loopserve.core.engine import attention, turn
 from loopserve.core.engine.engine import TokenEngine
 from loopserve.core.engine.sampling import SamplingConfig
-from loopserve.core.guard.guard import Guard
-from loopserve.core.guard.validation import check_selection
+from loopserve.core.guard.guard import Guard, check_selection
 from loopserve.core.kv import buffers
 from loopserve.models.bridge import IMPLEMENTATION, TransformersModel
 from loopserve.models.layers import set_implementation, vocabulary_size

@@ -1,8 +1,6 @@
-"""Verify each operation against its reference, on the timed tensors and inside a running model.
+"""Define benchmark cases of operations, and verify each against its reference.
 
-On timed tensors, sampled rows are verified where all would take too long: a row of attention equals the reference's
-result for that query as the newest of the keys before it. Inside a model, the first calls of each operation are
-repeated in float64.
+The check is made on the timed tensors, and inside a running model on the newest rows of some calls.
 """
 
 from __future__ import annotations
@@ -10,31 +8,140 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from loopserve.api import load_stack
 from loopserve.bench.heads import Heads
-from loopserve.core.policy.patterns import TILE, BlockPattern, LinePattern
+from loopserve.bench.rows import Row
+from loopserve.core.engine.stats import TurnStats
+from loopserve.core.policy.interfaces import AttentionInputs, LayerSpec, LayerType, Phase
+from loopserve.core.policy.patterns import TILE, AttentionPattern, BlockPattern, LinePattern
 from loopserve.kernels import backend
 from loopserve.kernels.backend import Operation
 from loopserve.kernels.block_sparse import block_sparse
 from loopserve.kernels.decode_attention import DecodeRequest
 from loopserve.kernels.dense_attention import dense_attention
-from loopserve.kernels.line_scores.reference import row_probabilities
-from loopserve.kernels.vertical_slash import vertical_slash
-from loopserve.kernels.vertical_slash.reference import line_mask
+from loopserve.kernels.line_scores import row_probabilities_reference
+from loopserve.kernels.vertical_slash import line_mask, vertical_slash
+from loopserve.policies.prefill.loopserve import LoopServePrefill
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Largest relative error of a sampled row, and of all of them together. Rounding of inputs is not counted, since the
 # reference gets the same rounded tensors in float64.
 TOLERANCES = {torch.float32: (2e-3, 2e-4), torch.float16: (2e-2, 5e-3), torch.bfloat16: (8e-2, 2e-2)}
-_WINDOWS, _ROWS = 8, 4  # stretches of rows that are checked, and rows of each
 _IMPLEMENTATION = Operation.implementation  # the backend's own method, before a recorder replaces it
 _CALLS = 2  # calls per operation that are repeated
 _ROWS = 16  # newest rows of a call that are compared
 _BY_ROWS = frozenset({"dense_attention", "decode_attention", "vertical_slash", "line_scores"})
 _WHOLE = frozenset({"token_scores"})
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Hold one operation on one case's tensors.
+
+    run: the timed call. check: verifies the result of ``run``. pattern: densities computed from the result. parts:
+    operations whose implementations the row names. scale: factor from measured to reported time.
+    """
+
+    op: str
+    dtype: torch.dtype
+    run: Callable[[], Any]
+    check: Callable[[Any], Verdict]
+    parts: tuple[str, ...]
+    pattern: Callable[[Any], Row | None] = lambda _: None
+    scale: float = 1.0
+    impl: str | None = None  # None = ask the backend
+    lines: tuple[Heads, LinePattern] | None = None  # the attended pairs, so that a rival attends to the same ones
+    fields: Row = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Case:
+    """Hold one set of tensors, its candidates, and the dense attention that all are compared with.
+
+    dense: the block that baselines compute, float32, on the heads they are run on; ``dense_scale`` scales its time to
+    all heads. own_dense: our dense attention on it, by dtype.
+    """
+
+    shape: Row
+    data: str
+    candidates: list[Candidate]
+    dense: Heads
+    dense_scale: float
+    own_dense: dict[torch.dtype, Candidate]
+    fields: Row
+
+
+class Target(Protocol):
+    """Define a kind of device: its clock, and torch's dense attention on it."""
+
+    device: str
+
+    def clock(self, run: Callable[[], object]) -> float:
+        """Return seconds of one call."""
+
+    def dense(self, heads: Heads, dtypes: tuple[torch.dtype, ...]) -> dict[str, Callable[[], object]]:
+        """Return by name every way of torch to compute the block densely."""
+
+    def rivals(self, case: Case) -> list[Candidate]:
+        """Return other libraries' operations for the same patterns, timed beside ours."""
+
+
+def described(pattern: AttentionPattern) -> Row:
+    """Return densities and line counts of a pattern, means over heads, and the density of the densest head."""
+    cells, tiles = pattern.cell_density(), pattern.tile_density()
+    fields: Row = {
+        "cell_density": float(cells.mean()),
+        "tile_density": float(tiles.mean()),
+        "tile_density_most": float(tiles.max()),
+    }
+    if isinstance(pattern, LinePattern):
+        fields["verticals_per_head"] = float(pattern.verticals.sum(1).float().mean())
+        fields["slashes_per_head"] = float(pattern.slashes.sum(1).float().mean())
+        assert pattern.dense_heads is not None
+        fields["dense_heads"] = int(pattern.dense_heads.sum())
+    if isinstance(pattern, BlockPattern):
+        fields["tile"] = pattern.tile
+    return fields
+
+
+def as_call(heads: Heads) -> AttentionInputs:
+    """Return one layer's prefill call with these heads, as the engine passes it to a sparsifier."""
+    query_heads, new, dim = heads.queries.shape
+    kv_heads, total = heads.keys.shape[:2]
+    device = heads.keys.device
+    return AttentionInputs(
+        queries=heads.queries,
+        keys=heads.keys,
+        values=heads.values,
+        columns=torch.arange(total - new, total, device=device),
+        positions=torch.arange(total, device=device),
+        first_valid=None,
+        layer=LayerSpec(0, LayerType.FULL, query_heads, kv_heads, dim),
+        phase=Phase.PREFILL,
+        turn=0,
+        turn_start=total - new,
+        output_index=0,
+        final=True,
+        scaling=heads.scaling,
+        softcap=None,
+        record=TurnStats(0),
+    )
+
+
+def preset_sparsifier(alpha: float) -> LoopServePrefill:
+    """Return the sparsifier of the preset ``loopserve`` with another alpha and without a lower length limit."""
+    preset = load_stack("loopserve").prefill
+    assert isinstance(preset, LoopServePrefill)
+    changed = {"alpha": alpha, "min_new_tokens": 0, "min_total_tokens": 0}
+    return LoopServePrefill(preset.config.model_copy(update=changed))
+
+
+_WINDOWS, _ROWS = 8, 4  # stretches of rows that are checked, and rows of each
 
 
 @dataclass(frozen=True)
@@ -220,7 +327,7 @@ def _judge_choice(audit: Audit, result: Any, args: tuple[Any, ...], options: dic
     (queries, keys, columns, _), (chosen, covered, *_) = args, result
     group = queries.shape[0] // keys.shape[0]
     first_valid = options["first_valid"]
-    rows = row_probabilities(
+    rows = row_probabilities_reference(
         queries[:group].double(),
         keys[:1].double(),
         columns,

@@ -9,12 +9,17 @@ import torch
 from torch import Tensor
 
 from loopserve.bench.heads import Heads, PlantedSparsifier, model_heads, random_heads, structured_heads
-from loopserve.bench.speed.candidates import DTYPES, Candidate, Case, as_call, described, preset_sparsifier
 from loopserve.bench.speed.parity import (
+    DTYPES,
+    Candidate,
+    Case,
     Verdict,
+    as_call,
+    described,
     exact_blocks,
     exact_dense,
     exact_lines,
+    preset_sparsifier,
     rows_of,
     sampled_rows,
     verdict,

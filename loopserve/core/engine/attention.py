@@ -19,7 +19,7 @@ from loopserve.core.engine.slots import LayerPolicies
 from loopserve.core.engine.stats import LayerRecord
 from loopserve.core.errors import Fault, ModelError
 from loopserve.core.guard.faults import FAULTS
-from loopserve.core.guard.validation import check_output, check_pattern, check_selection
+from loopserve.core.guard.guard import check_output, check_pattern, check_selection
 from loopserve.core.policy.interfaces import AttentionInputs, LayerType, Phase
 from loopserve.core.policy.patterns import AttentionPattern, DensePattern
 from loopserve.kernels.decode_attention import DecodeRequest, decode_attention_batch

@@ -6,14 +6,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
-from loopserve.core.engine.answer import AnswerPlan, StopCheck, plan_answer
+from loopserve.core.engine.answer import AnswerOptions, AnswerPlan, plan_answer
 from loopserve.core.engine.forward import ForwardBatch, ForwardContext, Model
-from loopserve.core.engine.sampling import Choose, LogitsProcessor, SamplingConfig
+from loopserve.core.engine.sampling import Choose, SamplingConfig
 from loopserve.core.engine.session import UNDO_DEPTH, Session
 from loopserve.core.engine.slots import Slots
 from loopserve.core.engine.turn import Turn, ask_compressors, observation_context
@@ -100,24 +100,14 @@ class TokenEngine:
         sampling: SamplingConfig | Choose,
         stop_ids: frozenset[int] = frozenset(),
         max_new_tokens: int | None = None,
-        *,
-        stop_check: StopCheck | None = None,
-        logits_processors: Sequence[LogitsProcessor] = (),
+        **options: Any,
     ) -> Iterator[int]:
         """Answer one turn, token by token, the stop token included. The arguments are those of ``begin``.
 
         A turn that is not finished (an error, Ctrl-C, a consumer that walks away) is taken back whole.
         """
-        turn = self.begin(
-            session,
-            new_tokens,
-            sampling,
-            stop_ids=stop_ids,
-            stop_check=stop_check,
-            max_new_tokens=max_new_tokens,
-            logits_processors=logits_processors,
-        )
-        yield from self.finish(turn)
+        options |= {"stop_ids": stop_ids, "max_new_tokens": max_new_tokens}
+        yield from self.finish(self.begin(session, new_tokens, sampling, **options))
 
     def prefill(self, session: Session, new_tokens: Sequence[int], *, max_new_tokens: int = 0) -> Tensor:
         """Begin a turn and compute its tokens; return the logits ``[vocabulary]`` of the answer's first token.
@@ -138,9 +128,7 @@ class TokenEngine:
         sampling: SamplingConfig | Choose,
         stop_ids: frozenset[int] = frozenset(),
         max_new_tokens: int | None = None,
-        *,
-        stop_check: StopCheck | None = None,
-        logits_processors: Sequence[LogitsProcessor] = (),
+        **options: Any,
     ) -> Iterator[int]:
         """Answer the turn that ``prefill`` gave these logits for, token by token; left unfinished, the turn is taken back whole.
 
@@ -148,33 +136,34 @@ class TokenEngine:
         """
         self._own(session)
         session.require_rest()
-        plan = plan_answer(
-            session.tokens,
-            self.model.max_positions,
-            sampling,
-            stop_ids=stop_ids,
-            stop_check=stop_check,
-            max_new_tokens=max_new_tokens,
-            logits_processors=logits_processors,
-        )
+        options |= {"stop_ids": stop_ids, "max_new_tokens": max_new_tokens}
+        plan = plan_answer(session.tokens, self.model.max_positions, sampling, **options)
         yield from self.finish(self._turn(session, None, plan, logits))
 
     def plan(
-        self, session: Session, new_tokens: Sequence[int], sampling: SamplingConfig | Choose | None, **options: Any
+        self,
+        session: Session,
+        new_tokens: Sequence[int],
+        sampling: SamplingConfig | Choose | None,
+        *,
+        logits: Tensor | None = None,
+        **options: Unpack[AnswerOptions],
     ) -> AnswerPlan:
         """Return how ``begin``, called with the same arguments, would answer a turn. Raises what ``begin`` would raise.
 
         A session that is busy is no error here.
         """
         self._own(session)
-        if not new_tokens:
+        if logits is None and not new_tokens:
             raise InputError("a turn needs at least one token")
         known = range(self.model.vocabulary)
         if strange := [each for each in new_tokens if not isinstance(each, int) or each not in known]:
             raise InputError(f"{strange[0]!r} is no token: the vocabulary has the ids 0 to {len(known) - 1}")
         return self.check_fit([*session.tokens, *new_tokens], sampling, **options)
 
-    def check_fit(self, tokens: Sequence[int], sampling: SamplingConfig | Choose | None, **options: Any) -> AnswerPlan:
+    def check_fit(
+        self, tokens: Sequence[int], sampling: SamplingConfig | Choose | None, **options: Unpack[AnswerOptions]
+    ) -> AnswerPlan:
         """Return how an answer after all ``tokens`` of a conversation would be given. InputError if they do not fit the model."""
         limit = self.model.max_positions
         if limit is not None and len(tokens) + 1 > limit:
@@ -190,31 +179,22 @@ class TokenEngine:
         new_tokens: Sequence[int],
         sampling: SamplingConfig | Choose | None,
         *,
-        stop_ids: frozenset[int] = frozenset(),
-        stop_check: StopCheck | None = None,
-        max_new_tokens: int | None = None,
-        logits_processors: Sequence[LogitsProcessor] = (),
+        logits: Tensor | None = None,
+        **options: Unpack[AnswerOptions],
     ) -> Turn:
         """Begin a turn; nothing is computed before ``run``.
 
         sampling: settings, a function from logits ``[vocabulary]`` to a token, or None to stop after the prefill. stop_ids:
         tokens that end the answer, unless the settings ignore them. stop_check: see ``AnswerPlan``; needed where the settings
         name stop strings, since the engine knows no text. max_new_tokens: those of the settings unless given; if these do not give
-        them either, the answer ends at the model's window. logits_processors: see ``Sampler``; only beside settings.
+        them either, the answer ends at the model's window. logits_processors: see ``Sampler``; only beside settings. logits: those
+        that a turn without ``sampling`` ended with, to answer it on its session or a fork of that; ``new_tokens`` are empty then.
 
         Raises InputError for a turn that does not fit the model, ConfigError for options that do not fit each other.
         """
-        plan = self.plan(
-            session,
-            new_tokens,
-            sampling,
-            stop_ids=stop_ids,
-            stop_check=stop_check,
-            max_new_tokens=max_new_tokens,
-            logits_processors=logits_processors,
-        )
+        plan = self.plan(session, new_tokens, sampling, logits=logits, **options)
         session.require_rest()
-        return self._turn(session, new_tokens, plan, None)
+        return self._turn(session, new_tokens if logits is None else None, plan, logits)
 
     def _turn(
         self, session: Session, new_tokens: Sequence[int] | None, plan: AnswerPlan, logits: Tensor | None
@@ -291,7 +271,7 @@ class TokenEngine:
             waiting = deque(ask_compressors(context))
             while waiting:
                 _require_repeatable(context.session, "a policy asks for rows of it once more")
-                observing = observation_context(context.session, *waiting.popleft(), self.model.device)
+                observing = observation_context(context.session, *waiting.popleft(), self.model)
                 self.model.forward(ForwardBatch([observing]))
                 waiting.extend(ask_compressors(observing))
             context.session.enter(context.phase)

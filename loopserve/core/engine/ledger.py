@@ -41,7 +41,8 @@ class Ledger:
         Counts what a buffer allocates beside its pairs, the copy made while one layer's buffer grows, and a selection that is
         replaced by another of the same size.
         """
-        length = len(session.tokens) + new_tokens + max_new_tokens
+        again = max((each.reads_again for each in session.slots.compressors.values()), default=0)
+        length = len(session.tokens) + new_tokens + max(max_new_tokens, again)
         total, transient, whole = 0, 0, 0
         for policies, cache in zip(session.slots.by_layer, session.cache.layers, strict=True):
             pair = 2 * self._element_bytes * policies.spec.kv_heads * policies.spec.head_dim
@@ -63,21 +64,30 @@ class Ledger:
     def admit(self, session: Session, amount: int) -> bool:
         """Reserve bytes for a turn that begins, in place of what its session holds at rest; return whether they fit.
 
-        Stores of other sessions at rest are released for it if that makes it fit, least recently used first: their next turns
-        compute the conversations anew.
+        Stores of other sessions at rest are released for it if that makes it fit, see ``make_space``.
         """
-        if self.limit is not None:
-            others = [each for each in self._sessions() if each is not session]
-            excess = sum(map(self._bytes, others)) + amount - self.limit
-            idle = [each for each in others if each not in self._reserved and not each.busy and each.ended]
-            if excess > sum(each.allocated_bytes for each in idle):
-                return False
-            for each in idle:
-                if excess <= 0:
-                    break
-                excess -= each.allocated_bytes
-                each.release_store()
+        if not self.make_space(amount, session):
+            return False
         self._reserved[session] = amount
+        return True
+
+    def make_space(self, amount: int, session: Session) -> bool:
+        """Release stores of sessions at rest, least recently used first, until ``amount`` bytes fit beside all but ``session``.
+
+        Return whether they fit; if not, nothing is released. The next turns of released sessions compute the conversations anew.
+        """
+        if self.limit is None:
+            return True
+        others = [each for each in self._sessions() if each is not session]
+        excess = sum(map(self._bytes, others)) + amount - self.limit
+        idle = [each for each in others if each not in self._reserved and not each.busy and each.ended]
+        if excess > sum(each.allocated_bytes for each in idle):
+            return False
+        for each in idle:
+            if excess <= 0:
+                break
+            excess -= each.allocated_bytes
+            each.release_store()
         return True
 
     def settle(self, session: Session) -> None:

@@ -125,7 +125,7 @@ class Scheduler:
         self,
         session: Session,
         new_tokens: Sequence[int],
-        sampling: SamplingConfig | Choose,
+        sampling: SamplingConfig | Choose | None,
         stop_ids: frozenset[int] = frozenset(),
         max_new_tokens: int | None = None,
         listener: Callable[[Request], None] | None = None,
@@ -252,6 +252,11 @@ class Scheduler:
             except BaseException:
                 self._end(request, _interrupted(request))
                 raise
+            else:
+                if (
+                    request.turn is not None and request.turn.finished
+                ):  # its only token came with the logits of a prefill
+                    self._end(request, request.turn.error)
 
     def _plan(self) -> dict[Turn, int | None]:
         """Return the turns of the next pass, each with the prompt tokens it may compute (None for one that decodes)."""

@@ -195,6 +195,27 @@ class Session:
             layer.active = active
 
     @plain_tensors()
+    def go_back(self, length: int) -> None:
+        """Keep the first ``length`` tokens. Whole turns are taken back as by ``undo``; beyond that, pairs are cut off.
+
+        A policy whose state at that place is no longer known begins anew. Where pairs were evicted, the cache is dropped.
+        """
+        self.require_rest()
+        while len(self.tokens) > length and self._starts and self._starts[-1].tokens >= length:
+            if self._starts[-1].states is None:
+                break
+            self.undo()
+        if len(self.tokens) <= length:
+            return
+        if self.slots.evicts or not self.cache.intact:
+            self._drop_store()
+        else:
+            self.cache.truncate(min(length, self.cache.seen))
+        self.states, self.disabled, self._starts = {}, set(), []
+        self.ended, self.output_index = True, 0
+        del self.tokens[length:]
+
+    @plain_tensors()
     def fork(self) -> Session:
         """Return an independent copy, to try two answers. Policies are shared (they never change), nothing else is."""
         self.require_rest()

@@ -15,6 +15,8 @@ from loopserve.core.guard.faults import Owners, Policy, blamed
 from loopserve.core.policy.interfaces import DecodeCompressor, LayerSpec, LayerType, PrefillSparsifier, Retention
 from loopserve.core.stack.stack import PolicyStack
 
+_CALLED = ("before_attention", "after_attention", "after_forward")  # the methods that a pass calls
+
 
 @dataclass(frozen=True)
 class LayerPolicies:
@@ -25,6 +27,7 @@ class LayerPolicies:
     compressor: DecodeCompressor[Any] | None = None
     prefill_slot: str = ""
     decode_slot: str = ""
+    acts: bool = False  # the compressor overrides a method that a pass calls
     selects_before: bool = False  # the compressor overrides before_attention
     observes_after: bool = False  # the compressor overrides after_attention
     retention: Retention = Retention.KEEP  # what the compressor declares, asked once
@@ -33,7 +36,7 @@ class LayerPolicies:
 
     def shows(self, stored: int) -> bool:
         """Return whether the compressor is called for this layer while it holds ``stored`` pairs per KV head."""
-        return stored > self.dense_below_tokens
+        return self.acts and stored > self.dense_below_tokens
 
 
 class Slots:
@@ -70,6 +73,7 @@ class Slots:
             compressor,
             self._slot("prefill", sparsifier),
             self._slot("decode", compressor),
+            acts=any(getattr(type(compressor), each) is not getattr(DecodeCompressor, each) for each in _CALLED),
             selects_before=type(compressor).before_attention is not DecodeCompressor.before_attention,
             observes_after=type(compressor).after_attention is not DecodeCompressor.after_attention,
             retention=retention,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from loopserve.kernels.memory import large_pages
+from loopserve.kernels.native.library import large_pages
 
 ACTIVE_SLACK = 64  # spare columns for outputs behind a gathered selection before the buffer must grow
 

@@ -12,9 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loopserve.kernels.key_codes import BITS, code_jumps, code_logits, summarise_pages
-from loopserve.kernels.key_codes.layout import KeyCodes
-from loopserve.kernels.page_bounds import page_scores
+from loopserve.kernels.key_codes import BITS, KeyCodes, code_jumps, code_logits, page_scores, summarise_pages
 
 CODE_BITS = (0, *BITS)
 

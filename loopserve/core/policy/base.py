@@ -9,11 +9,15 @@ from typing import Any, ClassVar
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from loopserve.core.errors import PolicyError
+from loopserve.core.errors import PluginError, PolicyError
 from loopserve.core.kv.selection import Retention
-from loopserve.core.policy.api_version import FIRST_API, ApiVersion
 from loopserve.core.policy.layers import LayerSpec, LayerType, Need
 from loopserve.core.policy.state import PackedState, pack_state, types_within, unpack_state
+
+ApiVersion = tuple[int, int]
+
+API_VERSION: ApiVersion = (1, 0)
+FIRST_API: ApiVersion = (1, 0)  # of a plugin that declares none: declarations came later
 
 
 class PolicyConfig(BaseModel):
@@ -92,3 +96,18 @@ class Policy(ABC):
 
     def _types(self) -> dict[str, type]:
         return types_within(type(self.init_state()), *self.effective_state_types)
+
+
+def require_api(declared: object, what: str) -> None:
+    """Raise PluginError, naming ``what``, unless it was written for this API version or an older minor one."""
+    if not (isinstance(declared, tuple) and len(declared) == 2 and all(type(each) is int for each in declared)):
+        raise PluginError(f"{what} declares API version {declared!r}: write two numbers, such as {API_VERSION}")
+    (major, minor), (own_major, own_minor) = declared, API_VERSION
+    if major == own_major and minor <= own_minor:
+        return
+    newer = (major, minor) > (own_major, own_minor)
+    remedy = "update loopserve, or install an older version of it" if newer else "install a newer version of it"
+    raise PluginError(
+        f"{what} is written for version {major}.{minor} of loopserve's plugin API, this loopserve has "
+        f"{own_major}.{own_minor}: {remedy}"
+    )

@@ -14,7 +14,7 @@ from enum import StrEnum
 from typing import Any
 
 from loopserve.core.errors import ConfigError, PluginError, did_you_mean
-from loopserve.core.policy.api_version import require_api
+from loopserve.core.policy.base import require_api
 from loopserve.core.policy.interfaces import Capabilities, DecodeCompressor, PolicyConfig, PrefillSparsifier
 
 PolicyClass = type[PrefillSparsifier] | type[DecodeCompressor[Any]]

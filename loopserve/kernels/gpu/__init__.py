@@ -1,4 +1,4 @@
-"""Share code between the Triton kernels of several operations: tile steps, work lists, line sums, launching.
+"""Implement the operations in Triton.
 
-This is not an operation. Triton is imported only when the ``triton`` module of an operation is resolved.
+Triton is imported only when the implementation of an operation is resolved. ``limits`` and ``launch`` do not need it.
 """

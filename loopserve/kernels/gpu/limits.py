@@ -10,8 +10,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from loopserve.kernels.decode_attention.request import DecodeRequest
-    from loopserve.kernels.key_codes.layout import KeyCodes
+    from loopserve.kernels.decode_attention import DecodeRequest
+    from loopserve.kernels.key_codes import KeyCodes
 
 LARGEST_HEAD = 256  # channels; a wider tile of keys and values does not fit into shared memory
 LARGEST_HEAD_FLOAT32 = 128  # float32 needs twice the memory, and three products per product

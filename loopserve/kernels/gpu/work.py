@@ -8,11 +8,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from loopserve.kernels.gpu.launch import processors
+from loopserve.kernels.gpu.launch import launch, processors
 
 _PROGRAMS_PER_PROCESSOR = 2
+_BLOCK = 2048  # flags per program of ``compact_kernel``
+WORD_PADDING = 256  # unset flags before and after those of a head, so that a window may begin or end outside
 _LEAST_PART = 8  # tiles; a smaller part costs more to start and merge than it saves
 
 
@@ -66,3 +70,100 @@ def work_list(steps: Tensor) -> WorkList:
         parts=2 * programs,
         programs=min(programs, capacity),
     )
+
+
+@triton.jit(do_not_specialize=["total", "word_count"])
+def words_kernel(
+    flags: tl.tensor,
+    words: tl.tensor,
+    total: tl.tensor,
+    word_count: tl.tensor,
+    PADDING: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """Pack flags bool ``[H, n]`` into overlapping words. Grid: blocks of words, heads."""
+    head = tl.program_id(1)
+    word = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    bit = tl.arange(0, 64)
+    place = word[:, None] * 32 + bit[None, :] - PADDING
+    inside = (place >= 0) & (place < total)
+    flag = tl.load(flags + head.to(tl.int64) * total + place, mask=inside, other=0).to(tl.int64)
+    tl.store(
+        words + head.to(tl.int64) * word_count + word,
+        tl.sum(flag << bit.to(tl.int64)[None, :], 1),
+        mask=word < word_count,
+    )
+
+
+def flag_words(flags: Tensor) -> Tensor:
+    """Return flags bool ``[H, n]`` as int64 ``[H, W]``: word w holds 64 flags from ``32 * w - WORD_PADDING`` on."""
+    flags = flags.contiguous()
+    heads, total = flags.shape
+    count = (total + 2 * WORD_PADDING) // 32
+    words = torch.empty(heads, count, dtype=torch.int64, device=flags.device)
+    launch(
+        words_kernel,
+        (-(-count // 32), heads),
+        flags.view(torch.uint8),
+        words,
+        total,
+        count,
+        PADDING=WORD_PADDING,
+        BLOCK=32,
+        num_warps=4,
+    )
+    return words
+
+
+@triton.jit
+def window(words: tl.tensor, start: tl.tensor, PADDING: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
+    """Return the 64 flags from ``start`` on (one position or a vector) as two int32."""
+    place = start + PADDING
+    shift = (place & 31).to(tl.int64)
+    low = (tl.load(words + (place >> 5)) >> shift).to(tl.int32)
+    high = (tl.load(words + (place >> 5) + 1) >> shift).to(tl.int32)
+    return low, high
+
+
+@triton.jit(do_not_specialize=["length", "stride"])
+def compact_kernel(
+    flags: tl.tensor, starts: tl.tensor, indices: tl.tensor, length: tl.tensor, stride: tl.tensor, BLOCK: tl.constexpr
+) -> None:
+    """Write the indices of the set flags of one row, from ``starts`` on. Grid: rows."""
+    row = tl.program_id(0)
+    place = tl.load(starts + row)
+    for begin in range(0, length, BLOCK):
+        index = begin + tl.arange(0, BLOCK)
+        flag = tl.load(flags + row.to(tl.int64) * stride + index, mask=index < length, other=0).to(tl.int32)
+        upto = tl.cumsum(flag, 0)
+        tl.store(indices + place + upto - flag, index, mask=flag != 0)
+        place += tl.sum(flag, 0)
+
+
+def compacted(flags: Tensor, starts: Tensor, indices: Tensor) -> Tensor:
+    """Fill ``indices`` int32 with the ascending indices of the set flags bool ``[R, n]``, row r from ``starts[r]``
+    (int64) on.
+    """
+    block = min(_BLOCK, max(16, 1 << (flags.shape[1] - 1).bit_length()))
+    launch(
+        compact_kernel,
+        (flags.shape[0],),
+        flags.view(torch.uint8),
+        starts,
+        indices,
+        flags.shape[1],
+        flags.stride(0),
+        BLOCK=block,
+        num_warps=4,
+    )
+    return indices
+
+
+def compacted_rows(flags: Tensor, capacity: int, filler: int) -> Tensor:
+    """Return the indices of the set flags as a table int32 ``[R, capacity]``, padded with ``filler``.
+
+    No row may have more than ``capacity`` set flags.
+    """
+    indices = torch.full((flags.shape[0], capacity), filler, dtype=torch.int32, device=flags.device)
+    starts = torch.arange(flags.shape[0], device=flags.device) * capacity
+    return compacted(flags, starts, indices)

@@ -1,20 +1,23 @@
-"""Call the compiled attention of new queries over a store, on lines or dense."""
+"""Call the compiled attention of new queries over a store: dense, over the active set, on lines or on tiles."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from ctypes import POINTER, Structure, byref, c_float, c_int64, c_void_p, sizeof
 from struct import Struct
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from loopserve.kernels.memory import large_pages
 from loopserve.kernels.native import library
-from loopserve.kernels.native.arrays import MOST_COLUMNS, address, number_type, optional, rows_of
+from loopserve.kernels.native.library import MOST_COLUMNS, address, large_pages, number_type, optional, rows_of
+
+if TYPE_CHECKING:
+    from loopserve.kernels.decode_attention import DecodeRequest
 
 ROWS = 64  # rows per tile, as in tile.h
-DecodeArguments = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, int]
+FEW = 16  # query rows per KV head up to which cells are computed one by one, with channels in the vector lanes
 
 
 class _Attention(Structure):
@@ -48,7 +51,7 @@ _PACKED = Struct("10P16qf4x")  # the same fields; a struct format fills them in 
 assert _PACKED.size == sizeof(_Attention)
 
 
-def serves(queries: Tensor, values: Tensor, softcap: float | None) -> str | None:
+def limit(queries: Tensor, _: Tensor, values: Tensor, *__: object, softcap: float | None, **___: object) -> str | None:
     """Return why the compiled attention cannot serve these arguments, or None."""
     dim = queries.shape[-1]
     if softcap:
@@ -128,7 +131,7 @@ def attend(
 
 
 def attend_batch(
-    requests: Sequence[DecodeArguments], *, scaling: float, need_lse: bool = True
+    requests: Sequence[DecodeRequest], *, scaling: float, need_lse: bool = True
 ) -> list[tuple[Tensor, Tensor | None]]:
     """Return output ``[Hq, t, D]`` and, with ``need_lse``, log-sum-exp ``[Hq, t]`` of several sessions by one kernel
     call.
@@ -193,3 +196,125 @@ def _by_session(whole: Tensor, rows: list[int]) -> Sequence[Tensor]:
     if rows.count(rows[0]) == len(rows):
         return whole.view(len(rows), heads, rows[0], *rest).unbind()
     return [part.view(heads, count, *rest) for count, part in zip(rows, whole.split(rows), strict=True)]
+
+
+def dense_limit(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    softcap: float | None,
+    window: int | None = None,
+    columns: Tensor | None = None,
+    **_: object,
+) -> str | None:
+    """Return why ``dense_attention`` cannot serve these arguments, or None."""
+    if columns is not None:
+        return "rows that stand anywhere"
+    if window is not None and window < min(ROWS, keys.shape[1]):
+        return f"a window of {window}"
+    return limit(queries, keys, values, softcap=softcap)
+
+
+def dense_attention(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    scaling: float,
+    softcap: float | None = None,
+    window: int | None = None,
+    columns: Tensor | None = None,
+    first_valid: Tensor | None = None,
+    need_lse: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Compute over all keys or a window. The log-sum-exp has no extra cost here and is always returned."""
+    few = queries.shape[0] // keys.shape[0] * queries.shape[1] <= FEW
+    if few and window is not None:  # each later row leaves out one more column than the first row
+        few = window >= keys.shape[1]
+    kernel = "decode_attention" if few else "vertical_slash"
+    return attend(queries, keys, values, scaling=scaling, kernel=kernel, window=window, first_valid=first_valid)
+
+
+def batch_limit(_: Tensor, requests: Sequence[DecodeRequest], *, softcap: float | None, **__: object) -> str | None:
+    """Return why the kernel cannot serve a batch, or None. The requests agree in all but their lengths."""
+    problem = limit(*requests[0][:3], softcap=softcap)
+    if problem is None and max([each.keys.shape[1] for each in requests]) > MOST_COLUMNS:
+        return f"more than {MOST_COLUMNS} columns"
+    return problem
+
+
+def decode_attention(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    scaling: float,
+    softcap: float | None,
+    first_valid: Tensor | None,
+    columns: Tensor | None,
+    tail: int,
+    need_lse: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Compute over the active set. The log-sum-exp has no extra cost here and is always returned."""
+    if columns is None:
+        return dense_attention(queries, keys, values, scaling=scaling, first_valid=first_valid)
+    return attend(queries, keys, values, scaling=scaling, kernel="decode_attention", columns=columns, tail=tail)
+
+
+def decode_attention_batch(
+    _: Tensor, requests: Sequence[DecodeRequest], *, scaling: float, softcap: float | None, need_lse: bool = True
+) -> list[tuple[Tensor, Tensor | None]]:
+    """Compute for several sessions. Each result equals that of ``decode_attention`` for the request alone, bit by bit."""
+    group = requests[0].queries.shape[0] // requests[0].keys.shape[0]
+    most = FEW // group
+    together = [each.columns is not None or each.queries.shape[1] <= most for each in requests]
+    if all(together):
+        return attend_batch(requests, scaling=scaling, need_lse=need_lse)
+    few_rows = [each for each, few in zip(requests, together, strict=True) if few]
+    found = iter(attend_batch(few_rows, scaling=scaling, need_lse=need_lse) if few_rows else ())
+    return [
+        next(found)
+        if few
+        else dense_attention(each.queries, each.keys, each.values, scaling=scaling, first_valid=each.first_valid)
+        for each, few in zip(requests, together, strict=True)
+    ]
+
+
+def block_sparse(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    blocks: Tensor,
+    *,
+    tile: int,
+    scaling: float,
+    softcap: float | None,
+    first_valid: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Compute on the selected tiles."""
+    return attend(
+        queries,
+        keys,
+        values,
+        scaling=scaling,
+        kernel="block_sparse",
+        window=tile,
+        blocks=blocks,
+        first_valid=first_valid,
+    )
+
+
+def vertical_slash(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    verticals: Tensor,
+    slashes: Tensor,
+    *,
+    scaling: float,
+    softcap: float | None,
+    first_valid: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Compute on the lines."""
+    return attend(queries, keys, values, scaling=scaling, lines=(verticals, slashes), first_valid=first_valid)

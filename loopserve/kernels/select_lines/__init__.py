@@ -5,19 +5,42 @@ cost.
 from __future__ import annotations
 
 import math
+from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 from loopserve.kernels import backend
+from loopserve.kernels.backend import check_columns, check_device, check_lines
 from loopserve.kernels.gpu import limits
-from loopserve.kernels.select_lines.options import MOST_TILE, TILE, Cost, LineSelection, finish, prepare
-from loopserve.kernels.shapes import check_columns
 
-__all__ = ["MOST_TILE", "TILE", "LineSelection", "select_lines"]
-
+Cost = Literal["length", "tile"]
+TILE = 64  # rows per tile of the kernels whose work the cost ``tile`` counts
+MOST_TILE = 256
 _OPERATION = backend.operation(
-    "select_lines", "torch", "cpu", "triton", any_device=True, limits={"triton": limits.selection}
+    "select_lines",
+    reference="select_lines.reference",
+    torch="select_lines.rounds",
+    cpu="native.scores",
+    triton="gpu.select_lines",
+    any_device=True,
+    limits={"triton": limits.selection},
 )
+
+
+class LineSelection(NamedTuple):
+    """Hold the chosen lines of each head and their coverage of the sampled rows.
+
+    verticals, slashes: bool ``[Hq, n]``. coverage ``[Hq]``: weighted share of the rows' mass on the union. row_coverage
+    ``[Hq, r]``: share of each row's mass. cost ``[Hq]``: cells of the union (``length``), or keys computed per tile,
+    averaged over the block (``tile``).
+    """
+
+    verticals: Tensor
+    slashes: Tensor
+    coverage: Tensor
+    row_coverage: Tensor
+    cost: Tensor
 
 
 def select_lines(
@@ -68,3 +91,72 @@ def select_lines(
     )
     chosen, covered, mass, spent = _OPERATION(probabilities, columns, new_tokens, **options)
     return finish(chosen, covered, mass, spent, options["row_weights"])
+
+
+def prepare(
+    op: str,
+    columns: Tensor,
+    heads: int,
+    total: int,
+    new_tokens: int,
+    *,
+    alpha: float,
+    cost: str,
+    row_weights: Tensor | None,
+    row_floor: float | None,
+    forced: tuple[Tensor | None, Tensor | None],
+    tile: int,
+    most_cost: float,
+) -> dict[str, Any]:
+    """Check the options and return them as an implementation takes them: weights ``[Hq, r]``, forced lines ``[Hq, 2,
+    n]``.
+
+    The columns are checked elsewhere. Raises ValueError for options out of range or that do not fit together.
+    """
+    rows, device = len(columns), columns.device
+    if not 0 < new_tokens <= total:
+        raise ValueError(f"{op}: new_tokens={new_tokens} must lie in [1, {total}]")
+    if not 0.0 <= alpha <= 1.0 or not 0.0 <= (row_floor or 0.0) <= 1.0:
+        raise ValueError(f"{op}: alpha={alpha} and row_floor={row_floor} must lie in [0, 1]")
+    if cost not in ("length", "tile") or not 1 <= tile <= MOST_TILE:
+        raise ValueError(f"{op}: cost={cost!r} must be 'length' or 'tile', tile={tile} from 1 to {MOST_TILE}")
+    weights = torch.ones(heads, rows, dtype=torch.float32, device=device) if row_weights is None else row_weights
+    check_device(op, "row_weights", weights, device)
+    fits = weights.shape in ((rows,), (heads, rows))
+    # Reading a value synchronises with an accelerator. So on a GPU the caller must ensure the values.
+    if not fits or (device.type == "cpu" and not bool(((weights >= 0) & (weights < math.inf)).all())):
+        raise ValueError(
+            f"{op}: row_weights {list(weights.shape)} must be [{rows}] or [{heads}, {rows}], finite and none negative"
+        )
+    lines = torch.zeros(heads, 2, total, dtype=torch.bool, device=device)
+    for kind, each in enumerate(forced):
+        if each is not None:
+            check_lines(f"{op} (forced)", each.expand(heads, -1), each.expand(heads, -1), heads, total, device)
+            lines[:, kind] = each
+    return {
+        "alpha": alpha,
+        "tile": tile if cost == "tile" else None,
+        "row_weights": weights.expand(heads, -1),
+        "row_floor": row_floor or 0.0,
+        "most_cost": most_cost,
+        "forced": lines,
+    }
+
+
+def finish(chosen: Tensor, covered: Tensor, mass: Tensor, spent: Tensor, weights: Tensor) -> LineSelection:
+    """Return the result of an implementation (lines ``[Hq, 2, n]``, masses ``[Hq, r]``, cost ``[Hq]``) with masses as
+    shares.
+    """
+    weights = weights.to(covered.dtype)
+    return LineSelection(
+        verticals=chosen[:, 0],
+        slashes=chosen[:, 1],
+        coverage=_share((covered * weights).sum(-1), (mass * weights).sum(-1)).float(),
+        row_coverage=_share(covered, mass).float(),
+        cost=spent.float(),
+    )
+
+
+def _share(part: Tensor, whole: Tensor) -> Tensor:
+    """Divide part by whole; a share of nothing is 1."""
+    return (part / whole.clamp(min=1e-30)).masked_fill(whole <= 0, 1.0).clamp(max=1.0)

@@ -12,7 +12,7 @@ from torch.nn.functional import max_pool1d
 
 from loopserve.core.kv.key_summaries import best_pages
 from loopserve.core.policy.interfaces import AttentionInputs, DecodeCompressor, KVSelection, Phase, PolicyConfig
-from loopserve.kernels.page_bounds import page_bounds
+from loopserve.kernels.key_codes import page_bounds
 from loopserve.kernels.top_columns import top_columns
 
 

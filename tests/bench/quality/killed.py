@@ -14,8 +14,7 @@ from pathlib import Path
 import torch
 
 from loopserve.api import Engine, load_stack
-from loopserve.bench.quality.records import FILE, RecordFile, key_of
-from loopserve.bench.quality.run import claim
+from loopserve.bench.quality.records import FILE, RecordFile, claim, key_of
 from loopserve.bench.quality.runner import Examiner, Settings
 from loopserve.bench.quality.suite import contestants
 from tests.bench.quality.small import SNAPKV, Words, random_model

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from loopserve.bench.quality.comparison import Difference, compare_runs, compare_stacks
-from loopserve.bench.quality.run import Run
+from loopserve.bench.quality.records import Run
 from loopserve.bench.quality.summary import chance, gather, interval, mean, standard_error
+from loopserve.bench.quality.tables import Difference, compare_runs, compare_stacks
 from loopserve.core.errors import ConfigError
 
 

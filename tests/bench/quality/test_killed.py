@@ -15,8 +15,7 @@ from random import Random
 
 import pytest
 
-from loopserve.bench.quality.records import TIMES, read_records
-from loopserve.bench.quality.run import open_run
+from loopserve.bench.quality.records import TIMES, open_run, read_records
 from loopserve.bench.quality.tables import tables
 
 ROOT = Path(__file__).parents[3]

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from loopserve.bench.figures import save, svg
-from loopserve.bench.quality import page, plots
-from loopserve.bench.quality.run import Run
+from loopserve.bench.quality import page
+from loopserve.bench.quality.records import Run
 from loopserve.bench.quality.summary import summarise
 from loopserve.bench.quality.tables import tables
 from tests.bench.quality.small import SNAPKV, Words, ask
@@ -124,5 +124,5 @@ def test_heads_and_settings_are_drawn_where_they_differ(run: Run) -> None:
 
 
 def test_pictures_can_be_saved(tmp_path: Path) -> None:
-    drawn = plots.head_map([[0.1, 0.9], [None, 0.4]], "lines", "share")
+    drawn = page.head_map([[0.1, 0.9], [None, 0.4]], "lines", "share")
     assert save(drawn, tmp_path / "map.png").read_bytes().startswith(b"\x89PNG") and svg(drawn, "x").startswith("<svg")

@@ -10,8 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loopserve.bench.quality.records import RecordFile, read_records
-from loopserve.bench.quality.run import claim, read_manifest
+from loopserve.bench.quality.records import RecordFile, claim, read_manifest, read_records
 from loopserve.core.errors import ConfigError
 
 TURNS = (2, 1, 3)

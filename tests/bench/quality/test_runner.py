@@ -11,8 +11,7 @@ import pytest
 from loopserve.api import load_stack
 from loopserve.bench.budget import budget_of
 from loopserve.bench.quality import runner
-from loopserve.bench.quality.records import key_of
-from loopserve.bench.quality.run import open_run
+from loopserve.bench.quality.records import key_of, open_run
 from loopserve.bench.quality.runner import Examiner, Settings, Step, run_suite
 from loopserve.bench.quality.suite import QualitySuite, contestants
 from loopserve.bench.quality.summary import summarise

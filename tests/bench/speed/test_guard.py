@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from loopserve.bench.speed.guard import run_guard_bench
 from loopserve.core.engine import attention
-from loopserve.core.guard.validation import check_selection
+from loopserve.core.guard.guard import check_selection
 
 
 def test_both_sides_say_the_same_and_nothing_stays_switched_off() -> None:

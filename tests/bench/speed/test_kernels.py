@@ -14,13 +14,13 @@ from torch.nn.attention import SDPBackend
 from loopserve.bench import heads as bench_heads
 from loopserve.bench.heads import Heads
 from loopserve.bench.rows import Row, quantiles
-from loopserve.bench.speed import kernels, paired
-from loopserve.bench.speed.baselines import BACKENDS, flex_mask, flex_rival, fused_dense
-from loopserve.bench.speed.candidates import Candidate, Case
+from loopserve.bench.speed import kernels
+from loopserve.bench.speed import sides as paired_sides
 from loopserve.bench.speed.decode_ops import decode_case
-from loopserve.bench.speed.kernels import CpuTarget, measure, run_kernels
-from loopserve.bench.speed.paired import Runner, Watched, paired_runs, watched
+from loopserve.bench.speed.kernels import BACKENDS, CpuTarget, flex_mask, flex_rival, fused_dense, measure, run_kernels
+from loopserve.bench.speed.parity import Candidate, Case
 from loopserve.bench.speed.prefill_ops import prefill_case
+from loopserve.bench.speed.sides import Runner, Watched, paired_runs, watched
 from loopserve.bench.speed.suite import KernelPrefill, load_suite
 from loopserve.cli import main
 from loopserve.core.errors import ConfigError
@@ -243,7 +243,7 @@ def test_a_block_mask_holds_the_tiles_that_lines_touch() -> None:
 
 def test_time_goes_to_the_innermost_that_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr(paired, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(paired_sides, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     seen = Watched()
 
     def wait(seconds: float) -> None:

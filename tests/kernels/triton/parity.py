@@ -36,10 +36,10 @@ shares = st.sampled_from([0.0, 0.03, 0.4, 1.0])
 def short_inputs_take_every_path() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("loopserve.kernels.gpu.work._LEAST_PART", 1)
-        patch.setattr("loopserve.kernels.gpu.rows._LEAST_KEYS", 32)
-        patch.setattr("loopserve.kernels.gpu.compact._BLOCK", 128)
-        patch.setattr("loopserve.kernels.decode_attention.triton._LEAST_KEYS", 32)
-        patch.setattr("loopserve.kernels.vertical_slash.triton._LEAST_PACKED", 32)
+        patch.setattr("loopserve.kernels.gpu.scores._LEAST_KEYS", 32)
+        patch.setattr("loopserve.kernels.gpu.work._BLOCK", 128)
+        patch.setattr("loopserve.kernels.gpu.decode_attention._LEAST_KEYS", 32)
+        patch.setattr("loopserve.kernels.gpu.vertical_slash._LEAST_PACKED", 32)
         yield
 
 

@@ -23,9 +23,9 @@ assert os.environ.get("TRITON_INTERPRET") == "1"
 @pytest.fixture(autouse=True, scope="module")
 def short_rows_have_many_blocks() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("loopserve.kernels.gpu.best._BLOCK", 64)
-        patch.setattr("loopserve.kernels.gpu.best._BLOCKS", 4)
-        patch.setattr("loopserve.kernels.top_columns.triton._BLOCK", 256)
+        patch.setattr("loopserve.kernels.gpu.top_columns._BLOCK", 64)
+        patch.setattr("loopserve.kernels.gpu.top_columns._BLOCKS", 4)
+        patch.setattr("loopserve.kernels.gpu.top_columns._RANKED", 256)
         yield
 
 

@@ -1,0 +1,139 @@
+"""Define ``loopserve serve``: an OpenAI-compatible server."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from loopserve.cli.options import (
+    ChecksOption,
+    DeviceOption,
+    DtypeOption,
+    FaultOption,
+    ModelArgument,
+    RevisionOption,
+    Settings,
+    StackOption,
+    TimeoutOption,
+    TrustOption,
+)
+from loopserve.core.errors import POLICY_TIMEOUT_S, ConfigError, OnPolicyFault, PolicyChecks
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+_SECONDS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+
+
+def read_bytes(text: str) -> int:
+    """Return the bytes that ``4GiB``, ``500M`` or a plain number stand for. Raises typer.BadParameter."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?", text.strip().lower())
+    if match is None or not (found := int(float(match[1]) * _UNITS[match[2] or ""])):
+        raise typer.BadParameter(f"{text!r} is no size; write 4GiB, 500MiB or a number of bytes")
+    return found
+
+
+def read_seconds(text: str) -> float:
+    """Return the seconds that ``24h``, ``30m`` or a plain number stand for; 0 = for ever. Raises typer.BadParameter."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhd])?", text.strip().lower())
+    if match is None:
+        raise typer.BadParameter(f"{text!r} is no duration; write 24h, 30m, 90s or 7d")
+    return float(match[1]) * _SECONDS[match[2] or ""]
+
+
+def read_keys(path: Path) -> tuple[str, ...]:
+    """Return the keys of a file, one a line; empty lines and lines that begin with # do not count."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--api-key-file {path}: cannot be read ({error})") from error
+    keys = tuple(line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#"))
+    if not keys:
+        raise ConfigError(f"--api-key-file {path}: it holds no key; write one a line")
+    return keys
+
+
+def serve(
+    context: typer.Context,
+    model: ModelArgument,
+    stack: StackOption = "loopserve",
+    allow_stack: Annotated[
+        list[str] | None, typer.Option(help="A further stack that a request may name; may be repeated.")
+    ] = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on. Other than this machine's own: needs a key.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 = any free one.")] = 8000,
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(
+            envvar="LOOPSERVE_API_KEY", help="Key that requests must carry; each is a tenant. May be repeated."
+        ),
+    ] = None,
+    api_key_file: Annotated[Path | None, typer.Option(help="File with keys, one a line.")] = None,
+    insecure: Annotated[bool, typer.Option(help="Listen for other machines without a key.")] = False,
+    session_dir: Annotated[
+        Path | None, typer.Option(help="Where conversations and their caches are kept. Not given: in memory.")
+    ] = None,
+    session_ttl: Annotated[str, typer.Option(help="Forget conversations that rest this long; 0 = never.")] = "24h",
+    kv_cache_memory: Annotated[str, typer.Option(help="Bytes that the caches of all conversations may take.")] = "4GiB",
+    max_num_seqs: Annotated[int, typer.Option(min=1, help="Answers that are written at once.")] = 16,
+    max_num_batched_tokens: Annotated[int, typer.Option(min=1, help="Tokens of one forward pass.")] = 512,
+    max_queued: Annotated[int, typer.Option(min=0, help="Requests that may wait; more are answered 503.")] = 256,
+    shutdown_timeout: Annotated[
+        float, typer.Option(min=0.0, help="Seconds that running answers get at the end.")
+    ] = 30.0,
+    served_model_name: Annotated[
+        str | None, typer.Option(help="Name of the model in the API. [default: MODEL]")
+    ] = None,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+    revision: RevisionOption = None,
+    trust_remote_code: TrustOption = False,
+    policy_checks: ChecksOption = PolicyChecks.CHEAP,
+    on_policy_fault: FaultOption = OnPolicyFault.DENSE,
+    policy_timeout: TimeoutOption = POLICY_TIMEOUT_S,
+) -> None:
+    """An OpenAI-compatible server for one model, whose conversations branch and survive restarts."""
+    try:
+        from loopserve.serve.run import run_server
+        from loopserve.serve.settings import ServerSettings
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"the server needs {error.name}: pip install 'loopserve[serve]'") from error
+    from loopserve.api import Engine
+    from loopserve.models.quiet import quiet_libraries
+
+    settings = ServerSettings(
+        model_name=served_model_name or model,
+        host=host,
+        port=port,
+        api_keys=(*(api_key or ()), *(read_keys(api_key_file) if api_key_file is not None else ())),
+        insecure=insecure,
+        session_dir=session_dir,
+        session_ttl_s=read_seconds(session_ttl) or None,
+        kv_cache_memory=read_bytes(kv_cache_memory),
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        max_queued=max_queued,
+        shutdown_timeout_s=shutdown_timeout,
+    )
+    settings.check()
+    chosen, *others = context.obj.stacks([stack, *(allow_stack or ())])
+    with quiet_libraries():
+        engine = Engine.from_pretrained(
+            model,
+            chosen,
+            dtype=dtype,
+            device=device,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            policy_checks=policy_checks,
+            on_policy_fault=on_policy_fault,
+            policy_timeout_s=policy_timeout or None,
+        )
+        sys.exit(run_server(engine, settings, {each.name: each for each in others}))
+
+
+__all__ = ["Settings", "read_bytes", "read_keys", "read_seconds", "serve"]

@@ -1,0 +1,42 @@
+"""Define what a request asks for, and the turn that it goes on from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from loopserve.core.engine.sampling import LogitsProcessor, SamplingConfig
+from loopserve.models.chat import Message
+from loopserve.serve.records import Path, StoredSession
+
+
+@dataclass(frozen=True)
+class Ask:
+    """Hold what a request asks for.
+
+    messages: the whole conversation, or with ``previous`` what follows that turn. previous: id of a turn. session: id of a session.
+    key: the client's own name for the conversation. tokens: a prompt in place of messages; nothing of it is kept.
+    store: False keeps the turn in memory only, so that the conversation can go on until the server ends.
+    """
+
+    tenant: str
+    messages: Sequence[Message]
+    sampling: SamplingConfig
+    previous: str | None = None
+    session: str | None = None
+    key: str | None = None
+    stack: str | None = None  # name of an allowed stack; None: the server's
+    n: int = 1
+    tokens: Sequence[int] | None = None
+    store: bool = True
+    logits_processors: Sequence[LogitsProcessor] = ()
+
+
+@dataclass
+class Match:
+    """Hold the path that a request goes on from, the messages that it adds, and why no more of it is known."""
+
+    path: Path
+    messages: list[Message]
+    session: StoredSession
+    reason: str = ""

@@ -1,0 +1,103 @@
+"""Read the JSON body of a request within its bounds, and check it against a model."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from typing import Any, TypeVar
+
+from fastapi import Request
+from pydantic import BaseModel, ValidationError
+
+from loopserve.serve.errors import ApiError, invalid
+
+MAX_DEPTH = 64
+MAX_DIGITS = 40  # of a number; none that a field allows is longer
+_BRACKETS = re.compile(r"[\[\]{}]")
+T = TypeVar("T", bound=BaseModel)
+
+
+async def read_body(request: Request, model: type[T], max_bytes: int, *, empty: bool = False) -> T:
+    """Return the request that a body holds. Raises ApiError: 413 for too many bytes, 400 for anything that ``model`` refuses.
+
+    empty: no body at all stands for an empty object.
+    """
+    data = await _read(request, max_bytes)
+    if empty and not data:
+        return model()
+    try:
+        text = data.decode()
+    except UnicodeDecodeError:
+        raise invalid("the body is not UTF-8") from None
+    if _too_deep(text):
+        raise invalid(f"the body is nested deeper than {MAX_DEPTH} levels")
+    try:
+        given = json.loads(text, parse_constant=_refuse, parse_int=_integer, parse_float=_number)
+    except (ValueError, RecursionError) as error:
+        raise invalid(f"the body is no valid JSON: {error}") from None
+    if not isinstance(given, dict):
+        raise invalid("the body must be a JSON object")
+    try:
+        return model.model_validate(given)
+    except ValidationError as error:
+        raise _as_invalid(error) from None
+
+
+async def _read(request: Request, max_bytes: int) -> bytes:
+    kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+    if kind != "application/json" and not kind.endswith("+json"):
+        raise ApiError(415, f"the body must be application/json, not {kind[:80]!r}")
+    stated = request.headers.get("content-length", "")
+    if stated.isdigit() and int(stated) > max_bytes:
+        raise _too_long(max_bytes)
+    data = bytearray()
+    async for chunk in request.stream():
+        data += chunk
+        if len(data) > max_bytes:
+            raise _too_long(max_bytes)
+    return bytes(data)
+
+
+def _too_long(max_bytes: int) -> ApiError:
+    return ApiError(
+        413, f"the body is longer than {max_bytes} bytes", code="request_too_large", headers={"Connection": "close"}
+    )
+
+
+def _too_deep(text: str) -> bool:
+    """Return whether brackets outside strings are nested deeper than ``MAX_DEPTH``."""
+    depth = 0
+    for number, part in enumerate(text.replace("\\\\", "").replace('\\"', "").split('"')):
+        if number % 2:
+            continue
+        for character in _BRACKETS.findall(part):
+            depth += 1 if character in "[{" else -1
+            if depth > MAX_DEPTH:
+                return True
+    return False
+
+
+def _refuse(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > MAX_DIGITS:
+        raise ValueError("a number has too many digits")
+    return int(digits)
+
+
+def _number(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError("a number is too large")
+    return value
+
+
+def _as_invalid(error: ValidationError) -> ApiError:
+    first = error.errors(include_url=False)[0]
+    place = ".".join(map(str, first["loc"]))[:200]
+    message = first["msg"].removeprefix("Value error, ")
+    param = place.split(".")[0] or None
+    return invalid(f"{place}: {message}" if place else message, param)

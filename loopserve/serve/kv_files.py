@@ -1,0 +1,275 @@
+"""Write the pairs of turns into checked files, and read them back. A file is a cache: anything off, and it is not used.
+
+Each turn has a file with the pairs that it added; a conversation is restored from the files of its path. The first file of such a
+chain begins at token 0. States of policies lie in the file of the turn that they belong to.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import zlib
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path as FilePath
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from loopserve.core.atomic_file import write_atomically
+from loopserve.core.engine.engine import TokenEngine
+from loopserve.core.engine.session import Session
+from loopserve.core.kv.buffers import PairBuffer
+from loopserve.core.policy.state import PackedState
+from loopserve.core.stack.stack import PolicyStack
+from loopserve.serve.records import KVRow, Path, pack_tokens
+from loopserve.serve.store import Store
+
+_log = logging.getLogger("loopserve.serve")
+LAYOUT = 1
+
+
+@dataclass
+class LoadedPairs:
+    """Hold the pairs of the first ``tokens`` tokens of a path: per layer keys and values ``[Hkv, tokens, D]``."""
+
+    tokens: int
+    layers: list[tuple[Tensor, Tensor]] = field(repr=False)
+    states: dict[str, PackedState] = field(repr=False)
+    rotation: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for pair in self.layers for part in pair)
+
+    def restore(self, session: Session, device: torch.device) -> None:
+        """Fill the empty cache of a session. States that cannot be read begin anew."""
+        for layer, (keys, values) in zip(session.cache.layers, self.layers, strict=True):
+            layer.append(keys.to(device), values.to(device))
+        session.rotation = self.rotation
+        for problem in session.restore_states(self.states, device).values():
+            _log.warning("a policy begins anew after a restart: %s", problem)
+
+
+class KVFiles:
+    """Write and read the files below a session directory. Counts what it did; without a directory it does nothing."""
+
+    def __init__(self, store: Store, model: str, engine: TokenEngine) -> None:
+        """model: fingerprint of weights, tokenizer and template."""
+        self._store, self._engine = store, engine
+        self._model = f"{model} {engine.model.dtype} layout {LAYOUT}"
+        self._known: set[str] = set()  # files whose sha256 was compared since the start
+        self.written = self.restored = self.quarantined = self.failed = 0
+
+    def prepare(self, session: Session, path: Path, stack: PolicyStack) -> Callable[[], None]:
+        """Return the work of writing the last turn of a path. Call this in the model's thread, the work in the store's.
+
+        Later turns leave the pairs that the work refers to as they are, also if the session's cache is released.
+        """
+        stores = [layer.store for layer in session.cache.layers]
+        tokens = session.cache.seen
+        if self._store.directory is None or not all(
+            isinstance(each, PairBuffer) and each.length == tokens for each in stores
+        ):
+            return lambda: None  # after an eviction, the conversation is computed from its tokens
+        pairs = [(each.keys, each.values) for each in stores if each is not None]
+        states, problems = session.pack_states()
+        for problem in problems.values():
+            _log.info("a state is not written: %s", problem)
+        rotation = session.rotation
+        return lambda: self._write(path, stack, LoadedPairs(tokens, pairs, states, rotation))
+
+    def _write(self, path: Path, stack: PolicyStack, held: LoadedPairs) -> None:
+        turn = path.turns[-1]
+        chain = self._chain(Path(path.turns[:-1]), stack)
+        start = chain[-1].manifest["end"] if chain else 0
+        if chain and chain[-1].manifest["rotation"] != held.rotation:
+            start = 0
+        tensors = {}
+        for number, (keys, values) in enumerate(held.layers):
+            tensors[f"keys.{number}"] = keys[:, start : held.tokens].contiguous().cpu()
+            tensors[f"values.{number}"] = values[:, start : held.tokens].contiguous().cpu()
+        trees = {}
+        for slot, (tree, parts) in held.states.items():
+            trees[slot] = [tree, len(parts)]
+            tensors |= {f"state.{slot}.{number}": part.contiguous().cpu() for number, part in enumerate(parts)}
+        data = save(tensors, {"format": "pt", "loopserve": f"kv layout {LAYOUT}"})
+        sha = hashlib.sha256(data).hexdigest()
+        manifest = {
+            "start": start,
+            "end": held.tokens,
+            "rotation": held.rotation,
+            "fingerprint": self._fingerprint(stack),
+            "tokens": _tokens_digest(path, held.tokens),
+            "checksums": {name: _checksum(each) for name, each in tensors.items()},
+            "states": trees,
+        }
+        file = f"{turn.tenant}/{turn.session}/gen-{len(path.turns)}-{sha[:16]}.safetensors"
+        try:
+            target = self._place(file)
+            target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            write_atomically(target, data, mode=0o600)
+            self._store.put_kv(turn.id, file, len(data), sha, manifest)
+        except Exception as error:  # a full disk, for example: the conversation itself is committed already
+            self.failed += 1
+            _log.warning("the cache of a turn was not written (%s): it will be computed again after a restart", error)
+            return
+        self._known.add(file)
+        self.written += 1
+
+    def load(self, path: Path, stack: PolicyStack, more_than: int = 0) -> LoadedPairs | None:
+        """Return what the files hold of a path; None if that is no more than ``more_than`` tokens. Damaged files are put away."""
+        if self._store.directory is None:
+            return None
+        while True:
+            chain = self._chain(path, stack)
+            if not chain or chain[-1].manifest["end"] <= more_than:
+                return None
+            parts = []
+            for row in chain:
+                tensors = self._read(row)
+                if tensors is None:
+                    break
+                parts.append(tensors)
+            else:
+                self.restored += 1
+                return _joined(chain, parts)
+
+    def remove(self, turns: list[str]) -> None:
+        """Remove the files of turns."""
+        remove_files(self._store, turns)
+
+    def _chain(self, path: Path, stack: PolicyStack) -> list[KVRow]:
+        """Return the rows that hold the longest beginning of a path, in order."""
+        for count in range(len(path.turns), 0, -1):
+            chain: list[KVRow] = []
+            wanted: int | None = None
+            for number in range(count, 0, -1):
+                row = self._store.kv(path.turns[number - 1].id)
+                if row is None or not self._fits(row, Path(path.turns[:number]), stack, wanted, chain):
+                    break
+                chain.insert(0, row)
+                wanted = row.manifest["start"]
+                if wanted == 0:
+                    return chain
+        return []
+
+    def _fits(self, row: KVRow, path: Path, stack: PolicyStack, end: int | None, later: list[KVRow]) -> bool:
+        held = row.manifest
+        return bool(
+            held["fingerprint"] == self._fingerprint(stack)
+            and (end is None or held["end"] == end)
+            and (not later or held["rotation"] == later[0].manifest["rotation"])
+            and held["end"] <= len(path.tokens)
+            and held["tokens"] == _tokens_digest(path, held["end"])
+        )
+
+    def _read(self, row: KVRow) -> dict[str, Tensor] | None:
+        try:
+            tensors = checked(self._place(row.file), row, whole=row.file not in self._known)
+        except (OSError, ValueError, SafetensorError) as error:
+            _log.error("%s is put away and computed again: %s", row.file, error)
+            self.quarantined += 1
+            self._quarantine(row)
+            return None
+        self._known.add(row.file)
+        return tensors
+
+    def _quarantine(self, row: KVRow) -> None:
+        self._store.drop_kv([row.turn])
+        with suppress(OSError):
+            away = self._place("quarantine")
+            away.mkdir(exist_ok=True, mode=0o700)
+            os.replace(self._place(row.file), away / row.file.replace("/", "-"))
+
+    def _place(self, file: str) -> FilePath:
+        assert self._store.directory is not None
+        return self._store.directory / file
+
+    def _fingerprint(self, stack: PolicyStack) -> str:
+        owners = sorted(set(map(str, stack.owners.values())))
+        return hashlib.sha256(f"{self._model} {stack.digest} {owners}".encode()).hexdigest()
+
+
+def _joined(chain: list[KVRow], parts: list[dict[str, Tensor]]) -> LoadedPairs:
+    count = len([name for name in parts[-1] if name.startswith("keys.")])
+    layers = [
+        tuple(torch.cat([part[f"{kind}.{number}"] for part in parts], dim=1) for kind in ("keys", "values"))
+        for number in range(count)
+    ]
+    last: dict[str, Any] = chain[-1].manifest
+    states = {
+        slot: (tree, [parts[-1][f"state.{slot}.{number}"] for number in range(size)])
+        for slot, (tree, size) in last["states"].items()
+    }
+    return LoadedPairs(last["end"], [(keys, values) for keys, values in layers], states, last["rotation"])
+
+
+def _tokens_digest(path: Path, count: int) -> str:
+    return hashlib.sha256(pack_tokens(path.tokens[:count])).hexdigest()
+
+
+def _checksum(tensor: Tensor) -> int:
+    flat = tensor.contiguous().reshape(-1)
+    return zlib.crc32(flat.view(torch.uint8).numpy().data) if flat.numel() else 0
+
+
+def checked(place: FilePath, row: KVRow, whole: bool = True) -> dict[str, Tensor]:
+    """Return the tensors of a file. Raises OSError, ValueError or SafetensorError if anything differs from its row.
+
+    whole: compare the sha256 of the file too, and not only size and checksums of the tensors.
+    """
+    data = place.read_bytes()
+    if len(data) != row.bytes:
+        raise ValueError(f"it has {len(data)} bytes instead of {row.bytes}")
+    if whole and hashlib.sha256(data).hexdigest() != row.sha256:
+        raise ValueError("its sha256 is another one")
+    tensors = load(data)
+    sums = row.manifest["checksums"]
+    if tensors.keys() != sums.keys() or any(_checksum(each) != sums[name] for name, each in tensors.items()):
+        raise ValueError("a checksum of its tensors is another one")
+    return tensors
+
+
+def damaged_files(store: Store) -> list[tuple[KVRow, str]]:
+    """Compare every file with its row; return those that are damaged, with the reason. Nothing is put away."""
+    found = []
+    for row in store.every_kv() if store.directory is not None else ():
+        try:
+            checked(store.directory / row.file, row)  # type: ignore[operator]
+        except (OSError, ValueError, SafetensorError) as error:
+            found.append((row, str(error)))
+    return found
+
+
+def remove_files(store: Store, turns: list[str]) -> None:
+    """Remove the files of turns and their rows."""
+    for turn in turns:
+        row = store.kv(turn)
+        if row is not None and store.directory is not None:
+            with suppress(OSError):
+                (store.directory / row.file).unlink()
+    store.drop_kv(turns)
+
+
+def remove_orphans(store: Store) -> int:
+    """Remove files that no row names: a writer was killed between the file and its row. Return how many."""
+    if store.directory is None:
+        return 0
+    known = {row.file for row in store.every_kv()}
+    orphans = [
+        each
+        for each in store.directory.glob("*/*/*")
+        if each.is_file()
+        and str(each.relative_to(store.directory)) not in known
+        and each.parent.parent.name != "quarantine"
+    ]
+    for each in orphans:
+        with suppress(OSError):
+            each.unlink()
+    return len(orphans)

@@ -1,0 +1,76 @@
+"""Run the server in this process until a signal ends it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import sys
+from collections.abc import Mapping
+
+import uvicorn
+
+from loopserve.api import Engine
+from loopserve.core.errors import ConfigError
+from loopserve.core.stack.stack import PolicyStack
+from loopserve.serve.app import create_app
+from loopserve.serve.settings import ServerSettings
+
+
+class _Server(uvicorn.Server):
+    """Refuse new requests from the first signal on, and let running answers end within the timeout."""
+
+    def handle_exit(self, sig: int, frame: object) -> None:
+        self.config.app.state.server.draining = True  # type: ignore[union-attr]
+        super().handle_exit(sig, frame)  # type: ignore[arg-type]
+        self._captured_signals.clear()  # else uvicorn raises the signal again, and a clean end would not exit with 0
+
+
+def run_server(engine: Engine, settings: ServerSettings, stacks: Mapping[str, PolicyStack]) -> int:
+    """Serve until SIGTERM or Ctrl-C; return the exit status. Prints one line once requests are taken.
+
+    Raises ConfigError if the address cannot be used.
+    """
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    listener = _listen(settings)
+    app = create_app(engine, settings, stacks)
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=max(1, round(settings.shutdown_timeout_s)),
+        timeout_keep_alive=30,
+        h11_max_incomplete_event_size=64 << 10,
+    )
+    server = _Server(config)
+    asyncio.run(_serve(server, listener, settings, engine.stack.name))
+    return 0
+
+
+async def _serve(server: uvicorn.Server, listener: socket.socket, settings: ServerSettings, stack: str) -> None:
+    running = asyncio.ensure_future(server.serve([listener]))
+    while not server.started and not running.done():
+        await asyncio.sleep(0.01)
+    if not running.done():
+        host, port = listener.getsockname()[:2]
+        shown = f"[{host}]" if ":" in host else host
+        print(f"serving {settings.model_name} under the stack {stack} at http://{shown}:{port} (API: /v1)", flush=True)
+    await running
+
+
+def _listen(settings: ServerSettings) -> socket.socket:
+    """Return a socket that listens on the address. It is opened first, so that a port in use is known before the model is."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((settings.host, settings.port))
+        listener.listen(2048)
+    except OSError as error:
+        listener.close()
+        raise ConfigError(
+            f"--host {settings.host} --port {settings.port}: cannot listen there ({error.strerror}); choose another port"
+        ) from error
+    listener.set_inheritable(False)
+    return listener

@@ -1,0 +1,74 @@
+"""Let only those in who hold a key. Plain ASGI, so that disconnects reach the handlers."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections.abc import Iterable
+
+from starlette.datastructures import Headers
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from loopserve.serve.errors import ApiError
+from loopserve.serve.settings import LOOPBACK, ServerSettings
+
+ANONYMOUS = "anonymous"
+
+
+def tenant_of(key: str | None) -> str:
+    """Return the tenant that a key stands for; nothing of the key can be read from it."""
+    return ANONYMOUS if key is None else hashlib.sha256(b"loopserve tenant\n" + key.encode()).hexdigest()[:32]
+
+
+class Security:
+    """Answer 401 on every path but the public ones without a valid key; set ``scope["tenant"]`` for the handlers.
+
+    Without keys, only requests whose Host header names this machine are answered, so that a page of another origin whose name was
+    pointed at this machine (DNS rebinding) reads nothing.
+    """
+
+    def __init__(self, app: ASGIApp, settings: ServerSettings, public: Iterable[str] = ("/health", "/ready")) -> None:
+        """public: exact paths that need no key."""
+        self._app, self._public = app, frozenset(public)
+        self._keys = [key.encode() for key in settings.api_keys]
+        names = {*LOOPBACK, "[::1]", settings.host, *settings.allowed_hosts}
+        self._hosts = None if settings.api_keys or settings.insecure else names
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] not in ("http", "websocket"):
+            await self._app(scope, receive, send)
+            return
+        try:
+            scope["tenant"] = self._tenant(Headers(scope=scope), scope["path"])
+        except ApiError as error:
+            await JSONResponse(error.body, error.status, error.headers)(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+    def _tenant(self, headers: Headers, path: str) -> str:
+        if self._hosts is not None and _host(headers.get("host", "")) not in self._hosts:
+            raise ApiError(
+                403, "this server answers requests to this machine only: give it an --api-key to serve other names"
+            )
+        if not self._keys:
+            return ANONYMOUS
+        scheme, _, given = headers.get("authorization", "").partition(" ")
+        valid = [key for key in self._keys if hmac.compare_digest(key, given.strip().encode())]
+        if scheme.lower() == "bearer" and valid:
+            return tenant_of(valid[0].decode())
+        if path in self._public:
+            return ANONYMOUS
+        raise ApiError(
+            401,
+            "a valid API key is needed, as 'Authorization: Bearer KEY'",
+            code="invalid_api_key",
+            headers={"WWW-Authenticate": "Bearer"},
+        )
+
+
+def _host(header: str) -> str:
+    """Return the name of a Host header without its port."""
+    if header.startswith("["):
+        return header.partition("]")[0] + "]"
+    return header.partition(":")[0].lower()

@@ -1,0 +1,104 @@
+"""Hold what the routes share: the conversations, the settings, the readiness of the server."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from fastapi import Request
+from pydantic import BaseModel
+
+from loopserve.serve.body import read_body
+from loopserve.serve.conversations import Conversations
+from loopserve.serve.errors import ApiError, invalid
+from loopserve.serve.metrics import Metrics
+from loopserve.serve.protocol import ChatRequest, GenerationRequest
+from loopserve.serve.sessions import Sessions
+from loopserve.serve.settings import ServerSettings
+
+B = TypeVar("B", bound=BaseModel)
+ID_PREFIXES = ("chatcmpl-", "cmpl-", "resp_", "conv_")
+# Headers that name a conversation, with those of the body in the order in which they count.
+SESSION_HEADER, WEBUI_HEADER = "x-session-id", "x-openwebui-chat-id"
+
+
+@dataclass
+class Server:
+    """Hold what the routes share; ``server_of(request)`` finds it."""
+
+    settings: ServerSettings
+    conversations: Conversations
+    metrics: Metrics
+    sessions: Sessions
+    draining: bool = False
+    started: int = field(default_factory=lambda: int(time.time()))
+
+    async def read(self, request: Request, model: type[B], *, empty: bool = False) -> B:
+        """Return the checked body of a request for this server. ApiError says what is wrong with it.
+
+        empty: no body at all stands for an empty object.
+        """
+        body = await read_body(request, model, self.settings.max_body_bytes, empty=empty)
+        if self.draining:
+            raise ApiError(503, "the server is stopping", code="server_stopping", headers={"Retry-After": "5"})
+        if isinstance(body, GenerationRequest):
+            self.check_model(body.model)
+            if body.n > self.settings.max_n:
+                raise invalid(f"n: at most {self.settings.max_n} answers to one request", "n")
+        return body
+
+    def check_model(self, name: str) -> None:
+        """Raise ApiError (404) for a model that is not served here."""
+        if name != self.settings.model_name:
+            raise ApiError(
+                404,
+                f"the model {name[:80]!r} is not served here; known is {self.settings.model_name!r}",
+                code="model_not_found",
+                param="model",
+            )
+
+
+def server_of(request: Request) -> Server:
+    """Return the server that a request came to."""
+    server: Server = request.app.state.server
+    return server
+
+
+def tenant_of_request(request: Request) -> str:
+    """Return the tenant of a request, set by ``Security``."""
+    tenant: str = request.scope["tenant"]
+    return tenant
+
+
+def plain_id(name: str) -> str:
+    """Return an id of the API without the prefix that says what it is the id of."""
+    for prefix in ID_PREFIXES:
+        if name.startswith(prefix):
+            return name.removeprefix(prefix)
+    return name
+
+
+def conversation_key(request: Request, body: GenerationRequest) -> str | None:
+    """Return the client's own name for a conversation, with its origin; None if it gives none. The first that is there counts."""
+    names = (
+        (SESSION_HEADER, request.headers.get(SESSION_HEADER)),
+        ("session_id", body.session_id),
+        ("prompt_cache_key", body.prompt_cache_key),
+        (WEBUI_HEADER, request.headers.get(WEBUI_HEADER)),
+    )
+    for origin, name in names:
+        if name:
+            if len(name) > 255:
+                raise invalid(f"{origin}: at most 255 characters", origin)
+            return name if origin in (SESSION_HEADER, "session_id") else f"{origin}:{name}"
+    return None
+
+
+def identity(request: Request, body: ChatRequest) -> dict[str, Any]:
+    """Return who is meant by a request, as keywords of ``Ask``: previous, session, key."""
+    return {
+        "previous": None if body.previous_response_id is None else plain_id(body.previous_response_id),
+        "session": None if body.conversation is None else plain_id(body.conversation),
+        "key": conversation_key(request, body),
+    }

@@ -1,0 +1,42 @@
+"""Hold the settings of a server."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from loopserve.core.errors import ConfigError
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """Hold the settings of a server. Bytes and seconds are plain numbers."""
+
+    model_name: str
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_keys: tuple[str, ...] = ()  # none: everybody may ask, as the tenant ``anonymous``
+    insecure: bool = False  # serve other machines without a key
+    session_dir: Path | None = None  # None: conversations are kept in memory only
+    kv_cache_memory: int | None = 4 << 30
+    max_num_seqs: int = 16
+    max_num_batched_tokens: int = 512
+    max_queued: int = 256
+    session_ttl_s: float | None = 24 * 3600.0  # None: conversations are kept for ever
+    shutdown_timeout_s: float = 30.0
+    max_body_bytes: int = 8 << 20
+    max_n: int = 16  # answers to one request
+    default_max_tokens: int = 1024  # of an answer whose request gives no limit
+    allowed_hosts: tuple[str, ...] = ()  # names in the Host header beside the own ones, without a key
+
+    def check(self) -> None:
+        """Raise ConfigError for settings that are not safe or contradict each other."""
+        if any(not key.strip() or not key.isascii() for key in self.api_keys):
+            raise ConfigError("--api-key: a key is empty or holds characters that no HTTP header can carry")
+        if self.host not in LOOPBACK and not self.api_keys and not self.insecure:
+            raise ConfigError(
+                f"--host {self.host}: other machines could use the model and read every conversation; give --api-key or "
+                "--api-key-file, or --insecure if that is what you want"
+            )

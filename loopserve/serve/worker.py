@@ -1,0 +1,114 @@
+"""Own the model: one thread runs the scheduler's passes and, between them, what others ask it to do with sessions."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+from loopserve.api import Engine
+from loopserve.core.engine.scheduler import Scheduler
+from loopserve.core.errors import CapacityError
+from loopserve.serve.settings import ServerSettings
+
+_log = logging.getLogger("loopserve.serve")
+T = TypeVar("T")
+
+
+class Worker:
+    """Run one engine in a thread of its own. Sessions are touched in that thread only, through ``call``."""
+
+    def __init__(self, engine: Engine, settings: ServerSettings) -> None:
+        self.engine = engine
+        self.scheduler = Scheduler(
+            engine.token_engine,
+            max_sessions=settings.max_num_seqs,
+            max_num_batched_tokens=settings.max_num_batched_tokens,
+            max_queued=settings.max_queued,
+            kv_memory=settings.kv_cache_memory,
+        )
+        self._most = settings.max_num_seqs + settings.max_queued
+        self._calls: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
+        self._changed = threading.Condition()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="loopserve model", daemon=True)
+        self.admitted = 0  # answers that were let in and are not over
+        self.rejected = 0
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Cancel what is under way and end the thread. May be called twice."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    @property
+    def alive(self) -> bool:
+        """Return whether the model can be asked."""
+        return self._thread.is_alive() and not self._stopping
+
+    def admit(self, answers: int) -> None:
+        """Let answers in, to be given back with ``leave``. Raises CapacityError at once if as many as allowed are waiting."""
+        if self.admitted + answers > self._most:
+            self.rejected += 1
+            raise CapacityError(f"{self.admitted} requests are under way or waiting already: try again later")
+        self.admitted += answers
+
+    def leave(self, answers: int) -> None:
+        """Say that answers are over."""
+        self.admitted -= answers
+
+    def call(self, work: Callable[[], T]) -> Future[T]:
+        """Have ``work`` done by the model's thread, between two passes."""
+        future: Future[T] = Future()
+        with self._changed:
+            if not self.alive:
+                future.set_exception(CapacityError("the server is stopping"))
+                return future
+            self._calls.append((future, work))
+            self._changed.notify()
+        return future
+
+    async def acall(self, work: Callable[[], T]) -> T:
+        """Like ``call``, from the event loop. The work is done even if the waiting task is cancelled."""
+        return await asyncio.shield(asyncio.wrap_future(self.call(work)))
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._calls or self._stopping or self._busy)
+                calls = list(self._calls)
+                self._calls.clear()
+                stopping = self._stopping
+            for future, work in calls:
+                _do(future, work)
+            if stopping:
+                self.scheduler.close()
+                return
+            if self._busy:
+                try:
+                    self.scheduler.step()
+                except Exception:
+                    _log.exception("a pass failed; the turns in it were taken back")
+
+    @property
+    def _busy(self) -> bool:
+        return bool(self.scheduler.waiting or self.scheduler.running)
+
+
+def _do(future: Future[Any], work: Callable[[], Any]) -> None:
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        future.set_result(work())
+    except BaseException as error:
+        future.set_exception(error)
