@@ -45,7 +45,7 @@ BAD: list[tuple[str, str, Any, int]] = [
     ("top_logprobs alone", CHAT, OK | {"top_logprobs": 3}, 400),
     ("stream_options alone", CHAT, OK | {"stream_options": {"include_usage": True}}, 400),
     ("tools", CHAT, OK | {"tools": [{"type": "function"}]}, 400),
-    ("json", CHAT, OK | {"response_format": {"type": "json_object"}}, 400),
+    ("json", CHAT, OK | {"response_format": {"type": "json_schema"}}, 400),
     ("template", CHAT, OK | {"chat_template": "{{ 7 * 7 }}"}, 400),
     ("unknown field", CHAT, OK | {"temprature": 1}, 400),
     ("unknown stack", CHAT, OK | {"loopserve": {"stack": "nope"}}, 404),
