@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,13 @@ settings.load_profile("repeatable")
 torch.set_num_threads(1)
 os.environ.pop("COLUMNS", None)  # workers are told 80; what is written to a pipe has no width
 os.environ.pop("LOOPSERVE_LOG", None)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave ``tests/real`` out unless it is named (``make test-real``): its model is downloaded."""
+    real = Path(__file__).parent / "real"
+    asked = any(real in (path := Path(each.split("::")[0]).resolve(), *path.parents) for each in config.args)
+    return True if collection_path == real and not asked else None
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -156,6 +156,24 @@ def test_line_sizes_are_searched_on_a_model_and_read_by_the_policy(cli: Cli, tmp
     assert code == 2 and "give a file in a directory that is there" in err
 
 
+def test_heads_are_measured_on_a_model_and_read_by_both_phases(cli: Cli, tmp_path: Path):
+    heads, text = tmp_path / "heads.json", tmp_path / "text.txt"
+    small = ("--tokens", "300", "--sinks", "4", "--recent", "32")
+    code, out, _ = cli("policies", "search-duo", "demo", "--output", str(heads), *small)
+    assert code == 0 and "written to" in out
+    stack = tmp_path / "stack.yaml"
+    stack.write_text(f"prefill: {{policy: duo, heads: {heads}}}\ndecode: {{policy: duo, heads: {heads}}}\n")
+    assert cli("run", "demo", "hello", "--stack", str(stack), "--max-new-tokens", "2")[0] == 0
+    layers = json.loads(heads.read_text())["layers"]
+    assert all(0 <= score <= 1 for scores in layers.values() for score in scores)
+    heads.write_text(json.dumps({"layers": {"0": layers["0"]}}))
+    code, _, err = cli("run", "demo", "hello", "--stack", str(stack))
+    assert code == 2 and "at layers 1-3, prefill policy 'duo' has no scores for it" in err
+    text.write_text("hello " * 50)
+    code, _, err = cli("policies", "search-duo", "demo", "-o", str(heads), "--text", str(text))
+    assert code == 2 and "at least 321 are needed" in err
+
+
 def test_a_policy_shows_its_options(cli: Cli):
     code, out, _ = cli("policies", "show", "snapkv")
     assert code == 0

@@ -15,7 +15,7 @@ import pytest
 
 from loopserve.cli import demo as demo_command
 from loopserve.cli import main
-from loopserve.core.errors import InputError
+from loopserve.core.errors import InputError, ModelError
 
 FIGURES = {
     "turn": 0,
@@ -217,7 +217,9 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 def test_demo_prints_a_table_per_turn_and_ends_with_the_sentence(cli: Cli, asked: dict[str, Any]):
-    code, out, err = cli("demo", "--stack", "dense", "--stack", "snapkv", "--seed", "7", "--tokens", "900")
+    code, out, err = cli(
+        "demo", "--model", "demo", "--stack", "dense", "--stack", "snapkv", "--seed", "7", "--tokens", "900"
+    )
     assert (code, err) == (0, "")
     assert asked == {
         "stacks": ["dense", "snapkv"],
@@ -248,36 +250,102 @@ def test_demo_prints_a_table_per_turn_and_ends_with_the_sentence(cli: Cli, asked
 
 def test_demo_fits_a_narrow_terminal(cli: Cli, asked: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("COLUMNS", "80")
-    _, out, _ = cli("demo", "--stack", "dense", "--stack", "loopserve-paper", "--stack", "snapkv")
+    _, out, _ = cli("demo", "--model", "demo", "--stack", "dense", "--stack", "loopserve-paper", "--stack", "snapkv")
     assert max(len(line) for line in out.splitlines()) <= 80 and "…" not in out
     row = next(line for line in out.splitlines() if line.strip().startswith("KV read/token"))
     assert row.split() == ["KV", "read/token"] + ["120.6", "KiB"] * 3
 
 
 def test_demo_gives_json(cli: Cli, asked: dict[str, Any]):
-    result = json.loads(cli("demo", "--stack", "dense", "--format", "json")[1])
+    result = json.loads(cli("demo", "--model", "demo", "--stack", "dense", "--format", "json")[1])
     assert result["stacks"]["dense"]["turns"][1]["right"] == 4
 
 
 def test_demo_compares_the_stacks_of_the_issue_by_default(cli: Cli, asked: dict[str, Any]):
-    cli("demo")
+    cli("demo", "--model", "demo")
     assert asked["stacks"] == ["dense", "loopserve", "loopserve-paper", "snapkv", "streaming_llm"]
     assert tuple(asked["stacks"]) == demo_command.STACKS
 
 
 def test_demo_refuses_a_misspelt_stack_and_a_lost_plot_before_any_work(cli: Cli, asked: dict[str, Any], tmp_path: Path):
-    code, _, err = cli("demo", "--stack", "dens")
+    code, _, err = cli("demo", "--model", "demo", "--stack", "dens")
     assert code == 2 and "did you mean 'dense'" in err
-    code, _, err = cli("demo", "--stack", "dense", "--plot", str(tmp_path / "no" / "plot.png"))
+    code, _, err = cli("demo", "--model", "demo", "--stack", "dense", "--plot", str(tmp_path / "no" / "plot.png"))
     assert code == 2 and "there is no directory" in err
-    code, _, err = cli("demo", "--stack", "dense", "--plot", str(tmp_path / "plot.foo"))
+    code, _, err = cli("demo", "--model", "demo", "--stack", "dense", "--plot", str(tmp_path / "plot.foo"))
     assert code == 2 and "must end in .png, .svg or .pdf" in err
     assert not asked
 
 
 def test_demo_draws(cli: Cli, asked: dict[str, Any], tmp_path: Path):
-    assert cli("demo", "--stack", "dense", "--plot", str(tmp_path / "plot.png"))[0] == 0
+    assert cli("demo", "--model", "demo", "--stack", "dense", "--plot", str(tmp_path / "plot.png"))[0] == 0
     assert asked["plot"] == tmp_path / "plot.png" and "dense" in asked["drawn"]["stacks"]
+
+
+BOOK = {
+    "settings": {
+        "conversation": "moby_dick",
+        "questions": [
+            {"question": "What is the number?", "expected": "48213", "told_in": 1},
+            {"question": "What is it again?", "expected": "48213", "told_in": 1},
+        ],
+    },
+    "summary": "snapkv gave 1 of 2 answers as dense did.",
+}
+
+
+@pytest.fixture
+def book(monkeypatch: pytest.MonkeyPatch, asked: dict[str, Any]) -> dict[str, Any]:
+    """What the conversation about the novel was asked for."""
+    noted: dict[str, Any] = {}
+
+    def run_book_demo(*, stacks: list[str], model: str, progress: Callable[[str, int, int], None]) -> dict[str, Any]:
+        noted.update(stacks=list(stacks), model=model)
+        if "error" in noted:
+            raise noted["error"]
+        turn = {"answer": "The number is 48213.", "right": 1, "prompt_tokens": 1300, "reused_tokens": 10}
+        wrong = turn | {"answer": "The number is " + "4821 " * 30, "right": 0}
+        row = {"asked": 2, "same": 1, "attended_fraction": 0.0512, "seconds": 31.4, "turns": [turn, wrong]}
+        return BOOK | {"stacks": dict.fromkeys(stacks, row)}
+
+    monkeypatch.setitem(sys.modules, "loopserve.bench.book_demo", SimpleNamespace(run_book_demo=run_book_demo))
+    return noted
+
+
+def test_demo_prints_all_answers_and_a_table_of_three_columns(
+    cli: Cli, book: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, err = cli("demo")
+    assert (code, err) == (0, "")
+    assert book == {"stacks": list(demo_command.BOOK_STACKS), "model": "smollm2"}
+    assert max(map(len, out.splitlines())) <= 80
+    assert out.count("The number is 48213.") == len(demo_command.BOOK_STACKS) and "(told in turn 1)" in out
+    assert out.count("4821 ") >= 30
+    row = [line for line in out.splitlines() if line.strip().startswith("streaming_llm")][-1]
+    assert row.split() == ["streaming_llm", "1", "of", "2", "5.1%", "31", "s"]
+    assert "snapkv gave 1 of 2 answers as dense did." in out
+
+
+def test_demo_goes_on_with_the_bundled_model_where_the_default_cannot_be_had(
+    cli: Cli, book: dict[str, Any], asked: dict[str, Any]
+):
+    book["error"] = ModelError("cannot get model 'smollm2': no network")
+    code, out, err = cli("demo")
+    assert code == 0 and "all turns" in out
+    assert err == "cannot get model 'smollm2': no network; going on with the tiny bundled model (--model demo)\n"
+    assert tuple(asked["stacks"]) == demo_command.STACKS
+    asked.clear()
+    code, _, err = cli("demo", "--model", "smollm2")
+    assert code == 1 and "no network" in err and not asked
+
+
+def test_demo_options_of_generated_dialogues_mean_the_bundled_model(
+    cli: Cli, book: dict[str, Any], asked: dict[str, Any]
+):
+    assert cli("demo", "--tokens", "800")[0] == 0 and asked["tokens"] == 800 and not book
+    code, _, err = cli("demo", "--model", "smollm2", "--tokens", "800")
+    assert code == 2 and "--tokens is of the bundled model's dialogues" in err
 
 
 def test_bench_engine_passes_its_options_on(cli: Cli, monkeypatch: pytest.MonkeyPatch):

@@ -17,6 +17,7 @@ from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
+from loopserve.bench.demo_cells import BOOK_COLUMNS, book_cells
 from loopserve.bench.rows import Row, latest, read_rows
 
 COLUMNS = ("op", "case", "dtype", "by", "density", "ms (20-80 %)", "x SDPA", "x own dense", "error", "note")
@@ -176,6 +177,8 @@ def count(tokens: int) -> str:
 
 def demo_table(result: dict[str, Any]) -> str:
     """Return a Markdown table of a demonstration, with its settings and machine."""
+    if "conversation" in result["settings"]:
+        return _book_figures(result)
     lines = [
         "| stack | right, question at begin / middle / end | prefill cells / tiles | KV pairs attended | KV bytes per output token "
         "| TTFT | TPOT |",
@@ -202,11 +205,47 @@ def demo_table(result: dict[str, Any]) -> str:
 
 def short_table(result: dict[str, Any]) -> str:
     """Return a Markdown table of three columns for the front page, with the settings of the measurement."""
+    if "conversation" in result["settings"]:
+        return book_table(result)
     lines = ["| stack | answers right | KV pairs attended per output token |", "|---|---|---|"]
     for name, row in result["stacks"].items():
         lines.append(f"| `{name}` | {row['right']} of {row['asked']} | {row['attended_fraction']:.1%} |")
     settings = result["settings"]
     caption = f"{settings['dialogues']} dialogues of {settings['tokens']:,} tokens and {settings['turns']} turns, a question in each."
+    return "\n".join([*lines, "", caption])
+
+
+def book_table(result: dict[str, Any]) -> str:
+    """Return a Markdown table of a conversation about a novel: same answers, pairs read, time; with its settings and machine."""
+    lines = [f"| stack | {' | '.join(BOOK_COLUMNS)} |", "|---|---|---|---|"]
+    lines += [f"| `{name}` | {' | '.join(book_cells(row))} |" for name, row in result["stacks"].items()]
+    settings, machine = result["settings"], result["machine"]
+    caption = (
+        f"One conversation about Moby-Dick with `{settings['model']}`: {settings['tokens']:,} tokens, {settings['turns']} turns, a "
+        f"question in each, {settings['dtype']}, {machine['threads']} thread(s). `loopserve demo` repeats it."
+    )
+    return "\n".join([*lines, "", caption])
+
+
+def _book_figures(result: dict[str, Any]) -> str:
+    """Return a Markdown table of a conversation about a novel with all figures, and its settings."""
+    lines = [
+        "| stack | right | same as dense | prefill cells / tiles | KV pairs attended | KV bytes per output token | prefill | TPOT |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, row in result["stacks"].items():
+        read = row["kv_bytes_per_token"] / row["dense_kv_bytes_per_token"]
+        lines.append(
+            f"| `{name}` | {row['right']} of {row['asked']} | {row['same']} of {row['asked']} "
+            f"| {row['prefill_cell_density']:.1%} / {row['prefill_tile_density']:.1%} | {row['attended_fraction']:.1%} | {read:.1%} "
+            f"| {row['ttft_ms'] / 1000:.1f} s | {row['tpot_ms']:.0f} ms |"
+        )
+    settings, machine = result["settings"], result["machine"]
+    caption = (
+        f"{settings['tokens']:,} tokens, {settings['turns']} turns, budget {' or '.join(map(str, settings['budget']))} pairs per head "
+        f"(the larger where the answer counts in); {machine['processor']}, {machine['threads']} thread(s), torch {machine['torch']}, "
+        f"{settings['dtype']}. `loopserve demo --format json`"
+    )
     return "\n".join([*lines, "", caption])
 
 

@@ -1,7 +1,8 @@
-"""Define ``loopserve demo``: the bundled model holds the same conversations under several stacks, and tables compare them."""
+"""Define ``loopserve demo``: a model holds the same conversations under several stacks, and tables compare them."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -9,46 +10,90 @@ from typing import Annotated, Any
 
 import typer
 
+from loopserve.bench.demo_cells import BOOK_COLUMNS, book_cells
 from loopserve.cli.options import Format, FormatOption, Settings
 from loopserve.cli.output import console, milliseconds, number, percent, print_json, print_table, progress, size
-from loopserve.core.errors import ConfigError
+from loopserve.core.errors import ConfigError, ModelError
 
 STACKS = ("dense", "loopserve", "loopserve-paper", "snapkv", "streaming_llm")
+BOOK_STACKS = ("dense", "loopserve", "loopserve-paper", "snapkv", "quest", "streaming_llm")
+MODEL = "smollm2"
+_TINY = {"seed": 0, "tokens": 2000, "turns": 3, "dialogues": 2}
 
 
 def demo(
     context: typer.Context,
-    stack: Annotated[
-        list[str] | None, typer.Option(help=f"Stacks to compare, repeatable. [default: {', '.join(STACKS)}]")
+    model: Annotated[
+        str | None,
+        typer.Option(help=f"MODEL for a conversation about a novel, or demo, the tiny bundled one. [default: {MODEL}]"),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Other seeds give other conversations.")] = 0,
-    tokens: Annotated[int, typer.Option(min=64, help="Length of a conversation, in tokens.")] = 2000,
-    turns: Annotated[int, typer.Option(min=1, help="Turns of a conversation.")] = 3,
-    dialogues: Annotated[int, typer.Option(min=1, help="Conversations per question position.")] = 2,
+    stack: Annotated[
+        list[str] | None, typer.Option(help=f"Stacks to compare, repeatable. [default: {', '.join(BOOK_STACKS)}]")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Of demo: other seeds give other conversations. [default: 0]")
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option(min=64, help="Of demo: length of a conversation, in tokens. [default: 2000]")
+    ] = None,
+    turns: Annotated[int | None, typer.Option(min=1, help="Of demo: turns of a conversation. [default: 3]")] = None,
+    dialogues: Annotated[
+        int | None, typer.Option(min=1, help="Of demo: conversations per question position. [default: 2]")
+    ] = None,
     format: FormatOption = Format.HUMAN,
     plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw the result as well.")] = None,
 ) -> None:
-    """Compare stacks on the bundled model.
+    """Compare stacks: the same conversation under each.
 
-    Prints answers right, attention computed, keys attended, time and bytes, per turn and over all turns.
+    With a pretrained model the conversation is about chapters of Moby-Dick, of about 4,000 tokens; the answers are printed side by
+    side. Without one (no network, no package gguf) or with --model demo, the tiny bundled model shows generated dialogues.
     """
-    stacks = stack or list(STACKS)
     settings: Settings = context.obj
+    given = {"seed": seed, "tokens": tokens, "turns": turns, "dialogues": dialogues}
+    options = {name: value for name, value in given.items() if value is not None}
     if plot is not None:
         _can_plot(plot)
-    settings.stacks(stacks)  # a misspelt stack is refused before any work
-    from loopserve.bench.demo import run_demo
-
-    with progress(lines=True) as report:
-        result = run_demo(stacks=stacks, seed=seed, tokens=tokens, turns=turns, dialogues=dialogues, progress=report)
+    settings.stacks(stack or BOOK_STACKS)  # a misspelt stack is refused before any work
+    tiny = model == "demo" or (model is None and bool(options))
+    result = None if tiny else _book(model, stack or list(BOOK_STACKS), options)
+    if result is None:
+        result = _tiny(stack or list(STACKS), _TINY | options)
     if format is Format.JSON:
         print_json(result)
+    elif "conversation" in result.get("settings", {}):
+        render_book(result)
     else:
         render(result)
     if plot is not None:  # last, so that a failing plot does not lose the figures
         from loopserve.bench.figures import plot_demo
 
         plot_demo(result, plot)
+
+
+def _book(model: str | None, stacks: list[str], options: Mapping[str, int]) -> dict[str, Any] | None:
+    """Return the result of the conversation about a novel; None if no model was asked for and the default cannot be had."""
+    if options:
+        raise ConfigError(
+            f"--{next(iter(options))} is of the bundled model's dialogues: leave it out, or give --model demo"
+        )
+    from loopserve.bench.book_demo import run_book_demo
+    from loopserve.models.quiet import quiet_libraries
+
+    try:
+        with quiet_libraries(), progress(lines=True) as report:
+            return run_book_demo(stacks=stacks, progress=report, model=model or MODEL)
+    except ModelError as error:
+        if model is not None:
+            raise
+        print(f"{error}; going on with the tiny bundled model (--model demo)", file=sys.stderr)
+        return None
+
+
+def _tiny(stacks: list[str], options: Mapping[str, int]) -> dict[str, Any]:
+    from loopserve.bench.demo import run_demo
+
+    with progress(lines=True) as report:
+        return run_demo(stacks=stacks, progress=report, **options)
 
 
 def _can_plot(path: Path) -> None:
@@ -58,6 +103,23 @@ def _can_plot(path: Path) -> None:
         raise ConfigError(f"--plot {path}: the name must end in .png, .svg or .pdf")
     if not path.absolute().parent.is_dir():
         raise ConfigError(f"--plot {path}: there is no directory {path.absolute().parent}")
+
+
+def render_book(result: Mapping[str, Any]) -> None:
+    """Print the answers of all stacks below each question, then one table of the stacks."""
+    stacks: Mapping[str, Mapping[str, Any]] = result["stacks"]
+    for index, asked in enumerate(result["settings"]["questions"]):
+        turns = {name: row["turns"][index] for name, row in stacks.items()}
+        rows = [(name, each["answer"] or "(nothing)", "yes" if each["right"] else "no") for name, each in turns.items()]
+        first = next(iter(turns.values()))
+        length, told = first["prompt_tokens"] + first["reused_tokens"], asked["told_in"]
+        source = "told in this turn" if told == index + 1 else f"told in turn {told}"
+        title = f"turn {index + 1}, {length:,} tokens: {asked['question']} ({source})"
+        print_table(("stack", "answer", "right"), rows, title=title, prose=("answer",))
+    rows = [(name, *book_cells(row)) for name, row in stacks.items()]
+    print_table(("stack", *BOOK_COLUMNS), rows, title="all turns", right=True)
+    if summary := result.get("summary"):
+        console().print(summary, markup=False)
 
 
 def render(result: Mapping[str, Any]) -> None:

@@ -117,14 +117,45 @@ def search_minference(
     """Search, once per model, how many vertical and slash lines each head needs; `minference` reads the file as `sizes`."""
     from loopserve.cli.search import searched
 
-    if Path(output).is_dir() or not Path(output).absolute().parent.is_dir():  # before the search, which takes long
-        raise ConfigError(f"{output}: cannot be written: give a file in a directory that is there")
+    _require_place_for(output)
     sizes = searched(model, text, tokens, share, dtype=dtype, device=device)
     from loopserve.policies.prefill.line_sizes import describe, write_sizes
 
     write_sizes(output, sizes, model)
     rows = [(each, str(count)) for each, count in describe(sizes).items()]
     print_table(("sizes", "heads"), rows, title=f"written to {output}")
+
+
+@app.command("search-duo")
+def search_duo(
+    context: typer.Context,
+    model: ModelArgument,
+    output: Annotated[str, typer.Option("--output", "-o", help="File the scores are written to (JSON).")],
+    text: Annotated[
+        Path | None, typer.Option("--text", help="File with text like the model's work; recall dialogues by default.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=64, help="Tokens of the text that are read.")] = 4096,
+    sinks: Annotated[int, typer.Option(min=0, help="First tokens that a streaming head attends to.")] = 64,
+    recent: Annotated[int, typer.Option(min=1, help="Last tokens that a streaming head attends to.")] = 256,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+) -> None:
+    """Measure, once per model, which KV heads look far back; `duo` reads the file as `heads`, in both phases."""
+    from loopserve.cli.search import searched_heads
+
+    _require_place_for(output)
+    scores = searched_heads(model, text, tokens, sinks, recent, dtype=dtype, device=device)
+    from loopserve.policies.head_split import write_scores
+
+    write_scores(output, scores, model)
+    rows = [(str(layer), " ".join(f"{score:.3f}" for score in heads)) for layer, heads in scores.items()]
+    print_table(("layer", "attention far back, by KV head"), rows, title=f"written to {output}")
+
+
+def _require_place_for(output: str) -> None:
+    """Raise ConfigError if a file cannot be written there; asked before a search, which takes long."""
+    if Path(output).is_dir() or not Path(output).absolute().parent.is_dir():
+        raise ConfigError(f"{output}: cannot be written: give a file in a directory that is there")
 
 
 def _described(each: Registration) -> dict[str, Any]:

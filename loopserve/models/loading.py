@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import platform
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,9 @@ from loopserve.models.catalog import CATALOG, named_directory
 from loopserve.models.conversion import converted
 from loopserve.models.demo import bundled_path, is_bundled
 from loopserve.models.layers import read_layers
+from loopserve.models.model_cache import announce
 
+DTYPE_VARIABLE = "LOOPSERVE_DTYPE"  # what ``auto`` means, if it is set
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -27,8 +31,10 @@ def load(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, Any]:
-    """Return (model, tokenizer), in evaluation mode. dtype ``auto`` is the checkpoint's own, but float32 for float16 on a CPU.
+    """Return (model, tokenizer), in evaluation mode.
 
+    dtype: ``auto`` is LOOPSERVE_DTYPE if the environment sets it, else the checkpoint's own. On a CPU it is float32 for float16,
+    and for bfloat16 if the CPU has no instructions to multiply it; a line on stderr says so.
     Raises ModelError for a model that cannot be loaded, ConfigError for an unknown dtype or device. Both name a remedy.
     """
     source = _source(model)
@@ -38,7 +44,7 @@ def load(
         disable_progress_bar()  # the bundled models have two megabytes
     try:
         config = AutoConfig.from_pretrained(source, **options)
-        wanted = _dtype(dtype, getattr(config, "dtype", None), place)
+        wanted = _dtype(dtype, getattr(config, "dtype", None), place, model)
         # It is a tuple only with output_loading_info, which the stubs do not express.
         result: Any = AutoModelForCausalLM.from_pretrained(
             source, config=config, dtype=wanted, output_loading_info=True, **options
@@ -114,13 +120,35 @@ def _device(name: str | torch.device) -> torch.device:
     return place
 
 
-def _dtype(name: str | torch.dtype, own: torch.dtype | None, device: torch.device) -> torch.dtype:
-    given = str(name).removeprefix("torch.")
+def has_bfloat16_products() -> bool:
+    """Return whether the CPU multiplies bfloat16 matrices with instructions of its own (AVX512-BF16, AMX, AArch64's BF16)."""
+    machine = platform.machine().lower()
+    if machine in ("x86_64", "amd64"):
+        checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        return any(getattr(torch.cpu, name, bool)() for name in checks)
+    if machine in ("aarch64", "arm64"):
+        try:
+            return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        except (AttributeError, RuntimeError):  # a torch without oneDNN, whose own products are emulated
+            return False
+    return False
+
+
+def _dtype(name: str | torch.dtype, own: torch.dtype | None, device: torch.device, model: str) -> torch.dtype:
+    given, source = str(name).removeprefix("torch."), ""
+    if given == "auto" and os.environ.get(DTYPE_VARIABLE):
+        given, source = os.environ[DTYPE_VARIABLE], f"{DTYPE_VARIABLE}: "
     if given != "auto":
         if given not in DTYPES:
-            raise ConfigError(f"unknown dtype {given!r} (known: auto, {', '.join(DTYPES)})")
+            raise ConfigError(f"{source}unknown dtype {given!r} (known: auto, {', '.join(DTYPES)})")
         return DTYPES[given]
     if own is None or (own is torch.float16 and device.type == "cpu"):  # CPUs compute float16 slowly or not at all
+        return torch.float32
+    if own is torch.bfloat16 and device.type == "cpu" and not has_bfloat16_products():
+        announce(
+            f"{model}: float32 instead of its bfloat16, which this CPU only emulates; "
+            f"--dtype or {DTYPE_VARIABLE} chooses another"
+        )
         return torch.float32
     return own
 

@@ -15,23 +15,31 @@ def loopserve_register_policies(registry: Registry) -> None:
     from loopserve.policies.decode.adakv import AdaKVDecode
     from loopserve.policies.decode.chunkkv import ChunkKVDecode
     from loopserve.policies.decode.criticalkv import CriticalKVDecode
+    from loopserve.policies.decode.duo import DuoDecode
     from loopserve.policies.decode.expected_attention import ExpectedAttentionDecode
+    from loopserve.policies.decode.flowkv import FlowKVDecode
     from loopserve.policies.decode.full import FullDecode
     from loopserve.policies.decode.h2o import H2ODecode
     from loopserve.policies.decode.keydiff import KeyDiffDecode
     from loopserve.policies.decode.knorm import KnormDecode
+    from loopserve.policies.decode.kvzip import KVzipDecode
     from loopserve.policies.decode.lagkv import LagKVDecode
     from loopserve.policies.decode.loopserve.policy import LoopServeDecode
+    from loopserve.policies.decode.omnikv import OmniKVDecode
     from loopserve.policies.decode.pyramidkv import PyramidKVDecode
     from loopserve.policies.decode.quest import QuestDecode
     from loopserve.policies.decode.random import RandomDecode
     from loopserve.policies.decode.recover_alpha import RecoverAlphaDecode
+    from loopserve.policies.decode.rkv import RKVDecode
     from loopserve.policies.decode.rocketkv_mt import RocketKVMTDecode
     from loopserve.policies.decode.snapkv import SnapKVDecode
     from loopserve.policies.decode.streaming_llm import StreamingLLMDecode
     from loopserve.policies.decode.tova import TOVADecode
+    from loopserve.policies.decode.twilight import TwilightDecode
     from loopserve.policies.prefill.a_shape import AShapePrefill
     from loopserve.policies.prefill.dense import DensePrefill
+    from loopserve.policies.prefill.duo import DuoPrefill
+    from loopserve.policies.prefill.flashprefill import FlashPrefillPrefill
     from loopserve.policies.prefill.flexprefill import FlexPrefillPrefill
     from loopserve.policies.prefill.loopserve import LoopServePrefill
     from loopserve.policies.prefill.minference import MInferencePrefill
@@ -53,10 +61,13 @@ def loopserve_register_policies(registry: Registry) -> None:
         KeyDiffDecode,
         LagKVDecode,
         ExpectedAttentionDecode,
+        RKVDecode,
+        KVzipDecode,
     ):
         registry.register(scored)
-    for wrapper in (AdaKVDecode, PyramidKVDecode, CriticalKVDecode, ChunkKVDecode):
+    for wrapper in (AdaKVDecode, PyramidKVDecode, CriticalKVDecode, ChunkKVDecode, FlowKVDecode, TwilightDecode):
         registry.register(wrapper)
     for other in (FullDecode, LoopServeDecode, StreamingLLMDecode, RandomDecode, QuestDecode, RocketKVMTDecode):
         registry.register(other)
-    registry.register(RecoverAlphaDecode)
+    for more in (RecoverAlphaDecode, OmniKVDecode, FlashPrefillPrefill, DuoPrefill, DuoDecode):
+        registry.register(more)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,11 @@ def sink_lines(inputs: AttentionInputs, count: int) -> Tensor:
         return columns < count
     start = inputs.first_valid.repeat_interleave(inputs.group)[:, None]
     return (columns >= start) & (columns < start + count)
+
+
+def scaled_count(most: int, share: float | None, least: int, total_tokens: int) -> int:
+    """Return how many lines to take: ``share`` of the stored pairs, rounded up, from ``least`` to ``most``; None takes ``most``."""
+    return most if share is None else min(most, max(least, math.ceil(share * total_tokens)))
 
 
 def lines_counted_apart(

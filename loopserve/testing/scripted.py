@@ -123,8 +123,11 @@ class ScriptedConversation:
             self.state,
         )
         if isinstance(answer, Observation):
-            assert phase is not Phase.OBSERVE
+            assert phase is not Phase.OBSERVE or answer.again
             self.observed.append(answer.positions)
+            if answer.again:
+                self._read_again(len(answer.prompt) + len(answer.positions))
+                return
             for spec in self.layers:
                 self.compressor.after_attention(
                     self._inputs(spec, Phase.OBSERVE, answer.positions, final=True), self.state
@@ -134,6 +137,17 @@ class ScriptedConversation:
             self.selections.append(dict(answer))
             for layer, selection in answer.items():
                 self.take(layer, selection)
+
+    def _read_again(self, tokens: int) -> None:
+        """Read tokens behind the conversation and drop them. The tokens that the script has there, or its first, stand for them."""
+        positions = torch.arange(self.cache.seen, self.cache.seen + tokens, device="cpu")
+        for spec in self.layers:
+            keys = self.keys[spec.index][:, positions % self.keys.shape[2]]
+            self.cache.layers[spec.index].append(keys, keys)
+            self.compressor.after_attention(self._inputs(spec, Phase.OBSERVE, positions, final=True), self.state)
+        for layer in self.cache.layers:
+            layer.drop_last(tokens)
+        self._finish(Phase.OBSERVE, final=True)
 
     def _pairs(self, layer: int) -> float:
         """Return the pairs that a query attends to now, on average over the layer's KV heads."""
@@ -154,7 +168,7 @@ class ScriptedConversation:
         else:
             columns = torch.arange(total - len(positions), total, device="cpu")
         return AttentionInputs(
-            queries=self.queries[spec.index][:, positions],
+            queries=self.queries[spec.index][:, positions % self.queries.shape[2]],
             keys=layer.store.keys,
             values=layer.store.values,
             columns=columns,

@@ -157,7 +157,12 @@ def _is_share(field: FieldInfo) -> bool:
 
 
 def budget_of(policy: DecodeCompressor[Any]) -> int | None:
-    """Return the pairs per KV head that a compressor promises to attend to, mean over heads and layers."""
+    """Return the pairs per KV head that a compressor promises to attend to, mean over heads and layers.
+
+    A compressor that sets no limit (``most_pairs``) promises none, whatever its options are called.
+    """
+    if policy.most_pairs is None:
+        return None
     limits = getattr(policy, "limits", policy.config)
     found = getattr(limits, "budget", None)
     return found if isinstance(found, int) else None

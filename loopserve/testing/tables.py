@@ -46,11 +46,16 @@ def short_table(policies: Iterable[Registration]) -> str:
 
 
 def _row(policy: Registration) -> str:
-    paper = policy.paper.rsplit("/", 1)[-1]
-    link = f"[arXiv {paper}]({policy.paper})" if policy.paper else "-"
+    link = f"[{_cited(policy.paper)}]({policy.paper})" if policy.paper else "-"
     retentions = ", ".join(sorted(policy.capabilities.retentions)) if policy.kind == "decode" else "-"
     needs = ", ".join(sorted(policy.capabilities.needs)) or "-"
     return f"| `{policy.name}` | {policy.kind} | {_cell(policy.summary)} | {link} | {retentions} | {needs} |"
+
+
+def _cited(paper: str) -> str:
+    """Return how a paper is cited: its number at arXiv, or the site that has it."""
+    where, number = paper.rsplit("/", 1)
+    return f"arXiv {number}" if "arxiv.org" in where else where.split("//")[-1].split("/")[0]
 
 
 def _option(name: str, field: FieldInfo) -> str:

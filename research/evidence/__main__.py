@@ -20,7 +20,7 @@ def main(arguments: list[str] | None = None) -> int:
     wanted = _parser().parse_args(arguments)
     here = Path("build/evidence") if wanted.quick else Path()
     results = wanted.results or (here / "rows" if wanted.quick else Path("benchmarks/results/evidence"))
-    text = wanted.page or (here if wanted.quick else Path("docs")) / "evidence.md"
+    text = wanted.page or (here if wanted.quick else Path("docs")) / "evidence_bundled.md"
     try:
         failed = 0
         if not wanted.render:

@@ -47,7 +47,7 @@ class Ledger:
         """Keep a finished unit, on the disk before this returns."""
         experiment = row["experiment"]
         with self._part(experiment).open("a", encoding="utf-8") as file:
-            file.write(_line(row))
+            file.write(written(row))
             file.flush()
             os.fsync(file.fileno())
         self._done[experiment].add(key_of(row["unit"]))
@@ -95,9 +95,10 @@ def _write(path: Path, rows: Sequence[Row]) -> None:
         path.unlink(missing_ok=True)
         return
     waiting = path.with_suffix(".new")
-    waiting.write_text("".join(map(_line, rows)), encoding="utf-8")
+    waiting.write_text("".join(map(written, rows)), encoding="utf-8")
     waiting.replace(path)
 
 
-def _line(row: Row) -> str:
+def written(row: Row) -> str:
+    """Return a row as the line that is kept of it."""
     return json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n"

@@ -25,14 +25,15 @@ from research.evidence.pictures import Pictures
 from research.evidence.units import Row
 from research.evidence.words import minutes, table
 
-_HEAD = """# The paper's claims, tested here
+_HEAD = """# The paper's claims on the bundled model
 
 Made by `make evidence` from the rows in `{results}`: every sentence with a figure is written by rules from those rows, so a re-run
 renews the page. Do not edit it.
 
 The model is the bundled one (`recall`, trained on synthetic recall dialogues, see [demo_model.md](demo_model.md)), the dialogues are
 held out and have three turns unless said otherwise, and the history holds the model's own answers. Figures say which way the wind
-blows, not what an 8 B model will do. An answer is right if every word is. Standard errors (±) are those of a share with one right
+blows; [evidence.md](evidence.md) has the same claims on a pretrained model, and decides where the two disagree.
+An answer is right if every word is. Standard errors (±) are those of a share with one right
 and one wrong answer added. *Bytes* are KV bytes read per output token as a share of what dense attention reads, scoring and key
 summaries included; *all bytes* includes what is read before the first output, spread over the answer. Attended pairs, cells and
 tiles are as [architecture.md](architecture.md) defines them. Of the paper's results only what its public reviews say is known here,

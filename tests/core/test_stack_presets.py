@@ -21,8 +21,20 @@ def registry() -> Registry:
 
 def test_the_presets_that_are_promised_are_there():
     rivals = {"tri_shape", "minference", "flexprefill", "xattention", "topk_blocks", "sample_attention", "static_lines"}
+    rivals |= {"flashprefill", "flashprefill-paper", "duo", "minference-paper", "a_shape-paper", "tri_shape-paper"}
     rivals |= {"h2o", "tova", "quest", "keydiff", "knorm", "lagkv", "expected_attention", "adakv", "adakv-evict"}
-    rivals |= {"pyramidkv", "criticalkv", "chunkkv", "rocketkv_mt", "recover_alpha"}
+    rivals |= {
+        "pyramidkv",
+        "criticalkv",
+        "chunkkv",
+        "rocketkv_mt",
+        "recover_alpha",
+        "twilight",
+        "omnikv",
+        "rkv",
+        "flowkv",
+        "kvzip",
+    }
     ablations = {"no-overlap", "last-rows", "length-cost", "active", "interval-1", "interval-8", "interval-64"}
     ablations |= {"first-last-window", "first-sampled", "first-dense"}
     assert rivals | {f"loopserve-{each}" for each in ablations} <= set(preset_names())

@@ -24,7 +24,7 @@ SCORED = [each for each in COMPRESSORS if isinstance(default(each), ScoredCompre
 BUDGETED = [
     pytest.param(each, retention, id=f"{each.name}-{retention}")
     for each in COMPRESSORS
-    if each.name not in ("full", "recover_alpha")
+    if each.name not in ("full", "recover_alpha", "twilight", "omnikv", "flowkv", "duo")
     for retention in sorted(each.capabilities.retentions)
 ]
 
@@ -37,13 +37,13 @@ def resized(policy: Registration, budget: int, **more: Any) -> ScoredCompressor:
         wrapped: ScoredCompressor = built(Kind.DECODE, {**spec(policy), "inner": inner})
         return wrapped
     forced = {"sink_tokens": 0, "recent_window": 0}
-    if policy.name == "snapkv":
+    if policy.name in ("snapkv", "rkv"):
         forced = {"window": 1}
     plain: ScoredCompressor = built(Kind.DECODE, {**spec(policy), **forced, **options})
     return plain
 
 
-@pytest.mark.parametrize("policy", SCORED, ids=label)
+@pytest.mark.parametrize("policy", [each for each in SCORED if each.name != "kvzip"], ids=label)  # it reads again first
 @settings(max_examples=25)
 @given(inputs=attention_inputs(max_tokens=60), budget=st.integers(1, 70), retention=st.sampled_from(list(Retention)))
 def test_any_call_gives_an_exact_selection(
@@ -126,6 +126,8 @@ def expected_pairs(policy: Registration, talk: ScriptedConversation, layer: int,
         return 23  # the next token's own pair is the 24th
     if policy.name in ("h2o", "tova"):
         return 24
+    if policy.name == "rkv":
+        return 24 + output % 5  # its interval
     if policy.name == "pyramidkv":
         return None  # below
     return 24 + output

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from loopserve.core.policy.interfaces import PrefillSparsifier, Retention
 from loopserve.core.policy.registry import Kind, Registration
+from loopserve.policies.decode.snapkv import SnapKVDecode
 from loopserve.testing.assertions import assert_pattern, unchanged
 from loopserve.testing.inputs import make_inputs
 from loopserve.testing.tables import renewed
@@ -29,11 +30,15 @@ from tests.policies.small import (
     spec,
 )
 
+PUBLISHERS = ("https://arxiv.org/abs/", "https://openreview.net/forum?id=")
+
 
 def test_all_are_there() -> None:
     assert registered().names(Kind.PREFILL) == [
         "a_shape",
         "dense",
+        "duo",
+        "flashprefill",
         "flexprefill",
         "loopserve",
         "minference",
@@ -47,21 +52,27 @@ def test_all_are_there() -> None:
         "adakv",
         "chunkkv",
         "criticalkv",
+        "duo",
         "expected_attention",
+        "flowkv",
         "full",
         "h2o",
         "keydiff",
         "knorm",
+        "kvzip",
         "lagkv",
         "loopserve",
+        "omnikv",
         "pyramidkv",
         "quest",
         "random",
         "recover_alpha",
+        "rkv",
         "rocketkv_mt",
         "snapkv",
         "streaming_llm",
         "tova",
+        "twilight",
     ]
 
 
@@ -69,7 +80,7 @@ def test_all_are_there() -> None:
 def test_docstrings_say_what_happens_between_turns(policy: Registration) -> None:
     text = inspect.getdoc(policy.policy) or ""
     assert "Multi-turn:" in text
-    assert policy.paper in text and (policy.paper.startswith("https://arxiv.org/abs/") or not policy.paper)
+    assert policy.paper in text and (policy.paper.startswith(PUBLISHERS) or not policy.paper)
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=label)
@@ -99,6 +110,12 @@ def test_numbers_that_make_no_sense_are_refused(policy: Registration, value: Any
         (Kind.DECODE, "loopserve", {"drift_min_interval": 8, "drift_max_interval": 4}),
         (Kind.DECODE, "snapkv", {"kernel": 4}),
         (Kind.DECODE, "snapkv", {"budget": 31}),
+        (Kind.DECODE, "rkv", {"kernel": 4}),
+        (Kind.DECODE, "rkv", {"budget": 8, "sink_tokens": 1}),
+        (Kind.DECODE, "omnikv", {"filter_layers": ()}),
+        (Kind.DECODE, "omnikv", {"filter_layers": (3, 3)}),
+        (Kind.DECODE, "omnikv", {"filter_layers": (-1, 3)}),
+        (Kind.DECODE, "twilight", {"inner": SnapKVDecode(SnapKVDecode.Config(retention=Retention.EVICT))}),
         (Kind.DECODE, "random", {"budget": 20, "sink_tokens": 4, "recent_window": 17}),
         (Kind.DECODE, "streaming_llm", {"budget": 4, "sink_tokens": 4}),
     ],

@@ -24,13 +24,17 @@ WIDEST: dict[str, dict[str, Any]] = {
     "prefill a_shape": {"local_window": 4096},
     "prefill tri_shape": {"last_rows": 4096},
     "prefill minference": {"vertical_size": 4096},
+    "prefill flashprefill": {"local_window": 4096},
+    "prefill duo": {"retrieval_share": 1.0},
     "prefill flexprefill": {"gamma": 1.0},
     "prefill xattention": {"threshold": 1.0},
     "prefill topk_blocks": {"top_p": 1.0},
     "prefill sample_attention": {"local_share": 1.0},
     "prefill static_lines": {"local_window": 4096},
     "prefill loopserve": {"alpha": 1.0},
+    "decode twilight": {"top_p": 1.0},
     "decode recover_alpha": {"alpha": 1.0},
+    "decode duo": {"retrieval_share": 1.0},
     "decode rocketkv_mt": {"budget": 4096, "filter_budget": 4096},
 }
 
@@ -43,7 +47,7 @@ def sides(policy: Registration, written: dict[str, Any]) -> tuple[dict[str, Any]
 def widest(policy: Registration) -> dict[str, Any]:
     if wraps(policy):
         written = spec(policy)
-        return {**written, "inner": {**written["inner"], "budget": 4096}}
+        return {**written, "inner": {**written["inner"], "budget": 4096}} | WIDEST.get(label(policy), {})
     default = {"budget": 4096} if "budget" in policy.config.model_fields else {}
     return spec(policy) | WIDEST.get(label(policy), default)
 
@@ -71,7 +75,8 @@ def test_decode_policies_hold_three_turns_and_two_conversations_at_once(
     served = engine(family, *sides(policy, spec(policy, retention)))
     for session in assert_two_at_once_equal_two_alone(served):
         assert session.cache.seen == sum(TURNS) + len(TURNS) * ANSWER - 1  # the last output is not computed yet
-        assert served.stack.is_dense or session.turns[-1].compressed_steps > 0
+        alone = policy.name == "omnikv" and family == "gemma2"  # one full layer: nobody to share a selection with
+        assert served.stack.is_dense or alone or session.turns[-1].compressed_steps > 0
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -9,12 +9,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from loopserve.api import load_stack
 from loopserve.core.policy.interfaces import AttentionInputs, Phase
 from loopserve.core.policy.patterns import DensePattern, LinePattern
 from loopserve.policies.draws import Sampling, generator, sample_rows
 from loopserve.policies.prefill.a_shape import AShapePrefill
 from loopserve.policies.prefill.dense import DensePrefill
 from loopserve.policies.prefill.loopserve import LoopServePrefill
+from loopserve.policies.prefill.minference import MInferencePrefill
+from loopserve.policies.prefill.tri_shape import TriShapePrefill
 from loopserve.testing.assertions import assert_pattern, unchanged
 from loopserve.testing.inputs import FakeRecord, make_inputs
 from loopserve.testing.strategies import attention_inputs
@@ -221,6 +224,39 @@ def test_a_shape_is_sinks_and_window(inputs: AttentionInputs, sinks: int, local:
     wanted = ((offset < local) | sink[:, None]) & (offset >= 0)
     valid = (columns >= starts[:, None])[:, None].expand_as(mask)
     assert torch.equal(mask & valid, wanted & valid)
+
+
+@pytest.mark.parametrize(
+    ("total", "window"),
+    [(50, 6), (100, 10), (205, 21), (1000, 40)],  # the least, the share rounded up, the most
+)
+def test_a_window_grows_with_the_conversation_between_its_bounds(total: int, window: int) -> None:
+    options = {"sink_tokens": 3, "local_window": 40, "local_share": 0.1, "min_local_window": 6}
+    fixed = {"sink_tokens": 3, "local_window": window}
+    inputs = make_inputs(new_tokens=30, total_tokens=total)
+    for kind in (AShapePrefill, TriShapePrefill):
+        scaled, same = (kind(kind.Config(**each)).sparsify(inputs) for each in (options, fixed))
+        assert torch.equal(scaled.to_mask(), same.to_mask())
+
+
+@pytest.mark.parametrize(("total", "sizes"), [(60, (3, 6)), (205, (11, 21)), (1000, (20, 30))])
+def test_minference_sizes_grow_with_the_conversation_up_to_their_limit(total: int, sizes: tuple[int, int]) -> None:
+    forced = {"sink_tokens": 1, "local_window": 2}
+    shares = {"vertical_size": 20, "slash_size": 30, "vertical_share": 0.05, "slash_share": 0.1}
+    inputs = make_inputs(new_tokens=40, total_tokens=total, structured=True)
+    pattern = MInferencePrefill(MInferencePrefill.Config(**forced, **shares)).sparsify(inputs)
+    assert isinstance(pattern, LinePattern)
+    assert set(pattern.verticals.sum(1).tolist()) == {sizes[0]} and set(pattern.slashes.sum(1).tolist()) == {sizes[1]}
+
+
+@pytest.mark.parametrize("preset", ["minference", "a_shape", "tri_shape"])
+@pytest.mark.parametrize("tokens", [2048, 4096, 8192])
+def test_a_preset_that_scales_computes_a_tenth_to_a_quarter_of_a_first_turn(preset: str, tokens: int) -> None:
+    inputs = make_inputs(new_tokens=tokens, total_tokens=tokens, kv_heads=1, group=2, structured=True)
+    density = float(load_stack(preset).prefill.sparsify(inputs).cell_density().mean())
+    assert 0.1 <= density <= 0.25
+    absolute = float(load_stack(f"{preset}-paper").prefill.sparsify(inputs).cell_density().mean())
+    assert absolute > 2 * density
 
 
 def test_dense_computes_everything() -> None:

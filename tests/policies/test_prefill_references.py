@@ -18,6 +18,7 @@ from loopserve.core.policy.interfaces import AttentionInputs, PrefillSparsifier
 from loopserve.core.policy.patterns import BlockPattern, LinePattern
 from loopserve.policies.blocks import largest_share
 from loopserve.policies.lines import lines_counted_apart
+from loopserve.policies.prefill.flashprefill import FlashPrefillPrefill
 from loopserve.policies.prefill.flexprefill import FlexPrefillPrefill, blocks_of_lines
 from loopserve.policies.prefill.line_sizes import SizeSearch, read_sizes, scaled, write_sizes
 from loopserve.policies.prefill.loopserve import LoopServePrefill
@@ -325,6 +326,56 @@ def test_blocks_of_lines_are_those_in_which_a_line_has_a_cell(data: st.DataObjec
         for column in range(total - new + row + 1):
             wanted[:, row // block, column // block] |= slashes[:, total - new + row - column]
     assert torch.equal(found, wanted)
+
+
+def flash_scores(inputs: AttentionInputs, head: int, rows: range, block: int) -> list[float]:
+    """Score of each key block for some rows: the sum of powers over the rows that see all of it, cell by cell."""
+    keys, first = inputs.keys[head // inputs.group].double(), first_of(inputs, head)
+    found: dict[tuple[int, int], float] = {}
+    for number in range(-(-inputs.total_tokens // block)):
+        columns = [c for c in range(number * block, min((number + 1) * block, inputs.total_tokens)) if c >= first]
+        if columns:
+            mean = keys[columns].sum(0) / len(columns)
+            for row in rows:
+                if (number + 1) * block - 1 <= int(inputs.columns[row]):
+                    found[number, row] = float(inputs.queries[head, row].double() @ mean) * inputs.scaling
+    largest = max(found.values(), default=0.0)
+    scores = [0.0] * -(-inputs.total_tokens // block)
+    for (number, _), logit in found.items():
+        scores[number] += math.exp(logit - largest)
+    return scores
+
+
+@pytest.mark.parametrize("call", [*CALLS, {"new_tokens": 3, "total_tokens": 5}])
+@pytest.mark.parametrize(("threshold", "sinks", "window", "last"), [(0.18, 0, 1, 0), (0.6, 9, 16, 3), (1.0, 8, 20, 9)])
+def test_flashprefill_takes_the_blocks_within_a_threshold_of_the_best(
+    call: dict[str, Any], threshold: float, sinks: int, window: int, last: int
+) -> None:
+    inputs, block = make_inputs(**call), 8
+    history, parts = inputs.total_tokens - inputs.new_tokens, row_blocks(inputs, 8)
+    wanted = torch.zeros(inputs.queries.shape[0], inputs.new_tokens, inputs.total_tokens, dtype=torch.bool)
+    for head in range(len(wanted)):
+        first = first_of(inputs, head)
+        for number, rows in enumerate(parts):
+            scores = flash_scores(inputs, head, rows, block)
+            chosen = {at for at, score in enumerate(scores) if score > 0 and score >= threshold * max(scores)}
+            chosen |= {column // block for column in range(first, first + sinks)}
+            own = [(history + row) // block for row in rows]
+            reach = (history + rows[0] - (math.ceil(window / block) - 1) * block) // block
+            chosen |= set(range(max(reach, 0), own[-1] + 1))
+            if number >= len(parts) - math.ceil(last / block):
+                chosen = set(range(len(scores)))
+            for row in rows:
+                for column in range(int(inputs.columns[row]) + 1):
+                    wanted[head, row, column] = column // block in chosen
+    config = FlashPrefillPrefill.Config(
+        threshold=threshold, block=block, sink_tokens=sinks, local_window=window, last_rows=last
+    )
+    found = FlashPrefillPrefill(config).sparsify(inputs)
+    assert torch.equal(real(inputs, found.to_mask()), real(inputs, wanted))
+    if last:  # the last rows of a turn are in its last chunk
+        early = FlashPrefillPrefill(config).sparsify(make_inputs(**call, final=False))
+        assert (early.cell_density() <= found.cell_density()).all()
 
 
 @pytest.mark.parametrize("call", CALLS)

@@ -24,7 +24,8 @@ from tests.policies.conversations import DENSE, conversation, engine, model, pro
 from tests.policies.small import COMPRESSORS, label, spec
 
 SHORT_TURNS = (41, 9, 9, 9, 9, 9)
-REMEMBER = {"h2o", "streaming_llm"}  # sums over all turns; the number of heads of each layer
+# sums over all turns; the heads of each layer; what turns have kept; the kind of each head
+REMEMBER = {"h2o", "streaming_llm", "flowkv", "kvzip", "duo"}
 
 
 def tensor_bytes(value: Any, met: set[int]) -> int:

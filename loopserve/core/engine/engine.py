@@ -271,7 +271,7 @@ class TokenEngine:
             waiting = deque(ask_compressors(context))
             while waiting:
                 _require_repeatable(context.session, "a policy asks for rows of it once more")
-                observing = observation_context(context.session, *waiting.popleft(), self.model.device)
+                observing = observation_context(context.session, *waiting.popleft(), self.model)
                 self.model.forward(ForwardBatch([observing]))
                 waiting.extend(ask_compressors(observing))
             context.session.enter(context.phase)

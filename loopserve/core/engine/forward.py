@@ -11,7 +11,7 @@ from torch import Tensor
 
 from loopserve.core.engine.session import Session
 from loopserve.core.kv.recording import plain_tensors
-from loopserve.core.policy.interfaces import LayerSpec, Phase
+from loopserve.core.policy.interfaces import LayerSpec, Observation, Phase
 
 
 @dataclass(eq=False)
@@ -26,6 +26,9 @@ class ForwardContext:
     rotation: int = 0  # what ``Model.rotation`` says of the length of the conversation that the tokens belong to
     final: bool = True  # False for every piece of a chunked prefill but the last
     observer: str | None = None  # slot of the compressor that an observation pass is for
+    again: Observation | None = (
+        None  # an observation whose tokens are read behind the conversation, and dropped after the pass
+    )
     measure: bool = False  # measure realised coverage over all rows, as costly as dense attention
     isolated: bool = False  # several sessions share the pass: an error of this one must not end it
     compressed: bool = False  # some layer attended to a selection
@@ -36,8 +39,8 @@ class ForwardContext:
     scratch: dict[int, dict[Any, Any]] = field(default_factory=dict)  # by layer: what policies compute once per call
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> None:
-        """Store the new pairs ``[Hkv, T, D]`` of a layer. An observation reads pairs that are stored already and adds none."""
-        if self.phase is Phase.OBSERVE or self.error is not None:
+        """Store the new pairs ``[Hkv, T, D]`` of a layer. An observation adds none, unless it reads its tokens again."""
+        if (self.phase is Phase.OBSERVE and self.again is None) or self.error is not None:
             return
         try:
             with plain_tensors():

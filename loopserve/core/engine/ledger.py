@@ -41,7 +41,8 @@ class Ledger:
         Counts what a buffer allocates beside its pairs, the copy made while one layer's buffer grows, and a selection that is
         replaced by another of the same size.
         """
-        length = len(session.tokens) + new_tokens + max_new_tokens
+        again = max((each.reads_again for each in session.slots.compressors.values()), default=0)
+        length = len(session.tokens) + new_tokens + max(max_new_tokens, again)
         total, transient, whole = 0, 0, 0
         for policies, cache in zip(session.slots.by_layer, session.cache.layers, strict=True):
             pair = 2 * self._element_bytes * policies.spec.kv_heads * policies.spec.head_dim

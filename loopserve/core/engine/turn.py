@@ -88,7 +88,7 @@ class Turn:
         if self.finished:
             raise InputError("the turn is over: nothing of it is left to compute")
         if self._observations:
-            return observation_context(session, *self._observations[0], self._model.device)
+            return observation_context(session, *self._observations[0], self._model)
         seen = session.cache.seen
         if seen >= self._prefill_end and not self._model.rotation_grows:
             self._keep_rotation(seen + 1)
@@ -244,17 +244,38 @@ class Turn:
             session.undo()
 
 
-def observation_context(session: Session, slot: str, observation: Observation, device: torch.device) -> ForwardContext:
-    """Return the context that runs some rows of the turn again at their own positions, for the compressor of a slot."""
+def observation_context(session: Session, slot: str, observation: Observation, model: Model) -> ForwardContext:
+    """Return the context that runs some rows again, for the compressor of a slot: at their own positions, or behind the conversation.
+
+    Raises InputError if the model has too few positions for the latter.
+    """
     session.enter(Phase.OBSERVE)
+    tokens = [session.tokens[position] for position in observation.positions.tolist()]
+    positions, seen = observation.positions.to(model.device), session.cache.seen
+    if observation.again:
+        tokens = [*observation.prompt, *tokens]
+        if strange := [token for token in observation.prompt if token >= model.vocabulary]:
+            raise InputError(
+                f"decode policy {session.slots.policies[slot].name!r} writes token {strange[0]} in front of what it reads again, the "
+                f"vocabulary has the ids 0 to {model.vocabulary - 1}: give it ids of this model (its option prompt)"
+            )
+        if model.max_positions is not None and seen + len(tokens) > model.max_positions:
+            raise InputError(
+                f"decode policy {session.slots.policies[slot].name!r} reads {len(tokens)} tokens again behind the {seen} of the "
+                f"conversation, the model takes {model.max_positions}: let it read fewer at once (its option chunk), or choose "
+                "another policy"
+            )
+        positions = torch.arange(seen, seen + len(tokens), device=model.device)
+        seen += len(tokens)
     return ForwardContext(
         session,
         Phase.OBSERVE,
-        [session.tokens[position] for position in observation.positions.tolist()],
-        observation.positions.to(device),
-        stored_after=session.cache.seen,
+        tokens,
+        positions,
+        stored_after=seen,
         rotation=session.rotation,
         observer=slot,
+        again=observation if observation.again else None,
     )
 
 
@@ -272,6 +293,9 @@ def ask_compressors(context: ForwardContext) -> list[tuple[str, Observation]]:
     session = context.session
     if context.phase is Phase.DECODE:
         count_step(context)
+    if context.again is not None:
+        for layer in session.cache.layers:
+            layer.drop_last(len(context.token_ids))
     observations = []
     for slot, compressor in session.slots.compressors.items():
         if slot in context.shown and session.is_enabled(slot):
@@ -298,9 +322,12 @@ def _ask(context: ForwardContext, slot: str, compressor: DecodeCompressor[Any]) 
     try:
         request = session.guard.ask(compressor, compressor.after_forward, step, session.states[slot])
         if isinstance(request, Observation):
+            first = 0 if request.again else session.turn_start
             if context.phase is Phase.OBSERVE:
-                raise PolicyError("an observation may not ask for another one")
-            check_observation(request, session.turn_start, session.cache.seen)
+                if context.again is None or not request.again:
+                    raise PolicyError("an observation may not ask for another one")
+                first = int(context.again.positions[-1]) + 1  # so that reading comes to an end
+            check_observation(request, first, session.cache.seen)
             return request
         if request is not None:
             _select(session, step, request)

@@ -220,17 +220,21 @@ def check_selection(
 
 
 def check_observation(observation: Observation, start: int, length: int) -> None:
-    """Check the rows to compute again: sorted positions of the turn that began at ``start``. Raises PolicyError."""
+    """Check the rows to compute again: sorted positions from ``start`` on. Raises PolicyError."""
     rows = observation.positions
     if not isinstance(rows, Tensor) or rows.dtype != torch.long or rows.dim() != 1 or not len(rows):
         actual = f"{rows.dtype} {list(rows.shape)}" if isinstance(rows, Tensor) else type(rows).__name__
         raise PolicyError(f"Observation.positions: expected int64 [r], got {actual}")
+    prompt = observation.prompt
+    if type(prompt) is not tuple or not all(type(token) is int and token >= 0 for token in prompt):
+        raise PolicyError(f"Observation.prompt: expected a tuple of token ids, got {prompt!r}")
     if rows.device.type == "meta":
         raise PolicyError("Observation.positions: hold no numbers, they are on the device meta")
     first, last = int(rows[0]), int(rows[-1])
     if first < start or last >= length or bool((rows[1:] <= rows[:-1]).any()):
+        within = "what is left to read again" if observation.again else "this turn"
         raise PolicyError(
-            f"Observation.positions: must rise within this turn, [{start}, {length}), got {first} to {last}"
+            f"Observation.positions: must rise within {within}, [{start}, {length}), got {first} to {last}"
         )
 
 

@@ -218,6 +218,14 @@ class LayerCache:
         if length == 0:
             self.store = None
 
+    def drop_last(self, tokens: int) -> None:
+        """Remove the last ``tokens`` positions, added since any selection was made; the active set stays."""
+        assert self.store is not None
+        self.store.length -= tokens
+        if self.active is not None and self.active.pairs is not None:
+            self.active.pairs.length -= tokens
+        self.seen -= tokens
+
     def _truncate_survivors(self, length: int) -> None:
         """Truncate into the part where heads hold different pairs: align them to the right again."""
         assert self.store is not None and self._positions is not None

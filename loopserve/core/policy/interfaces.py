@@ -229,9 +229,15 @@ class Observation:
 
     positions: sorted original positions of this turn, int64 ``[r]``. The engine feeds their tokens in one extra pass with phase
     OBSERVE, appends nothing, and then calls ``after_forward`` again.
+
+    again: the tokens follow the conversation a second time instead, behind those of ``prompt``, at the positions after its end. They
+    attend to the store and to each other. Their pairs are the last columns of that pass, and are dropped before ``after_forward``.
+    Any positions so far may be named, and after the pass others behind them.
     """
 
     positions: Tensor
+    again: bool = False
+    prompt: tuple[int, ...] = ()  # token ids
 
 
 @dataclass(frozen=True)
@@ -285,6 +291,11 @@ class DecodeCompressor(Policy, Generic[State]):
         The engine applies it: while a layer holds at most so many pairs, this policy is not called for it, in no phase. After a
         pass in which no layer held more, ``after_forward`` is not called either. Asked once, when a model is loaded.
         """
+        return 0
+
+    @property
+    def reads_again(self) -> int:
+        """Return the most tokens that one observation with ``again`` reads. Room is reserved for them."""
         return 0
 
     @abstractmethod

@@ -19,6 +19,7 @@ from loopserve.core.policy.interfaces import (
     AttentionInputs,
     DecodeCompressor,
     KVSelection,
+    Observation,
     Phase,
     PolicyConfig,
     Retention,
@@ -172,11 +173,20 @@ class ScoredCompressor(DecodeCompressor[ScoredState]):
     def init_state(self) -> ScoredState:
         return ScoredState()
 
+    def ranked_call(self, inputs: AttentionInputs, state: ScoredState) -> AttentionInputs | None:
+        """Return the call whose pairs are ranked now, or None to wait. By default the last chunk of a prefill."""
+        return inputs if inputs.phase is Phase.PREFILL and inputs.final else None
+
+    def asks(self, step: Step, state: ScoredState) -> Observation | None:
+        """Return an observation that must come before the ranking. By default none is needed."""
+        return None
+
     def after_attention(self, inputs: AttentionInputs, state: ScoredState) -> None:
         self.observe(inputs, state)
-        if inputs.phase is not Phase.PREFILL or not inputs.final:
+        call = self.ranked_call(inputs, state)
+        if call is None:
             return
-        budget = self.layer_budget(inputs)
+        inputs, budget = call, self.layer_budget(call)
         if inputs.total_tokens <= budget:  # nothing is left out
             return
         ranking = sound(self.ranking(inputs, state, budget), inputs)
@@ -184,6 +194,9 @@ class ScoredCompressor(DecodeCompressor[ScoredState]):
         if chosen is not None:
             state.pending[inputs.layer.index] = chosen
 
-    def after_forward(self, step: Step, state: ScoredState) -> Selections | None:
+    def after_forward(self, step: Step, state: ScoredState) -> Selections | Observation | None:
+        request = self.asks(step, state)
+        if request is not None:
+            return request
         chosen, state.pending = state.pending, {}
         return chosen or None

@@ -18,8 +18,10 @@ from loopserve.core.policy.interfaces import (
     DecodeCompressor,
     KVSelection,
     LayerSpec,
+    Observation,
     PolicyConfig,
     Retention,
+    Step,
 )
 from loopserve.core.policy.scoring import ScoredCompressor, ScoredConfig, ScoredState
 from loopserve.core.stack.config import mistake, mistake_at
@@ -40,7 +42,7 @@ def written(policy: Any) -> dict[str, Any]:
     return {"policy": policy.name, **policy.config.model_dump(mode="json")}
 
 
-def _scored(value: Any, info: ValidationInfo) -> ScoredCompressor:
+def _any(value: Any, info: ValidationInfo) -> DecodeCompressor[Any]:
     policy = value
     if isinstance(value, dict):
         if info.context is None:
@@ -50,32 +52,38 @@ def _scored(value: Any, info: ValidationInfo) -> ScoredCompressor:
         policy = info.context.inner(value)
     if not isinstance(policy, DecodeCompressor):
         raise mistake(f"must name a policy, {_EXAMPLE}")
+    return policy
+
+
+def _scored(value: Any, info: ValidationInfo) -> ScoredCompressor:
+    policy = _any(value, info)
     if not isinstance(policy, ScoredCompressor):
         reason = f"decode policy {policy.name!r} gives no score per pair, so it cannot be wrapped"
         raise mistake_at(("policy",), reason, policy.name)
     return policy
 
 
+def _schema(described: str) -> WithJsonSchema:
+    named = {"policy": {"type": "string", "description": described}}
+    return WithJsonSchema({"type": "object", "properties": named, "required": ["policy"]})
+
+
 ScoredInner = Annotated[
     ScoredCompressor,
     PlainValidator(_scored),
     PlainSerializer(written, return_type=dict[str, Any]),
-    WithJsonSchema(
-        {
-            "type": "object",
-            "properties": {"policy": {"type": "string", "description": "Name of a scored decode policy."}},
-            "required": ["policy"],
-        }
-    ),
+    _schema("Name of a scored decode policy."),
+]
+AnyInner = Annotated[
+    DecodeCompressor[Any],
+    PlainValidator(_any),
+    PlainSerializer(written, return_type=dict[str, Any]),
+    _schema("Name of a decode policy."),
 ]
 
 
-class WrapperConfig(PolicyConfig):
-    """Take the options of every policy that changes how another one uses its scores."""
-
-    inner: ScoredInner = Field(
-        description="The policy wrapped, written as {policy: NAME, ...}; it says budget, forced pairs and retention."
-    )
+class InnerConfig(PolicyConfig):
+    """Refuse options that do not name the policy inside. A wrapper's configuration declares ``inner``."""
 
     @model_validator(mode="before")
     @classmethod
@@ -85,6 +93,25 @@ class WrapperConfig(PolicyConfig):
                 ("inner",), f"this policy wraps another one, which is missing: name it, {_EXAMPLE}", fields
             )
         return fields
+
+
+class WrapperConfig(InnerConfig):
+    """Take the options of every policy that changes how another one uses its scores."""
+
+    inner: ScoredInner = Field(
+        description="The policy wrapped, written as {policy: NAME, ...}; it says budget, forced pairs and retention."
+    )
+
+
+def joint_capabilities(own: Capabilities, within: Capabilities) -> Capabilities:
+    """Return the capabilities that a wrapper and the policy inside both have, with the needs of either."""
+    return Capabilities(
+        layer_types=own.layer_types & within.layer_types,
+        retentions=own.retentions & within.retentions,
+        deterministic=own.deterministic and within.deterministic,
+        batched=own.batched and within.batched,
+        needs=own.needs | within.needs,
+    )
 
 
 class ScoredWrapper(ScoredCompressor):
@@ -122,14 +149,7 @@ class ScoredWrapper(ScoredCompressor):
     @property
     def effective_capabilities(self) -> Capabilities:
         """Return the capabilities that both policies have, with the needs of either."""
-        own, within = self.capabilities, self.inner.effective_capabilities
-        return Capabilities(
-            layer_types=own.layer_types & within.layer_types,
-            retentions=own.retentions & within.retentions,
-            deterministic=own.deterministic and within.deterministic,
-            batched=own.batched and within.batched,
-            needs=own.needs | within.needs,
-        )
+        return joint_capabilities(self.capabilities, self.inner.effective_capabilities)
 
     @property
     def effective_state_types(self) -> tuple[type, ...]:
@@ -137,6 +157,13 @@ class ScoredWrapper(ScoredCompressor):
 
     def refuses(self, layer: LayerSpec) -> str | None:
         return self.inner.refuses(layer)
+
+    @property
+    def reads_again(self) -> int:
+        return self.inner.reads_again
+
+    def init_state(self) -> ScoredState:
+        return self.inner.init_state()
 
     def end_turn(self, state: ScoredState) -> None:
         self.inner.end_turn(state)
@@ -146,6 +173,12 @@ class ScoredWrapper(ScoredCompressor):
 
     def observe(self, inputs: AttentionInputs, state: ScoredState) -> None:
         self.inner.observe(inputs, state)
+
+    def ranked_call(self, inputs: AttentionInputs, state: ScoredState) -> AttentionInputs | None:
+        return self.inner.ranked_call(inputs, state)
+
+    def asks(self, step: Step, state: ScoredState) -> Observation | None:
+        return self.inner.asks(step, state)
 
     def ranking(self, inputs: AttentionInputs, state: ScoredState, budget: int) -> Tensor:
         return self.inner.ranking(inputs, state, budget)

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from loopserve.core.policy.interfaces import AttentionInputs, PolicyConfig, PrefillSparsifier
 from loopserve.core.policy.patterns import AttentionPattern, DensePattern, LinePattern
-from loopserve.policies.lines import sink_lines
+from loopserve.policies.lines import scaled_count, sink_lines
 
 
 class AShapePrefill(PrefillSparsifier):
@@ -17,7 +17,8 @@ class AShapePrefill(PrefillSparsifier):
     Paper: StreamingLLM, https://arxiv.org/abs/2309.17453. The code of MInference and SCBench calls this pattern A-shape. Variant:
     lines of exact length, one vertical per sink token and one slash per offset.
 
-    Deviations: SCBench uses 128 sinks and 3,968 local tokens, which is dense below 4k tokens; the local default here is smaller.
+    Deviations: SCBench uses 128 sinks and 3,968 local tokens, which is dense below 4k tokens (preset ``a_shape-paper``); the local
+    default here is smaller, and ``local_share`` lets the window grow with the conversation (preset ``a_shape``).
     Its kernels round the window to blocks of 64 and assume as many queries as keys. Here the window is exact, and a follow-up turn
     may have any length.
 
@@ -35,12 +36,20 @@ class AShapePrefill(PrefillSparsifier):
         local_window: int = Field(
             1024, gt=0, description="Last tokens up to and including itself that every new token attends to."
         )
+        local_share: float | None = Field(
+            None,
+            gt=0,
+            le=1,
+            description="Window as a share of the stored pairs, at most `local_window`; none by default.",
+        )
+        min_local_window: int = Field(64, gt=0, description="Smallest window that `local_share` gives.")
 
     config: Config
 
     def sparsify(self, inputs: AttentionInputs) -> AttentionPattern:
         config, heads = self.config, inputs.queries.shape[0]
-        if config.sink_tokens + config.local_window >= inputs.total_tokens:
+        local = scaled_count(config.local_window, config.local_share, config.min_local_window, inputs.total_tokens)
+        if config.sink_tokens + local >= inputs.total_tokens:
             return DensePattern(heads, inputs.new_tokens, inputs.total_tokens)
         sinks = sink_lines(inputs, config.sink_tokens)
-        return LinePattern.window(heads, inputs.new_tokens, inputs.total_tokens, sinks, config.local_window)
+        return LinePattern.window(heads, inputs.new_tokens, inputs.total_tokens, sinks, local)

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from loopserve.core.policy.interfaces import AttentionInputs, LayerSpec, PolicyConfig, PrefillSparsifier
 from loopserve.core.policy.patterns import AttentionPattern, LinePattern
-from loopserve.policies.lines import heaviest, sink_lines
+from loopserve.policies.lines import heaviest, scaled_count, sink_lines
 from loopserve.policies.prefill.line_sizes import LineSizes, read_sizes
 
 
@@ -21,12 +21,15 @@ class MInferencePrefill(PrefillSparsifier):
     ``vertical_size`` and ``slash_size`` are taken, the first 30 columns and last 100 offsets forced among them, as in the authors'
     code. Sizes differ per head by a file, which ``loopserve policies search-minference`` makes for a model.
 
-    Deviations: of the three patterns only vertical-slash is implemented, which the authors' files assign to nearly every head.
-    Lines have exact length, where their kernel widens a slash to blocks of 64. A turn may have any length after any history, where
-    their code is dense if there are fewer queries than keys.
+    Deviations: the authors' sizes (1000 and 6096, preset ``minference-paper``) are dense at a few thousand tokens, so the shares let
+    sizes of heads that no file names grow with the conversation up to them (preset ``minference``). Of the three patterns only
+    vertical-slash is implemented, which the authors' files assign to nearly every head. Lines have exact length, where their kernel
+    widens a slash to blocks of 64. A turn may have any length after any history, where their code is dense if there are fewer
+    queries than keys.
 
-    Multi-turn: each turn chooses lines again from its own last rows, over history and turn. Sizes stay the same, so density falls
-    as the history grows. Nothing is evicted. After an eviction by a decode policy, lines are those of the survivors' columns.
+    Multi-turn: each turn chooses lines again from its own last rows, over history and turn. Without shares sizes stay the same, so
+    density falls as the history grows; with shares sizes grow with it. Nothing is evicted. After an eviction by a decode policy,
+    lines are those of the survivors' columns.
     """
 
     name: ClassVar[str] = "minference"
@@ -35,6 +38,18 @@ class MInferencePrefill(PrefillSparsifier):
     class Config(PolicyConfig):
         vertical_size: int = Field(1000, gt=0, description="Vertical lines per head that the file does not name.")
         slash_size: int = Field(6096, gt=0, description="Slash lines per head that the file does not name.")
+        vertical_share: float | None = Field(
+            None,
+            gt=0,
+            le=1,
+            description="Verticals as a share of the stored pairs, at most `vertical_size`; none by default.",
+        )
+        slash_share: float | None = Field(
+            None,
+            gt=0,
+            le=1,
+            description="Slashes as a share of the stored pairs, at most `slash_size`; none by default.",
+        )
         sizes: str | None = Field(
             None,
             description="YAML or JSON file with sizes per head, as `loopserve policies search-minference` writes it.",
@@ -61,7 +76,9 @@ class MInferencePrefill(PrefillSparsifier):
         config, heads = self.config, inputs.queries.shape[0]
         rows = torch.arange(max(inputs.new_tokens - config.last_rows, 0), inputs.new_tokens, device=inputs.keys.device)
         mass = inputs.row_attention(rows, kind="lines")
-        sizes = self.sizes.get(inputs.layer.index) or [(config.vertical_size, config.slash_size)] * heads
+        vertical = scaled_count(config.vertical_size, config.vertical_share, 1, inputs.total_tokens)
+        slash = scaled_count(config.slash_size, config.slash_share, 1, inputs.total_tokens)
+        sizes = self.sizes.get(inputs.layer.index) or [(vertical, slash)] * heads
         wanted = torch.tensor(sizes, dtype=torch.long, device=inputs.keys.device)
         offsets = torch.arange(inputs.total_tokens, device=inputs.keys.device)
         near = (offsets < config.local_window).expand(heads, -1)

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from loopserve.core.policy.interfaces import AttentionInputs, PolicyConfig, PrefillSparsifier
 from loopserve.core.policy.patterns import AttentionPattern, DensePattern, LinePattern, RowGroups
-from loopserve.policies.lines import sink_lines
+from loopserve.policies.lines import scaled_count, sink_lines
 
 
 class TriShapePrefill(PrefillSparsifier):
@@ -17,8 +17,9 @@ class TriShapePrefill(PrefillSparsifier):
     Paper: https://arxiv.org/abs/2412.10319 (SCBench). Variant: 100 last rows, as in its code; those rows usually hold the question
     and produce the first token.
 
-    Deviations: SCBench's 128 sinks and 3,968 local tokens are dense below 4k tokens, so the local default is smaller; lines are
-    exact where its kernels round to blocks of 64, and queries may be fewer than keys.
+    Deviations: SCBench's 128 sinks and 3,968 local tokens are dense below 4k tokens (preset ``tri_shape-paper``), so the local
+    default is smaller, and ``local_share`` lets the window grow with the conversation (preset ``tri_shape``). Lines are exact where
+    its kernels round to blocks of 64, and queries may be fewer than keys.
 
     Multi-turn: the last rows of every turn see the whole history, all other new rows sinks and window only. In a chunked prefill
     they are the last rows of the last chunk. After an eviction the pattern covers the survivors.
@@ -34,6 +35,13 @@ class TriShapePrefill(PrefillSparsifier):
         local_window: int = Field(
             1024, gt=0, description="Last tokens up to and including itself that every new token attends to."
         )
+        local_share: float | None = Field(
+            None,
+            gt=0,
+            le=1,
+            description="Window as a share of the stored pairs, at most `local_window`; none by default.",
+        )
+        min_local_window: int = Field(64, gt=0, description="Smallest window that `local_share` gives.")
         last_rows: int = Field(100, gt=0, description="Last rows of a turn that attend to everything.")
 
     config: Config
@@ -42,8 +50,9 @@ class TriShapePrefill(PrefillSparsifier):
         config, heads = self.config, inputs.queries.shape[0]
         new, total = inputs.new_tokens, inputs.total_tokens
         whole = min(config.last_rows, new) if inputs.final else 0
-        if whole == new or config.sink_tokens + config.local_window >= total:
+        local = scaled_count(config.local_window, config.local_share, config.min_local_window, total)
+        if whole == new or config.sink_tokens + local >= total:
             return DensePattern(heads, new, total)
         sinks = sink_lines(inputs, config.sink_tokens)[:, : total - whole]
-        shape = LinePattern.window(heads, new - whole, total - whole, sinks, config.local_window)
+        shape = LinePattern.window(heads, new - whole, total - whole, sinks, local)
         return RowGroups((shape, DensePattern(heads, whole, total))) if whole else shape

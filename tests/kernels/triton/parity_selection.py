@@ -49,7 +49,7 @@ def test_it_costs_at_most_two_percent_more(cost_of: str, new: int, total: int) -
 
 
 def test_too_few_rounds_still_reach_the_target(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loopserve.kernels.select_lines.triton.ROUNDS", 1)
+    monkeypatch.setattr("loopserve.kernels.gpu.select_lines.ROUNDS", 1)
     for new, total in [(1, 1), (1, 40), (63, 111)]:
         probabilities, columns = rows_of_heads(new, total, 16, seed=new)
         for alpha in (0.0, 0.7, 1.0):

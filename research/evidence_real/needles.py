@@ -1,0 +1,200 @@
+"""Facts to find again: numbers told in a conversation of several turns over a novel, asked for in its last turn.
+
+The answer is teacher-forced; a digit is right if it is the likeliest token. So answers of all stacks are read at the same places.
+"""
+
+from __future__ import annotations
+
+import gc
+import random
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loopserve.api import load_stack
+from loopserve.core.engine.engine import TokenEngine
+from loopserve.core.engine.turn import Turn
+from loopserve.core.stack.stack import PolicyStack
+from loopserve.models.bridge import TransformersModel
+from research.evidence_real.replay import Recording, ReplayModel, TurnRecorder, replayed
+from research.evidence_real.texts import text
+
+POSITIONS = ("begin", "middle", "end")
+TURNS = 3
+_SHARES = (0.45, 0.35, 0.2)  # of the text, by turn
+_NEEDLES = 2  # per turn
+ANSWER = 20
+"""Tokens of an answer, about."""
+_READ = "I have read it."
+_THINGS = (
+    "harbour", "violin", "glacier", "lantern", "orchard", "comet", "saddle", "teapot", "canyon", "library",
+    "falcon", "anchor", "meadow", "compass", "velvet", "mirror", "pepper", "marble", "castle", "ribbon",
+)  # fmt: skip
+_PACKED = 8
+
+
+@dataclass(frozen=True)
+class Question:
+    """Ask for one number. back: how many turns before the last one it was told."""
+
+    thing: str
+    number: str
+    position: str
+    back: int
+
+
+@dataclass(frozen=True)
+class Dialogue:
+    """Hold the user's messages before the last turn, the text of the last turn, and the questions that may be asked in it."""
+
+    messages: list[str]
+    last: str
+    questions: list[Question]
+
+
+def dialogue(tokenizer: Any, tokens: int, seed: int) -> Dialogue:
+    """Return a dialogue of about ``tokens`` tokens over a part of the novel that the seed chooses."""
+    draw = random.Random(seed)
+    sentences = re.split(r"(?<=[.;!?]) +|\n+", text("prose", seed % 2))
+    sentences = [each for each in sentences if each.strip()]
+    things = draw.sample(_THINGS, TURNS * _NEEDLES)
+    start = draw.randrange(len(sentences) // 8)
+    parts, questions = [], []
+    for turn, share in enumerate(_SHARES):
+        part, held = [], 0
+        while held < share * (tokens - 300) and start < len(sentences):
+            part.append(sentences[start])
+            held += len(tokenizer.encode(sentences[start] + " ", add_special_tokens=False))
+            start += 1
+        for thing in things[turn * _NEEDLES : (turn + 1) * _NEEDLES]:
+            number = str(draw.randrange(10_000, 100_000))
+            part.insert(draw.randrange(len(part) + 1), f"The magic number of the {thing} is {number}.")
+            questions += [Question(thing, number, position, TURNS - 1 - turn) for position in POSITIONS]
+        parts.append(" ".join(part))
+    return Dialogue([f"Read this part of a book.\n\n{each}" for each in parts[:-1]], parts[-1], questions)
+
+
+def last_message(told: Dialogue, question: Question) -> str:
+    """Return the last turn's message, with the question at its place."""
+    asked = f"What is the magic number of the {question.thing}?"
+    if question.position == "begin":
+        return f"{asked} Look for it in the book, which goes on here.\n\n{told.last}"
+    if question.position == "end":
+        return f"Read this part of a book.\n\n{told.last}\n\n{asked}"
+    sentences = told.last.split(". ")
+    half = len(sentences) // 2
+    return f"Read this part of a book.\n\n{'. '.join(sentences[:half])}.\n\n{asked}\n\n{'. '.join(sentences[half:])}"
+
+
+@dataclass
+class _Digits:
+    """Give the tokens of an answer, and note which of its digits were the likeliest token."""
+
+    tokens: Sequence[int]
+    counted: Sequence[bool]
+    right: list[bool]
+    given: int = 0
+
+    def __call__(self, logits: Tensor) -> int:
+        token = self.tokens[self.given]
+        if self.counted[self.given]:
+            self.right.append(int(logits.argmax()) == token)
+        self.given += 1
+        return token
+
+
+class Asking:
+    """Hold a dialogue on a model, its first turns recorded."""
+
+    def __init__(self, model: TransformersModel, tokenizer: Any, told: Dialogue) -> None:
+        self.model, self.tokenizer, self.told = model, tokenizer, told
+        self._before = TurnRecorder(model)
+        self._turns: list[list[int]] = []
+        messages: list[dict[str, str]] = []
+        for each in told.messages:
+            messages.append({"role": "user", "content": each})
+            self._turns.append(self._new(messages))
+            self._before.read(self._turns[-1])
+            messages.append({"role": "assistant", "content": _READ})
+        self._messages = messages
+
+    def _new(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Return what a conversation adds to the turns that were read."""
+        whole = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        ids = self.tokenizer.encode(whole, add_special_tokens=False)
+        known = sum(map(len, self._turns))
+        return list(ids[known:])
+
+    def ask(self, question: Question, stacks: Mapping[str, PolicyStack]) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Ask one question under each stack; the prefill is dense."""
+        message = {"role": "user", "content": last_message(self.told, question)}
+        last = self._new([*self._messages, message])
+        recorder = self._before.fork()
+        recorder.read(last)
+        yield from self._answers(question, [*self._turns, last], stacks, recorder.recording())
+
+    def _answers(
+        self,
+        question: Question,
+        turns: Sequence[Sequence[int]],
+        stacks: Mapping[str, PolicyStack],
+        recording: Recording,
+    ) -> Iterator[tuple[str, dict[str, Any]]]:
+        answer = f"The magic number of the {question.thing} is {question.number}."
+        ids = self.tokenizer.encode(answer, add_special_tokens=False)
+        digits = [self.tokenizer.decode([each]).strip().isdigit() for each in ids]
+        engine = TokenEngine(ReplayModel(self.model, recording), load_stack("dense"), policy_timeout_s=None)
+        names = list(stacks)
+        for start in range(0, len(names), _PACKED):
+            running: dict[str, tuple[Turn, _Digits]] = {}
+            for name in names[start : start + _PACKED]:
+                session = engine.session(replayed(stacks[name]))
+                for each in turns[:-1]:
+                    engine.prefill(session, list(each))
+                choose = _Digits(ids, digits, [])
+                turn = engine.begin(session, list(turns[-1]), choose, max_new_tokens=len(ids))
+                while not turn.output and turn.error is None:
+                    engine.run_pass([turn])
+                running[name] = turn, choose
+            while waiting := [turn for turn, _ in running.values() if not turn.finished]:
+                engine.run_pass(waiting)
+            for name, (turn, choose) in running.items():
+                if turn.error is not None:
+                    raise turn.error
+                stats = turn.session.stats
+                attended = stats.means["attended_fraction"]
+                yield (
+                    name,
+                    {
+                        "position": question.position,
+                        "back": question.back,
+                        "right": sum(choose.right),
+                        "of": len(choose.right),
+                        "attended": round(attended.total / max(attended.weight, 1), 4) if attended.weight else None,
+                    },
+                )
+                turn.session.close()
+            running.clear()
+            gc.collect()
+
+
+def measure(
+    model: TransformersModel, tokenizer: Any, tokens: int, seed: int, stacks: Mapping[str, PolicyStack]
+) -> dict[str, list[dict[str, Any]]]:
+    """Return by stack what became of every question of a dialogue. One number of each turn is asked for at every position."""
+    told = dialogue(tokenizer, tokens, seed)
+    asking = Asking(model, tokenizer, told)
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in stacks}
+    seen: set[tuple[str, int]] = set()
+    for question in told.questions:
+        if (question.position, question.back) in seen:
+            continue
+        seen.add((question.position, question.back))
+        with torch.no_grad():
+            for name, answer in asking.ask(question, stacks):
+                found[name].append(answer)
+    return found

@@ -1,0 +1,152 @@
+"""The page: a table of verdicts, then every section, all from stored rows."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from loopserve.core.errors import ConfigError
+from research.evidence.units import Row, Unit, key_of
+from research.evidence.words import minutes, table
+from research.evidence_real import sections
+from research.evidence_real.agreement import FORCED
+from research.evidence_real.ledger import Ledger
+from research.evidence_real.plan import READ
+from research.evidence_real.sections import Rows, Verdict
+
+_HEAD = """# Evidence
+
+Made by `make evidence-real` from the rows in `{results}`: every figure is written by rules from those rows, so a re-run renews the
+page. Do not edit it. What the same claims look like on the small model that comes with loopserve is in
+[evidence_bundled.md](evidence_bundled.md).
+
+The model is SmolLM2-135M-Instruct (30 layers, 9 query and 3 KV heads of 64, 8,192 positions), in float32. Texts are natural, two of
+each of three kinds: prose (chapters of a novel), technical (the Python language reference) and code (Python's standard library). The
+model is asked to continue a text; the next {forced} tokens of it are teacher-forced ({read} where only the prefill is sparse), and
+its distribution of each next token is compared with that under dense attention. Stacks of your own are measured the same way by
+`python -m research.evidence_real.agreement STACK...`."""
+
+_TERMS = """*KL*: divergence of the next token's distribution from dense attention's, in nats, mean per token. *Top-1*: share of tokens
+for which the likeliest next token is the same. *Perplexity*: change of the text's perplexity. *Attended*: pairs that decode steps
+attend to, of dense's. *Bytes*: KV bytes that decode steps read of those that dense attention reads, beside a store in bfloat16,
+scoring and key summaries included; *all bytes*: with what is read before the first output, spread over the answer. *Cells*, *tiles*:
+computed cells of the prefill's attention, and 64 x 64 tiles, of the causal ones. ± is a standard error, from the means of blocks of
+16 tokens. Stacks attend to the given share of the pairs at the answer's middle, outputs included; `dense_below` is off, since a
+preset's own would leave short prompts dense."""
+
+
+def write(ledger: Ledger, plan: Sequence[Unit], text: Path, pictures: Path) -> None:
+    """Write the page. ConfigError if it cannot be written."""
+    try:
+        text.parent.mkdir(parents=True, exist_ok=True)
+        text.write_text(render(ledger, plan), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{text}: cannot be written ({error.strerror})") from error
+
+
+def render(ledger: Ledger, plan: Sequence[Unit]) -> str:
+    """Return the page's text; what is planned and not measured is said to be missing.
+
+    All but the last section depends on the rows alone, not on what the presets are today.
+    """
+    rows: Rows = {name: current(ledger.rows(name)) for name in EXPERIMENTS}
+    verdicts: list[Verdict] = []
+    texts = []
+    for title, section in _SECTIONS:
+        said, found = section(rows)
+        verdicts += found
+        texts.append(f"## {title}\n\n{said}")
+    lines = [[each.claim, each.word, each.figure, each.model] for each in verdicts]
+    whole = [
+        _HEAD.format(results=os.path.relpath(ledger.directory), forced=FORCED, read=READ),
+        "## Verdicts\n\n" + table(["claim", "holds?", "figure", "model"], lines),
+        _TERMS,
+        *texts,
+        f"{LAST}\n\n{_made(rows)}",
+        _missing(plan, rows),
+    ]
+    return "\n\n".join(part for part in whole if part) + "\n"
+
+
+EXPERIMENTS = (
+    "decode", "prefill", "coverage", "needles", "both", "decode_ablations", "prefill_ablations", "dialogues", "claims",
+)  # fmt: skip
+LAST = "## How it was had"
+
+
+def current(rows: Sequence[Row]) -> list[Row]:
+    """Return the rows of each label's latest settings, the latest row of each text: a stack that changed is not mixed with itself."""
+    latest: dict[str, str] = {}
+    kept: dict[tuple[str, str], Row] = {}
+    for row in sorted(rows, key=lambda each: each["made"]["date"]):
+        spec = row["unit"]
+        label, settings, where = (
+            json.dumps([spec.get(name) for name in names], sort_keys=True)
+            for names in (("label", "tokens", "share", "forced"), ("stack", "policy"), ("text", "seed"))
+        )
+        if latest.get(label) != settings:
+            latest[label] = settings
+            kept = {key: each for key, each in kept.items() if key[0] != label}
+        kept[label, where] = row
+    return sorted(kept.values(), key=lambda each: str([each["unit"].get(name) for name in ("tokens", "text", "seed")]))
+
+
+_SECTIONS: tuple[tuple[str, Callable[[Rows], tuple[str, list[Verdict]]]], ...] = (
+    ("1. Decoding on few pairs", sections.decoding),
+    ("2. Sparse prefill", sections.prefilling),
+    ("3. What alpha gives", sections.alphas),
+    ("4. Both phases together", sections.both),
+    ("5. Numbers told turns before", sections.needles),
+    ("6. The default stack's fields", sections.ablations),
+    ("7. Conversations of several turns", sections.talks),
+    ("8. The paper's claims about attention", sections.claims),
+)
+
+
+def _missing(plan: Sequence[Unit], rows: Rows) -> str:
+    done = {key_of(row["unit"]) for found in rows.values() for row in found}
+    wanted: dict[tuple[str, int], list[Unit]] = {}
+    for unit in plan:
+        wanted.setdefault((unit.experiment, unit.spec["tokens"]), []).append(unit)
+    parts = [
+        f"{name} at {tokens:,} tokens ({absent} of {len(units)})"
+        for (name, tokens), units in sorted(wanted.items())
+        if (absent := sum(unit.key not in done for unit in units))
+    ]
+    if not parts:
+        return ""
+    return f"Not measured with today's settings, of what `make evidence-real` measures (texts times stacks): {'; '.join(parts)}."
+
+
+def _made(rows: Rows) -> str:
+    every = [row for found in rows.values() for row in found]
+    if not every:
+        return "Nothing was run yet."
+    lines = [
+        [name, str(len(found)), f"{_tokens(found):,}", minutes(sum(row["seconds"] for row in found))]
+        for name, found in rows.items()
+        if found
+    ]
+    lines.append(["all", str(len(every)), f"{_tokens(every):,}", minutes(sum(row["seconds"] for row in every))])
+    made = [row["made"] for row in every]
+
+    def all_of(name: str) -> str:
+        return ", ".join(sorted({str(each[name]) for each in made}))
+
+    failed = Counter((row["unit"]["label"], row["found"]["error"]) for row in every if "error" in row["found"])
+    return "\n\n".join(
+        [
+            table(["experiment", "texts times stacks", "tokens compared", "time of one core"], lines),
+            f"{all_of('device')}, one thread; torch {all_of('torch')}, Python {all_of('python')}; commit {all_of('commit')}; "
+            f"{min(each['date'] for each in made)} to {max(each['date'] for each in made)}. The technical texts and the code "
+            "are those of this Python.",
+            *(f"Failed {count} times: {label}: {error}" for (label, error), count in failed.items()),
+        ]
+    )
+
+
+def _tokens(rows: Sequence[Row]) -> int:
+    return sum(row["found"].get("tokens", 0) for row in rows)

@@ -1,0 +1,208 @@
+"""What is run, in the order of its value: a run that is broken off has the most important part."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from loopserve.core.errors import ConfigError
+from research.evidence.units import Spec, Unit
+from research.evidence_real import recipes
+from research.evidence_real.agreement import FORCED, MODEL
+from research.evidence_real.dialogues import ANSWER as ANSWERED
+from research.evidence_real.needles import ANSWER
+from research.evidence_real.texts import KINDS
+
+LONGEST = 7680
+"""With the tokens compared just under the model's window."""
+SHARE = 0.05
+READ = 2 * FORCED
+"""Tokens of a text that are compared after a sparse prefill: read in one pass, they cost little."""
+_SHORT = 3072
+"""Below it a twentieth of the prompt is hardly more than the answer's own tokens: a tenth is given there."""
+_MAIN = (
+    "loopserve",
+    "loopserve-paper",
+    "quest",
+    "snapkv",
+    "streaming_llm",
+    "rocketkv_mt",
+    "adakv",
+    "twilight",
+    "omnikv",
+    "duo",
+)
+"""Stacks measured at every share and length; the others at one."""
+
+_REALISED = (*(f"loopserve, alpha {alpha}" for alpha in (0.8, 0.9, 0.95, 0.98, 0.99)), "loopserve-paper, alpha 0.95")
+"""Prefill policies whose coverage of all rows is measured too."""
+
+_LONG = (
+    *(f"loopserve, alpha {alpha}" for alpha in (0.9, 0.95, 0.98)),
+    "loopserve-paper, alpha 0.95",
+    "flexprefill, gamma 0.9",
+    "xattention, threshold 0.9",
+    "tri_shape, window 1/4",
+)
+"""Prefill policies measured at other lengths than the main one too."""
+
+Texts = Sequence[tuple[str, int]]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Lengths of the prompt in tokens, texts of each kind, tokens of each text that are decoded, and that are read."""
+
+    main: int = 4096
+    others: Sequence[int] = (LONGEST, 2048)
+    texts: int = 2
+    forced: int = FORCED
+    read: int = READ
+    kinds: Sequence[str] = KINDS
+    dialogues: int = 7
+    few: bool = False
+
+
+FULL = Sizes()
+QUICK = Sizes(main=1024, others=(), texts=1, forced=32, read=64, dialogues=1, few=True)
+
+
+def units_of(sizes: Sizes, model: str = MODEL) -> list[Unit]:
+    """Return every unit."""
+    texts = [(kind, number) for number in range(sizes.texts) for kind in sizes.kinds]
+    first = [(kind, 0) for kind in sizes.kinds]
+    plan, main, forced = _Plan(model), sizes.main, sizes.forced
+    names, wholes = recipes.decode_presets(), recipes.whole_stacks()
+    alphas, rivals = recipes.prefill_alphas(), recipes.prefill_rivals(main)
+    if sizes.few:
+        names = {name: names[name] for name in ("loopserve", "loopserve-paper", "snapkv", "quest")}
+        wholes = {"loopserve": wholes["loopserve"]}
+        alphas = {name: alphas[name] for name in list(alphas)[2:4]}
+        rivals = {name: rivals[name] for name in list(rivals)[:2]}
+    few = {name: names[name] for name in _MAIN if name in names}
+
+    at = share_at(main)
+    plan.decode("decode", names, first, main, forced, at)
+    plan.prefill("prefill", alphas, first, main, sizes.read)
+    if not sizes.few:
+        plan.decode("decode", few, texts, main, forced, at)
+    plan.needles("needles", dict(list(few.items())[:8]), sizes.dialogues, main, at)
+    plan.prefill("prefill", rivals, first, main, sizes.read)
+    plan.both("both", wholes, first, main, forced)
+    measured = {name: alphas[name] for name in _REALISED if name in alphas}
+    plan.prefill("coverage", measured, first, main, sizes.read, realised=True)
+    if sizes.few:
+        return plan.units
+    plan.ablations(first, main, forced)
+    plan.prefill("prefill_ablations", recipes.prefill_ablations(), first, main, sizes.read)
+    plan.claims("claims", sizes.kinds, (2048, main))
+    plan.dialogues("dialogues", recipes.talking_stacks(), first, main)
+    for tokens in sizes.others:
+        some = {name: alphas[name] for name in _LONG if name in alphas} | {
+            name: policy for name, policy in recipes.prefill_rivals(tokens).items() if name in _LONG
+        }
+        plan.prefill("prefill", some, first, tokens, sizes.read)
+        plan.decode("decode", few, texts, tokens, forced, share_at(tokens))
+    for share in recipes.SHARES:
+        if share != at:
+            plan.decode("decode", few, texts, main, forced, share)
+    plan.decode("decode", names, texts, main, forced, at)
+    plan.both("both", wholes, first, sizes.others[-1], forced)
+    plan.prefill("prefill", recipes.prefill_presets(), first, main, sizes.read)
+    return plan.units
+
+
+def share_at(tokens: int) -> float:
+    """Return the share of the pairs that is attended to at a prompt of so many tokens, unless others are compared."""
+    return SHARE if tokens > _SHORT else 2 * SHARE
+
+
+def _sized(stacks: Mapping[str, Any], share: float, tokens: int, forced: int) -> dict[str, Any]:
+    """Return the stacks at a budget, without those that cannot work with so small a one."""
+    found = {}
+    for name, recipe in stacks.items():
+        with suppress(ConfigError):
+            found[name] = recipes.sized(recipe, share, tokens, forced)
+    return found
+
+
+class _Plan:
+    def __init__(self, model: str) -> None:
+        self.units: list[Unit] = []
+        self._model = model
+        self._keys: set[str] = set()
+
+    def _add(self, experiment: str, kind: str, label: str, text: tuple[str, int], **spec: Any) -> None:
+        self._put(experiment, {"kind": kind, "label": label, "model": self._model, "text": list(text), **spec})
+
+    def _put(self, experiment: str, spec: Spec) -> None:
+        unit = Unit(experiment, spec)
+        if unit.key not in self._keys:
+            self._keys.add(unit.key)
+            self.units.append(unit)
+
+    def decode(
+        self, experiment: str, stacks: Mapping[str, Any], texts: Texts, tokens: int, forced: int, share: float
+    ) -> None:
+        self._decoded(experiment, "decode", _sized(stacks, share, tokens, forced), texts, tokens, forced, share)
+
+    def needles(self, experiment: str, stacks: Mapping[str, Any], dialogues: int, tokens: int, share: float) -> None:
+        """Add dialogues with numbers to find again, under dense attention and under each stack."""
+        dense = {"dense": {"prefill": {"policy": "dense"}, "decode": {"policy": "full"}}}
+        sized = dense | _sized(stacks, share, tokens, ANSWER)
+        for seed in range(dialogues):
+            for name, recipe in sized.items():
+                spec = {"kind": "needles", "label": name, "model": self._model, "tokens": tokens, "seed": seed}
+                self._put(experiment, spec | {"stack": recipe, "share": share})
+
+    def dialogues(self, experiment: str, stacks: Mapping[str, Any], texts: Texts, tokens: int) -> None:
+        """Add conversations of several turns, under each stack with one budget for all turns."""
+        for text in texts:
+            for name, recipe in _sized(stacks, SHARE, tokens, ANSWERED).items():
+                self._add(experiment, "dialogues", name, text, tokens=tokens, stack=recipe, share=SHARE)
+
+    def claims(self, experiment: str, kinds: Sequence[str], lengths: Sequence[int]) -> None:
+        """Add what the attention of one text of each kind is like."""
+        for number, tokens in enumerate(lengths):
+            for kind in kinds:
+                self._add(experiment, "claims", kind, (kind, 0), tokens=tokens, pairs=number == 0)
+
+    def ablations(self, texts: Texts, tokens: int, forced: int) -> None:
+        stacks = recipes.decode_ablations(SHARE, tokens, forced)
+        self._decoded("decode_ablations", "decode", stacks, texts, tokens, forced, SHARE)
+
+    def both(self, experiment: str, stacks: Mapping[str, Any], texts: Texts, tokens: int, forced: int) -> None:
+        share = share_at(tokens)
+        self._decoded(experiment, "both", _sized(stacks, share, tokens, forced), texts, tokens, forced, share)
+
+    def _decoded(
+        self,
+        experiment: str,
+        kind: str,
+        stacks: Mapping[str, Any],
+        texts: Texts,
+        tokens: int,
+        forced: int,
+        share: float,
+    ) -> None:
+        for text in texts:
+            for name, recipe in stacks.items():
+                self._add(experiment, kind, name, text, tokens=tokens, forced=forced, stack=recipe, share=share)
+
+    def prefill(
+        self,
+        experiment: str,
+        policies: Mapping[str, Any],
+        texts: Texts,
+        tokens: int,
+        forced: int,
+        *,
+        realised: bool = False,
+    ) -> None:
+        extra = {"realised": True} if realised else {}
+        dense = {"dense": {"policy": "dense"}} if experiment == "prefill" else {}
+        for text in texts:
+            for name, policy in (dense | dict(policies)).items():
+                self._add(experiment, "prefill", name, text, tokens=tokens, forced=forced, policy=policy, **extra)

@@ -1,0 +1,182 @@
+"""The stacks that are measured: every preset, families of settings, and changes of the default stack's fields one at a time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from loopserve.api import load_stack
+from loopserve.core.stack.stack import preset_names
+from research.evidence.recipes import DENSE, FULL, Policy, Recipe, preset
+from research.evidence_real.agreement import at_share
+
+SHARES = (0.03, 0.05, 0.10)
+_OF_OTHER_PAGES = (
+    "loopserve-first-",
+    "loopserve-interval-",
+    "loopserve-active",
+    "-evict",
+)  # equal in one turn, or ablations
+
+
+def sized(recipe: Recipe, share: float, tokens: int, forced: int) -> Recipe:
+    """Return a stack whose decoding attends to a share of a text's pairs, with every option written out."""
+    described = at_share(load_stack(recipe), share, tokens, forced).describe()
+    return {part: described[part] for part in ("prefill", "decode", "layers") if part in described}
+
+
+def decode_presets() -> dict[str, Recipe]:
+    """Return the decode side of every preset that has one, behind a dense prefill."""
+    found = {}
+    for name in preset_names():
+        recipe = preset(name)
+        if recipe["decode"] != FULL and not any(part in name for part in _OF_OTHER_PAGES):
+            found[name] = _without_prefill(recipe)
+    first = ("loopserve", "loopserve-paper")
+    return {name: found[name] for name in (*first, *(each for each in found if each not in first))}
+
+
+def _without_prefill(recipe: Recipe) -> Recipe:
+    layers = [{key: part for key, part in each.items() if key != "prefill"} for each in recipe.get("layers", [])]
+    layers = [each for each in layers if "decode" in each]
+    return {"prefill": DENSE, "decode": recipe["decode"]} | ({"layers": layers} if layers else {})
+
+
+def changed(**changes: Any) -> Recipe:
+    """Return the default stack's decode side with other options."""
+    recipe = _without_prefill(preset("loopserve"))
+    recipe["decode"] |= changes
+    return recipe
+
+
+def decode_ablations(share: float, tokens: int, forced: int) -> dict[str, Recipe]:
+    """Return the default stack's decode side at a budget with one field changed at a time, by what is changed."""
+    base = sized(changed(), share, tokens, forced)
+    budget = base["decode"]["budget"]
+
+    def one(**changes: Any) -> Recipe:
+        return base | {"decode": base["decode"] | changes}
+
+    given = base["decode"]
+    variants: dict[str, Recipe] = {"as it is": base}
+    for bits in (0, 2, 4, 8):
+        pages = {"page": 16, "rescore": "keys"} if not bits else {}
+        variants[f"key_bits {bits}" + (", pages of 16" if not bits else "")] = one(key_bits=bits, **pages)
+    for page in (16, 128):
+        variants[f"page {page}"] = one(page=page)
+    for part in (0, 0.25, 0.875):
+        forced_pairs = given["sink_tokens"] + given["recent_window"]
+        taken = min(round(part * budget), budget - forced_pairs - 1)
+        variants[f"page_budget {part:g} of the budget"] = one(
+            page_budget=taken, **({} if taken else {"rescore": "keys"})
+        )
+    for each in ("none", "heads", "layer_groups"):
+        variants[f"share {each}"] = one(share=each)
+    for memory in (0.0, 0.99):
+        variants[f"memory {memory:g}"] = one(memory=memory)
+    for interval in (4, 64):
+        variants[f"interval {interval}"] = one(interval=interval)
+    for block in ("two_hop", "sampled", "dense"):
+        variants[f"first_block {block}"] = one(first_block=block)
+    for pooling in (1, 15):
+        variants[f"pooling {pooling}"] = one(pooling=pooling)
+    for sinks in (0, 16):
+        variants[f"sink_tokens {sinks}"] = one(sink_tokens=sinks)
+    for window in (0, 32):
+        variants[f"recent_window {window}"] = one(recent_window=window)
+    variants["rescore keys"] = one(rescore="keys")
+    variants["layers 0 and 1 dense"] = base | {"layers": [{"at": [0, 1], "decode": FULL}]}
+    return {name: recipe for name, recipe in variants.items() if name == "as it is" or recipe != base}
+
+
+def prefill_alphas() -> dict[str, Policy]:
+    """Return the default stack's prefill and the paper's at several alphas."""
+    ours, paper = preset("loopserve")["prefill"], preset("loopserve-paper")["prefill"]
+    found = {f"loopserve, alpha {alpha}": ours | {"alpha": alpha} for alpha in (0.8, 0.9, 0.95, 0.98, 0.99)}
+    return found | {f"loopserve-paper, alpha {alpha}": paper | {"alpha": alpha} for alpha in (0.9, 0.95, 0.98)}
+
+
+def prefill_rivals(tokens: int) -> dict[str, Policy]:
+    """Return the policies of others at settings that fit a prompt of ``tokens`` tokens."""
+    sizes = {"100 + 32 lines per 2,000 tokens": (100, 32), "400 + 128 lines per 2,000 tokens": (400, 128)}
+    found: dict[str, Policy] = {
+        f"minference, {name}": {
+            "policy": "minference",
+            "vertical_size": verticals * tokens // 2000,
+            "slash_size": 64 + slashes * tokens // 2000,
+            "sink_tokens": 4,
+            "local_window": 64,
+        }
+        for name, (verticals, slashes) in sizes.items()
+    }
+    for part in (8, 4):
+        window: Policy = {"sink_tokens": 16, "local_window": tokens // part}
+        found[f"a_shape, window 1/{part}"] = {"policy": "a_shape", **window}
+        found[f"tri_shape, window 1/{part}"] = {"policy": "tri_shape", "last_rows": 64, **window}
+    for gamma in (0.9, 0.95):
+        found[f"flexprefill, gamma {gamma}"] = {"policy": "flexprefill", "gamma": gamma, "block": 64, "min_budget": 64}
+    for threshold in (0.9, 0.95):
+        found[f"xattention, threshold {threshold}"] = {
+            "policy": "xattention",
+            "threshold": threshold,
+            "stride": 8,
+            "block": 64,
+        }
+    found["topk_blocks, top_p 0.95"] = {"policy": "topk_blocks", "top_p": 0.95, "block": 64}
+    for alpha in (0.95, 0.98):
+        found[f"sample_attention, alpha {alpha}"] = {"policy": "sample_attention", "alpha": alpha}
+    found["static_lines, alpha 0.98"] = preset("static_lines")["prefill"]
+    return found
+
+
+def prefill_presets() -> dict[str, Policy]:
+    """Return the prefill side of every preset of others that has one, as its file says."""
+    return {
+        f"{name} (preset)": recipe["prefill"]
+        for name in preset_names()
+        if (recipe := preset(name))["prefill"] != DENSE and not name.startswith("loopserve") and name != "static_lines"
+    }
+
+
+def prefill_ablations() -> dict[str, Policy]:
+    """Return the default stack's prefill with one field changed at a time."""
+    base = preset("loopserve")["prefill"]
+    return {
+        "as it is": base,
+        "sample_rows 32": base | {"sample_rows": 32},
+        "sample_rows 128": base | {"sample_rows": 128},
+        "sample_rows 256": base | {"sample_rows": 256},
+        "sampling uniform": base | {"sampling": "uniform"},
+        "sampling stratified": base | {"sampling": "stratified"},
+        "sampling last": base | {"sampling": "last"},
+        "cost length": base | {"cost": "length"},
+        "row_weights far": base | {"row_weights": "far"},
+        "alpha 0.9, row_floor 0.8": base | {"alpha": 0.9, "row_floor": 0.8},
+        "sink_tokens 0": base | {"sink_tokens": 0},
+        "local_window 16": base | {"local_window": 16},
+        "local_window 256": base | {"local_window": 256},
+    }
+
+
+def whole_stacks() -> dict[str, Recipe]:
+    """Return stacks with both sides sparse."""
+    minference = prefill_rivals(4096)["minference, 400 + 128 lines per 2,000 tokens"]
+    snapkv, quest = preset("snapkv")["decode"], preset("quest")["decode"]
+    return {
+        "loopserve": preset("loopserve"),
+        "loopserve-paper": preset("loopserve-paper"),
+        "minference and snapkv": {"prefill": minference, "decode": snapkv},
+        "minference and quest": {"prefill": minference, "decode": quest},
+    }
+
+
+def talking_stacks() -> dict[str, Recipe]:
+    """Return stacks for conversations of several turns behind dense prefill, with everything kept and with eviction."""
+    kept = {
+        name: _without_prefill(preset(name)) for name in ("loopserve", "loopserve-paper", "quest", "snapkv", "adakv")
+    }
+    evicting = {
+        name: _without_prefill(preset(name)) for name in ("snapkv-evict", "adakv-evict") if name in preset_names()
+    }
+    streaming = _without_prefill(preset("streaming_llm"))
+    streaming["decode"] |= {"retention": "evict"}
+    return kept | evicting | {"streaming_llm, evicting": streaming}
