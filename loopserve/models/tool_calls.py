@@ -113,7 +113,8 @@ class CallReader:
 
     def push(self, text: str) -> tuple[str, list[ToolCall]]:
         """Add text; return the text that is no call, and the calls that are complete."""
-        known, given, calls = self._format, "", []
+        known, given = self._format, ""
+        calls: list[ToolCall] = []
         self._held += text
         if known.bare and not self._begun and not self._inside:
             if not self._held.strip():

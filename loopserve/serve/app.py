@@ -13,6 +13,7 @@ from starlette.responses import JSONResponse, Response
 
 import loopserve
 from loopserve.api import Engine
+from loopserve.core.errors import LoopServeError
 from loopserve.core.stack.stack import PolicyStack
 from loopserve.serve import chat, completions, conversation_routes, info_routes, responses, session_routes
 from loopserve.serve.conversations import Conversations
@@ -55,7 +56,7 @@ def create_app(engine: Engine, settings: ServerSettings, stacks: Mapping[str, Po
     for module in (chat, completions, responses, conversation_routes, session_routes, info_routes):
         app.include_router(module.router)
     app.add_middleware(Security, settings=settings)
-    for kind in (Exception, HTTPException, ApiError, Disconnected):
+    for kind in (Exception, HTTPException, ApiError, LoopServeError, Disconnected):
         app.add_exception_handler(kind, _answer_error)
     return app
 

@@ -27,6 +27,7 @@ from loopserve.models.chat import as_messages
 from loopserve.models.tool_calls import ToolCall
 from loopserve.serve.answer import Answer, Delta, Reply
 from loopserve.serve.ask import Ask
+from loopserve.serve.continuing import continued
 from loopserve.serve.protocol import ChatRequest
 from loopserve.serve.rendering import chat_logprobs, figures, headers, usage
 from loopserve.serve.server import Server, identity, server_of, tenant_of_request
@@ -44,10 +45,14 @@ async def chat_completions(request: Request) -> Response:
     body = await server.read(request, ChatRequest)
     server.check_effort(body.reasoning_effort)
     tooling = read_tools(body.tools, body.tool_choice, body.parallel_tool_calls)
-    messages = as_messages(body.messages)
+    tenant, who, messages = tenant_of_request(request), identity(request, body), as_messages(body.messages)
+    if who["previous"] is None:
+        messages = [*tooling.messages, *messages]
+    else:
+        messages, who = await continued(server, tenant, who, tooling.messages, messages)
     ask = Ask(
-        tenant=tenant_of_request(request),
-        messages=messages if body.previous_response_id is not None else [*tooling.messages, *messages],
+        tenant=tenant,
+        messages=messages,
         sampling=body.sampling,
         stack=body.loopserve.stack,
         n=body.n,
@@ -55,7 +60,7 @@ async def chat_completions(request: Request) -> Response:
         grammar=await server.form(tooling, schema_of(body.response_format, _FORMAT), _FORMAT, body),
         reads_calls=bool(tooling.functions),
         parallel_calls=tooling.parallel,
-        **identity(request, body),
+        **who,
     )
     async with AsyncExitStack() as stack:
         answer = await while_connected(request, stack.enter_async_context(server.conversations.begin(ask)))

@@ -14,13 +14,12 @@ from fastapi import APIRouter, Query, Request
 from starlette.responses import JSONResponse, Response
 
 from loopserve.core.engine.sampling import FinishReason
-from loopserve.models.chat import TOOLS, Message
 from loopserve.serve.answer import Answer, Reply
 from loopserve.serve.ask import Ask
+from loopserve.serve.continuing import continued
 from loopserve.serve.errors import ApiError, as_api_error, invalid, not_found
-from loopserve.serve.matching import canonical
 from loopserve.serve.protocol import CompactRequest, ResponsesRequest
-from loopserve.serve.records import Path, new_id
+from loopserve.serve.records import new_id
 from loopserve.serve.rendering import figures, headers, usage
 from loopserve.serve.response_items import as_items, messages_of, write_compaction
 from loopserve.serve.response_output import Output
@@ -79,19 +78,15 @@ async def _read(server: Server, request: Request, body: ResponsesRequest) -> Ask
     tenant, items = tenant_of_request(request), as_items(body.input)
     tooling = read_tools(body.tools, body.tool_choice, body.parallel_tool_calls)
     form = None if body.text is None else body.text.format
-    head, messages = list(tooling.messages), messages_of(items)
-    if body.instructions:
-        head.append({"role": "system", "content": body.instructions, "origin": "instructions"})
-    who = identity(request, body)
-    path, initial = await server.conversations.on_disk(lambda: _before(server, tenant, who))
-    if path is None:
-        messages = [*head, *initial, *messages]
-    else:
-        who["previous"] = path.ids[-1]
-        held = _head(path.messages)
-        if list(map(canonical, held)) != list(map(canonical, head)):
-            who["previous"] = None
-            messages = [*head, *path.messages[len(held) :], *messages]
+    messages, who = await continued(
+        server,
+        tenant,
+        identity(request, body),
+        tooling.messages,
+        messages_of(items),
+        body.instructions,
+        replace_instructions=True,
+    )
     ask = Ask(
         tenant=tenant,
         messages=messages,
@@ -104,29 +99,6 @@ async def _read(server: Server, request: Request, body: ResponsesRequest) -> Ask
         **who,
     )
     return Asked(body, ask, items, tooling)
-
-
-def _before(server: Server, tenant: str, who: dict[str, Any]) -> tuple[Path | None, list[Message]]:
-    """Return the turns before a request, None for none, and the messages that its conversation began with."""
-    store, turn, initial = server.conversations.store, who["previous"], []
-    if who["session"] is not None:
-        session = store.session(tenant, who["session"])
-        if session is None:
-            raise not_found("conversation", who["session"], "conversation_not_found")
-        turn = session.head
-        initial = messages_of((store.object(tenant, session.id) or {}).get("items", []))
-    if turn is None:
-        return None, initial
-    path = store.path(tenant, turn)
-    if path is None or (store.object(tenant, turn) or {}).get("deleted"):
-        raise not_found("previous response", turn, "previous_response_not_found")
-    return path, initial
-
-
-def _head(messages: Sequence[Message]) -> list[Message]:
-    """Return the messages at the beginning that come from tools and instructions."""
-    own = [each["role"] == TOOLS or each.get("origin") == "instructions" for each in messages]
-    return list(messages[: own.index(False) if False in own else len(own)])
 
 
 async def _collect(answer: Answer, output: Output) -> Reply:

@@ -182,6 +182,82 @@ def test_a_response_calls_and_goes_on_with_the_output(tiny: Running) -> None:
     assert without.usage.input_tokens_details.cached_tokens == 0  # tools are those of each request
 
 
+def test_chat_that_goes_on_from_a_response_has_tools_of_its_own(tiny: Running) -> None:
+    client = tiny.client()
+    first = client.responses.create(model="tiny", input="hello", max_output_tokens=5)
+    options: Any = {"model": "tiny", "messages": [USER], "max_tokens": 200}
+    more: Any = {"extra_body": {"previous_response_id": first.id}}
+    plain = client.chat.completions.create(**options, **more)
+    assert plain.usage.prompt_tokens_details.cached_tokens >= first.usage.total_tokens - 1
+    told = client.chat.completions.create(**options, **more, tools=CHAT_TOOLS, tool_choice="required")
+    assert told.choices[0].message.tool_calls
+    assert told.usage.prompt_tokens > plain.usage.prompt_tokens + 100
+
+
+TWO = (
+    'So:\n<tool_call>\n{"name": "get_weather", "arguments": {"city": "a"}}\n</tool_call>\n'
+    '<tool_call>\n{"name": "get_time", "arguments": {}}\n</tool_call>'
+)
+
+
+def test_calls_that_the_model_makes_by_itself_are_read() -> None:
+    for server in running(templates.HERMES):
+        options: Any = {"model": "tiny", "messages": [USER], "tools": CHAT_TOOLS, "max_tokens": 300}
+        options |= templates.dictate(server, TWO)
+        create = server.client().chat.completions.create
+        choice = create(**options).choices[0]
+        assert choice.message.content == "So:" and choice.finish_reason == "tool_calls"
+        assert [each.function.name for each in choice.message.tool_calls] == ["get_weather", "get_time"]
+        deltas = [each.choices[0].delta for each in create(**options, stream=True)]
+        assert "".join(each.content or "" for each in deltas).strip() == "So:"
+        calls = [call for each in deltas for call in each.tool_calls or []]
+        assert [(each.index, each.function.name) for each in calls] == [(0, "get_weather"), (1, "get_time")]
+        (one,) = create(**options, parallel_tool_calls=False).choices[0].message.tool_calls
+        assert one.function.name == "get_weather"
+        none = create(**(options | {"tool_choice": "none"})).choices[0]
+        assert none.message.tool_calls is None and none.message.content == TWO
+        form: Any = {"format": {"type": "json_object"}}
+        response = server.client().responses.create(
+            model="tiny", input=[USER], tools=FLAT_TOOLS, text=form, max_output_tokens=300
+        )
+        assert [each.type for each in response.output] == ["message", "function_call", "function_call"]
+        history = [USER, *(each.model_dump() for each in response.output)]
+        history += [
+            {"type": "function_call_output", "call_id": each.call_id, "output": "x"} for each in response.output[1:]
+        ]
+        again = server.client().responses.create(
+            model="tiny", input=history, tools=FLAT_TOOLS, text=form, max_output_tokens=300
+        )
+        assert again.usage.input_tokens_details.cached_tokens >= response.usage.total_tokens - 1
+
+
+def test_reasoning_is_streamed_apart_from_the_answer() -> None:
+    for server in running(templates.REASONING):
+        options: Any = {"model": "tiny", "messages": [USER], "max_tokens": 300}
+        options |= templates.dictate(server, "a < b </thin\n\nso </think>\n\nyes </think> no")
+        create = server.client().chat.completions.create
+        message = create(**options).choices[0].message
+        assert (message.reasoning_content, message.content) == ("a < b </thin\n\nso", "yes </think> no")
+        deltas = [each.choices[0].delta.model_dump(exclude_unset=True) for each in create(**options, stream=True)]
+        thoughts = [each["reasoning_content"] for each in deltas if "reasoning_content" in each]
+        assert len(thoughts) > 3 and "".join(thoughts) == message.reasoning_content
+        assert "".join(each.get("content") or "" for each in deltas).strip() == message.content
+        last = max(number for number, each in enumerate(deltas) if "reasoning_content" in each)
+        assert not any(each.get("content") for each in deltas[:last])
+        form: Any = {"format": {"type": "json_object"}}
+        events = list(
+            server.client().responses.create(model="tiny", input=[USER], text=form, max_output_tokens=300, stream=True)
+        )
+        kinds = [each.type.removeprefix("response.") for each in events]
+        seen = list(dict.fromkeys(kinds))
+        assert seen[2:5] == ["output_item.added", "content_part.added", "reasoning_text.delta"]
+        assert seen.index("reasoning_text.done") < seen.index("output_text.delta")
+        reasoning, said = events[-1].response.output
+        assert reasoning.content[0].text == message.reasoning_content
+        assert said.content[0].text == message.content == events[-1].response.output_text
+        assert events[-1].response.usage.output_tokens_details.reasoning_tokens > 0
+
+
 def test_instructions_are_those_of_each_request(tiny: Running) -> None:
     client = tiny.client()
     options: Any = {"model": "tiny", "max_output_tokens": 5}
