@@ -258,10 +258,11 @@ async def delete_response(request: Request, response: str) -> dict[str, Any]:
     conversations, tenant, turn = server_of(request).conversations, tenant_of_request(request), plain_id(response)
 
     def work() -> bool:
-        conversations.store.put_object(tenant, turn, {"deleted": True})
         gone = conversations.store.remove_turn(tenant, turn)
         if gone:
             conversations.files.remove([turn])
+        else:
+            conversations.store.put_object(tenant, turn, {"deleted": True})
         return gone
 
     if await conversations.on_disk(work):
