@@ -211,11 +211,8 @@ def _response(
 
 
 def _shown_tool(tool: dict[str, Any]) -> dict[str, Any]:
-    return (
-        {"description": None, "parameters": None, "strict": False}
-        | tool.get("function", {})
-        | {key: value for key, value in tool.items() if key != "function"}
-    )
+    shown: dict[str, Any] = {"description": None, "parameters": None, "strict": False, **tool.get("function", {})}
+    return shown | {key: value for key, value in tool.items() if key != "function"}
 
 
 def _usage(answer: Answer, reply: Reply) -> dict[str, Any]:
