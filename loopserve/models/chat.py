@@ -390,9 +390,11 @@ def _as_message(given: object, number: int) -> Message:
     more = {"reasoning_content": str(thought)} if thought else {}
     if calls:
         try:
-            more["tool_calls"] = calls_text(calls_of(calls))
+            more["tool_calls"] = calls_text(calls_of(json.loads(calls) if isinstance(calls, str) else calls))
         except InputError as error:
             raise InputError(f"{where}: {error}") from error
+        except ValueError as error:
+            raise InputError(f"{where}: tool_calls are a list of calls, not other text") from error
     if role == "tool" and isinstance(call := present.pop("tool_call_id", None), str):
         more["tool_call_id"] = call
     for key in ("name", "token_ids"):

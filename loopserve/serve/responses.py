@@ -211,11 +211,8 @@ def _response(
 
 
 def _shown_tool(tool: dict[str, Any]) -> dict[str, Any]:
-    return (
-        {"description": None, "parameters": None, "strict": False}
-        | tool.get("function", {})
-        | {key: value for key, value in tool.items() if key != "function"}
-    )
+    shown: dict[str, Any] = {"description": None, "parameters": None, "strict": False, **tool.get("function", {})}
+    return shown | {key: value for key, value in tool.items() if key != "function"}
 
 
 def _usage(answer: Answer, reply: Reply) -> dict[str, Any]:
@@ -258,10 +255,11 @@ async def delete_response(request: Request, response: str) -> dict[str, Any]:
     conversations, tenant, turn = server_of(request).conversations, tenant_of_request(request), plain_id(response)
 
     def work() -> bool:
-        conversations.store.put_object(tenant, turn, {"deleted": True})
         gone = conversations.store.remove_turn(tenant, turn)
         if gone:
             conversations.files.remove([turn])
+        else:
+            conversations.store.put_object(tenant, turn, {"deleted": True})
         return gone
 
     if await conversations.on_disk(work):

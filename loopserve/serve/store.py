@@ -254,6 +254,8 @@ class Store:
         for db in ("main", *_IN_MEMORY):
             self._db.execute(f"UPDATE {db}.sessions SET head=? WHERE head=? AND tenant=?", (found.parent, turn, tenant))
             self._db.execute(f"DELETE FROM {db}.turns WHERE id=?", (turn,))
+        for db in ("main", "spare"):
+            self._db.execute(f"DELETE FROM {db}.objects WHERE id=?", (turn,))
         self._db.execute("COMMIT")
         return True
 

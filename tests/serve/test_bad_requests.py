@@ -30,6 +30,7 @@ BAD: list[tuple[str, str, Any, int]] = [
     ("no content", CHAT, OK | {"messages": [{"role": "user"}]}, 400),
     ("an answer last", CHAT, OK | {"messages": [FACT, {"role": "assistant", "content": "x"}]}, 400),
     ("lone surrogate", CHAT, b'{"model": "demo", "messages": [{"role": "user", "content": "\\ud800"}]}', 400),
+    ("surrogate elsewhere", "/v1/responses", b'{"model": "demo", "input": "x", "metadata": {"a": "\\ud800"}}', 400),
     ("image", CHAT, OK | {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400),
     ("n = 0", CHAT, OK | {"n": 0}, 400),
     ("n = 100", CHAT, OK | {"n": 100}, 400),
