@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from loopserve.core.engine.sampling import LogitsProcessor, SamplingConfig
 from loopserve.models.chat import Message
 from loopserve.serve.records import Path, StoredSession
+from loopserve.serve.structured import Grammar
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,9 @@ class Ask:
     store: bool = True
     attention_map: bool = False
     logits_processors: Sequence[LogitsProcessor] = ()
+    grammar: Grammar | None = None  # what the answer must be
+    reads_calls: bool = False  # the answer may hold tool calls
+    parallel_calls: bool = True  # more than one
 
 
 @dataclass

@@ -6,6 +6,7 @@ import asyncio
 import logging
 
 from loopserve.api import Engine
+from loopserve.core.engine.sampling import LogitsProcessor
 from loopserve.core.engine.scheduler import Request
 from loopserve.core.engine.session import Session
 from loopserve.core.errors import CapacityError, InputError
@@ -69,7 +70,16 @@ class Submissions:
 
     def _choice(self, answer: Answer, index: int, session: Session, loop: asyncio.AbstractEventLoop) -> Choice:
         stop = answer.ask.sampling.stop
-        choice = Choice(index, self._engine, session, answer.prompt, stop, loop, answer.events)
+        choice = Choice(
+            index,
+            self._engine,
+            session,
+            answer.prompt,
+            stop,
+            loop,
+            answer.events,
+            most_calls=0 if not answer.ask.reads_calls else None if answer.ask.parallel_calls else 1,
+        )
         answer.choices.append(choice)
         return choice
 
@@ -100,7 +110,7 @@ class Submissions:
                 sampling,
                 listener=progressed,
                 max_new_tokens=self._most_tokens(answer),
-                logits_processors=answer.ask.logits_processors,
+                logits_processors=[*answer.ask.logits_processors, *self._grammar(answer)],
                 logits=logits,
                 **choice.options,
             )
@@ -109,6 +119,11 @@ class Submissions:
             if prefill is None:
                 self._rest(answer, choice.session)
             raise
+
+    def _grammar(self, answer: Answer) -> list[LogitsProcessor]:
+        """Return the processor of one answer that must be of a form. It has a state, so each answer has its own."""
+        grammar = answer.ask.grammar
+        return [] if grammar is None else [grammar.processor(answer.prompt.text)]
 
     def _most_tokens(self, answer: Answer) -> int | None:
         """Return the longest answer where the request gives none: the server's default, or what is left of the window."""

@@ -187,7 +187,7 @@ class Tab:
     def wait_for_answer(self, before: int) -> str:
         self.answers.nth(before).wait_for()
         self.page.get_by_role("button", name="Send", exact=True).wait_for()
-        return str(self.answers.nth(before).locator(".text").inner_text())
+        return str(self.answers.nth(before).locator(".text").last.inner_text())
 
     @property
     def answers(self) -> Any:
@@ -319,7 +319,9 @@ def test_hostile_text_stays_text(
     server: Running, tab: Callable[..., Tab], monkeypatch: pytest.MonkeyPatch, engine: Engine
 ) -> None:
     read = engine.tokenizer.read_answer
-    monkeypatch.setattr(engine.tokenizer, "read_answer", lambda *given, **more: replace(read(*given, **more), text=HOSTILE))
+    monkeypatch.setattr(
+        engine.tokenizer, "read_answer", lambda *given, **more: replace(read(*given, **more), text=HOSTILE)
+    )
     here = tab(server)
     here.send(HOSTILE)
     page, answer = here.page, here.answers.last

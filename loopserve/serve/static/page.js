@@ -135,7 +135,7 @@ function show(session) {
 function follow() {
   const log = $("log");
   const turn = log.lastElementChild;
-  const text = turn?.querySelector(".answer .text");
+  const text = turn?.querySelector(".answer > div > .text");
   if (!text) return;
   const top = log.scrollTop - log.getBoundingClientRect().top;
   log.scrollTop = Math.max(top + turn.getBoundingClientRect().top - 8, top + text.getBoundingClientRect().bottom + 60 - log.clientHeight);
@@ -195,23 +195,26 @@ function drawTurns() {
 }
 
 function drawTurn(turn, index) {
-  const said = turn.messages.map((message) => drawMessage(message.content, message.role, isQuestion(message) ? () => edit(turn, index) : null));
+  const said = turn.messages.map((message) => drawMessage(message.content, message.role, isQuestion(message) && repeatable(turn) ? () => edit(turn, index) : null));
   const text = element("div", { class: "text" }, renderMarkdown(turn.answer.content));
   const panel = new Panel(turn.figures.stack ?? "");
   panel.update(turn.figures);
   const tools = element("div", { class: "tools" });
-  if (index === state.turns.length - 1) {
+  if (index === state.turns.length - 1 && repeatable(turn)) {
     tools.append(element("button", { type: "button", class: "small", click: () => regenerate(turn) }, "Regenerate"));
   }
   if (turn.finish_reason === "length") tools.append(element("span", { class: "note" }, "The answer reached its longest length."));
-  const body = element("div", {}, ...reasoning(turn.answer), text, tools);
+  const body = element("div", {}, ...extras(turn.answer), text, tools);
   return element("div", { class: "turn", "data-turn": turn.id }, ...said,
     element("article", { class: "answer", "aria-label": `Answer ${index + 1}` }, body, panel.node));
 }
 
-function reasoning(answer) {
-  if (!answer.reasoning_content) return [];
-  return [element("details", {}, element("summary", {}, "Reasoning"), element("div", { class: "text" }, renderMarkdown(answer.reasoning_content)))];
+// Nodes for what an answer holds beside its text.
+function extras({ reasoning_content: thought, tool_calls: calls }) {
+  const found = [];
+  if (thought) found.push(element("details", {}, element("summary", {}, "Reasoning"), element("div", { class: "text" }, renderMarkdown(thought))));
+  if (calls) found.push(element("div", { class: "text" }, codeBlock(typeof calls === "string" ? calls : JSON.stringify(calls, null, 2), "tool calls")));
+  return found;
 }
 
 function drawMessage(content, role, change) {
@@ -243,10 +246,10 @@ function edit(turn, index) {
     const text = field.value.trim();
     if (!text) return;
     const last = turn.messages.findLastIndex(isQuestion);
-    const messages = turn.messages.map((message, number) => (number === last ? { ...message, content: text } : message));
+    const messages = turn.messages.map((message, number) => ({ role: message.role, content: number === last ? text : message.content }));
     state.turns = state.turns.slice(0, index);
     $("log").replaceChildren(...state.turns.map(drawTurn));
-    answer(messages, turn.parent ? { messages, previous_response_id: turn.parent } : { messages });
+    answer(messages, { messages, ...after(turn.parent) });
   };
   form.addEventListener("submit", (event) => {
     event.preventDefault();
@@ -263,14 +266,15 @@ function edit(turn, index) {
 }
 
 const plainMessage = ({ role, content }) => ({ role, content });
-const pastMessages = (turns) => turns.flatMap((turn) => [...turn.messages, turn.answer]).map(plainMessage);
+const after = (turn) => (turn ? { previous_response_id: turn } : {});
+// Whether this page can ask a turn's question again: not where tools were defined or answered.
+const repeatable = (turn) => turn.messages.every((message) => ["user", "system", "developer"].includes(message.role));
 
 function regenerate(turn) {
   if (state.writing) return;
   state.turns = state.turns.slice(0, -1);
   $("log").replaceChildren(...state.turns.map(drawTurn));
-  const messages = [...pastMessages(state.turns), ...turn.messages.map(plainMessage)];
-  answer(turn.messages, { messages, conversation: state.session });
+  answer(turn.messages, { messages: turn.messages.map(plainMessage), conversation: state.session, ...after(turn.parent) });
 }
 
 // Answering.
@@ -290,13 +294,16 @@ async function answer(messages, where) {
   state.writing = controller;
   const panel = new Panel($("stack").value);
   const text = element("div", { class: "text" });
-  const body = element("div", {}, text);
+  const thought = element("div", { class: "text" });
+  const thinking = element("details", { hidden: true }, element("summary", {}, "Reasoning"), thought);
+  const body = element("div", {}, thinking, text);
   const article = element("article", { class: "answer writing", "aria-busy": "true", "aria-label": "Answer being written" }, body, panel.node);
   $("log").append(element("div", { class: "turn" }, ...messages.map((each) => drawMessage(each.content, each.role, null)), article));
   setWriting(true);
   alertUser(null);
   say("The answer is being written.");
   let written = "";
+  let thoughts = "";
   let figures = null;
   let drawn = 0;
   const draw = () => {
@@ -304,6 +311,8 @@ async function answer(messages, where) {
     const end = () => text.getBoundingClientRect().bottom - $("log").getBoundingClientRect().bottom;
     const inView = end() < 80; // who scrolls up to read is left there
     text.replaceChildren(renderMarkdown(written));
+    thinking.hidden = !thoughts;
+    thought.replaceChildren(renderMarkdown(thoughts));
     panel.strip.draw();
     if (inView && end() > -60) follow();
   };
@@ -319,7 +328,9 @@ async function answer(messages, where) {
   };
   try {
     await server.stream(request, controller.signal, (chunk) => {
-      written += chunk.choices[0]?.delta.content ?? "";
+      const delta = chunk.choices[0]?.delta;
+      written += delta?.content ?? "";
+      thoughts += delta?.reasoning_content ?? "";
       const more = chunk.loopserve;
       if (more?.attention?.buckets) panel.strip.set(more.attention.buckets);
       if (more?.attention) panel.strip.add(more.attention.row);
@@ -392,7 +403,7 @@ async function send() {
     return;
   }
   show(session);
-  await answer(messages, { messages: [...pastMessages(session.turns), ...messages], conversation: session.id });
+  await answer(messages, { messages, conversation: session.id, ...after(session.head) });
 }
 
 $("composer").addEventListener("submit", (event) => {
