@@ -27,7 +27,7 @@ class Sessions:
             found = self._store.sessions(tenant, limit)
             titles = [("", 0) if each.head is None else self._store.title(tenant, each.head) for each in found]
             return [
-                as_json(each) | {"title": " ".join(title.split())[:TITLE_CHARACTERS], "turns": turns}
+                as_json(each) | {"title": title.strip().partition("\n")[0][:TITLE_CHARACTERS], "turns": turns}
                 for each, (title, turns) in zip(found, titles, strict=True)
             ]
 

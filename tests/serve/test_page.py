@@ -368,6 +368,8 @@ def test_text_has_enough_contrast_and_fits_a_phone(server: Running, tab: Callabl
     assert page.evaluate(CONTRAST) == []
     page.set_viewport_size({"width": 360, "height": 740})
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    assert page.evaluate("document.documentElement.scrollHeight") <= 740
+    assert page.get_by_role("button", name="Send", exact=True).bounding_box()["x"] > 180
     assert not here.listed.first.is_visible()
     page.get_by_role("button", name="Conversations").click()
     assert here.listed.first.is_visible() and page.evaluate(CONTRAST) == []

@@ -24,8 +24,8 @@ class AttentionMap:
         if not self.edges or self.edges[0] != 0 or any(end <= start for start, end in pairwise(self.edges)):
             raise ValueError(f"edges must rise from 0, got {self.edges[:8]}")
         self.attended: list[list[int]] = []  # by step, then bucket
-        self.dense: list[list[int]] = []  # pairs that dense attention without eviction would attend
-        self._seen = -1
+        self._heads: list[int] = []  # by step: KV heads, summed over layers
+        self._seen: list[int] = []  # by step: tokens stored
         self._counted: dict[int, tuple[Tensor | None, int, list[int]]] = {}  # by layer: selection, boundary, counts
 
     @property
@@ -40,22 +40,31 @@ class AttentionMap:
         """
         if selected is None:
             boundary = 0
-        if seen != self._seen:
-            self._seen = seen
+        if not self._seen or seen != self._seen[-1]:
             self.attended.append([0] * len(self.edges))
-            self.dense.append([0] * len(self.edges))
+            self._heads.append(0)
+            self._seen.append(seen)
         known = self._counted.get(layer)
         if known is None or known[0] is not selected or known[1] != boundary:
             # Most steps keep the selection of the step before: its tensor is counted once.
             known = selected, boundary, self._count(selected, boundary, heads)
             self._counted[layer] = known
-        row, dense, last = self.attended[-1], self.dense[-1], self.edges[-1]
-        for bucket, count in enumerate(known[2]):
-            row[bucket] += count
-        for bucket, (start, end) in enumerate(pairwise(self.edges)):
-            dense[bucket] += heads * (end - start)
-        row[-1] += heads * max(0, seen - max(boundary, last))
-        dense[-1] += heads * (seen - last)
+        row = [mine + more for mine, more in zip(self.attended[-1], known[2], strict=True)]
+        row[-1] += heads * max(0, seen - max(boundary, self.edges[-1]))
+        self.attended[-1] = row
+        self._heads[-1] += heads
+
+    @property
+    def dense(self) -> list[list[int]]:
+        """Return the pairs that dense attention without eviction would attend to, by step, then bucket."""
+        return self._dense(slice(None))
+
+    def _dense(self, steps: slice) -> list[list[int]]:
+        sizes = [end - start for start, end in pairwise(self.edges)]
+        return [
+            [heads * size for size in (*sizes, seen - self.edges[-1])]
+            for heads, seen in zip(self._heads[steps], self._seen[steps], strict=True)
+        ]
 
     def _count(self, selected: Tensor | None, boundary: int, heads: int) -> list[int]:
         """Return the pairs of a selection by bucket, with those from the boundary on in all buckets but the last."""
@@ -86,7 +95,7 @@ class AttentionMap:
 
     def _share(self, steps: slice) -> list[float | None]:
         attended = [sum(column) for column in zip(*self.attended[steps], strict=True)]
-        dense = [sum(column) for column in zip(*self.dense[steps], strict=True)]
+        dense = [sum(column) for column in zip(*self._dense(steps), strict=True)]
         return [mine / whole if whole else None for mine, whole in zip(attended, dense, strict=True)]
 
 

@@ -132,7 +132,7 @@ class Panel {
     this.strip = new Strip();
     const open = !matchMedia("(max-width: 60rem)").matches;
     this.node = element("section", { class: "panel", "aria-label": "What the policies did" },
-      element("details", { open }, this.title, this.list, this.strip.node));
+      element("details", { open }, this.title, this.strip.node, this.list));
   }
 
   // figures: those of a stored turn.
@@ -160,7 +160,7 @@ class Panel {
     if (known(figures.ttft_ms)) plain("First token", time(figures.ttft_ms));
     if (known(figures.tpot_ms)) plain("Per token", time(figures.tpot_ms));
     if (known(figures.reused_tokens)) plain("Tokens", `${figures.reused_tokens} reused, ${figures.prompt_tokens} new`);
-    if (figures.fallbacks || figures.faults) plain("Served dense", `${(figures.fallbacks ?? 0) + (figures.faults ?? 0)} times`);
+    if (figures.fallbacks || figures.faults) plain("Fallbacks", `${(figures.fallbacks ?? 0) + (figures.faults ?? 0)}`);
     if (figures.attention_map?.steps) this.strip.setMap(figures.attention_map);
   }
 }

@@ -284,7 +284,7 @@ function setWriting(writing) {
   $("send").hidden = writing;
   $("actions").hidden = !state.session;
   $("undo").disabled = writing || !state.turns.length;
-  $("title").textContent = state.turns.length ? questionOf(state.turns[0]).slice(0, 80) : "New conversation";
+  $("title").textContent = state.turns.length ? questionOf(state.turns[0]).trim().split("\n")[0].slice(0, 80) : "New conversation";
   for (const button of $("log").querySelectorAll(".said button, .tools button")) button.disabled = writing;
 }
 
