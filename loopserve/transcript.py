@@ -130,5 +130,6 @@ def _same(held: Message, given: Message) -> bool:
     if held["role"] != given["role"]:
         return False
     if held["role"] == "assistant":  # reasoning is rarely sent back, and white space is often lost
-        return held["content"].strip() == given["content"].strip()
+        calls = held.get("tool_calls") == given.get("tool_calls")
+        return calls and held["content"].strip() == given["content"].strip()
     return held["content"] == given["content"]

@@ -25,6 +25,8 @@ HELD = (
     "loopserve/templates/decode.py.txt",
     "loopserve/kernels/native/src/dispatch.c",
     "loopserve/models/weights/recall/model.safetensors",
+    "loopserve/serve/static/page.html",
+    "loopserve/serve/static/page.js",
 )
 """A file of each kind that is no Python."""
 

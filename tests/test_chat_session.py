@@ -142,7 +142,7 @@ def test_a_history_is_given_at_the_beginning() -> None:
         ([{"role": "user", "content": None}, A("x")], r"messages\[0\] has no content"),
         ([U([{"type": "image_url"}]), A("x")], "part of type 'image_url'"),  # type: ignore[arg-type]
         ([{"role": "wizard", "content": "x"}], "role 'wizard' is not known"),
-        ([U("hi"), {**A("x"), "tool_calls": [1]}], "'tool_calls' is not supported"),
+        ([U("hi"), {**A("x"), "tool_calls": [1]}], r"tool_calls\[0\] is no call"),
         ("hello", "messages are a list"),
         ([5], r"messages\[0\] is a dictionary"),
     ]:

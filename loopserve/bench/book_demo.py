@@ -107,13 +107,15 @@ def run_book_demo(*, stacks: Sequence[StackLike], progress: Progress, model: str
     dense = _converse(Engine(loaded, tokenizer, REFERENCE), REFERENCE, turns, progress)
     length, outputs = _mean_length(dense)
     found[REFERENCE] = _figures(turns, dense, dense)
-    budgets = set()
+    budgets: set[int] = set()
     for stack in others:
         try:
             equal = with_budget(stack, budget_for(ATTENDED, length, uncounted_outputs_of(stack, outputs)))
         except ConfigError as error:
             raise ConfigError(f"{stack.name}: 5 % of {length:,.0f} tokens is too small a budget ({error})") from error
-        budgets |= {budget_of(equal)} - {None}
+        budget = budget_of(equal)
+        if budget is not None:
+            budgets.add(budget)
         held = _converse(Engine(loaded, tokenizer, equal), stack.name, turns, progress)
         found[stack.name] = _figures(turns, held, dense)
     settings = {

@@ -89,7 +89,7 @@ def _book(model: str | None, stacks: list[str], options: Mapping[str, int]) -> d
         return None
 
 
-def _tiny(stacks: list[str], options: Mapping[str, int]) -> dict[str, Any]:
+def _tiny(stacks: list[str], options: Mapping[str, Any]) -> dict[str, Any]:
     from loopserve.bench.demo import run_demo
 
     with progress(lines=True) as report:
@@ -116,8 +116,8 @@ def render_book(result: Mapping[str, Any]) -> None:
         source = "told in this turn" if told == index + 1 else f"told in turn {told}"
         title = f"turn {index + 1}, {length:,} tokens: {asked['question']} ({source})"
         print_table(("stack", "answer", "right"), rows, title=title, prose=("answer",))
-    rows = [(name, *book_cells(row)) for name, row in stacks.items()]
-    print_table(("stack", *BOOK_COLUMNS), rows, title="all turns", right=True)
+    figures = [(name, *book_cells(row)) for name, row in stacks.items()]
+    print_table(("stack", *BOOK_COLUMNS), figures, title="all turns", right=True)
     if summary := result.get("summary"):
         console().print(summary, markup=False)
 

@@ -35,6 +35,11 @@ class AnswerText:
             self.stop_string = self._special[token]
         return self.stop_string
 
+    @property
+    def reasoning(self) -> str:
+        """Return the reasoning that has become certain so far."""
+        return self._decoder.reasoning
+
     def take(self) -> str:
         """Return the text that has become certain since the last call."""
         piece, self._ready = self._ready, ""

@@ -42,7 +42,10 @@ def split_answer(pieces: Sequence[Piece], opened: str = "", *, over: bool = True
         before = opened.rstrip().endswith(begin)
         if before or whole.lstrip().startswith(begin):
             inside = whole if before else whole.lstrip()[len(begin) :]
-            reasoning, _, text = inside.partition(end)
+            reasoning, found, text = inside.partition(end)
+            if not over and not found:  # the end of the block may be beginning
+                held = next((n for n in range(min(len(end) - 1, len(inside)), 0, -1) if end.startswith(inside[-n:])), 0)
+                reasoning = inside[: len(inside) - held]
             return text.lstrip(), reasoning.strip()
         if not over and whole.strip() and begin.startswith(whole.strip()):
             return "", None  # a block may be beginning; the rest has not arrived yet
@@ -80,6 +83,7 @@ class StreamDecoder:
         self._opened = opened
         self._ids: list[int] = []
         self._said = ""
+        self.reasoning = ""  # as far as it is certain
 
     def push(self, token: int) -> str:
         """Return the text that one more token adds; may be empty."""
@@ -96,7 +100,11 @@ class StreamDecoder:
         return self._text(over=True).removeprefix(self._said)
 
     def _text(self, *, over: bool = False) -> str:
-        return self._tokenizer.read_answer(self._ids, self._opened, over=over).text
+        answer = self._tokenizer.read_answer(self._ids, self._opened, over=over)
+        thought = (answer.reasoning or "").rstrip("\ufffd") if not over else answer.reasoning or ""
+        if thought.startswith(self.reasoning):
+            self.reasoning = thought
+        return answer.text
 
 
 __all__ = ["Answer", "StreamDecoder", "split_answer"]

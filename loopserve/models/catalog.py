@@ -123,8 +123,8 @@ def cached_models() -> list[CachedModel]:
         copy = copies.pop(model.gguf_sha256, None)
         held = size_of(model.gguf) + (copy.size if copy else 0)
         state = State.READY if copy else State.DOWNLOADED if model.gguf.is_file() else State.ABSENT
-        path = copy.path if copy else model.gguf if model.gguf.is_file() else None
-        lines.append(CachedModel(model.name, model.summary, state, held, path))
+        place = copy.path if copy else model.gguf if model.gguf.is_file() else None
+        lines.append(CachedModel(model.name, model.summary, state, held, place))
     for copy in copies.values():
         lines.append(CachedModel(copy.source, copy.name, State.READY, copy.size, copy.path))
     return lines

@@ -6,6 +6,7 @@ the template leaves their text unchanged. A message that contains ``<|im_end|>``
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,9 +18,22 @@ from loopserve.core.errors import InputError, ModelError
 from loopserve.models.answers import CHANNEL, Answer, Piece, StreamDecoder, split_answer
 from loopserve.models.encoding import Encoder
 from loopserve.models.template import View, text_parts, view
+from loopserve.models.tool_calls import (
+    GENERIC,
+    ToolFormat,
+    calls_of,
+    calls_text,
+    spelled_out,
+    strings_of,
+    tool_format,
+    with_strings,
+)
 
-Message = dict[str, str]  # role, content, and for an assistant optionally reasoning_content
+# Role, content, and for an assistant optionally reasoning_content and tool_calls (JSON). A first message of the role ``TOOLS`` holds
+# the definitions of the tools, as JSON.
+Message = dict[str, str]
 ROLES = ("system", "developer", "user", "assistant", "tool")
+TOOLS = "tools"
 _TOKEN_MARK = "\ufdd0"  # before a special token within the text of an answer; a noncharacter, which no text contains
 
 
@@ -53,6 +67,7 @@ class ChatTokenizer:
         """Read the template's stop tokens. stop_ids: further tokens that end an answer."""
         self.tokenizer = tokenizer
         self._encoder = Encoder(tokenizer)
+        self.tool_format: ToolFormat | None = tool_format(getattr(tokenizer, "chat_template", None))
         unknown = getattr(tokenizer, "unk_token_id", None)  # stands for text that has no token; never shown
         self._special = {index: text for index, text in self._encoder.special.items() if index != unknown}
         own = {tokenizer.eos_token_id} - {None}
@@ -115,8 +130,12 @@ class ChatTokenizer:
         if not answers:
             return self.prompt(messages)
         standing = list(messages)
-        if not standing[answers[-1]]["content"].strip():
-            standing[answers[-1]] = {**standing[answers[-1]], "content": "."}  # an empty answer needs a place as well
+        last = {
+            key: text for key, text in standing[answers[-1]].items() if key != "tool_calls"
+        }  # they follow the content
+        standing[answers[-1]] = (
+            last if last["content"].strip() else {**last, "content": "."}
+        )  # that needs a place as well
         rendering = self._view(standing, answers[-1:])
         if answers[-1] not in rendering.answers:
             raise ModelError(
@@ -217,19 +236,39 @@ class ChatTokenizer:
 
     def _view(self, messages: Sequence[Message], wrapped: Iterable[int]) -> View:
         thoughts = [number for number, message in enumerate(messages) if "reasoning_content" in message]
-        texts = [message["content"] for message in messages] + [messages[n]["reasoning_content"] for n in thoughts]
+        parsed: dict[int, Any] = {
+            number: json.loads(message["content"] if message["role"] == TOOLS else message["tool_calls"])
+            for number, message in enumerate(messages)
+            if message["role"] == TOOLS or "tool_calls" in message
+        }
+        texts = ["" if message["role"] == TOOLS else message["content"] for message in messages]
+        texts += [messages[n]["reasoning_content"] for n in thoughts]
+        texts += [text for value in parsed.values() for text in strings_of(value)]
 
         def render(texts: Sequence[str]) -> str:
-            given = [{**message, "content": text} for message, text in zip(messages, texts, strict=False)]
-            for number, text in zip(thoughts, texts[len(messages) :], strict=True):
+            given: list[dict[str, Any]] = [
+                {**message, "content": text} for message, text in zip(messages, texts, strict=False)
+            ]
+            rest = iter(texts[len(messages) :])
+            for number in thoughts:
+                text = next(rest)
                 given[number] |= {"reasoning_content": text, "thinking": text}  # templates use either name
+            for number, value in parsed.items():
+                given[number]["tool_calls"] = with_strings(value, rest)
             return self._render(given)
 
         return view(render, texts, wrapped, self._encoder.typed, self._encoder.first_characters)
 
-    def _render(self, messages: Sequence[Message]) -> str:
+    def _render(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        tools = None
+        if messages[0]["role"] == TOOLS:
+            tools, messages = messages[0]["tool_calls"], messages[1:]
+        if self.tool_format is GENERIC:
+            messages, tools = spelled_out(messages, tools), None
         try:
-            rendered: str = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            rendered: str = self.tokenizer.apply_chat_template(
+                messages, tools=tools, tokenize=False, add_generation_prompt=True
+            )
         except Exception as error:  # whatever a template raises concerns its roles
             raise ModelError(f"the model's chat template refuses this conversation: {error}") from error
         return rendered
@@ -313,7 +352,8 @@ def _place(rendering: View, entry: Answered) -> tuple[int, int] | None:
 
 def check_messages(messages: Sequence[Message]) -> None:
     """Raise InputError unless the last message is to be answered and every message is text."""
-    if not messages or messages[-1]["role"] == "assistant" or not messages[-1]["content"].strip():
+    last = messages[-1] if messages else {"role": "assistant"}
+    if last["role"] in ("assistant", TOOLS) or (last["role"] != "tool" and not last["content"].strip()):
         raise InputError("the message is empty: write something")
     if not all(writable(message["content"]) for message in messages):
         raise InputError("the message holds bytes that are no text; send it as UTF-8")
@@ -346,13 +386,26 @@ def _as_message(given: object, number: int) -> Message:
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
     thought = present.pop("reasoning_content", None)
+    calls = present.pop("tool_calls", None) if role == "assistant" else None
+    more = {"reasoning_content": str(thought)} if thought else {}
+    if calls:
+        try:
+            more["tool_calls"] = calls_text(calls_of(json.loads(calls) if isinstance(calls, str) else calls))
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from error
+        except ValueError as error:
+            raise InputError(f"{where}: tool_calls are a list of calls, not other text") from error
+    if role == "tool" and isinstance(call := present.pop("tool_call_id", None), str):
+        more["tool_call_id"] = call
     for key in ("name", "token_ids"):
         present.pop(key, None)
     if unknown := [key for key, value in present.items() if value not in ([], {}, "")]:
-        raise InputError(f"{where}: {unknown[0]!r} is not supported (known: role, content, reasoning_content)")
-    if not writable(content):
+        raise InputError(
+            f"{where}: {unknown[0]!r} is not supported (known: role, content, reasoning_content, tool_calls)"
+        )
+    if not all(writable(text) for text in (content, *more.values())):
         raise InputError(f"{where}: the content holds bytes that are no text; send it as UTF-8")
-    return {"role": str(role), "content": content} | ({"reasoning_content": str(thought)} if thought else {})
+    return {"role": str(role), "content": content} | more
 
 
 def writable(text: str) -> bool:

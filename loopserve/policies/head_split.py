@@ -100,7 +100,8 @@ def far_mass(inputs: AttentionInputs, sink_tokens: int, recent_window: int, *, k
     columns = torch.arange(inputs.total_tokens, device=weights.device)
     start = 0 if inputs.first_valid is None else inputs.first_valid.repeat_interleave(inputs.group)[:, None, None]
     far = (columns >= start + sink_tokens) & (inputs.columns[rows][:, None] - columns >= recent_window)
-    return (weights * far).sum(-1).mean(-1).unflatten(0, (-1, inputs.group)).mean(-1)
+    mass: Tensor = (weights * far).sum(-1).mean(-1).unflatten(0, (-1, inputs.group)).mean(-1)
+    return mass
 
 
 def measurable(inputs: AttentionInputs, config: SplitConfig) -> bool:

@@ -17,7 +17,9 @@ from loopserve.core.stack.stack import PolicyStack
 from loopserve.models.answer_text import AnswerText
 from loopserve.models.chat import Prompt, StreamDecoder
 from loopserve.models.logprobs import TokenLogprob, token_logprobs
+from loopserve.models.tool_calls import CallReader, ToolCall
 from loopserve.serve.ask import Ask, Match
+from loopserve.serve.attention import AttendedParts
 from loopserve.serve.records import StoredTurn
 
 FIRST_S = 10.0  # headers of a stream wait so long for the first token, to say what was reused
@@ -27,13 +29,17 @@ FIRST_S = 10.0  # headers of a stream wait so long for the first token, to say w
 class Reply:
     """Hold one complete answer."""
 
-    text: str  # without reasoning and stop string
+    text: str  # without reasoning, tool calls and stop string
     reasoning: str | None
     tokens: tuple[int, ...]  # as generated, the stop token included
     finish_reason: FinishReason
     stop_string: str | None
     logprobs: tuple[TokenLogprob, ...] | None
     stats: TurnStats
+    calls: tuple[ToolCall, ...] = ()
+    attention: dict[str, Any] | None = (
+        None  # which parts of the conversation it attended to, where the request asks for it
+    )
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,9 @@ class Delta:
     text: str
     logprobs: tuple[TokenLogprob, ...] = ()
     reply: Reply | None = None
+    reasoning: str = ""
+    calls: tuple[ToolCall, ...] = ()
+    attention: dict[str, Any] | None = None  # of the latest step
 
 
 class Choice:
@@ -58,18 +67,36 @@ class Choice:
         stop: Sequence[str],
         loop: asyncio.AbstractEventLoop,
         events: asyncio.Queue[tuple[Choice, Delta | BaseException]],
+        *,
+        most_calls: int | None = 0,
     ) -> None:
+        """most_calls: tool calls that the answer may hold; None: any number. With the last one the answer ends."""
         self.index, self.session = index, session
         self.request: Request | None = None
+        self.attended: AttendedParts | None = None
         self.committed = self.started = False
         self._engine, self._opened, self._loop, self._events = engine, opened, loop, events
         self.text = AnswerText(engine.tokenizer, stop, StreamDecoder(engine.tokenizer, opened.text))
+        known = engine.tokenizer.tool_format
+        self._reader = CallReader(known) if most_calls != 0 and known is not None else None
+        self._spoken = ""  # text that was given, where calls are read
+        self._thought = 0  # characters of the reasoning that were given
+        self._calls: list[ToolCall] = []
+        self._most = most_calls
         self._reported = 0  # tokens whose log-probabilities were given
 
     @property
     def options(self) -> dict[str, Any]:
         """Return what ends the answer, as keywords of ``Scheduler.submit``."""
-        return {"stop_ids": self._engine.stop_ids, "stop_check": self.text.push}
+        return {"stop_ids": self._engine.stop_ids, "stop_check": self._stops}
+
+    def _stops(self, token: int) -> str | None:
+        """Return the text that ends the answer with a token."""
+        found = self.text.push(token)
+        end = self._engine.tokenizer.tool_format.end if self._reader and self._engine.tokenizer.tool_format else ""
+        if found is None and self._most is not None and end and end in self.text.text:
+            return end
+        return found
 
     def progressed(self, request: Request) -> None:
         """Give the event loop what a pass added."""
@@ -78,11 +105,29 @@ class Choice:
             return
         if request.turn is None:
             return
-        reply = None
-        if request.done.is_set():
+        over = request.done.is_set()
+        if over:
             self.text.close()
-            reply = self._conclude(request)
-        self.send(Delta(self.index, self.text.take(), self._new_logprobs(request), reply))
+        text, calls = self._read(self.text.take(), over=over)
+        reasoning = self.text.reasoning[self._thought :]
+        self._thought += len(reasoning)
+        reply = self._conclude(request) if over else None
+        latest = None if self.attended is None else self.attended.latest()
+        self.send(Delta(self.index, text, self._new_logprobs(request), reply, reasoning, tuple(calls), latest))
+
+    def _read(self, text: str, *, over: bool) -> tuple[str, list[ToolCall]]:
+        """Return the text of a piece without the calls in it, and the calls that are complete with it."""
+        if self._reader is None:
+            return text, []
+        spoken, calls = self._reader.push(text)
+        if over:
+            more, rest = self._reader.close()
+            spoken, calls = spoken + more, calls + rest
+        if self._most is not None:
+            calls = calls[: self._most - len(self._calls)]
+        self._spoken += spoken
+        self._calls += calls
+        return spoken, calls
 
     def send(self, event: Delta | BaseException) -> None:
         """Give the event loop an event, from any thread."""
@@ -110,6 +155,8 @@ class Choice:
         answer = tokenizer.read_answer(turn.output, self._opened.text)
         if self.text.stop_string is not None:
             answer = replace(answer, text=self.text.text)
+        if self._reader is not None:
+            answer = replace(answer, text=self._spoken)
         return Reply(
             text=answer.text,
             reasoning=answer.reasoning,
@@ -118,6 +165,8 @@ class Choice:
             stop_string=self.text.stop_string,
             logprobs=None if turn.logprobs is None else self._said(turn.logprobs),
             stats=self.session.stats,
+            calls=tuple(self._calls),
+            attention=None if self.attended is None else self.attended.as_dict(),
         )
 
 
@@ -173,6 +222,11 @@ class Answer:
                 left -= 1
                 await self.commit(self, choice, event.reply)
             yield event
+
+    def abort(self, error: BaseException) -> None:
+        """End the answers with an error, which whoever reads them gets."""
+        if self.choices:
+            self.events.put_nowait((self.choices[0], error))
 
     async def replies(self) -> list[Reply]:
         """Read every delta; return the answers in their order."""

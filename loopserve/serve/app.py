@@ -13,8 +13,9 @@ from starlette.responses import JSONResponse, Response
 
 import loopserve
 from loopserve.api import Engine
+from loopserve.core.errors import LoopServeError
 from loopserve.core.stack.stack import PolicyStack
-from loopserve.serve import chat, completions, info_routes, session_routes
+from loopserve.serve import chat, completions, conversation_routes, info_routes, page, responses, session_routes
 from loopserve.serve.conversations import Conversations
 from loopserve.serve.errors import ApiError, as_api_error
 from loopserve.serve.metrics import Metrics
@@ -23,6 +24,7 @@ from loopserve.serve.server import Server
 from loopserve.serve.sessions import Sessions
 from loopserve.serve.settings import ServerSettings
 from loopserve.serve.streaming import Disconnected
+from loopserve.serve.structured import Grammars
 
 _log = logging.getLogger("loopserve.serve")
 _EXPIRE_EVERY_S = 60.0
@@ -36,7 +38,7 @@ def create_app(engine: Engine, settings: ServerSettings, stacks: Mapping[str, Po
     """
     settings.check()
     conversations = Conversations(engine, settings, stacks)
-    server = Server(settings, conversations, Metrics(conversations), Sessions(conversations))
+    server = Server(settings, conversations, Metrics(conversations), Sessions(conversations), Grammars(engine))
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -51,10 +53,10 @@ def create_app(engine: Engine, settings: ServerSettings, stacks: Mapping[str, Po
 
     app = FastAPI(title="loopserve", version=loopserve.__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.server = server
-    for module in (chat, completions, session_routes, info_routes):
+    for module in (chat, completions, responses, conversation_routes, session_routes, info_routes, page):
         app.include_router(module.router)
     app.add_middleware(Security, settings=settings)
-    for kind in (Exception, HTTPException, ApiError, Disconnected):
+    for kind in (Exception, HTTPException, ApiError, LoopServeError, Disconnected):
         app.add_exception_handler(kind, _answer_error)
     return app
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from loopserve.core.engine.sampling import LogitsProcessor, SamplingConfig
 from loopserve.models.chat import Message
 from loopserve.serve.records import Path, StoredSession
+from loopserve.serve.structured import Grammar
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,8 @@ class Ask:
 
     messages: the whole conversation, or with ``previous`` what follows that turn. previous: id of a turn. session: id of a session.
     key: the client's own name for the conversation. tokens: a prompt in place of messages; nothing of it is kept.
-    store: False keeps the turn in memory only, so that the conversation can go on until the server ends.
+    store: False keeps the turn in memory only, so that the conversation can go on until the server ends. attention_map: count which
+    parts of the conversation each step attends to.
     """
 
     tenant: str
@@ -29,7 +31,11 @@ class Ask:
     n: int = 1
     tokens: Sequence[int] | None = None
     store: bool = True
+    attention_map: bool = False
     logits_processors: Sequence[LogitsProcessor] = ()
+    grammar: Grammar | None = None  # what the answer must be
+    reads_calls: bool = False  # the answer may hold tool calls
+    parallel_calls: bool = True  # more than one
 
 
 @dataclass

@@ -36,12 +36,22 @@ async def read_body(request: Request, model: type[T], max_bytes: int, *, empty: 
         given = json.loads(text, parse_constant=_refuse, parse_int=_integer, parse_float=_number)
     except (ValueError, RecursionError) as error:
         raise invalid(f"the body is no valid JSON: {error}") from None
+    if "\\ud" in text.lower() and not _writable(given):
+        raise invalid("the body holds half of a surrogate pair, which is no text; send it as UTF-8")
     if not isinstance(given, dict):
         raise invalid("the body must be a JSON object")
     try:
         return model.model_validate(given)
     except ValidationError as error:
         raise _as_invalid(error) from None
+
+
+def _writable(given: Any) -> bool:
+    try:
+        json.dumps(given, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 async def _read(request: Request, max_bytes: int) -> bytes:

@@ -35,6 +35,7 @@ async def completions(request: Request) -> Response:
         tokens=tokens,
         sampling=body.sampling,
         stack=body.loopserve.stack,
+        attention_map=body.loopserve.attention_map,
         n=body.n,
     )
     async with AsyncExitStack() as stack:

@@ -16,6 +16,7 @@ from loopserve.core.errors import ModelError
 from loopserve.core.stack.stack import PolicyStack
 from loopserve.models.chat import Message, Prompt
 from loopserve.models.digest import model_digest
+from loopserve.models.tool_calls import calls_text
 from loopserve.serve.answer import Answer, Choice, Reply
 from loopserve.serve.ask import Ask, Match
 from loopserve.serve.errors import not_found
@@ -157,8 +158,15 @@ class Conversations:
         message = {"role": "assistant", "content": reply.text.strip()}
         if reply.reasoning is not None:
             message["reasoning_content"] = reply.reasoning
+        if reply.calls:
+            message["tool_calls"] = calls_text(reply.calls)
         path, messages = answer.match.path, answer.match.messages
-        figures = {key: value for key, value in reply.stats.as_dict().items() if isinstance(value, int | float)}
+        figures: dict[str, Any] = {
+            key: value for key, value in reply.stats.as_dict().items() if isinstance(value, int | float)
+        }
+        figures["stack"] = answer.stack.name
+        if reply.attention is not None:
+            figures["attention_map"] = reply.attention
         return StoredTurn(
             id=answer.id if choice.index == 0 else new_id(),
             session=answer.match.session.id,

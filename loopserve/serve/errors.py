@@ -6,7 +6,7 @@ import json
 import logging
 from typing import Any
 
-from loopserve.core.errors import CapacityError, ConfigError, InputError, LoopServeError
+from loopserve.core.errors import CapacityError, ConfigError, InputError, LoopServeError, ModelError
 
 _log = logging.getLogger("loopserve.serve")
 RETRY_AFTER_S = 1
@@ -73,6 +73,8 @@ def as_api_error(error: BaseException) -> ApiError:
         return invalid(text, code="context_length_exceeded" if too_long else None)
     if isinstance(error, ConfigError):
         return invalid(str(error))
+    if isinstance(error, ModelError) and "chat template refuses" in str(error):
+        return invalid(str(error), "messages")
     if isinstance(error, LoopServeError):
         _log.warning("a turn failed: %s", error)
         return ApiError(500, str(error))

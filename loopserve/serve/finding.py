@@ -43,6 +43,8 @@ def _after(store: Store, model: str, ask: Ask, messages: list[Message]) -> Match
     path = store.path(ask.tenant, ask.previous)
     if path is None or path.head is None or path.head.model != model:
         raise not_found("previous response", ask.previous, "previous_response_not_found")
+    if ask.session is not None:
+        return Match(path, messages, _named(store, ask) or _new_session(ask.tenant))
     session = store.session(ask.tenant, path.head.session)
     if session is None or session.head != path.head.id:
         session = _new_session(ask.tenant)

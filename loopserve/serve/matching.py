@@ -12,11 +12,15 @@ ROOT = hashlib.sha256(b"loopserve conversation 1").digest()
 
 
 def canonical(message: Message) -> dict[str, str]:
-    """Return what counts when messages are compared: role and content, without reasoning and outer white space.
+    """Return what counts when messages are compared: role, content and tool calls, without reasoning and outer white space.
 
-    Clients strip the reasoning of earlier answers, and many trim white space.
+    Clients strip the reasoning of earlier answers, and many trim white space or write the JSON of calls anew.
     """
-    return {"role": message["role"], "content": message["content"].strip()}
+    found = {"role": message["role"], "content": message["content"].strip()}
+    if "tool_calls" in message:
+        calls = [each["function"] for each in json.loads(message["tool_calls"])]
+        found["tool_calls"] = json.dumps(calls, sort_keys=True)
+    return found
 
 
 def extend(digest: bytes, messages: Sequence[Message]) -> bytes:

@@ -10,12 +10,33 @@ from loopserve.core.engine.sampling import SamplingConfig, read_sampling
 
 MAX_MESSAGES = 20_000
 MAX_STOP = 16
+# What a response can be asked to include. All but the log-probabilities concern tools that run elsewhere, or are there anyway.
+_INCLUDED = frozenset(
+    {
+        "message.output_text.logprobs",
+        "reasoning.encrypted_content",
+        "file_search_call.results",
+        "web_search_call.results",
+        "web_search_call.action.sources",
+        "message.input_image.image_url",
+        "computer_call_output.output.image_url",
+        "code_interpreter_call.outputs",
+    }
+)
 Name = Annotated[str, Field(min_length=1, max_length=255)]
 Seed = Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)]
 
 # Fields of OpenAI's API that ask for nothing here, or for bookkeeping at OpenAI.
 _WITHOUT_EFFECT = frozenset(
-    {"user", "metadata", "service_tier", "safety_identifier", "prompt_cache_retention", "verbosity_hint"}
+    {
+        "user",
+        "metadata",
+        "service_tier",
+        "safety_identifier",
+        "prompt_cache_retention",
+        "verbosity_hint",
+        "client_metadata",
+    }
 )
 # Values that ask for what is done anyway, by field.
 _DEFAULTS: dict[str, tuple[Any, ...]] = {
@@ -42,6 +63,7 @@ class LoopserveOptions(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     stack: Name | None = None
+    attention_map: Annotated[bool, Field(strict=True)] = False  # which parts of the conversation each step attended to
 
 
 class StreamOptions(BaseModel):
@@ -142,11 +164,94 @@ class ChatRequest(GenerationRequest):
     store: bool | None = None
     previous_response_id: Name | None = None
     conversation: Name | None = None
+    tools: list[Any] | None = None
+    tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
+    response_format: dict[str, Any] | None = None
+    reasoning_effort: Name | None = None
 
     @property
     def sampling(self) -> SamplingConfig:
         most = self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
         return self._sampling(logprobs=self.logprobs, top_logprobs=self.top_logprobs, max_new_tokens=most)
+
+
+class ResponsesRequest(GenerationRequest):
+    """Hold a request to ``/v1/responses``. Items are read by ``response_items``, tools and formats by ``tooling``."""
+
+    input: str | Annotated[list[dict[str, Any]], Field(max_length=MAX_MESSAGES)] = ""
+    instructions: str | None = None
+    max_output_tokens: Annotated[int, Field(ge=1, le=1 << 31)] | None = None
+    max_tool_calls: Annotated[int, Field(ge=1)] | None = None  # of tools that run at the server: there are none
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    include: Annotated[list[Name], Field(max_length=32)] | None = None
+    store: bool | None = None
+    background: bool | None = None
+    truncation: str | None = None
+    previous_response_id: Name | None = None
+    conversation: Name | None = None
+    tools: list[Any] | None = None
+    tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
+    text: TextOptions | None = None
+    reasoning: ReasoningOptions | None = None
+    metadata: Annotated[dict[str, str], Field(max_length=16)] | None = None
+    user: Name | None = None
+    safety_identifier: Name | None = None
+    service_tier: Name | None = None
+
+    @field_validator("conversation", mode="before")
+    @classmethod
+    def _conversation(cls, value: Any) -> Any:
+        return value["id"] if isinstance(value, dict) and value.keys() == {"id"} else value
+
+    @model_validator(mode="after")
+    def _refused(self) -> ResponsesRequest:
+        if self.background:
+            raise ValueError("background: true is not supported by this server: stream the response, or wait for it")
+        if self.truncation not in (None, "disabled"):
+            raise ValueError("truncation: only 'disabled' is supported: a conversation that is too long is refused")
+        if self.n != 1:
+            raise ValueError("n: a response is one answer")
+        if self.previous_response_id is not None and self.conversation is not None:
+            raise ValueError("give either previous_response_id or conversation")
+        for each in self.include or ():
+            if each not in _INCLUDED:
+                raise ValueError(f"include: {each[:80]!r} is not known")
+        return self
+
+    @property
+    def wants_logprobs(self) -> bool:
+        return bool(self.top_logprobs) or "message.output_text.logprobs" in (self.include or ())
+
+    @property
+    def sampling(self) -> SamplingConfig:
+        most = self.max_output_tokens if self.max_output_tokens is not None else self.max_tokens
+        asked = self.wants_logprobs
+        return self._sampling(
+            logprobs=asked or None, top_logprobs=self.top_logprobs if asked else None, max_new_tokens=most
+        )
+
+
+class CompactRequest(ResponsesRequest):
+    """Hold a request to ``/v1/responses/compact``."""
+
+
+class TextOptions(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    format: dict[str, Any] | None = None
+    verbosity: Literal["medium"] | None = None
+
+
+class ReasoningOptions(BaseModel):
+    """Hold what is asked about reasoning. The reasoning itself is given whole, which every summary is part of."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    effort: Name | None = None
+    summary: Literal["auto", "concise", "detailed"] | None = None
+    generate_summary: Literal["auto", "concise", "detailed"] | None = None
 
 
 class CompletionRequest(GenerationRequest):

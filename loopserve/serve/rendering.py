@@ -42,7 +42,9 @@ def _thought(reply: Reply) -> int:
 
 def figures(answer: Answer, replies: Iterable[Reply]) -> dict[str, Any]:
     """Return the block ``loopserve`` of a response: what the policies did, of the first answer."""
-    stats = next(iter(replies)).stats.as_dict()
+    reply = next(iter(replies))
+    stats = reply.stats.as_dict()
+    asked = {} if reply.attention is None else {"attention_map": reply.attention}
     return {
         "session_id": answer.match.session.id,
         "turn_id": answer.turns[0].id if 0 in answer.turns else None,
@@ -50,11 +52,13 @@ def figures(answer: Answer, replies: Iterable[Reply]) -> dict[str, Any]:
         "cache": answer.cache_note,
         "prefill_density": stats["prefill_tile_density"],
         "attended_fraction": stats["attended_fraction"],
+        "attended_pairs": stats["attended_pairs"],
         "kv_bytes_per_token": stats["kv_bytes_per_token"],
         "dense_kv_bytes_per_token": stats["dense_kv_bytes_per_token"],
         "fallbacks": stats["fallbacks"],
         "ttft_ms": stats["ttft_ms"],
         "tpot_ms": stats["tpot_ms"],
+        **asked,
     }
 
 

@@ -28,7 +28,9 @@ class Security:
     pointed at this machine (DNS rebinding) reads nothing.
     """
 
-    def __init__(self, app: ASGIApp, settings: ServerSettings, public: Iterable[str] = ("/health", "/ready")) -> None:
+    def __init__(
+        self, app: ASGIApp, settings: ServerSettings, public: Iterable[str] = ("/", "/health", "/ready")
+    ) -> None:
         """public: exact paths that need no key."""
         self._app, self._public = app, frozenset(public)
         self._keys = [key.encode() for key in settings.api_keys]

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel
 
+from loopserve.serve.answer import Answer
 from loopserve.serve.body import read_body
 from loopserve.serve.conversations import Conversations
 from loopserve.serve.errors import ApiError, invalid
 from loopserve.serve.metrics import Metrics
-from loopserve.serve.protocol import ChatRequest, GenerationRequest
+from loopserve.serve.protocol import ChatRequest, GenerationRequest, ResponsesRequest
 from loopserve.serve.sessions import Sessions
 from loopserve.serve.settings import ServerSettings
+from loopserve.serve.structured import Grammar, Grammars
+from loopserve.serve.tooling import Tooling, answer_form
 
 B = TypeVar("B", bound=BaseModel)
 ID_PREFIXES = ("chatcmpl-", "cmpl-", "resp_", "conv_")
@@ -31,6 +36,8 @@ class Server:
     conversations: Conversations
     metrics: Metrics
     sessions: Sessions
+    grammars: Grammars
+    running: dict[str, Answer] = field(default_factory=dict)  # responses under way, by id
     draining: bool = False
     started: int = field(default_factory=lambda: int(time.time()))
 
@@ -47,6 +54,24 @@ class Server:
             if body.n > self.settings.max_n:
                 raise invalid(f"n: at most {self.settings.max_n} answers to one request", "n")
         return body
+
+    async def form(
+        self, tooling: Tooling, schema: Mapping[str, Any] | None, param: str, body: GenerationRequest
+    ) -> Grammar | None:
+        """Return the form that the answer to a request must have; None if it is free."""
+        engine = self.conversations.engine
+        found = await asyncio.to_thread(answer_form, engine, self.grammars, tooling, schema, param)
+        if found is not None and body.ignore_eos:
+            raise invalid("ignore_eos: an answer of a given form ends with the form", "ignore_eos")
+        return found
+
+    def check_effort(self, effort: str | None) -> None:
+        """Raise ApiError (400) for an effort of reasoning, if it would be a matter of the model's template."""
+        template = str(getattr(self.conversations.engine.tokenizer.tokenizer, "chat_template", None))
+        if effort is not None and "reasoning_effort" in template:
+            raise invalid(
+                "reasoning effort: this model's levels are not supported by the server; leave it out", "reasoning"
+            )
 
     def check_model(self, name: str) -> None:
         """Raise ApiError (404) for a model that is not served here."""
@@ -95,7 +120,7 @@ def conversation_key(request: Request, body: GenerationRequest) -> str | None:
     return None
 
 
-def identity(request: Request, body: ChatRequest) -> dict[str, Any]:
+def identity(request: Request, body: ChatRequest | ResponsesRequest) -> dict[str, Any]:
     """Return who is meant by a request, as keywords of ``Ask``: previous, session, key."""
     return {
         "previous": None if body.previous_response_id is None else plain_id(body.previous_response_id),

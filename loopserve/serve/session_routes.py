@@ -26,7 +26,7 @@ class ForkRequest(BaseModel):
 async def list_sessions(request: Request, limit: Annotated[int, Query(ge=1, le=1000)] = 100) -> dict[str, Any]:
     """List the latest sessions of the caller."""
     found = await server_of(request).sessions.list(tenant_of_request(request), limit)
-    return {"object": "list", "data": [as_json(each) for each in found]}
+    return {"object": "list", "data": found}
 
 
 @router.get("/v1/sessions/{session}")

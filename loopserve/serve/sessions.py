@@ -10,6 +10,8 @@ from loopserve.serve.conversations import Conversations
 from loopserve.serve.errors import invalid, not_found
 from loopserve.serve.records import Path, StoredSession, new_id
 
+TITLE_CHARACTERS = 80
+
 
 class Sessions:
     """Work on sessions as a whole. A session is a name for a turn: fork and undo move names, and compute nothing."""
@@ -18,9 +20,18 @@ class Sessions:
         self._conversations = conversations
         self._store = conversations.store
 
-    async def list(self, tenant: str, limit: int) -> list[StoredSession]:
-        """Return the latest sessions of a tenant."""
-        return await self._conversations.on_disk(lambda: self._store.sessions(tenant, limit))
+    async def list(self, tenant: str, limit: int) -> list[dict[str, Any]]:
+        """Return the latest sessions of a tenant as the API shows them, with title and number of turns."""
+
+        def work() -> list[dict[str, Any]]:
+            found = self._store.sessions(tenant, limit)
+            titles = [("", 0) if each.head is None else self._store.title(tenant, each.head) for each in found]
+            return [
+                as_json(each) | {"title": title.strip().partition("\n")[0][:TITLE_CHARACTERS], "turns": turns}
+                for each, (title, turns) in zip(found, titles, strict=True)
+            ]
+
+        return await self._conversations.on_disk(work)
 
     async def show(self, tenant: str, session: str) -> tuple[StoredSession, Path]:
         """Return a session and the turns that lead to where it is. ApiError (404) if the tenant has none of this id."""

@@ -41,6 +41,10 @@ CREATE TABLE IF NOT EXISTS main.kv (
     created REAL NOT NULL
 );
 """
+# What the API keeps beside turns and sessions, by their ids: responses as they were given, conversations with their metadata.
+_OBJECTS = """
+CREATE TABLE IF NOT EXISTS {db}.objects (id TEXT PRIMARY KEY, tenant TEXT NOT NULL, body TEXT NOT NULL);
+"""
 _TURN = (
     "id, session, parent, tenant, model, stack, digest, messages, answer, prompt_tokens, output_tokens, created, finish_reason, "
     "figures"
@@ -78,6 +82,8 @@ class Store:
             for db in ("main", *_IN_MEMORY):
                 self._db.executescript(_TABLES.format(db=db))
             self._db.executescript(_KV_TABLE)
+            for db in ("main", "spare"):
+                self._db.executescript(_OBJECTS.format(db=db))
             self._db.execute(f"PRAGMA main.user_version={SCHEMA_VERSION}")
             for table in ("sessions", "turns"):
                 parts = [f"SELECT * FROM main.{table}"]
@@ -212,6 +218,20 @@ class Store:
         )
         return [StoredSession(*row) for row in rows]
 
+    def title(self, tenant: str, turn: str) -> tuple[str, int]:
+        """Return the first message of a user on the path to a turn, and the number of turns of the path."""
+        rows = self._db.execute(
+            "WITH RECURSIVE up (id, parent, number) AS ("
+            " SELECT id, parent, 1 FROM every_turns WHERE id=?1 AND tenant=?2"
+            " UNION ALL SELECT t.id, t.parent, up.number + 1 FROM every_turns t JOIN up ON t.id = up.parent"
+            ") SELECT messages, number FROM up JOIN every_turns USING (id) WHERE up.parent IS NULL",
+            (turn, tenant),
+        ).fetchall()
+        for messages, number in rows:
+            found = [each["content"] for each in json.loads(messages) if each["role"] == "user"]
+            return (found[0] if found else ""), number
+        return "", 0
+
     def put_session(self, session: StoredSession) -> None:
         """Write a session."""
         self._write("spare" if self.spare_turns else "main", [], [session])
@@ -234,8 +254,48 @@ class Store:
         for db in ("main", *_IN_MEMORY):
             self._db.execute(f"DELETE FROM {db}.sessions WHERE id=?", (session,))
             self._db.executemany(f"DELETE FROM {db}.turns WHERE id=?", [(each,) for each in gone])
+        for db in ("main", "spare"):
+            self._db.executemany(f"DELETE FROM {db}.objects WHERE id=?", [(each,) for each in (session, *gone)])
         self._db.execute("COMMIT")
         return gone
+
+    def remove_turn(self, tenant: str, turn: str) -> bool:
+        """Remove a turn that no other turn goes on from; the sessions at it move back by one. Return False if one goes on from it."""
+        found = self.turn(tenant, turn)
+        if found is None or self._db.execute("SELECT 1 FROM every_turns WHERE parent=?", (turn,)).fetchone():
+            return False
+        self._db.execute("BEGIN IMMEDIATE")
+        for db in ("main", *_IN_MEMORY):
+            self._db.execute(f"UPDATE {db}.sessions SET head=? WHERE head=? AND tenant=?", (found.parent, turn, tenant))
+            self._db.execute(f"DELETE FROM {db}.turns WHERE id=?", (turn,))
+        for db in ("main", "spare"):
+            self._db.execute(f"DELETE FROM {db}.objects WHERE id=?", (turn,))
+        self._db.execute("COMMIT")
+        return True
+
+    # What the API keeps beside them.
+
+    def put_object(self, tenant: str, name: str, body: dict[str, Any]) -> None:
+        """Keep a JSON object under the id of a turn or session."""
+        for db in ("main", "spare"):
+            try:
+                self._db.execute(
+                    f"INSERT OR REPLACE INTO {db}.objects VALUES (?, ?, ?)", (name, tenant, json.dumps(body))
+                )
+                return
+            except sqlite3.OperationalError as error:
+                if getattr(error, "sqlite_errorcode", 0) & 0xFF not in _FULL or db == "spare":
+                    raise
+                _log.error("a response is kept in memory only: the session directory takes nothing (%s)", error)
+
+    def object(self, tenant: str, name: str) -> dict[str, Any] | None:
+        """Return what was kept under an id; None if nothing was."""
+        for db in ("spare", "main"):
+            row = self._db.execute(f"SELECT body FROM {db}.objects WHERE id=? AND tenant=?", (name, tenant)).fetchone()
+            if row is not None:
+                found: dict[str, Any] = json.loads(row[0])
+                return found
+        return None
 
     def expired(self, older_than_s: float) -> list[StoredSession]:
         """Return the sessions that were last used longer ago than that."""

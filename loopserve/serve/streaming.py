@@ -56,6 +56,21 @@ class EventStream(StreamingResponse):
             await super().__call__(scope, receive, send)
 
 
+class Event(str):
+    """A JSON text with the name of its event, which goes before it as a line of its own."""
+
+    name: str
+
+    def __new__(cls, name: str, data: str) -> Event:
+        found = super().__new__(cls, data)
+        found.name = name
+        return found
+
+
+def _named(data: str) -> str:
+    return f"event: {data.name}\n" if isinstance(data, Event) else ""
+
+
 async def _framed(events: AsyncIterator[str]) -> AsyncIterator[str]:
     waiting: asyncio.Future[str] | None = None
     try:
@@ -70,7 +85,7 @@ async def _framed(events: AsyncIterator[str]) -> AsyncIterator[str]:
             except Exception as error:
                 yield f"data: {as_api_error(error).text}\n\n"
                 return
-            yield f"data: {data}\n\n"
+            yield f"{_named(data)}data: {data}\n\n"
     finally:
         if waiting is not None:
             waiting.cancel()

@@ -6,10 +6,12 @@ import asyncio
 import logging
 
 from loopserve.api import Engine
+from loopserve.core.engine.sampling import LogitsProcessor
 from loopserve.core.engine.scheduler import Request
 from loopserve.core.engine.session import Session
 from loopserve.core.errors import CapacityError, InputError
 from loopserve.serve.answer import Answer, Choice
+from loopserve.serve.attention import AttendedParts
 from loopserve.serve.kv_files import LoadedPairs
 from loopserve.serve.live import LiveSessions
 from loopserve.serve.records import Path
@@ -68,12 +70,24 @@ class Submissions:
 
     def _choice(self, answer: Answer, index: int, session: Session, loop: asyncio.AbstractEventLoop) -> Choice:
         stop = answer.ask.sampling.stop
-        choice = Choice(index, self._engine, session, answer.prompt, stop, loop, answer.events)
+        choice = Choice(
+            index,
+            self._engine,
+            session,
+            answer.prompt,
+            stop,
+            loop,
+            answer.events,
+            most_calls=0 if not answer.ask.reads_calls else None if answer.ask.parallel_calls else 1,
+        )
         answer.choices.append(choice)
         return choice
 
     def _answer(self, answer: Answer, choice: Choice, prefill: Request | None = None) -> None:
         sampling = answer.ask.sampling
+        if answer.ask.attention_map:
+            choice.attended = AttendedParts(self._engine, answer.match.path, answer.prompt)
+            choice.session.attention_map = choice.attended.counts
         if choice.index and sampling.seed is not None:
             sampling = sampling.model_copy(update={"seed": (sampling.seed + choice.index) % (1 << 63)})
 
@@ -96,14 +110,20 @@ class Submissions:
                 sampling,
                 listener=progressed,
                 max_new_tokens=self._most_tokens(answer),
-                logits_processors=answer.ask.logits_processors,
+                logits_processors=[*answer.ask.logits_processors, *self._grammar(answer)],
                 logits=logits,
                 **choice.options,
             )
         except BaseException:
+            choice.session.attention_map = None
             if prefill is None:
                 self._rest(answer, choice.session)
             raise
+
+    def _grammar(self, answer: Answer) -> list[LogitsProcessor]:
+        """Return the processor of one answer that must be of a form. It has a state, so each answer has its own."""
+        grammar = answer.ask.grammar
+        return [] if grammar is None else [grammar.processor(answer.prompt.text)]
 
     def _most_tokens(self, answer: Answer) -> int | None:
         """Return the longest answer where the request gives none: the server's default, or what is left of the window."""
@@ -130,6 +150,7 @@ class Submissions:
     def complete(self, answer: Answer, choice: Choice, path: Path) -> None:
         """Let the session of a committed answer rest at its new turn. InputError if its tokens are not those of the turn."""
         session = choice.session
+        session.attention_map = None
         del session.tokens[len(path.tokens) :]
         if session.tokens != path.tokens:
             session.close()
@@ -141,5 +162,6 @@ class Submissions:
         if session.busy or session.closed:
             return
         path = answer.match.path
+        session.attention_map = None
         session.go_back(len(path.tokens))
         self._live.put(session, path, answer.stack)

@@ -29,13 +29,13 @@ model is asked to continue a text; the next {forced} tokens of it are teacher-fo
 its distribution of each next token is compared with that under dense attention. Stacks of your own are measured the same way by
 `python -m research.evidence_real.agreement STACK...`."""
 
-_TERMS = """*KL*: divergence of the next token's distribution from dense attention's, in nats, mean per token. *Top-1*: share of tokens
-for which the likeliest next token is the same. *Perplexity*: change of the text's perplexity. *Attended*: pairs that decode steps
-attend to, of dense's. *Bytes*: KV bytes that decode steps read of those that dense attention reads, beside a store in bfloat16,
-scoring and key summaries included; *all bytes*: with what is read before the first output, spread over the answer. *Cells*, *tiles*:
-computed cells of the prefill's attention, and 64 x 64 tiles, of the causal ones. ± is a standard error, from the means of blocks of
-16 tokens. Stacks attend to the given share of the pairs at the answer's middle, outputs included; `dense_below` is off, since a
-preset's own would leave short prompts dense."""
+_TERMS = """*Tokens*: how many are compared. *KL*: divergence of the next token's distribution from dense attention's, in nats, mean
+per token. *Top-1*: share of tokens for which the likeliest next token is the same. *Perplexity*: change of the text's perplexity.
+*Attended*: pairs that decode steps attend to, of dense's. *Bytes*: KV bytes that decode steps read of those that dense attention
+reads, beside a store in bfloat16, scoring and key summaries included; *all bytes*: with what is read before the first output, spread
+over the answer. *Cells*, *tiles*: computed cells of the prefill's attention, and 64 x 64 tiles, of the causal ones. ± is a standard
+error, from the means of blocks of 16 tokens. Stacks attend to the given share of the pairs at the answer's middle, the answer's own
+tokens included; `dense_below` is off, since a preset's own would leave short prompts dense."""
 
 
 def write(ledger: Ledger, plan: Sequence[Unit], text: Path, pictures: Path) -> None:

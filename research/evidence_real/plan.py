@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from loopserve.core.errors import ConfigError
@@ -42,9 +43,10 @@ _REALISED = (*(f"loopserve, alpha {alpha}" for alpha in (0.8, 0.9, 0.95, 0.98, 0
 _LONG = (
     *(f"loopserve, alpha {alpha}" for alpha in (0.9, 0.95, 0.98)),
     "loopserve-paper, alpha 0.95",
-    "flexprefill, gamma 0.9",
-    "xattention, threshold 0.9",
-    "tri_shape, window 1/4",
+    "flexprefill (preset)",
+    "flashprefill (preset)",
+    "minference (preset)",
+    "xattention (preset)",
 )
 """Prefill policies measured at other lengths than the main one too."""
 
@@ -69,18 +71,19 @@ FULL = Sizes()
 QUICK = Sizes(main=1024, others=(), texts=1, forced=32, read=64, dialogues=1, few=True)
 
 
-def units_of(sizes: Sizes, model: str = MODEL) -> list[Unit]:
+@lru_cache
+def units_of(sizes: Sizes, model: str = MODEL) -> tuple[Unit, ...]:
     """Return every unit."""
     texts = [(kind, number) for number in range(sizes.texts) for kind in sizes.kinds]
     first = [(kind, 0) for kind in sizes.kinds]
     plan, main, forced = _Plan(model), sizes.main, sizes.forced
     names, wholes = recipes.decode_presets(), recipes.whole_stacks()
-    alphas, rivals = recipes.prefill_alphas(), recipes.prefill_rivals(main)
+    alphas, presets = recipes.prefill_alphas(), recipes.prefill_presets()
     if sizes.few:
         names = {name: names[name] for name in ("loopserve", "loopserve-paper", "snapkv", "quest")}
         wholes = {"loopserve": wholes["loopserve"]}
         alphas = {name: alphas[name] for name in list(alphas)[2:4]}
-        rivals = {name: rivals[name] for name in list(rivals)[:2]}
+        presets = {name: presets[name] for name in ("minference (preset)", "tri_shape (preset)")}
     few = {name: names[name] for name in _MAIN if name in names}
 
     at = share_at(main)
@@ -89,20 +92,21 @@ def units_of(sizes: Sizes, model: str = MODEL) -> list[Unit]:
     if not sizes.few:
         plan.decode("decode", few, texts, main, forced, at)
     plan.needles("needles", dict(list(few.items())[:8]), sizes.dialogues, main, at)
-    plan.prefill("prefill", rivals, first, main, sizes.read)
+    plan.prefill("prefill", presets, first, main, sizes.read)
     plan.both("both", wholes, first, main, forced)
     measured = {name: alphas[name] for name in _REALISED if name in alphas}
-    plan.prefill("coverage", measured, first, main, sizes.read, realised=True)
+    shortest = min(main, *sizes.others, main)
+    plan.prefill("prefill", measured, first, shortest, sizes.read)
+    plan.prefill("coverage", measured, first, shortest, sizes.read, realised=True)
     if sizes.few:
-        return plan.units
+        return tuple(plan.units)
     plan.ablations(first, main, forced)
     plan.prefill("prefill_ablations", recipes.prefill_ablations(), first, main, sizes.read)
     plan.claims("claims", sizes.kinds, (2048, main))
+    plan.prefill("coverage", measured, first, main, sizes.read, realised=True)
     plan.dialogues("dialogues", recipes.talking_stacks(), first, main)
     for tokens in sizes.others:
-        some = {name: alphas[name] for name in _LONG if name in alphas} | {
-            name: policy for name, policy in recipes.prefill_rivals(tokens).items() if name in _LONG
-        }
+        some = {name: (alphas | presets)[name] for name in _LONG if name in alphas | presets}
         plan.prefill("prefill", some, first, tokens, sizes.read)
         plan.decode("decode", few, texts, tokens, forced, share_at(tokens))
     for share in recipes.SHARES:
@@ -110,8 +114,8 @@ def units_of(sizes: Sizes, model: str = MODEL) -> list[Unit]:
             plan.decode("decode", few, texts, main, forced, share)
     plan.decode("decode", names, texts, main, forced, at)
     plan.both("both", wholes, first, sizes.others[-1], forced)
-    plan.prefill("prefill", recipes.prefill_presets(), first, main, sizes.read)
-    return plan.units
+    plan.prefill("prefill", recipes.prefill_rivals(), first, main, sizes.read)
+    return tuple(plan.units)
 
 
 def share_at(tokens: int) -> float:

@@ -95,23 +95,9 @@ def prefill_alphas() -> dict[str, Policy]:
     return found | {f"loopserve-paper, alpha {alpha}": paper | {"alpha": alpha} for alpha in (0.9, 0.95, 0.98)}
 
 
-def prefill_rivals(tokens: int) -> dict[str, Policy]:
-    """Return the policies of others at settings that fit a prompt of ``tokens`` tokens."""
-    sizes = {"100 + 32 lines per 2,000 tokens": (100, 32), "400 + 128 lines per 2,000 tokens": (400, 128)}
-    found: dict[str, Policy] = {
-        f"minference, {name}": {
-            "policy": "minference",
-            "vertical_size": verticals * tokens // 2000,
-            "slash_size": 64 + slashes * tokens // 2000,
-            "sink_tokens": 4,
-            "local_window": 64,
-        }
-        for name, (verticals, slashes) in sizes.items()
-    }
-    for part in (8, 4):
-        window: Policy = {"sink_tokens": 16, "local_window": tokens // part}
-        found[f"a_shape, window 1/{part}"] = {"policy": "a_shape", **window}
-        found[f"tri_shape, window 1/{part}"] = {"policy": "tri_shape", "last_rows": 64, **window}
+def prefill_rivals() -> dict[str, Policy]:
+    """Return policies of others at other settings than their presets'."""
+    found: dict[str, Policy] = {}
     for gamma in (0.9, 0.95):
         found[f"flexprefill, gamma {gamma}"] = {"policy": "flexprefill", "gamma": gamma, "block": 64, "min_budget": 64}
     for threshold in (0.9, 0.95):
@@ -121,9 +107,7 @@ def prefill_rivals(tokens: int) -> dict[str, Policy]:
             "stride": 8,
             "block": 64,
         }
-    found["topk_blocks, top_p 0.95"] = {"policy": "topk_blocks", "top_p": 0.95, "block": 64}
-    for alpha in (0.95, 0.98):
-        found[f"sample_attention, alpha {alpha}"] = {"policy": "sample_attention", "alpha": alpha}
+    found["sample_attention, alpha 0.98"] = {"policy": "sample_attention", "alpha": 0.98}
     found["static_lines, alpha 0.98"] = preset("static_lines")["prefill"]
     return found
 
@@ -159,7 +143,7 @@ def prefill_ablations() -> dict[str, Policy]:
 
 def whole_stacks() -> dict[str, Recipe]:
     """Return stacks with both sides sparse."""
-    minference = prefill_rivals(4096)["minference, 400 + 128 lines per 2,000 tokens"]
+    minference = preset("minference")["prefill"]
     snapkv, quest = preset("snapkv")["decode"], preset("quest")["decode"]
     return {
         "loopserve": preset("loopserve"),

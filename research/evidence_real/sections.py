@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from research.evidence.units import Row
@@ -18,21 +19,26 @@ DENSE_LEVEL = 0.01
 """KL in nats up to which decoding counts as dense's."""
 _PREFILL_LEVEL = 0.005
 _NEAR = 0.02
+_ENOUGH = 60
+"""Answers below which nothing is said of a difference."""
 _AS_MANY = 1.25
 """A rival that attends to more pairs than so many times as many is not compared."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """One line of the table of verdicts; ``holds`` None where the rows cannot tell."""
+    """One line of the table of verdicts. holds: None if it was not measured. few: the sample is too small for a verdict."""
 
     claim: str
     holds: bool | None
     figure: str
     model: str = MODEL
+    few: bool = False
 
     @property
     def word(self) -> str:
+        if self.few:
+            return "too few to tell"
         return "not measured" if self.holds is None else "yes" if self.holds else "no"
 
 
@@ -45,7 +51,9 @@ def cells(rows: Sequence[Row], tokens: int, share: float | None = None) -> Cells
     for row in rows:
         spec = row["unit"]
         if spec["tokens"] == tokens and spec.get("share") == share and "error" not in row["found"]:
-            found.setdefault(spec["label"], []).append(row["found"] | {"kind": spec["text"][0]})
+            found.setdefault(spec["label"], []).append(
+                row["found"] | {"kind": spec["text"][0], "text": tuple(spec["text"])}
+            )
     return {label: Agreement(parts) for label, parts in found.items()}
 
 
@@ -65,6 +73,7 @@ def _of_kind(found: Agreement, kind: str) -> str:
 def _agreement(label: str, found: Agreement) -> list[str]:
     return [
         label,
+        f"{found.tokens:,}",
         f"{found.kl:.4f} ± {found.kl_error:.4f}",
         *(_of_kind(found, kind) for kind in KINDS),
         f"{100 * found.same:.1f} ± {100 * found.same_error:.1f} %",
@@ -72,16 +81,35 @@ def _agreement(label: str, found: Agreement) -> list[str]:
     ]
 
 
-_HEADER = ["KL", *(f"KL, {kind}" for kind in KINDS), "top-1", "perplexity"]
-
-
-def _samples(found: Mapping[str, Agreement]) -> str:
-    counts = sorted({each.tokens for each in found.values()})
-    return f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
+_HEADER = ["tokens", "KL", *(f"KL, {kind}" for kind in KINDS), "top-1", "perplexity"]
 
 
 def _best_first(found: Cells) -> list[tuple[str, Agreement]]:
-    return sorted(found.items(), key=lambda item: item[1].kl)
+    """Return the best first, those measured on more texts before others: means over different texts do not compare."""
+    return sorted(found.items(), key=lambda item: (-item[1].tokens, item[1].kl))
+
+
+def on_same(one: Agreement, other: Agreement) -> tuple[Agreement, Agreement] | None:
+    """Return both on the texts that both were measured on, in the same order; None if there is none."""
+    ours, theirs = ({each["text"]: each for each in found.parts} for found in (one, other))
+    shared = [text for text in ours if text in theirs]
+    return (Agreement([ours[t] for t in shared]), Agreement([theirs[t] for t in shared])) if shared else None
+
+
+def _best_rival(ours: Agreement, rivals: Cells) -> tuple[str, Agreement, Agreement] | None:
+    """Return the rival that comes closest to a stack, or beats it most, and both on the same texts.
+
+    Rivals that are measured on less than half as many tokens are not counted.
+    """
+    pairs = [
+        (label, pair)
+        for label, each in rivals.items()
+        if 2 * each.tokens >= ours.tokens and (pair := on_same(ours, each))
+    ]
+    if not pairs:
+        return None
+    label, (mine, theirs) = min(pairs, key=lambda item: item[1][1].kl / max(item[1][0].kl, 1e-9))
+    return label, mine, theirs
 
 
 # Decoding.
@@ -104,7 +132,7 @@ def _decode_table(tokens: int, share: float, found: Cells) -> str:
         [*_agreement(label, each), percent(each.attended), percent(each.bytes_bf16), percent(each.bytes_all)]
         for label, each in _best_first(found)
     ]
-    return f"**{tokens:,} tokens, {percent(share, 0)} of the pairs**, {_samples(found)} tokens per stack:\n\n" + table(
+    return f"**{tokens:,} tokens, {percent(share, 0)} of the pairs**:\n\n" + table(
         ["stack", *_HEADER, "attended", "bytes", "all bytes"], lines
     )
 
@@ -139,15 +167,15 @@ def _decode_verdicts(mine: Sequence[Row]) -> list[Verdict]:
             for label, each in found.items()
             if not label.startswith("loopserve") and (each.attended or 1.0) <= most
         }
-        if rivals:
-            best, beaten = min(rivals.items(), key=lambda item: item[1].kl)
+        closest = _best_rival(ours, rivals)
+        if closest is not None:
+            best, own, beaten = closest
             found_verdicts.append(
                 Verdict(
                     f"No other preset that attends to about as many pairs agrees better, {where}",
-                    ours.kl <= beaten.kl,
-                    f"the best of {len(rivals)} others is `{best}`: KL {beaten.kl:.4f} ± {beaten.kl_error:.4f} at "
-                    f"{percent(beaten.bytes_bf16)} "
-                    "of the bytes",
+                    own.kl <= beaten.kl,
+                    f"the closest other is `{best}`: KL {beaten.kl:.4f} ± {beaten.kl_error:.4f} at "
+                    f"{percent(beaten.bytes_bf16)} of the bytes, against {own.kl:.4f} on the same texts",
                 )
             )
     return found_verdicts or [Verdict("Decoding under `loopserve` is at dense's level", None, "-")]
@@ -176,7 +204,7 @@ def prefilling(rows: Rows) -> tuple[str, list[Verdict]]:
             for label, each in _best_first(found)
         ]
         texts.append(
-            f"**{tokens:,} tokens**, {_samples(found)} tokens per policy. *Time*: of the processor for the whole prefill, of "
+            f"**{tokens:,} tokens**. *Time*: of the processor for the whole prefill, of "
             "dense attention's:\n\n" + table(["policy", *_HEADER, "cells", "tiles", "time"], lines)
         )
         verdicts += _prefill_verdicts(tokens, found)
@@ -203,36 +231,40 @@ def _prefill_verdicts(tokens: int, found: Cells) -> list[Verdict]:
                 f"{label.removeprefix('loopserve, ')}: KL {best.kl:.4f} ± {best.kl_error:.4f} at {percent(best.mean('cells'))}",
             )
         )
-    better = [
-        (label, each)
-        for label, each in found.items()
-        if not label.startswith("loopserve") and ours and all(_beats(each, own) for own in ours.values())
-    ]
-    if ours:
-        rivals = {label: each for label, each in found.items() if not label.startswith("loopserve")}
+    rivals = {label: each for label, each in found.items() if not label.startswith("loopserve")}
+    if ours and rivals:
         ahead = [
-            f"`{label}` (KL {each.kl:.4f}, {percent(each.mean('cells'))} of the cells)"
+            f"`{label}` (KL {pair[1].kl:.4f} at {percent(pair[1].mean('cells'))}, {own} {pair[0].kl:.4f} at "
+            f"{percent(pair[0].mean('cells'))})"
             for label, each in rivals.items()
-            if any(_dominates(each, own) for own in ours.values())
+            for own, mine in ours.items()
+            if (pair := on_same(mine, each)) and _dominates(pair[1], pair[0])
         ]
-        if rivals:
-            verdicts.append(
-                Verdict(
-                    f"No other prefill policy agrees better on fewer cells, {tokens:,} tokens",
-                    not ahead and not better,
-                    ", ".join(ahead) or "none of those measured",
-                )
+        verdicts.append(
+            Verdict(
+                f"No other prefill policy agrees better on fewer cells, {tokens:,} tokens",
+                not ahead,
+                ", ".join(ahead) or f"none of {len(rivals)} settings measured",
             )
+        )
+    paper, own = found.get("loopserve-paper, alpha 0.95"), ours.get("loopserve, alpha 0.95")
+    if paper and own and (same := on_same(own, paper)):
+        mine, theirs = same
+        verdicts.append(
+            Verdict(
+                f"At alpha 0.95 the preset's rows and cost agree better than the paper's, {tokens:,} tokens",
+                mine.kl < theirs.kl,
+                f"KL {mine.kl:.4f} ± {mine.kl_error:.4f} at {percent(mine.mean('cells'))} of the cells and "
+                f"{percent(mine.mean('tiles'))} of the tiles, the paper's {theirs.kl:.4f} ± {theirs.kl_error:.4f} at "
+                f"{percent(theirs.mean('cells'))} and {percent(theirs.mean('tiles'))}",
+            )
+        )
     return verdicts
 
 
 def _dominates(other: Agreement, ours: Agreement) -> bool:
     """Return whether it agrees better and computes fewer cells."""
     return other.kl < ours.kl and (other.mean("cells") or 1.0) < (ours.mean("cells") or 1.0)
-
-
-def _beats(other: Agreement, ours: Agreement) -> bool:
-    return _dominates(other, ours)
 
 
 # Alpha.
@@ -246,9 +278,9 @@ def alphas(rows: Rows) -> tuple[str, list[Verdict]]:
         "cost of dense attention. *Estimated*: what the policy believes, from its sampled rows. *Time*: milliseconds of one "
         "thread for the whole turn's prefill."
     )
-    for tokens in lengths(rows["prefill"]):
-        found = cells(rows["prefill"], tokens)
+    for tokens in lengths([*rows["prefill"], *measured]):
         realised = cells(measured, tokens)
+        found = realised | cells(rows["prefill"], tokens)
         labels = [label for label in found if ", alpha" in label and label.startswith("loopserve")]
         if not labels:
             continue
@@ -264,7 +296,7 @@ def alphas(rows: Rows) -> tuple[str, list[Verdict]]:
                     percent(each.mean("tiles")),
                     f"{each.kl:.4f} ± {each.kl_error:.4f}",
                     percent(each.same),
-                    milliseconds(each.mean("ms")),
+                    milliseconds(each.mean("ms")) if each is not all_rows else "-",
                 ]
             )
         dense = found.get("dense")
@@ -336,20 +368,20 @@ def both(rows: Rows) -> tuple[str, list[Verdict]]:
                 for label, each in _best_first(found)
             ]
             texts.append(
-                f"**{tokens:,} tokens, {percent(share, 0)} of the pairs**, {_samples(found)} tokens per stack:\n\n"
+                f"**{tokens:,} tokens, {percent(share, 0)} of the pairs**:\n\n"
                 + table(["stack", *_HEADER, "attended", "bytes", "cells", "tiles"], lines)
             )
             if "loopserve" in found:
                 ours = found["loopserve"]
                 others = {label: each for label, each in found.items() if label != "loopserve"}
-                best = min(others.items(), key=lambda item: item[1].kl) if others else None
+                best = _best_rival(ours, others)
                 verdicts.append(
                     Verdict(
                         f"Both phases of `loopserve` stay near dense (KL at most {_NEAR}), {tokens:,} tokens, "
                         f"{percent(share, 0)} of the pairs",
                         ours.kl <= _NEAR,
                         f"KL {ours.kl:.4f} ± {ours.kl_error:.4f}, top-1 {percent(ours.same)}"
-                        + (f"; next `{best[0]}`: {best[1].kl:.4f}" if best else ""),
+                        + (f"; next `{best[0]}`: {best[2].kl:.4f}" if best else ""),
                     )
                 )
     if not texts:
@@ -381,9 +413,12 @@ def ablations(rows: Rows) -> tuple[str, list[Verdict]]:
 
 def difference(one: Agreement, other: Agreement) -> tuple[float, float]:
     """Return the mean difference of KL per token over the blocks that both have, and its standard error."""
+    same = on_same(one, other)
+    if same is None:
+        return math.nan, math.nan
     pairs = [
         (mine - theirs) / BLOCK
-        for first, second in zip(one.parts, other.parts, strict=False)
+        for first, second in zip(same[0].parts, same[1].parts, strict=True)
         for mine, theirs in list(zip(first["kl"], second["kl"], strict=True))[: first["tokens"] // BLOCK]
     ]
     middle = sum(pairs) / len(pairs)
@@ -397,7 +432,7 @@ def _fields(said: str, tokens: int, found: Cells) -> str:
     lines = []
     for label, each in found.items():
         change = "-"
-        if base is not None and each is not base and len(each.parts) == len(base.parts):
+        if base is not None and each is not base and on_same(each, base):
             middle, error = difference(each, base)
             change = f"{middle:+.4f} ± {error:.4f}"
         costs = (
@@ -405,9 +440,7 @@ def _fields(said: str, tokens: int, found: Cells) -> str:
         )
         lines.append([*_agreement(label, each), change, *map(percent, costs)])
     header = ["attended", "bytes", "all bytes"] if decodes else ["cells", "tiles"]
-    return f"**{said}, {tokens:,} tokens**, {_samples(found)} tokens each:\n\n" + table(
-        ["field", *_HEADER, "change", *header], lines
-    )
+    return f"**{said}, {tokens:,} tokens**:\n\n" + table(["field", *_HEADER, "change", *header], lines)
 
 
 def _field_verdicts(rows: Rows) -> list[Verdict]:
@@ -421,7 +454,7 @@ def _field_verdicts(rows: Rows) -> list[Verdict]:
                 continue
             better = []
             for label, each in found.items():
-                if each is base or len(each.parts) != len(base.parts):
+                if each is base or not on_same(each, base):
                     continue
                 middle, error = difference(each, base)
                 fewer = (each.bytes_all or 1.0) <= (base.bytes_all or 1.0) * 1.02
@@ -523,7 +556,8 @@ def needles(rows: Rows) -> tuple[str, list[Verdict]]:
                 f"Numbers told turns before are found as under dense attention (within 3 points), {tokens:,} tokens, "
                 f"{percent(share, 0)} of the pairs",
                 ours.digits >= dense.digits - 0.03,
-                said,
+                f"{said} ({len(ours.answers)} answers)",
+                few=len(ours.answers) < _ENOUGH,
             )
         )
         windows = {label: told[label] for label in ("snapkv", "adakv") if label in told}
@@ -535,10 +569,12 @@ def needles(rows: Rows) -> tuple[str, list[Verdict]]:
                         each.where("position", "begin").digits < each.where("position", "end").digits
                         for each in windows.values()
                     ),
-                    "; ".join(
+                    "digits right, question at begin / middle / end: "
+                    + "; ".join(
                         f"`{label}` {' / '.join(percent(each.where('position', place).digits, 0) for place in POSITIONS)}"
                         for label, each in windows.items()
                     ),
+                    few=len(ours.answers) < _ENOUGH,
                 )
             )
     return text, verdicts

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from loopserve.core.errors import InputError, ModelError
-from loopserve.models.chat import ChatTokenizer, StreamDecoder
+from loopserve.models.chat import ChatTokenizer, StreamDecoder, as_messages
 
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]
 CHATML = (
@@ -97,3 +97,20 @@ def test_streamed_pieces_join_to_the_text(text: str) -> None:
     pieces = [stream.push(token) for token in CHAT.answer_tokens(text)]
     assert "".join(pieces) == text
     assert not any("\ufffd" in piece for piece in pieces) or "\ufffd" in text
+
+
+def test_calls_in_a_history_are_read_and_read_again() -> None:
+    call = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
+    given = [
+        user("hi"),
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "call_1", "content": ""},
+    ]
+    messages = as_messages(given)
+    assert as_messages(messages) == messages  # as a saved conversation holds them
+    text = CHAT.prompt(messages).text
+    assert '<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call>' in text
+    assert "<|im_start|>user\n<tool_response>\n\n</tool_response>" in text
+    for wrong in ("x", [call | {"function": {}}], [3], {"a": 1}):
+        with pytest.raises(InputError, match="tool_calls"):
+            as_messages([{"role": "assistant", "tool_calls": wrong}])

@@ -86,8 +86,7 @@ def test_the_logits_are_those_of_an_independent_reading(tmp_path: Path, kind: st
 @pytest.mark.parametrize(("kind", "dtype"), [("F32", "float32"), ("BF16", "bfloat16"), ("Q8_0", "float32")])
 def test_the_copy_has_the_narrowest_dtype_that_is_exact(tmp_path: Path, kind: str, dtype: str) -> None:
     path = write_gguf(tmp_path / "model.gguf", kind=GGMLQuantizationType[kind], rounded_norms=True)
-    model, _ = load(str(path))
-    assert model.dtype is getattr(torch, dtype)
+    assert json.loads((converted(path) / "config.json").read_text())["dtype"] == dtype  # load may widen it for a CPU
 
 
 def test_template_tokens_and_stop_tokens_come_from_the_metadata(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,7 @@ def found(spec: dict[str, Any], kl: float) -> dict[str, Any]:
     return agreed(kl) | parts[kind]
 
 
-def written(place: Path, units: list[Unit], kl: Kl, date: str = "2026-01-01") -> Ledger:
+def written(place: Path, units: Sequence[Unit], kl: Kl, date: str = "2026-01-01") -> Ledger:
     ledger = Ledger(place)
     for unit in units:
         made = MADE | {"date": date}
@@ -96,6 +96,8 @@ def test_every_section_is_told_and_nothing_is_missing(tmp_path: Path) -> None:
         assert len({line.count("|") for line in block.splitlines()}) == 1, block
     for experiment in {unit.experiment for unit in units}:
         assert f"| {experiment} |" in text
+    assert verdict(text, "Numbers told turns before") == "yes"
+    assert "too few" not in text
 
 
 def test_verdicts_turn_with_the_figures(tmp_path: Path) -> None:
@@ -105,7 +107,7 @@ def test_verdicts_turn_with_the_figures(tmp_path: Path) -> None:
     for claim in ("Decoding under `loopserve` is at dense's level", "No other preset"):
         assert verdict(good, claim) == "yes"
         assert verdict(bad, claim) == "no"
-    assert verdict(good, "Numbers told turns before") == "yes"
+    assert verdict(good, "Numbers told turns before") == "too few to tell"
     assert verdict(good, "Sparse prefill is at dense's level") == "not measured"
 
 
@@ -179,3 +181,18 @@ def test_a_stack_that_fails_is_named_and_takes_no_other_with_it(
     assert "Failed" in text
     assert "quest: ValueError: it broke" in text
     assert "| snapkv |" in text
+
+
+def test_stacks_are_compared_on_the_texts_that_both_were_measured_on(tmp_path: Path) -> None:
+    """Means over different texts do not compare: here the rival was only measured where everything is easy."""
+    units = [unit for unit in units_of(QUICK) if unit.experiment == "decode"]
+    some = [unit for unit in units if unit.spec["label"] in ("loopserve", "snapkv")]
+    some = [unit for unit in some if unit.spec["label"] == "loopserve" or unit.spec["text"][0] != "code"]
+
+    def easy_prose(spec: dict[str, Any]) -> float:
+        return 0.01 * (1 if spec["label"] == "loopserve" else 2) * (10 if spec["text"][0] == "code" else 1)
+
+    text = render(written(tmp_path, some, easy_prose), some)
+    assert verdict(text, "No other preset") == "yes"
+    assert "KL 0.0200" in text
+    assert "against 0.0100 on the same texts" in text

@@ -39,6 +39,7 @@ class Running:
         self._socket = socket.create_server(("127.0.0.1", 0))
         self.port = self._socket.getsockname()[1]
         self._thread = threading.Thread(target=self._run, daemon=True)
+        self._clients: list[openai.OpenAI] = []
 
     def _run(self) -> None:
         asyncio.run(self._uvicorn.serve([self._socket]))
@@ -48,6 +49,8 @@ class Running:
         until(lambda: self._uvicorn.started)
 
     def stop(self) -> None:
+        for client in self._clients:
+            client.close()
         self._uvicorn.should_exit = True
         self._thread.join()
         self._socket.close()
@@ -57,7 +60,9 @@ class Running:
         return f"http://127.0.0.1:{self.port}"
 
     def client(self, key: str = "none", **options: Any) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, **options)
+        client = openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, **options)
+        self._clients.append(client)
+        return client
 
     @contextmanager
     def connection(self, path: str, body: object, headers: dict[str, str] | None = None) -> Iterator[socket.socket]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 from typing import Any
 
@@ -29,6 +30,7 @@ BAD: list[tuple[str, str, Any, int]] = [
     ("no content", CHAT, OK | {"messages": [{"role": "user"}]}, 400),
     ("an answer last", CHAT, OK | {"messages": [FACT, {"role": "assistant", "content": "x"}]}, 400),
     ("lone surrogate", CHAT, b'{"model": "demo", "messages": [{"role": "user", "content": "\\ud800"}]}', 400),
+    ("surrogate elsewhere", "/v1/responses", b'{"model": "demo", "input": "x", "metadata": {"a": "\\ud800"}}', 400),
     ("image", CHAT, OK | {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400),
     ("n = 0", CHAT, OK | {"n": 0}, 400),
     ("n = 100", CHAT, OK | {"n": 100}, 400),
@@ -45,7 +47,7 @@ BAD: list[tuple[str, str, Any, int]] = [
     ("top_logprobs alone", CHAT, OK | {"top_logprobs": 3}, 400),
     ("stream_options alone", CHAT, OK | {"stream_options": {"include_usage": True}}, 400),
     ("tools", CHAT, OK | {"tools": [{"type": "function"}]}, 400),
-    ("json", CHAT, OK | {"response_format": {"type": "json_object"}}, 400),
+    ("json", CHAT, OK | {"response_format": {"type": "json_schema"}}, 400),
     ("template", CHAT, OK | {"chat_template": "{{ 7 * 7 }}"}, 400),
     ("unknown field", CHAT, OK | {"temprature": 1}, 400),
     ("unknown stack", CHAT, OK | {"loopserve": {"stack": "nope"}}, 404),
@@ -85,6 +87,18 @@ def test_bad_requests_are_refused_by_name(shared: Running, path: str, body: obje
     assert answer["error"].keys() == {"message", "type", "param", "code"} and answer["error"]["message"]
     assert "Traceback" not in answer["error"]["message"]
     assert said(ask(shared, [FACT]))["content"] == "ok ."
+
+
+def test_a_refused_request_leaves_its_connection_open(server: Running) -> None:
+    body = OK | {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}
+    connection = http.client.HTTPConnection("127.0.0.1", server.port)
+    connection.connect()
+    connection.auto_open = 0  # type: ignore[misc]
+    for _ in range(3):
+        connection.request("POST", CHAT, json.dumps(body), {"Content-Type": "application/json"})
+        reply = connection.getresponse()
+        assert reply.status == 400 and json.loads(reply.read())["error"]["message"]
+    connection.close()
 
 
 def test_several_answers_share_one_prefill(server: Running) -> None:

@@ -301,6 +301,8 @@ def _select(
     dense = store.heads * cache.seen
     context.compressed |= attended < dense
     session.stats.attended(attended, dense, store.pair_bytes)
+    if session.attention_map is not None:
+        session.attention_map.add(index, *cache.attended(), store.heads, cache.seen)
     request = DecodeRequest(queries, pairs.keys, pairs.values, first_valid, columns, tail)
     return _DecodeStep(policies, request, inputs, observes=policies.observes_after and shown)
 

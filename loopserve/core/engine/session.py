@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from loopserve.core.engine.attention_map import AttentionMap
 from loopserve.core.engine.slots import Slots
 from loopserve.core.engine.stats import TurnStats
 from loopserve.core.errors import CacheError, Fault, InputError, ModelError, PolicyError
@@ -67,6 +68,7 @@ class Session:
     repeatable: bool = True  # False: its tokens alone do not say what was computed (images)
     closed: bool = False
     state_bytes: int = 0  # what the policies report of their states
+    attention_map: AttentionMap | None = None  # counts what decode steps attend to, where somebody asked for it
 
     def __post_init__(self) -> None:
         self.cache = self.slots.empty_cache()
@@ -237,6 +239,7 @@ class Session:
             turns=copy.deepcopy(self.turns),
             states=self._copied(self.states),
             disabled=set(self.disabled),
+            attention_map=None,
         )
         other.cache = self.cache.fork()
         other._starts = [

@@ -154,6 +154,15 @@ class LayerCache:
         tail = self.counted(self._evicted_at, self.seen, device).expand(self._positions.shape[0], -1)
         return torch.cat([self._positions, tail], dim=1)
 
+    def attended(self) -> tuple[Tensor | None, int]:
+        """Return the positions int64 ``[Hkv, S]`` that decoding attends to below a boundary, and that boundary.
+
+        Filler is -1. None stands for every position; pairs from the boundary on are attended in any case.
+        """
+        if self.active is not None:
+            return self.active.selection.indices, self.active.selection.boundary
+        return self._positions, self._evicted_at
+
     def select(self, selection: KVSelection) -> None:
         """Make ``selection`` the active set, or evict all other pairs if its retention is EVICT."""
         if self.store is None:

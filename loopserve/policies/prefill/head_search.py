@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -46,4 +47,4 @@ class HeadSearch(PrefillSparsifier):
         """Return far mass per KV head by layer, mean over the calls. Raises ConfigError if nothing was measured."""
         if not self._mass:
             raise ConfigError("the search saw no full-attention layer with more tokens than sinks and recent window")
-        return {layer: (sum(calls) / len(calls)).tolist() for layer, calls in sorted(self._mass.items())}
+        return {layer: torch.stack(calls).mean(0).tolist() for layer, calls in sorted(self._mass.items())}
