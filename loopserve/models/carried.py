@@ -81,7 +81,9 @@ class Carried:
 
 def _mixers(model: PreTrainedModel, layers: Mapping[int, LayerSpec]) -> dict[int, list[nn.Module]]:
     """Return the innermost modules of recurrent layers that take a cache, by layer, without those that attend to pairs."""
-    attention = {module for index, module in attention_modules(model).items() if index in layers and layers[index].holds_pairs}
+    attention = {
+        module for index, module in attention_modules(model).items() if index in layers and layers[index].holds_pairs
+    }
     taking = [
         module
         for module in decoder_of(model).modules()

@@ -12,7 +12,6 @@ from loopserve.core.errors import ModelError
 from loopserve.core.policy.interfaces import LayerSpec, LayerType
 from loopserve.models.layer_parts import attention_modules, layer_parts
 
-
 _KINDS = {  # transformers' names of layer types; those of layers without attention may hold a state or nothing
     "full_attention": LayerType.FULL,
     "sliding_attention": LayerType.SLIDING,
@@ -59,7 +58,9 @@ def read_layers(model: PreTrainedModel) -> tuple[LayerSpec, ...]:
             continue
         module = modules.get(index)
         if module is None:
-            raise ModelError(f"{name}: the attention of layer {index} has no module of its own, so this model is not supported")
+            raise ModelError(
+                f"{name}: the attention of layer {index} has no module of its own, so this model is not supported"
+            )
         layers.append(
             LayerSpec(
                 index,

@@ -17,7 +17,9 @@ from loopserve.core.engine.session import Session
 from loopserve.core.errors import CacheError, ModelError
 from loopserve.core.kv.recording import plain_tensors
 
-EmptyLayer: Callable[[], Any] = getattr(cache_utils, "DummyLayer", LinearAttentionLayer)  # of a layer that keeps nothing
+EmptyLayer: Callable[[], Any] = getattr(
+    cache_utils, "DummyLayer", LinearAttentionLayer
+)  # of a layer that keeps nothing
 
 
 class RecurrentCacheLayer(LinearAttentionLayer):

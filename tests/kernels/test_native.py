@@ -80,7 +80,13 @@ def test_lower_instruction_sets_give_the_same(level: str, tmp_path: Path) -> Non
     every = [each.name for each in build.levels()]
     if every.index(level) < every.index(library.level()):
         return  # this processor is older still
-    tests = ["test_attention_ops.py", "test_scores.py", "test_key_codes.py", "test_top_columns.py"]
+    tests = [
+        "test_attention_ops.py",
+        "test_odd_numbers.py",
+        "test_scores.py",
+        "test_key_codes.py",
+        "test_top_columns.py",
+    ]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", *(f"tests/kernels/{name}" for name in tests)],
         env={**os.environ, "LOOPSERVE_CPU_LEVEL": level, "LOOPSERVE_CACHE": str(tmp_path)},

@@ -10,8 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from loopserve.kernels import backend
+from loopserve.kernels.decode_attention import decode_attention
+from loopserve.kernels.dense_attention import dense_attention
 from loopserve.kernels.select_lines import select_lines
-from tests.kernels.cases import IMPLEMENTATIONS
+from tests.kernels.cases import IMPLEMENTATIONS, make
 
 _LONGEST = 300  # seconds; far more than it takes, so that only what does not end is ended
 
@@ -37,3 +40,17 @@ def test_weights_must_be_finite(weight: float) -> None:
     weights = torch.tensor([1.0, weight, 1.0])
     with pytest.raises(ValueError, match="finite and none negative"):
         select_lines(torch.zeros(2, 3, 9), torch.tensor([4, 6, 8]), 5, alpha=0.9, row_weights=weights)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("part", ["queries", "keys"])
+def test_numbers_that_are_none_are_not_hidden(implementation: str, part: str) -> None:
+    """A model whose weights are damaged must be noticed: NaN in a query or in an attended key reaches the output."""
+    case = make(40, 200, seed=3)
+    given = {name: getattr(case, name).clone() for name in ("queries", "keys", "values")}
+    given[part][0, 5, 0] = float("nan")
+    scaling = given["queries"].shape[-1] ** -0.5
+    with backend.use(implementation):
+        for function in (dense_attention, decode_attention):
+            output, _ = function(given["queries"], given["keys"], given["values"], scaling=scaling)
+            assert bool(output.isnan().any()), function.__name__

@@ -47,7 +47,9 @@ def test_a_stack_that_leaves_nothing_out_is_bit_equal_to_dense(family: str) -> N
     model = tiny_model(family)
     dense = told_by_engine(engine_for(model, "dense"))
     repeatable = all(spec.repeatable for spec in TransformersModel(model).layers)
-    stack = EVERYTHING if repeatable else {**EVERYTHING, "decode": {**EVERYTHING["decode"], "first_block": "last_window"}}
+    stack = (
+        EVERYTHING if repeatable else {**EVERYTHING, "decode": {**EVERYTHING["decode"], "first_block": "last_window"}}
+    )
     ours = told_by_engine(engine_for(model, stack))
     assert ours.tokens == dense.tokens
     assert ours.difference(dense) == 0.0

@@ -26,10 +26,22 @@ from tests.models.conftest import engine_for
 
 pytestmark = pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")
 
-FEW = ("qwen3_next", "lfm2", "falcon_h1", "jamba")  # delta rule, convolution, pairs beside states, states that are dropped
+FEW = (
+    "qwen3_next",
+    "lfm2",
+    "falcon_h1",
+    "jamba",
+)  # delta rule, convolution, pairs beside states, states that are dropped
 EVICTING = {
     "prefill": {"policy": "dense"},
-    "decode": {"policy": "snapkv", "budget": 16, "window": 4, "sink_tokens": 1, "recent_window": 4, "retention": "evict"},
+    "decode": {
+        "policy": "snapkv",
+        "budget": 16,
+        "window": 4,
+        "sink_tokens": 1,
+        "recent_window": 4,
+        "retention": "evict",
+    },
 }
 
 
@@ -137,7 +149,9 @@ def test_a_turn_that_ends_early_leaves_no_trace(family: str, way: Callable[[Toke
     engine = engine_for(tiny_model(family), "dense")
     session = engine.session()
     turn(engine, session, FIRST)
-    held = {layer: {name: each.clone() for name, each in part.items()} for layer, part in session.cache.recurrent.items()}
+    held = {
+        layer: {name: each.clone() for name, each in part.items()} for layer, part in session.cache.recurrent.items()
+    }
     way(engine, session)
     for layer, part in session.cache.recurrent.items():
         assert all(torch.equal(each, held[layer][name]) for name, each in part.items())

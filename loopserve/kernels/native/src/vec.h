@@ -72,6 +72,7 @@ INLINE int any(vi mask) {
 }
 
 // Return 2 to the x with relative error below 3e-7; exactly 0 for -inf (elsewhere than on AVX512 below -125), so that -inf masks a cell.
+// NaN stays NaN, so that damaged weights of a model are seen in its logits.
 INLINE vf exp2v(vf x) {
 #if VW == 16
     vf f = (vf)_mm512_reduce_ps((__m512)x, 1);  // x - floor(x); 0 for -inf
@@ -84,7 +85,8 @@ INLINE vf exp2v(vf x) {
     return (vf)_mm512_scalef_ps((__m512)p, (__m512)x);  // p times 2 to the floor(x)
 #else
     const float magic = 12582912.0f;  // adding 1.5 * 2^23 rounds to an integer in the low bits
-    vi kept = x > -125.0f;
+    vi kept = x > -125.0f, nan = x != x;
+    vf given = x;
     x = vmax(x, splat(-125.0f));
     vf shifted = x + magic;
     vf f = x - (shifted - magic);
@@ -95,7 +97,8 @@ INLINE vf exp2v(vf x) {
     p = p * f + 2.402264791e-1f;
     p = p * f + 6.931472029e-1f;
     p = p * f + 1.0f;
-    return (vf)(((vu)p + ((vu)shifted << 23)) & (vu)kept);  // unsigned, since unused lanes may overflow
+    vu power = ((vu)p + ((vu)shifted << 23)) & (vu)kept;  // unsigned, since unused lanes may overflow
+    return (vf)(power | ((vu)given & (vu)nan));
 #endif
 }
 
