@@ -8,6 +8,7 @@ else is a fault.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import time
 import warnings
@@ -15,15 +16,17 @@ from collections import Counter
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import loopserve
+from loopserve.models.tiny import FAMILIES, tiny_model
 
 VOCABULARY = 120
 LARGEST = 20_000_000  # parameters: a family that ignores the small sizes is left out
@@ -53,11 +56,67 @@ SIZES = {
 }
 
 
+_RECURRENT_SIZES = {
+    "num_hidden_layers": 4,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "layer_types": ["linear_attention", "linear_attention", "full_attention", "linear_attention"],
+    "shared_expert_intermediate_size": 32,
+}
+_CONVOLUTION = {"num_hidden_layers": 4, "layer_types": ["conv", "full_attention", "conv", "full_attention"]}
+_LATENT_SIZES = {
+    "kv_lora_rank": 24,
+    "q_lora_rank": 20,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+    "head_dim": 8,
+    "num_key_value_heads": 4,
+    "first_k_dense_replace": 1,
+}
+OWN_SIZES: dict[str, dict[str, Any]] = {  # of families that the common sizes do not fit
+    "qwen3_5_moe_text": _RECURRENT_SIZES,
+    "lfm2_moe": {**_CONVOLUTION, "num_dense_layers": 1},
+    "lfm3": _CONVOLUTION,
+    "minimax": {"layer_types": ["full_attention", "linear_attention"], "block_size": 16},
+    "minicpm3": _LATENT_SIZES,
+    "youtu": _LATENT_SIZES,
+    "axk1": _LATENT_SIZES,
+    "axk2": _LATENT_SIZES,
+    "longcat_flash": {**_LATENT_SIZES, "num_layers": 2, "ffn_hidden_size": 64, "expert_ffn_hidden_size": 32, "moe_topk": 2},
+    "deepseek_v32": {**_LATENT_SIZES, "index_n_heads": 2, "index_head_dim": 16, "index_topk": 8},
+    "glm_moe_dsa": {**_LATENT_SIZES, "index_n_heads": 2, "index_head_dim": 16, "index_topk": 8},
+    "zamba2": {
+        "num_hidden_layers": 4,
+        "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
+        "mamba_d_state": 8,
+        "n_mamba_heads": 8,
+        "mamba_ngroups": 1,
+        "chunk_size": 16,
+        "attention_head_dim": 16,
+        "num_mem_blocks": 1,
+        "adapter_rank": 8,
+    },
+}
+
+
+def _sizes(kind: str) -> dict[str, Any]:
+    """Return small sizes, as far as the configuration of a family has them."""
+    known = CONFIG_MAPPING[kind]
+    fields = {each.name for each in dataclasses.fields(known)} if dataclasses.is_dataclass(known) else set(SIZES)
+    fields |= set(known.attribute_map)
+    return {name: size for name, size in SIZES.items() if name in fields} | OWN_SIZES.get(kind, {})
+
+
 def tiny(kind: str) -> PreTrainedModel | str:
     """Return a random model of a family, or why there is none."""
     torch.manual_seed(0)
     try:
-        config = AutoConfig.for_model(kind, **SIZES)
+        if kind in FAMILIES:
+            return tiny_model(kind)
+        config = AutoConfig.for_model(kind, **_sizes(kind))
         with torch.device("meta"):
             shape = AutoModelForCausalLM.from_config(config)
         if sum(each.numel() for each in shape.parameters()) > LARGEST:

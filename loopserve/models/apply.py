@@ -24,6 +24,7 @@ from loopserve.core.stack.stack import PolicyStack
 from loopserve.models.bridge import IMPLEMENTATION, TransformersModel
 from loopserve.models.cache import CacheRows, Pass, Span, adopt, cache_over, rows_of
 from loopserve.models.layers import cache_keyword, set_implementation, takes_keywords, unwrapped
+from loopserve.models.recurrent import load_states, save_states
 from loopserve.models.rotation import Rotation
 
 _MEDIA = ("pixel_values", "image", "video", "audio", "input_features", "mm_encoder_outputs")
@@ -75,7 +76,7 @@ def applied(model: PreTrainedModel, stack: PolicyStack, **options: Any) -> Itera
             set_implementation(model, IMPLEMENTATION)
             handles.append(model.register_forward_pre_hook(_enter(state, model), with_kwargs=True))
             handles.append(model.register_forward_hook(_leave(state), with_kwargs=True))
-            with _prompts_announced(model), state.rotary.watched():
+            with _prompts_announced(model), state.rotary.watched(), served.carried.token_by_token():
                 yield state
         finally:
             for handle in handles:
@@ -184,7 +185,10 @@ def _enter(state: Applied, model: PreTrainedModel) -> Hook:
         positions = _begin(state, rows, token_ids, named.get("attention_mask"), named.get("position_ids"))
         named |= {"position_ids": positions, keyword: cache, "use_cache": True, "attention_mask": None}
         named |= {"loopserve_pass": rows.under_way} if takes else {}
+        named |= _rows_kept(state, named.get("logits_to_keep"), token_ids)
         if rows.under_way is not None:
+            _require_no_padding(state, rows, token_ids)
+            load_states(cache, rows.sessions)
             state.rotary.begin(rows.under_way.rotations(*token_ids.shape))
         state.last_rows = rows
         if (prompt := _prompt.get()) is not None:
@@ -205,7 +209,29 @@ def _dropped(state: Applied, token_ids: Tensor, mask: Tensor | None) -> Cache | 
         return None
     columns = rows.columns + token_ids.shape[1]
     fits = rows.columns > 0 and mask.shape[1] == columns and len(rows.sessions) == len(token_ids)
-    return cache_over(rows, len(state.engine.model.layers)) if fits else None
+    return cache_over(rows, state.engine.model.layers) if fits else None
+
+
+def _rows_kept(state: Applied, kept: Any, token_ids: Tensor) -> dict[str, Any]:
+    """Name the rows whose logits are wanted one by one where a number would leave rows out of layers that read other layers' pairs."""
+    reads = any(spec.reads is not None for spec in state.engine.model.layers)
+    if not reads or not isinstance(kept, int) or kept == 0:
+        return {}
+    end = token_ids.shape[1]
+    return {"logits_to_keep": torch.arange(max(0, end - kept), end, device=token_ids.device)}
+
+
+def _require_no_padding(state: Applied, rows: CacheRows, token_ids: Tensor) -> None:
+    """Raise ModelError for padding in a model with recurrent layers: it would enter their states."""
+    pass_ = rows.under_way
+    assert pass_ is not None
+    if not any(spec.recurrent for spec in state.engine.model.layers):
+        return
+    if sum(len(context.token_ids) for context in pass_.contexts) != token_ids.numel():
+        raise ModelError(
+            "padding would enter the state of this model's recurrent layers: give rows of equal length, one row at a time, or use "
+            "loopserve.Engine, whose sessions may have any lengths"
+        )
 
 
 def _note_media(rows: CacheRows, named: dict[str, Any]) -> None:
@@ -237,13 +263,13 @@ def _cache_of(state: Applied, cache: Cache | None, count: int) -> tuple[Cache, C
         return cache, rows
     rows = CacheRows([engine.session() for _ in range(count)], engine)
     if cache is None:
-        return cache_over(rows, len(engine.model.layers)), rows
+        return cache_over(rows, engine.model.layers), rows
     if not isinstance(cache, DynamicCache) or cache.get_seq_length() > 0 or cache.offloading:
         raise ModelError(
             f"{type(cache).__name__} cannot be used under loopserve.apply: start without past_key_values or with an empty "
             "DynamicCache, or go on with the cache that an earlier call under apply returned"
         )
-    adopt(cache, rows, len(engine.model.layers))
+    adopt(cache, rows, engine.model.layers)
     return cache, rows
 
 
@@ -371,6 +397,7 @@ def _leave(state: Applied) -> Hook:
         if rows is None or rows.owner is not state.engine or rows.under_way is None:
             return
         contexts = rows.under_way.contexts
+        save_states(cache, rows.sessions)
         state.rotary.begin(None)
         rows.columns += kwargs["input_ids"].shape[1]
         state.engine.after_pass(contexts)

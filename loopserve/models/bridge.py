@@ -17,13 +17,15 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 from loopserve.core.engine.attention import LayerCall, attend
-from loopserve.core.engine.forward import ForwardBatch
+from loopserve.core.engine.forward import ForwardBatch, ForwardContext
 from loopserve.core.errors import ModelError
 from loopserve.core.kv.recording import plain_tensors
 from loopserve.core.policy.interfaces import LayerSpec
 from loopserve.models.cache import CacheRows, Pass, Span, cache_over, computed_in, last_stored
+from loopserve.models.carried import Carried
 from loopserve.models.layers import cache_keyword, input_device, read_layers, takes_keywords, vocabulary_size
 from loopserve.models.masks import no_mask
+from loopserve.models.recurrent import load_states, save_states
 from loopserve.models.rotation import Rotation, longest_conversation
 
 IMPLEMENTATION = "loopserve"
@@ -61,7 +63,7 @@ def attention(
         )
     _refuse(module, unknown, attention_mask, dropout)
     under_way.require_stored(layer, type(module).__name__, key, value)
-    spec = under_way.contexts[0].session.slots.by_layer[layer].spec
+    spec = under_way.spec(layer)
     query = computed_in(query)
     _require_shape(module, spec, query, key, value)
     call = LayerCall(
@@ -126,6 +128,10 @@ class TransformersModel:
         self._layers = read_layers(model)
         self._cache_keyword = cache_keyword(model)
         self._takes_pass = takes_keywords(model)
+        self.carried = Carried(model, self._layers)
+        self._layers = self.carried.layers
+        self._one_session = not all(spec.repeatable for spec in self._layers)
+        self._slices_rows = any(spec.reads is not None for spec in self._layers)
         config = model.config.get_text_config(decoder=True)
         self._max_positions = longest_conversation(config)
         self.rotary = Rotation(model, config)
@@ -166,7 +172,12 @@ class TransformersModel:
         return dtype
 
     def forward(self, batch: ForwardBatch) -> Tensor:
-        """Run one pass over a packed row of tokens; return the logits of each context's last token, ``[contexts, vocabulary]``."""
+        """Run one pass over a packed row of tokens; return the logits of each context's last token, ``[contexts, vocabulary]``.
+
+        A model that carries a state from token to token, or counts positions itself, computes one session after another.
+        """
+        if self._one_session and len(batch.contexts) > 1:
+            return torch.stack([self._alone(context) for context in batch.contexts])
         contexts, spans = batch.contexts, batch.spans
         rows = CacheRows([each.session for each in contexts])
         rows.columns = contexts[0].session.cache.seen if len(contexts) == 1 else 0
@@ -174,18 +185,33 @@ class TransformersModel:
         rows.under_way = under_way
         device = self.device
         last = torch.tensor([span.stop - 1 for span in spans], dtype=torch.long, device=device)
+        cache = cache_over(rows, self._layers)
+        load_states(cache, rows.sessions)
+        # A whole number lets gemma 4 compute the last rows alone in layers that read another layer's pairs.
+        whole = len(contexts) == 1 and not self._slices_rows
         rotated = nullcontext() if self.rotary.fixed else self.rotary.as_long_as(under_way.rotations(1, spans[-1].stop))
-        with torch.no_grad(), rotated:
+        with torch.no_grad(), rotated, self.carried.token_by_token():
             output = self.model(
                 input_ids=batch.token_ids.to(device)[None],
                 position_ids=batch.positions[None],
                 use_cache=True,
-                logits_to_keep=1 if len(contexts) == 1 else last,
-                **{self._cache_keyword: cache_over(rows, len(self._layers))},
+                logits_to_keep=1 if whole else last,
+                **{self._cache_keyword: cache},
                 **({"loopserve_pass": under_way} if self._takes_pass else {}),
             )
+        save_states(cache, rows.sessions)
         logits: Tensor = output.logits[0]
         return logits if len(logits) == len(contexts) else logits[last]
+
+    def _alone(self, context: ForwardContext) -> Tensor:
+        """Run one session's share of a pass by itself. Its error stays its own; the logits are zero then."""
+        try:
+            return self.forward(ForwardBatch([context]))[0]
+        except Exception as error:
+            context.error = error
+            return torch.zeros(self.vocabulary, dtype=self.dtype, device=self.device)
+        finally:
+            context.isolated = True
 
 
 AttentionInterface.register(IMPLEMENTATION, attention)

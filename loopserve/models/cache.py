@@ -10,11 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionLayer
 
 from loopserve.core.engine.forward import ForwardContext
 from loopserve.core.engine.session import Session
 from loopserve.core.errors import ModelError
+from loopserve.core.policy.interfaces import LayerSpec
+from loopserve.models.recurrent import EmptyLayer, RecurrentCacheLayer
 
 _thread = threading.local()
 
@@ -89,21 +91,43 @@ class Pass:
         return found
 
     def store(self, layer: int, keys: Tensor, values: Tensor) -> None:
-        """Hand each session its new pairs of a layer."""
+        """Hand each session its new pairs of a layer, or keep a latent until the layer attends to the pairs made from it."""
         self.stored[layer] = (keys, values)
         _thread.last = weakref.ref(self)
+        if not self.spec(layer).latent:
+            self._append(layer, keys, values)
+
+    def spec(self, layer: int) -> LayerSpec:
+        """Return the description of a layer."""
+        return self.spans[0].context.session.slots.by_layer[layer].spec
+
+    def _append(self, layer: int, keys: Tensor, values: Tensor) -> None:
         keys, values = computed_in(keys), computed_in(values)
         for span, own_keys, own_values in zip(self.spans, self.split(keys), self.split(values), strict=True):
             span.context.append(layer, own_keys, own_values)
 
     def require_stored(self, layer: int, module: str, keys: Tensor, values: Tensor) -> None:
-        """Raise ModelError unless a layer attends to the very keys and values that it put into the cache in this pass."""
-        kept = self.stored.pop(layer, None)
+        """Raise ModelError unless a layer attends to the very keys and values that it put into the cache in this pass.
+
+        A layer that reads another layer's pairs must be given those. A latent must have been put there; the pairs made from it are
+        stored now.
+        """
+        spec = self.spec(layer)
+        kept = self.stored.get(layer if spec.reads is None else spec.reads)
         if kept is None:
             raise ModelError(
                 f"layer {layer} ({module}) did not put its keys and values into the cache; "
-                "layers that share another layer's cache are not supported"
+                "a layer that shares another layer's cache in this way is not supported"
             )
+        if spec.latent:
+            if keys.shape[2] != kept[0].shape[2]:
+                raise ModelError(
+                    f"layer {layer} ({module}) makes {keys.shape[2]} keys from a latent of {kept[0].shape[2]} tokens, so this model "
+                    "is not supported"
+                )
+            del self.stored[layer]
+            self._append(layer, keys, values)
+            return
         for before, now, what in ((kept[0], keys, "keys"), (kept[1], values, "values")):
             same = now is before or (now.data_ptr() == before.data_ptr() and now.shape == before.shape)
             if not same or now.stride() != before.stride():
@@ -111,6 +135,14 @@ class Pass:
                     f"layer {layer} ({module}) changes its {what} after they were put into the cache; "
                     "loopserve would attend to the unchanged ones, so this model is not supported"
                 )
+        if spec.reads is not None:
+            self._append(layer, keys, values)
+        elif layer not in self._owners:
+            del self.stored[layer]
+
+    @property
+    def _owners(self) -> frozenset[int]:
+        return self.spans[0].context.session.slots.owners
 
 
 def _packed_lengths(spans: Sequence[Span]) -> list[int]:
@@ -156,15 +188,16 @@ class CacheRows:
 class SessionCacheLayer(DynamicLayer):
     """One layer of a transformers cache. The pairs it is given go to each row's session; it returns them unchanged.
 
-    Transformers works on a cache layer by layer; what concerns the rows as a whole is done by layer 0.
+    Transformers works on a cache layer by layer; what concerns the rows as a whole is done by the layer that leads.
     """
 
     is_croppable = False
 
-    def __init__(self, rows: CacheRows, index: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+    def __init__(self, rows: CacheRows, index: int, *, leads: bool) -> None:
+        DynamicLayer.__init__(self)  # type: ignore[no-untyped-call]
         self.rows = rows
         self.index = index
+        self.leads = leads
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -200,32 +233,56 @@ class SessionCacheLayer(DynamicLayer):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Make the rows copies of the chosen rows (beam search)."""
-        if self.index == 0:
+        if self.leads:
             self.rows.choose(beam_idx.tolist())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row."""
-        if self.index == 0:
+        if self.leads:
             self.rows.choose([row for row in range(len(self.rows.sessions)) for _ in range(repeats)])
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the chosen rows."""
-        if self.index == 0:
+        if self.leads:
             self.rows.choose(indices.tolist())
 
 
-def cache_over(rows: CacheRows, layers: int) -> Cache:
+class RecurrentSessionLayer(SessionCacheLayer, RecurrentCacheLayer):
+    """One layer of a transformers cache that has pairs and recurrent states."""
+
+    def __init__(self, rows: CacheRows, index: int, *, leads: bool, states: int) -> None:
+        RecurrentCacheLayer.__init__(self, index, states)
+        SessionCacheLayer.__init__(self, rows, index, leads=leads)
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        """Prepare the recurrent states; pairs need no preparation."""
+        LinearAttentionLayer.lazy_initialization(self, *args, **kwargs)  # type: ignore[no-untyped-call]
+
+
+def cache_over(rows: CacheRows, layers: Sequence[LayerSpec]) -> Cache:
     """Return a transformers cache over the sessions of some rows."""
-    return Cache(layers=[SessionCacheLayer(rows, index) for index in range(layers)])
+    return Cache(layers=_cache_layers(rows, layers))
+
+
+def _cache_layers(rows: CacheRows, layers: Sequence[LayerSpec]) -> list[Any]:
+    leading = next(spec.index for spec in layers if spec.holds_pairs)
+    return [_cache_layer(rows, spec, leads=spec.index == leading) for spec in layers]
+
+
+def _cache_layer(rows: CacheRows, spec: LayerSpec, *, leads: bool) -> Any:
+    if spec.recurrent and spec.holds_pairs:
+        return RecurrentSessionLayer(rows, spec.index, leads=leads, states=spec.recurrent)
+    if spec.recurrent:
+        return RecurrentCacheLayer(spec.index, spec.recurrent)
+    return SessionCacheLayer(rows, spec.index, leads=leads) if spec.holds_pairs else EmptyLayer()
 
 
 def rows_of(cache: Cache) -> CacheRows | None:
     """Return the rows behind a cache; None if it is not one over sessions."""
-    first = cache.layers[0] if cache.layers else None
-    return first.rows if isinstance(first, SessionCacheLayer) else None
+    return next((layer.rows for layer in cache.layers if isinstance(layer, SessionCacheLayer)), None)
 
 
-def adopt(cache: Cache, rows: CacheRows, layers: int) -> None:
+def adopt(cache: Cache, rows: CacheRows, layers: Sequence[LayerSpec]) -> None:
     """Turn an empty cache of the caller's into one over the sessions of some rows, so that the caller's own object fills."""
-    cache.layers = [SessionCacheLayer(rows, index) for index in range(layers)]
+    cache.layers = _cache_layers(rows, layers)
     cache.layer_class_to_replicate = None  # every layer is there already

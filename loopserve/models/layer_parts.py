@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from loopserve.core.policy.layers import LayerParts, Need
 
 _OUTPUT_NAMES = ("o_proj", "out_proj", "dense")
+_QUERY_NAMES = ("q_proj", "qkv_proj", "q_b_proj", "query_key_value", "c_attn", "Wqkv")
 _PROBED = (0, 1, 7, 300)  # positions at which a rotation is tried forwards and backwards
 _LENGTH_DEPENDENT = ("dynamic", "longrope")
 
@@ -113,7 +114,7 @@ def attention_modules(model: PreTrainedModel) -> dict[int, torch.nn.Module]:
     modules: dict[int, torch.nn.Module] = {}
     for module in decoder_of(model).modules():
         index = getattr(module, "layer_idx", None)
-        if isinstance(index, int) and (hasattr(module, "q_proj") or hasattr(module, "qkv_proj")):
+        if isinstance(index, int) and any(hasattr(module, name) for name in _QUERY_NAMES):
             modules.setdefault(index, module)
     return modules
 

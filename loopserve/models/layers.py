@@ -1,4 +1,4 @@
-"""Read the attention layers of a transformers model, and set its attention implementation."""
+"""Read the layers of a transformers model, and set its attention implementation."""
 
 from __future__ import annotations
 
@@ -6,60 +6,150 @@ import inspect
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from loopserve.core.errors import ModelError
 from loopserve.core.policy.interfaces import LayerSpec, LayerType
 from loopserve.models.layer_parts import attention_modules, layer_parts
 
 
+_KINDS = {  # transformers' names of layer types; those of layers without attention may hold a state or nothing
+    "full_attention": LayerType.FULL,
+    "sliding_attention": LayerType.SLIDING,
+    "chunked_attention": LayerType.CHUNKED,
+    "hybrid": LayerType.FULL,
+    "hybrid_sliding": LayerType.SLIDING,
+    "conv": LayerType.RECURRENT,
+    "linear_attention": LayerType.RECURRENT,
+    "moe": LayerType.NONE,
+    "mlp": LayerType.NONE,
+}
+
+
 def read_layers(model: PreTrainedModel) -> tuple[LayerSpec, ...]:
-    """Return the attention layers of a model, from its configuration. Raises ModelError for layers that loopserve cannot serve."""
+    """Return the layers of a model, from its configuration. Raises ModelError for layers that loopserve cannot serve."""
     name = type(model).__name__
     config = model.config.get_text_config(decoder=True)
     query_heads = getattr(config, "num_attention_heads", None)
     count = getattr(config, "num_hidden_layers", None)
-    if getattr(config, "kv_lora_rank", None):
-        raise ModelError(
-            f"{name} keeps compressed keys and values (multi-head latent attention), which policies cannot choose among; "
-            "it is not supported"
-        )
     modules = attention_modules(model)
     if not query_heads or not count or not modules:
         raise ModelError(
-            f"{name} has no attention layers that loopserve recognises (modules with layer_idx and q_proj or qkv_proj)"
+            f"{name} has no attention layers that loopserve recognises (modules with layer_idx and q_proj, qkv_proj or q_b_proj)"
         )
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"{name} is an encoder-decoder model; loopserve serves decoder-only models")
     if getattr(config, "is_causal", True) is False or getattr(config, "use_bidirectional_attention", None) is True:
         raise ModelError(f"{name} attends in both directions; loopserve serves causal attention")
-    if getattr(config, "num_kv_shared_layers", 0):
-        raise ModelError(
-            f"{name}: its last {config.num_kv_shared_layers} layers read the keys and values of other layers; not supported"
-        )
-    types = getattr(config, "layer_types", None) or [_type_without_list(config)] * count
-    window = getattr(config, "sliding_window", None)
-    parts = layer_parts(model, list(types[:count]), query_heads)
-    layers = []
-    for index, kind in enumerate(types[:count]):
-        if kind not in (LayerType.FULL, LayerType.SLIDING):
+    types = list((getattr(config, "layer_types", None) or [_type_without_list(config)] * count)[:count])
+    for index, kind in enumerate(types):
+        if kind not in _KINDS:
             raise ModelError(
-                f"{name}: layer {index} is a {kind!r} layer; only full and sliding-window attention is supported"
+                f"{name}: layer {index} is a {kind!r} layer; known are {', '.join(map(repr, _KINDS))}, so this model is not supported"
             )
-        reach = window if kind == LayerType.SLIDING else None
-        kv_heads, head_dim = _head_sizes(modules.get(index), config, query_heads)
-        layers.append(LayerSpec(index, LayerType(kind), query_heads, kv_heads, head_dim, reach, parts=parts.get(index)))
+    states = _recurrent_states(model, types)
+    windows = {LayerType.SLIDING: "sliding_window", LayerType.CHUNKED: "attention_chunk_size"}
+    parts = layer_parts(model, types, query_heads)
+    layers = []
+    for index, kind in enumerate(types):
+        served = _KINDS[kind]
+        if served in (LayerType.RECURRENT, LayerType.NONE):
+            recurrent = states[index]
+            layers.append(LayerSpec(index, served, 0, 0, 0, recurrent=recurrent, repeatable=not recurrent))
+            continue
+        module = modules.get(index)
+        if module is None:
+            raise ModelError(f"{name}: the attention of layer {index} has no module of its own, so this model is not supported")
+        layers.append(
+            LayerSpec(
+                index,
+                served,
+                query_heads,
+                *_head_sizes(module, config, query_heads),
+                window=getattr(config, windows[served], None) if served in windows else None,
+                parts=parts.get(index),
+                value_dim=_value_size(module),
+                reads=_owner(config, types, index),
+                recurrent=states[index],
+                repeatable=not states[index] and not _counts_positions(module),
+                latent=hasattr(module, "expand_kv"),
+            )
+        )
+    if getattr(config, "kv_lora_rank", None) and not any(_has_latent(each) for each in modules.values()):
+        raise ModelError(
+            f"{name} keeps compressed keys and values (multi-head latent attention) in a way that policies cannot choose among; it is "
+            "not supported"
+        )
+    if not any(spec.holds_pairs for spec in layers):
+        raise ModelError(f"{name} has no attention layer, only recurrent ones; loopserve serves models that have both")
     return tuple(layers)
+
+
+def _recurrent_states(model: PreTrainedModel, types: list[str]) -> list[int]:
+    """Return how many recurrent or convolution states each layer keeps in transformers' cache."""
+    if not any(_KINDS[kind] is LayerType.RECURRENT or kind.startswith("hybrid") for kind in types):
+        return [0] * len(types)
+    found = [getattr(each, "number_of_states", 0) for each in DynamicCache(config=model.config).layers]
+    return [
+        number if _KINDS[kind] is not LayerType.NONE else 0
+        for kind, number in zip(types, found + [0] * len(types), strict=False)
+    ]
+
+
+def _owner(config: Any, types: list[str], index: int) -> int | None:
+    """Return the layer whose keys and values a layer reads (gemma 3n, gemma 4): the last of its type that has its own."""
+    shared = getattr(config, "num_kv_shared_layers", 0) or 0
+    first = len(types) - shared
+    if index < first or not shared:
+        return None
+    owners = [each for each in range(first) if types[each] == types[index]]
+    if not owners:
+        raise ModelError(f"layer {index} reads the keys and values of another layer, and none of its type has any")
+    return owners[-1]
+
+
+def _has_latent(module: Any) -> bool:
+    """Return whether a layer makes its keys and values from a latent (multi-head latent attention).
+
+    Recent versions of transformers cache the latent and call ``expand_kv`` afterwards; earlier ones cache the keys and values.
+    """
+    return hasattr(module, "kv_b_proj")
+
+
+def _latent_sizes(module: Any) -> tuple[int, int]:
+    """Return (heads, size of a key) of a layer with a latent."""
+    if any(hasattr(module, each) for each in ("indexer", "index_topk")):
+        raise ModelError(
+            f"{type(module).__name__} chooses the pairs it attends to by an indexer of its own, beside which policies cannot choose; "
+            "it is not supported"
+        )
+    heads, key = getattr(module, "num_heads", None), getattr(module, "qk_head_dim", None)
+    if not isinstance(heads, int) or not isinstance(key, int):
+        raise ModelError(f"{type(module).__name__} does not say the sizes of its heads, so this model is not supported")
+    return heads, key
+
+
+def _counts_positions(module: Any) -> bool:
+    """Return whether a layer scales queries by positions that it counts from the cache's length (llama 4)."""
+    return bool(getattr(module, "attn_temperature_tuning", False)) and not getattr(module, "use_rope", True)
 
 
 def _head_sizes(module: Any, config: Any, query_heads: int) -> tuple[int, int]:
     """Return (KV heads, head size) of a layer. Read them from its module where layers differ (gemma 4)."""
+    if _has_latent(module):
+        return _latent_sizes(module)
     kv_heads = _common(config, "num_key_value_heads") or query_heads
     head_dim = _common(config, "head_dim") or config.hidden_size // query_heads
     groups, own = getattr(module, "num_key_value_groups", None), getattr(module, "head_dim", None)
     if isinstance(groups, int) and groups > 0:
         kv_heads = query_heads // groups
     return kv_heads, own if isinstance(own, int) else head_dim
+
+
+def _value_size(module: Any) -> int | None:
+    """Return the head size of a layer's values where its module names one; None: that of the keys."""
+    size = getattr(module, "v_head_dim", None)
+    return size if isinstance(size, int) else None
 
 
 def _common(config: Any, name: str) -> int | None:

@@ -1,7 +1,7 @@
-"""Check the masks that a model requests: attention is causal, within a window in some layers, and no mask is ever built.
+"""Check the masks that a model requests: attention is causal, within a window or chunk in some layers, and no mask is ever built.
 
 Transformers passes every mask that a model needs to a function registered beside its attention implementation. Without such a
-function it builds no mask, and a required mask (of image tokens, of a prefix, of chunks) would be missing without an error.
+function it builds no mask, and a required mask (of image tokens, of a prefix) would be missing without an error.
 """
 
 from __future__ import annotations
@@ -31,12 +31,13 @@ def no_mask(
     config: Any = None,
     **options: Any,
 ) -> None:
-    """Build no mask. Raises ModelError if the model needs one: cells that are not those of causal or sliding-window attention."""
+    """Build no mask. Raises ModelError if the model needs one: cells that are not those of causal, sliding-window or chunked attention."""
     if attention_mask is not None and not bool(attention_mask.all()):
         raise _needed(config, "a padding mask of its own")
     if mask_function is causal_mask_function:
         return
     windows = [local_size] if local_size else [None, getattr(config, "sliding_window", None)]
+    reaches = [(each, None) for each in windows] + [(None, getattr(config, "attention_chunk_size", None))]
     rows = range(q_length)
     if allow_is_causal_skip and q_length > 3:  # no overlay: a few rows show its kind
         ends: list[range] = [range(1), range(q_length - 2, q_length)]
@@ -58,20 +59,22 @@ def no_mask(
         )
         queries = torch.arange(len(part), device=device)[:, None] + q_offset + part.start
         keys = torch.arange(kv_length, device=device) + kv_offset
-        windows = [each for each in windows if wanted is not None and _same(wanted, queries, keys, each)]
-        if not windows:
-            raise _needed(config, "cells beside those of causal or sliding-window attention")
+        reaches = [each for each in reaches if wanted is not None and _same(wanted, queries, keys, *each)]
+        if not reaches:
+            raise _needed(config, "cells beside those of causal, sliding-window or chunked attention")
 
 
-def _same(wanted: Tensor, queries: Tensor, keys: Tensor, window: int | None) -> bool:
+def _same(wanted: Tensor, queries: Tensor, keys: Tensor, window: int | None, chunk: int | None) -> bool:
     served = keys <= queries
     if window is not None:
         served = served & (queries - keys < window)
+    if chunk is not None:
+        served = served & (queries // chunk == keys // chunk)
     return bool((wanted == served).all())
 
 
 def _needed(config: Any, what: str) -> ModelError:
     return ModelError(
         f"{getattr(config, 'model_type', 'this model')}: this pass needs an attention mask ({what}: bidirectional or image tokens, "
-        "a prefix, chunks, packed sequences); loopserve serves causal and sliding-window attention"
+        "a prefix, packed sequences); loopserve serves causal, sliding-window and chunked attention"
     )

@@ -26,6 +26,40 @@ _COMMON: dict[str, Any] = {
     "pad_token_id": 0,
 }
 _MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
+_GROUPED_MOE = {**_MOE, "n_routed_experts": 4, "num_experts": 4, "n_group": 1, "topk_group": 1}
+_MAMBA = {
+    "mamba_n_heads": 8,
+    "mamba_d_head": 12,
+    "mamba_n_groups": 1,
+    "mamba_d_state": 8,
+    "mamba_expand": 2,
+    "mamba_chunk_size": 16,
+}
+_DELTA = {
+    "num_hidden_layers": 4,
+    "layer_types": ["linear_attention", "linear_attention", "full_attention", "linear_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+}
+_LATENT = {
+    "kv_lora_rank": 24,
+    "q_lora_rank": 20,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+    "head_dim": 8,
+    "num_key_value_heads": 4,
+}
+_SHARED = {  # the last two layers read the pairs of the third and fourth
+    "num_hidden_layers": 6,
+    "num_kv_shared_layers": 2,
+    "layer_types": ["sliding_attention", "full_attention"] * 3,
+    "sliding_window": WINDOW,
+    "hidden_size_per_layer_input": 16,
+    "vocab_size_per_layer_input": VOCABULARY,
+}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {"sliding_window": None},
@@ -47,7 +81,87 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 2,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
     },
+    "gemma3n_text": {
+        **_SHARED,
+        "intermediate_size": [64] * 6,
+        "activation_sparsity_pattern": [0.0] * 6,
+        "laurel_rank": 8,
+        "altup_num_inputs": 2,
+    },
+    "gemma4_text": {**_SHARED, "global_head_dim": 32},
+    "llama4_text": {
+        "num_hidden_layers": 4,
+        "layer_types": ["chunked_attention", "chunked_attention", "chunked_attention", "full_attention"],
+        "attention_chunk_size": WINDOW,
+        "no_rope_layers": [1, 1, 1, 0],
+        "floor_scale": 16,
+        "intermediate_size_mlp": 64,
+        "num_local_experts": 2,
+        "num_experts_per_tok": 1,
+        "interleave_moe_layer_step": 2,
+    },
+    "deepseek_v2": {**_LATENT, **_GROUPED_MOE, "first_k_dense_replace": 1},
+    "deepseek_v3": {**_LATENT, **_GROUPED_MOE, "first_k_dense_replace": 1},
+    "glm4_moe_lite": {**_LATENT, **_GROUPED_MOE, "first_k_dense_replace": 1},
+    "lfm2": {"num_hidden_layers": 4, "layer_types": ["conv", "full_attention", "conv", "full_attention"]},
+    "qwen3_next": {**_DELTA, **_MOE, "num_experts": 4, "shared_expert_intermediate_size": 32},
+    "qwen3_5_text": _DELTA,
+    "olmo_hybrid": _DELTA,
+    "nemotron_h": {
+        "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp", "linear_attention"],
+        "mamba_num_heads": 8,
+        "mamba_head_dim": 12,
+        "n_groups": 1,
+        "ssm_state_size": 8,
+        "chunk_size": 16,
+        "moe_shared_expert_intermediate_size": 32,
+        **_GROUPED_MOE,
+    },
+    "granitemoehybrid": {
+        "num_hidden_layers": 4,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention", "full_attention"],
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "shared_intermediate_size": 32,
+        **_MAMBA,
+    },
+    "bamba": {"num_hidden_layers": 4, "attn_layer_indices": [1, 3], **_MAMBA},
+    "falcon_h1": {"mamba_d_ssm": 96, **_MAMBA},
+    "jamba": {
+        "num_hidden_layers": 4,
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "mamba_d_state": 8,
+        "mamba_expand": 2,
+        "mamba_dt_rank": 4,
+    },
+    "kimi_linear": {
+        **_LATENT,
+        **_GROUPED_MOE,
+        "num_hidden_layers": 4,
+        "layer_types": ["linear_attention", "linear_attention", "full_attention", "linear_attention"],
+        "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"],
+        "linear_num_heads": 4,
+        "linear_head_dim": 16,
+    },
+    "gpt2": {"n_layer": 3, "n_head": 4, "n_embd": 48, "num_key_value_heads": 4, "head_dim": 12},
+    "gpt_neox": {"num_key_value_heads": 4, "head_dim": 12},
+    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 48, "num_key_value_heads": 4, "head_dim": 12},
 }
+RECURRENT = (  # families with layers that keep a recurrent or convolution state
+    "bamba",
+    "falcon_h1",
+    "granitemoehybrid",
+    "jamba",
+    "kimi_linear",
+    "lfm2",
+    "nemotron_h",
+    "olmo_hybrid",
+    "qwen3_5_text",
+    "qwen3_next",
+)
 
 
 def tiny_model(family: str, seed: int = 0) -> PreTrainedModel:
@@ -58,7 +172,7 @@ def tiny_model(family: str, seed: int = 0) -> PreTrainedModel:
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith(("q_proj.weight", "k_proj.weight")):
+            if name.endswith(("q_proj.weight", "q_b_proj.weight", "k_proj.weight")):
                 parameter.mul_(10.0)
             elif name.endswith(("v_proj.weight", "o_proj.weight")):
                 parameter.mul_(6.0)

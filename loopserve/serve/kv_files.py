@@ -49,7 +49,7 @@ class LoadedPairs:
 
     def restore(self, session: Session, device: torch.device) -> None:
         """Fill the empty cache of a session. States that cannot be read begin anew."""
-        for layer, (keys, values) in zip(session.cache.layers, self.layers, strict=True):
+        for layer, (keys, values) in zip(session.cache.own_layers, self.layers, strict=True):
             layer.append(keys.to(device), values.to(device))
         session.rotation = self.rotation
         for problem in session.restore_states(self.states, device).values():
@@ -71,7 +71,7 @@ class KVFiles:
 
         Later turns leave the pairs that the work refers to as they are, also if the session's cache is released.
         """
-        stores = [layer.store for layer in session.cache.layers]
+        stores = [layer.store for layer in session.cache.own_layers]
         tokens = session.cache.seen
         if self._store.directory is None or not all(
             isinstance(each, PairBuffer) and each.length == tokens for each in stores

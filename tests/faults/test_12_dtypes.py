@@ -138,15 +138,25 @@ MOE: dict[str, Any] = {
         ("youtu", {**MLA, "q_lora_rank": 16}),
     ],
 )
-def test_latent_attention_is_refused_at_load(family: str, options: dict[str, Any]) -> None:
+def test_latent_attention_is_served_on_the_expanded_pairs(family: str, options: dict[str, Any]) -> None:
     try:
-        model = tiny(family, **options)
+        model = tiny(family, **{**options, "head_dim": options["qk_rope_head_dim"]})
     except ValueError:
         pytest.skip(f"{family} is not in this transformers")
-    with pytest.raises(ModelError, match="multi-head latent attention"), loopserve.apply(model, "dense"):
+    plain = generated(model, ids(30), 6)
+    with loopserve.apply(model, "dense"):
+        assert generated(model, ids(30), 6) == plain
+    served = engine(model)
+    assert answer(served, served.session(), tokens(30), 6) == plain
+
+
+def test_latent_attention_with_an_indexer_of_its_own_is_refused_at_load() -> None:
+    try:
+        model = tiny("deepseek_v32", **{**MLA, **MOE, "q_lora_rank": 16, "head_dim": 8, "index_n_heads": 2, "index_head_dim": 16})
+    except (ValueError, KeyError):
+        pytest.skip("deepseek_v32 is not in this transformers")
+    with pytest.raises(ModelError, match="not supported"), loopserve.apply(model, "dense"):
         pass
-    with pytest.raises(ModelError, match="multi-head latent attention"):
-        engine(model)
 
 
 def test_layers_that_compute_other_heads_than_configured_are_refused() -> None:

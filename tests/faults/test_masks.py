@@ -90,22 +90,22 @@ def test_a_bidirectional_flag_set_after_load_is_seen_in_the_pass() -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "options"),
+    "options",
     [
-        ("llama4_text", {"attention_chunk_size": 8, "num_local_experts": 2, "intermediate_size_mlp": 64}),
-        (
-            "gemma3n_text",
-            {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY, "laurel_rank": 4},
-        ),
+        {"attention_chunk_size": 8, "floor_scale": 16},
+        {"attention_chunk_size": 8, "attn_temperature_tuning": False},
+        {"attention_chunk_size": 5, "layer_types": ["chunked_attention"] * 3},
     ],
 )
-def test_families_that_need_more_are_refused_at_load(family: str, options: dict[str, Any]) -> None:
-    try:
-        model = tiny(family, **options)
-    except Exception as error:
-        pytest.skip(f"{family} cannot be built: {error}")
-    with pytest.raises(LoopServeError, match=r"not supported|only full and sliding"), loopserve.apply(model, "dense"):
-        pass
+def test_chunks_are_served_as_transformers_does(options: dict[str, Any]) -> None:
+    experts = {"num_local_experts": 2, "num_experts_per_tok": 1, "intermediate_size_mlp": 64}
+    kinds = ["chunked_attention", "full_attention", "chunked_attention"]
+    model = tiny("llama4_text", **{"num_hidden_layers": 3, "layer_types": kinds, "no_rope_layers": [1, 0, 1], **experts, **options})
+    plain = generated(model, ids(30), 6)
+    with loopserve.apply(model, "dense"):
+        assert generated(model, ids(30), 6) == plain
+    served = engine(model)
+    assert answer(served, served.session(), tokens(30), 6) == plain
 
 
 def test_gemma_4_with_its_head_sizes_per_layer() -> None:
@@ -129,14 +129,39 @@ def test_gemma_4_with_its_head_sizes_per_layer() -> None:
     assert answer(served, served.session(), tokens(30), 6) == plain
 
 
-def test_gemma_4_with_layers_that_share_keys_is_refused() -> None:
-    options = {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "hidden_size_per_layer_input": 0, "sliding_window": 8}
+PER_LAYER = {"vocab_size_per_layer_input": VOCABULARY, "global_head_dim": 32}
+
+
+def test_gemma_4_with_layers_that_share_keys_is_served() -> None:
+    options = {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "hidden_size_per_layer_input": 8, "sliding_window": 8}
     try:
-        model = tiny("gemma4_text", **options, layer_types=["sliding_attention", "full_attention"] * 2)
+        model = tiny("gemma4_text", **options, layer_types=["sliding_attention", "full_attention"] * 2, **PER_LAYER)
     except (ValueError, KeyError):
         pytest.skip("gemma4 is not in this transformers")
-    with pytest.raises(ModelError, match="2 layers read the keys and values of other layers"):
-        engine(model)
+    plain = generated(model, ids(30), 6)
+    with loopserve.apply(model, "dense"):
+        assert generated(model, ids(30), 6) == plain
+    served = engine(model)
+    assert answer(served, served.session(), tokens(30), 6) == plain
+
+
+def test_a_layer_that_reads_other_pairs_than_it_says_is_refused() -> None:
+    options = {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "hidden_size_per_layer_input": 8, "sliding_window": 8}
+    try:
+        model = tiny("gemma4_text", **options, layer_types=["sliding_attention", "full_attention"] * 2, **PER_LAYER)
+    except (ValueError, KeyError):
+        pytest.skip("gemma4 is not in this transformers")
+    served = engine(model)
+    attention = model.model.layers[2].self_attn
+    inner = attention.forward
+
+    def changed(*args: Any, shared_kv_states: Any, **kwargs: Any) -> Any:
+        other = {kind: (keys * 2, values) for kind, (keys, values) in shared_kv_states.items()}
+        return inner(*args, shared_kv_states=other, **kwargs)
+
+    attention.forward = changed
+    with pytest.raises(ModelError, match="changes its keys after they were put into the cache"):
+        answer(served, served.session(), tokens(9), 2)
 
 
 TEXT: dict[str, Any] = {

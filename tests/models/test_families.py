@@ -2,25 +2,42 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
-from loopserve.models.tiny import FAMILIES, tiny_model
-from tests.models.conftest import engine_for, told_by_engine, told_by_transformers
+from loopserve.models.bridge import TransformersModel
+from loopserve.models.tiny import FAMILIES, RECURRENT, tiny_model
+from tests.models.conftest import engine_for, told_by_engine, told_by_one_pass, told_by_transformers
 
-EVERYTHING = {
+# Linear attention is computed in blocks from the first token of a pass on, so its floats depend on where a pass begins.
+TOLERANCE = 1e-4
+EVERYTHING: dict[str, dict[str, Any]] = {
     "prefill": {"policy": "loopserve", "alpha": 1.0},
     "decode": {"policy": "loopserve", "budget": 4096, "interval": 2},
 }
 
 
+# Transformers drops the recurrent state of these before a pass of several tokens, so its second turn is wrong.
+DROPPED = ("jamba",)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
+def test_dense_engine_equals_one_pass_without_a_cache(family: str) -> None:
+    ours = told_by_engine(engine_for(tiny_model(family), "dense", chunk_tokens=17))
+    whole = told_by_one_pass(tiny_model(family), ours.tokens)
+    assert ours.tokens == whole.tokens
+    assert ours.difference(whole) < TOLERANCE
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in DROPPED])
 def test_dense_engine_equals_transformers(family: str) -> None:
     model = tiny_model(family)
     plain = told_by_transformers(model)
     ours = told_by_engine(engine_for(model, "dense"))
     assert ours.tokens == plain.tokens
-    assert ours.difference(plain) < 1e-5
+    assert ours.difference(plain) < (1e-4 if family in RECURRENT else 1e-5)
 
 
 @pytest.mark.parametrize(
@@ -29,7 +46,9 @@ def test_dense_engine_equals_transformers(family: str) -> None:
 def test_a_stack_that_leaves_nothing_out_is_bit_equal_to_dense(family: str) -> None:
     model = tiny_model(family)
     dense = told_by_engine(engine_for(model, "dense"))
-    ours = told_by_engine(engine_for(model, EVERYTHING))
+    repeatable = all(spec.repeatable for spec in TransformersModel(model).layers)
+    stack = EVERYTHING if repeatable else {**EVERYTHING, "decode": {**EVERYTHING["decode"], "first_block": "last_window"}}
+    ours = told_by_engine(engine_for(model, stack))
     assert ours.tokens == dense.tokens
     assert ours.difference(dense) == 0.0
 
@@ -40,7 +59,7 @@ def test_chunked_prefill_equals_one_shot(family: str) -> None:
     whole = told_by_engine(engine_for(model, "dense"))
     chunked = told_by_engine(engine_for(model, "dense", chunk_tokens=17))
     assert chunked.tokens == whole.tokens
-    assert chunked.difference(whole) < 1e-5
+    assert chunked.difference(whole) < (TOLERANCE if family in RECURRENT else 1e-5)
 
 
 @pytest.mark.parametrize(("family", "field", "value"), [

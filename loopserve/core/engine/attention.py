@@ -313,7 +313,9 @@ def _observe_step(context: ForwardContext, call: LayerCall, step: _DecodeStep) -
 
 
 def _as_the_model_defines(context: ForwardContext, call: LayerCall, queries: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Compute a layer that no policy touches: dense within its window."""
+    """Compute a layer that no policy touches: dense within its window or chunk."""
+    if context.session.slots.by_layer[call.layer].spec.type is LayerType.CHUNKED:
+        return _within_chunks(context, call, queries)
     store, window = context.session.cache.layers[call.layer].store, call.window
     assert store is not None
     columns = (
@@ -336,3 +338,28 @@ def _as_the_model_defines(context: ForwardContext, call: LayerCall, queries: Ten
         need_lse=call.sinks is not None,
     )
     return output, lse
+
+
+def _within_chunks(context: ForwardContext, call: LayerCall, queries: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Compute a layer whose tokens attend to the tokens of their own chunk: positions ``n * size`` to ``(n + 1) * size - 1``."""
+    store, size = context.session.cache.layers[call.layer].store, call.window
+    assert store is not None and size is not None
+    outputs: list[Tensor] = []
+    sums: list[Tensor] = []
+    positions = context.positions  # sorted, and nothing is evicted here: column = position
+    counts = torch.unique_consecutive(positions // size, return_counts=True)[1].tolist()
+    for own, rows in zip(positions.split(counts), queries.split(counts, dim=1), strict=True):
+        start = int(own[0]) // size * size
+        end = int(own[-1]) + 1
+        output, lse = dense_attention(
+            rows,
+            store.keys[:, start:end],
+            store.values[:, start:end],
+            scaling=call.scaling,
+            softcap=call.softcap,
+            columns=None if len(own) == end - int(own[0]) else own - start,
+            need_lse=call.sinks is not None,
+        )
+        outputs.append(output)
+        sums += [] if lse is None else [lse]
+    return torch.cat(outputs, dim=1), torch.cat(sums, dim=1) if sums else None

@@ -38,18 +38,18 @@ class Ledger:
     def needed(self, session: Session, new_tokens: int, max_new_tokens: int) -> int:
         """Return the most bytes that a session holds at any time of a turn.
 
-        Counts what a buffer allocates beside its pairs, the copy made while one layer's buffer grows, and a selection that is
-        replaced by another of the same size.
+        Counts what a buffer allocates beside its pairs, the copy made while one layer's buffer grows, a selection that is
+        replaced by another of the same size, and recurrent states with the copies that an undo goes back to.
         """
         again = max((each.reads_again for each in session.slots.compressors.values()), default=0)
         length = len(session.tokens) + new_tokens + max(max_new_tokens, again)
         total, transient, whole = 0, 0, 0
         for policies, cache in zip(session.slots.by_layer, session.cache.layers, strict=True):
-            pair = 2 * self._element_bytes * policies.spec.kv_heads * policies.spec.head_dim
+            pair = self._element_bytes * policies.spec.kv_heads * policies.spec.pair_width
             whole += length * pair
             held = cache.allocated_bytes
             grown = held * 3 // 2 if held < length * pair else held
-            store = max(grown, (length + FIRST_CAPACITY) * pair)
+            store = max(grown, (length + FIRST_CAPACITY) * pair) if policies.spec.reads is None else 0
             active = 0
             if policies.compressor is not None and not policies.compressor.capabilities.passive:
                 pairs = min(policies.most_pairs or length, length) + max_new_tokens + ACTIVE_SLACK
@@ -59,6 +59,7 @@ class Ledger:
             total += store + active
             transient = max(transient, store + active)
         passive = all(each.capabilities.passive for each in session.slots.compressors.values())
+        total += 2 * sum(policies.spec.state_bytes for policies in session.slots.by_layer) + session.copied_state_bytes
         return total + transient + (0 if passive else int(whole * _STATE_SHARE))
 
     def admit(self, session: Session, amount: int) -> bool:

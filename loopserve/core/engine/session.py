@@ -17,12 +17,13 @@ from loopserve.core.errors import CacheError, Fault, InputError, ModelError, Pol
 from loopserve.core.guard.faults import FAULTS
 from loopserve.core.guard.guard import Guard
 from loopserve.core.guard.strict_checks import holds, storages
-from loopserve.core.kv.cache import ActiveSet, KVCache
+from loopserve.core.kv.cache import ActiveSet, KVCache, RecurrentStates, bytes_of_states, copied_states
 from loopserve.core.kv.recording import plain_tensors
 from loopserve.core.policy.interfaces import DecodeCompressor, Phase
-from loopserve.core.policy.state import PackedState
+from loopserve.core.policy.state import PackedState, pack_state, unpack_state
 
 UNDO_DEPTH = 8
+RECURRENT = "recurrent"  # in place of a slot: the states of the model's recurrent layers, where states are written
 _TIMES = count()  # sessions are ordered by when they were last used
 
 
@@ -37,6 +38,7 @@ class TurnStart:
     disabled: frozenset[str]
     active: list[ActiveSet | None]  # by layer, where the turn before it waits for its answer
     cache: KVCache | None = None  # a copy, only where the stack evicts: an eviction cannot be undone otherwise
+    recurrent: RecurrentStates | None = None  # copies of the layers' own states; None: none, dropped, or in ``cache``
 
 
 @dataclass(eq=False, repr=False)
@@ -69,7 +71,7 @@ class Session:
     attention_map: AttentionMap | None = None  # counts what decode steps attend to, where somebody asked for it
 
     def __post_init__(self) -> None:
-        self.cache = KVCache(len(self.slots.by_layer))
+        self.cache = self.slots.empty_cache()
         self._starts: list[TurnStart] = []
         self.used_at = next(_TIMES)
         self.slots.sessions.add(self)
@@ -88,7 +90,12 @@ class Session:
     def allocated_bytes(self) -> int:
         """Bytes taken from the machine: cache, copies kept for undo, and what the policies report of their states."""
         copies = sum(start.cache.allocated_bytes for start in self._starts if start.cache is not None)
-        return self.cache.allocated_bytes + copies + self.state_bytes
+        return self.cache.allocated_bytes + copies + self.copied_state_bytes + self.state_bytes
+
+    @property
+    def copied_state_bytes(self) -> int:
+        """Bytes of the recurrent states that turns began with, kept for undo."""
+        return sum(bytes_of_states(start.recurrent) for start in self._starts if start.recurrent)
 
     def require_rest(self) -> None:
         """Raise InputError while a turn is under way, or once the session is closed."""
@@ -116,7 +123,7 @@ class Session:
         self.states, self.damaged = {}, False
         self.turn_start = self.state_bytes = 0
         for start in self._starts:
-            start.states, start.cached, start.cache = None, 0, None
+            start.states, start.cached, start.cache, start.recurrent = None, 0, None, None
             start.active = [None] * len(start.active)
 
     @plain_tensors()
@@ -146,9 +153,9 @@ class Session:
         active = [layer.active if undoable and not self.ended else None for layer in self.cache.layers]
         self.cache.release()
         kept = self.cache.fork() if self.slots.evicts and undoable else None
-        self._starts.append(
-            TurnStart(len(self.tokens), self.cache.seen, self.ended, copies, frozenset(self.disabled), active, kept)
-        )
+        recurrent = copied_states(self.cache.recurrent) if self.slots.recurrent and undoable and kept is None else None
+        held = len(self.tokens), self.cache.seen, self.ended
+        self._starts.append(TurnStart(*held, copies, frozenset(self.disabled), active, kept, recurrent))
         self._limit_undo()
         self.states, self.disabled, self.ended = states, disabled, False
         self.turns.append(stats)
@@ -184,7 +191,8 @@ class Session:
         self.output_index = 0
         self.turn_start = self._starts[-1].cached if self._starts else 0
         self.ended, self.disabled = start.ended, set(start.disabled)
-        if start.states is None or self.damaged or (self.slots.evicts and start.cache is None):
+        lost = start.cache is None and (self.slots.evicts or (self.slots.recurrent and start.recurrent is None))
+        if start.states is None or self.damaged or lost:
             self.disabled = set()
             self._drop_store()
             return
@@ -193,6 +201,10 @@ class Session:
             self.cache = start.cache
         else:
             self.cache.truncate(start.cached)
+            self.cache.recurrent = start.recurrent or {}
+            if self.slots.recurrent and self.cache.seen != start.cached:  # cancelled while it was computed anew
+                self._drop_store()
+                return
         for layer, active in zip(self.cache.layers, start.active, strict=True):
             layer.active = active
 
@@ -236,6 +248,7 @@ class Session:
                 states=None if start.states is None else self._copied(start.states),
                 active=[each.copy() if each else None for each in start.active],
                 cache=start.cache.fork() if start.cache else None,
+                recurrent=None if start.recurrent is None else copied_states(start.recurrent),
             )
             for start in self._starts
         ]
@@ -251,8 +264,8 @@ class Session:
     def pack_states(self) -> tuple[dict[str, PackedState], dict[str, str]]:
         """Return each policy's state by slot as a JSON-able tree and tensors, and by slot why a state cannot be written.
 
-        A slot in neither begins anew with the next turn, as does one that cannot be written. Raises InputError while a turn is under
-        way.
+        A slot in neither begins anew with the next turn, as does one that cannot be written. The states of recurrent layers are
+        there under ``RECURRENT``. Raises InputError while a turn is under way.
         """
         self.require_rest()
         packed: dict[str, PackedState] = {}
@@ -264,18 +277,29 @@ class Session:
                 packed[slot] = self.guard.ask(policy, policy.pack_state, self.states[slot])
             except FAULTS as error:
                 problems[slot] = self._named(slot, error)
+        if self.cache.recurrent:
+            packed[RECURRENT] = pack_state(self.cache.recurrent, {})
         return packed, problems
 
     def restore_states(self, packed: Mapping[str, PackedState], device: torch.device | None = None) -> dict[str, str]:
         """Take over states that ``pack_states`` wrote, their tensors on ``device``. Return by slot why a state cannot be read.
 
         The policy of such a slot, and of one that ``packed`` does not name, begins anew with the next turn. The cache must hold the
-        tokens that it held when the states were written. Raises InputError while a turn is under way.
+        tokens that it held when the states were written; it is dropped where the states of recurrent layers cannot be read. Raises
+        InputError while a turn is under way.
         """
         self.require_rest()
         problems: dict[str, str] = {}
         self.states, self.disabled = {}, set()
+        if self.slots.recurrent and self.cache.seen:
+            try:
+                self.cache.recurrent = self._read_recurrent(packed.get(RECURRENT), device)
+            except PolicyError as error:
+                self._drop_store()
+                return {RECURRENT: str(error)}
         for slot, each in packed.items():
+            if slot == RECURRENT:
+                continue
             policy = self.slots.policies.get(slot)
             try:
                 if policy is None:
@@ -284,6 +308,18 @@ class Session:
             except FAULTS as error:
                 problems[slot] = self._named(slot, error)
         return problems
+
+    def _read_recurrent(self, packed: PackedState | None, device: torch.device | None) -> RecurrentStates:
+        if packed is None:
+            raise PolicyError("the states of the model's recurrent layers are not there: the conversation is computed anew")
+        states = unpack_state(*packed, {}, device)
+        wanted = {each.spec.index for each in self.slots.by_layer if each.spec.recurrent}
+        fits = isinstance(states, dict) and set(states) == wanted
+        if not fits or not all(isinstance(part, dict) for part in states.values()):
+            raise PolicyError("the states of recurrent layers are damaged, or of another model: it is computed anew")
+        if not all(isinstance(each, torch.Tensor) for part in states.values() for each in part.values()):
+            raise PolicyError("the states of recurrent layers are damaged: the conversation is computed anew")
+        return states
 
     def _named(self, slot: str, error: BaseException) -> str:
         policy = self.slots.policies.get(slot)
@@ -349,7 +385,7 @@ class Session:
 
     def _limit_undo(self) -> None:
         for start in self._starts[: -self.undo_depth]:
-            start.states = None
+            start.states = start.recurrent = None
 
     def _begin_states(self, stats: TurnStats, undoable: bool) -> tuple[dict[str, Any], dict[str, Any], set[str]]:
         """Return the states that a turn begins with, copies to go back to, and the slots that it is served without.

@@ -12,6 +12,7 @@ from typing import Any
 from weakref import WeakSet
 
 from loopserve.core.guard.faults import Owners, Policy, blamed
+from loopserve.core.kv.cache import KVCache
 from loopserve.core.policy.interfaces import DecodeCompressor, LayerSpec, LayerType, PrefillSparsifier, Retention
 from loopserve.core.stack.stack import PolicyStack
 
@@ -48,6 +49,9 @@ class Slots:
         self.by_layer = tuple(self._assign(layer, stack, len(layers)) for layer in layers)
         self.sessions: WeakSet[Any] = WeakSet()  # the open sessions under this stack; a ledger counts their memory
         self.evicts = any(each.retention is Retention.EVICT for each in self.by_layer)
+        self.owners = frozenset(each.spec.reads for each in self.by_layer if each.spec.reads is not None)
+        self.recurrent = any(each.spec.recurrent > 0 for each in self.by_layer)
+        self.repeatable = all(each.spec.repeatable for each in self.by_layer)
         self._layers: dict[str, tuple[LayerSpec, ...]] = {
             slot: tuple(each.spec for each in self.by_layer if each.decode_slot == slot) for slot in self.policies
         }
@@ -56,6 +60,15 @@ class Slots:
     def compressors(self) -> dict[str, DecodeCompressor[Any]]:
         """Return the compressors by slot."""
         return {slot: each for slot, each in self.policies.items() if isinstance(each, DecodeCompressor)}
+
+    def empty_cache(self) -> KVCache:
+        """Return the cache of a conversation that has no token yet."""
+        specs = [each.spec for each in self.by_layer]
+        return KVCache(
+            len(specs),
+            without_pairs=frozenset(place for place, spec in enumerate(specs) if not spec.holds_pairs),
+            reads={place: spec.reads for place, spec in enumerate(specs) if spec.reads is not None},
+        )
 
     def layers_of(self, slot: str) -> tuple[LayerSpec, ...]:
         """Return the layers that the compressor of a slot selects for, in order."""

@@ -327,6 +327,11 @@ def _ask(context: ForwardContext, slot: str, compressor: DecodeCompressor[Any]) 
                 if context.again is None or not request.again:
                     raise PolicyError("an observation may not ask for another one")
                 first = int(context.again.positions[-1]) + 1  # so that reading comes to an end
+            if not session.slots.repeatable:
+                raise PolicyError(
+                    "asks for tokens to be computed again, which this model's recurrent or position-counting layers cannot do: "
+                    "declare Capabilities(observes=True), so that it is refused when the model is loaded"
+                )
             check_observation(request, first, session.cache.seen)
             return request
         if request is not None:

@@ -1,11 +1,14 @@
 """Cache the KV pairs of one conversation: per layer a store of every pair and, while decoding, the active set gathered from it.
 
-Keys arrive rotated to their position in the conversation and are never re-indexed. Depends on no policy and no model.
+Layers that keep a recurrent or convolution state have it here as well. Keys arrive rotated to their position in the conversation and
+are never re-indexed. Depends on no policy and no model.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -92,6 +95,11 @@ class LayerCache:
     def stored(self) -> int:
         """Return the columns of the store; fewer than ``seen`` after an eviction."""
         return self.store.length if self.store is not None else 0
+
+    @property
+    def store_bytes(self) -> int:
+        """Return the bytes of the pairs stored."""
+        return self.store.nbytes if self.store is not None else 0
 
     @property
     def allocated_bytes(self) -> int:
@@ -260,20 +268,105 @@ class LayerCache:
         return other
 
 
-class KVCache:
-    """Hold the layers of one conversation. ``seen`` is its logical length."""
+class SharedLayerCache(LayerCache):
+    """Hold the active set of a layer that attends to the pairs of an earlier layer, its owner. Everything else is the owner's."""
 
-    def __init__(self, layers: int) -> None:
-        counted = Counted()
-        self.layers = [LayerCache(counted) for _ in range(layers)]
+    def __init__(self, owner: LayerCache) -> None:
+        self.owner = owner
+        self.active = None
 
-    @property
-    def seen(self) -> int:
-        return self.layers[0].seen if self.layers else 0
+    def __getattr__(self, name: str) -> Any:
+        if name == "owner":  # while a copy is made
+            raise AttributeError(name)
+        return getattr(self.owner, name)
 
     @property
     def store_bytes(self) -> int:
-        return sum(layer.store.nbytes for layer in self.layers if layer.store is not None)
+        return 0
+
+    @property
+    def allocated_bytes(self) -> int:
+        active = self.active.pairs if self.active is not None else None
+        return active.allocated_nbytes if active is not None else 0
+
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        """Add the pairs that the owner has stored in this pass to the active set, if there is one."""
+        if self.active is not None and self.active.pairs is not None:
+            self.active.pairs.append(keys, values)
+
+    def reserve(self, tokens: int) -> None:
+        """Do nothing: the owner provides capacity."""
+
+    def drop_last(self, tokens: int) -> None:
+        """Remove the last ``tokens`` positions from the active set; the owner removes the pairs."""
+        if self.active is not None and self.active.pairs is not None:
+            self.active.pairs.length -= tokens
+
+    def truncate(self, length: int) -> None:
+        """Drop the active set; the owner truncates the pairs."""
+        self.active = None
+
+    def fork(self, counted: Counted | None = None) -> LayerCache:
+        """Raise CacheError: a copy needs the copy of its owner, which ``KVCache.fork`` makes."""
+        raise CacheError("fork: this layer attends to the pairs of another layer and is copied together with it")
+
+    def fork_beside(self, owner: LayerCache) -> SharedLayerCache:
+        """Return an independent copy over a copy of the owner."""
+        other = SharedLayerCache(owner)
+        other.active = self.active.copy() if self.active is not None else None
+        return other
+
+    def _evict(self, selection: KVSelection) -> None:
+        raise CacheError("select: the pairs belong to another layer, so this layer cannot evict them")
+
+
+RecurrentStates = dict[int, dict[str, Tensor]]  # by layer and name, without a batch dimension
+
+
+def copied_states(states: RecurrentStates) -> RecurrentStates:
+    """Return copies that share no memory: models write into these tensors."""
+    return {layer: {name: each.clone() for name, each in named.items()} for layer, named in states.items()}
+
+
+def bytes_of_states(states: RecurrentStates) -> int:
+    """Return the bytes of all tensors."""
+    return sum(each.numel() * each.element_size() for named in states.values() for each in named.values())
+
+
+class KVCache:
+    """Hold the layers of one conversation. ``seen`` is its logical length.
+
+    recurrent: the states of layers that keep one, after ``seen`` tokens. They cannot be cut back: ``truncate`` drops them, and
+    whoever truncates puts the states of that length in their place.
+    """
+
+    def __init__(self, layers: int, *, without_pairs: frozenset[int] = frozenset(), reads: Mapping[int, int] | None = None) -> None:
+        """without_pairs: indices of layers that hold none. reads: by layer, the earlier layer whose pairs it attends to."""
+        self._without_pairs, self._reads = without_pairs, dict(reads or {})
+        counted = Counted()
+        self.layers: list[LayerCache] = []
+        for index in range(layers):
+            owner = self._reads.get(index)
+            self.layers.append(LayerCache(counted) if owner is None else SharedLayerCache(self.layers[owner]))
+        self.recurrent: RecurrentStates = {}
+        self._first = next((index for index in range(layers) if index not in without_pairs), 0)
+
+    @property
+    def own_layers(self) -> list[LayerCache]:
+        """Return the layers that hold pairs of their own."""
+        return [
+            layer
+            for index, layer in enumerate(self.layers)
+            if index not in self._without_pairs and index not in self._reads
+        ]
+
+    @property
+    def seen(self) -> int:
+        return self.layers[self._first].seen if self.layers else 0
+
+    @property
+    def store_bytes(self) -> int:
+        return sum(layer.store_bytes for layer in self.layers) + bytes_of_states(self.recurrent)
 
     @property
     def active_bytes(self) -> int:
@@ -290,8 +383,8 @@ class KVCache:
 
     @property
     def allocated_bytes(self) -> int:
-        """Return the bytes allocated by all layers, unused capacity included."""
-        return sum(layer.allocated_bytes for layer in self.layers)
+        """Return the bytes allocated by all layers, unused capacity and recurrent states included."""
+        return sum(layer.allocated_bytes for layer in self.layers) + bytes_of_states(self.recurrent)
 
     def release(self) -> None:
         for layer in self.layers:
@@ -306,11 +399,19 @@ class KVCache:
         """Remove every position from ``length`` on, in layers that have seen it. An interrupted pass fills only some layers."""
         for layer in self.layers:
             layer.truncate(min(length, layer.seen))
+        self.recurrent = {}
 
     def fork(self) -> KVCache:
-        other, counted = KVCache(0), Counted()
-        other.layers = [layer.fork(counted) for layer in self.layers]
+        other = KVCache(len(self.layers), without_pairs=self._without_pairs, reads=self._reads)
+        counted = Counted()
+        for index, layer in enumerate(self.layers):
+            if isinstance(layer, SharedLayerCache):
+                other.layers[index] = layer.fork_beside(other.layers[self._reads[index]])
+            else:
+                other.layers[index] = layer.fork(counted)
+        other.recurrent = copied_states(self.recurrent)
         return other
 
     def clear(self) -> None:
-        self.layers = KVCache(len(self.layers)).layers
+        empty = KVCache(len(self.layers), without_pairs=self._without_pairs, reads=self._reads)
+        self.layers, self.recurrent = empty.layers, {}

@@ -36,6 +36,7 @@ class Capabilities:
     batched: bool = True  # rows of a batch may be served side by side
     passive: bool = False  # leaves every layer as the model has it (dense, full)
     needs: frozenset[Need] = frozenset()  # what it uses beyond queries, keys and values
+    observes: bool = False  # may ask for an observation; refused where rows cannot be computed again
 
 
 class Policy(ABC):

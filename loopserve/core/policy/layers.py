@@ -15,6 +15,9 @@ from torch import Tensor
 class LayerType(StrEnum):
     FULL = "full_attention"
     SLIDING = "sliding_attention"
+    CHUNKED = "chunked_attention"  # attends to the pairs of its own chunk of the conversation (llama 4)
+    RECURRENT = "recurrent"  # linear attention, a state space or a convolution: keeps a state and no pairs
+    NONE = "no_attention"  # keeps nothing between two passes
 
 
 class Need(StrEnum):
@@ -40,19 +43,35 @@ class LayerParts(Protocol):
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """Describe one attention layer of a model. ``index`` is its place in the model's list of layers."""
+    """Describe one layer of a model. ``index`` is its place in the model's list of layers; without pairs it has 0 heads."""
 
     index: int
     type: LayerType
     query_heads: int
     kv_heads: int
     head_dim: int
-    window: int | None = None
+    window: int | None = None  # tokens of the window of a sliding layer, of the chunk of a chunked one
     parts: LayerParts | None = field(default=None, compare=False, repr=False)
+    value_dim: int | None = None  # head size of the values where it is not that of the keys
+    reads: int | None = None  # index of the layer whose pairs it attends to; None = its own
+    recurrent: int = 0  # recurrent or convolution states that it keeps, beside its pairs or without any
+    state_bytes: int = 0  # of these states, for one conversation
+    repeatable: bool = True  # rows of a turn can be computed again at their own positions
+    latent: bool = False  # the model puts a latent into its cache; what is stored are the pairs expanded from it
 
     @property
     def group(self) -> int:
         return self.query_heads // self.kv_heads
+
+    @property
+    def holds_pairs(self) -> bool:
+        """Return whether the layer attends to stored pairs."""
+        return self.type not in (LayerType.RECURRENT, LayerType.NONE)
+
+    @property
+    def pair_width(self) -> int:
+        """Return the numbers of one head's key and value together."""
+        return self.head_dim + (self.head_dim if self.value_dim is None else self.value_dim)
 
     def lacks(self, need: Need) -> str | None:
         """Return why a policy cannot have ``need`` here, or None if it can."""

@@ -111,6 +111,7 @@ def joint_capabilities(own: Capabilities, within: Capabilities) -> Capabilities:
         deterministic=own.deterministic and within.deterministic,
         batched=own.batched and within.batched,
         needs=own.needs | within.needs,
+        observes=own.observes or within.observes,
     )
 
 

@@ -121,10 +121,24 @@ class PolicyStack:
                     refused.setdefault(reason, []).append(layer.index)
         if not served and not self.is_dense:
             problems.append("the model has no full-attention layer, so no policy would ever act: use the stack 'dense'")
+        fixed = [layer.index for layer in layers if not layer.repeatable]
+        shared = {each.reads for each in layers if each.reads is not None}
+        shared |= {each.index for each in layers if each.reads is not None}
         for (kind, policy), indices in served.items():
             where = f"{kind} policy {policy.name!r} at {_spoken(indices)}"
             with blamed(policy, "its declaration", self.owners):
                 problems += [f"{where} {inability}" for inability in _inabilities(policy, batch)]
+                if fixed and policy.effective_capabilities.observes:
+                    problems.append(
+                        f"{where} asks for rows of a turn to be computed again, which {_spoken(fixed)} of this model cannot do "
+                        "(a recurrent state, or positions that are counted): choose a stack without observations, such as "
+                        "'loopserve', 'snapkv' or 'dense'"
+                    )
+                evicts = isinstance(policy, DecodeCompressor) and policy.retention is Retention.EVICT
+                if both := sorted(shared.intersection(indices)) if evicts else []:
+                    problems.append(
+                        f"{where} evicts pairs, which {_spoken(both)} of this model share: set its retention to keep"
+                    )
         problems += [f"at {_spoken(indices)}, {reason}" for reason, indices in refused.items()]
         if problems:
             raise ConfigError("\n".join(f"stack {self.name!r}: {problem}" for problem in problems))

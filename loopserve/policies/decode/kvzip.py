@@ -48,7 +48,7 @@ class KVzipDecode(ScoredCompressor):
 
     name: ClassVar[str] = "kvzip"
     paper: ClassVar[str] = "https://arxiv.org/abs/2505.23416"
-    capabilities: ClassVar[Capabilities] = Capabilities(retentions=frozenset(Retention))
+    capabilities: ClassVar[Capabilities] = Capabilities(retentions=frozenset(Retention), observes=True)
 
     class Config(ScoredConfig):
         chunk: int = Field(2048, gt=0, description="Tokens that are read again in one pass.")

@@ -109,6 +109,10 @@ class LoopServeDecode(DecodeCompressor[LoopServeState]):
     config: LoopServeDecodeConfig
 
     @property
+    def effective_capabilities(self) -> Capabilities:
+        return replace(self.capabilities, observes=self.config.first_block is FirstBlock.TWO_HOP)
+
+    @property
     def retention(self) -> Retention:
         return Retention.EVICT if self.config.pool is Pool.ACTIVE else Retention.KEEP
 
