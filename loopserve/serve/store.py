@@ -220,17 +220,16 @@ class Store:
 
     def title(self, tenant: str, turn: str) -> tuple[str, int]:
         """Return the first message of a user on the path to a turn, and the number of turns of the path."""
-        rows = self._db.execute(
-            "WITH RECURSIVE up (id, parent, number) AS ("
-            " SELECT id, parent, 1 FROM every_turns WHERE id=?1 AND tenant=?2"
-            " UNION ALL SELECT t.id, t.parent, up.number + 1 FROM every_turns t JOIN up ON t.id = up.parent"
-            ") SELECT messages, number FROM up JOIN every_turns USING (id) WHERE up.parent IS NULL",
-            (turn, tenant),
-        ).fetchall()
-        for messages, number in rows:
-            found = [each["content"] for each in json.loads(messages) if each["role"] == "user"]
-            return (found[0] if found else ""), number
-        return "", 0
+        number, first, at = 0, "[]", turn
+        while at is not None:  # sqlite scans whole tables for a recursive query over the view
+            row = self._db.execute(
+                "SELECT messages, parent FROM every_turns WHERE id=? AND tenant=?", (at, tenant)
+            ).fetchone()
+            if row is None:
+                break
+            number, (first, at) = number + 1, row
+        questions = [each["content"] for each in json.loads(first) if each["role"] == "user"]
+        return (questions[0] if questions else ""), number
 
     def put_session(self, session: StoredSession) -> None:
         """Write a session."""

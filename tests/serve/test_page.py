@@ -7,17 +7,19 @@ import hashlib
 import json
 import re
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from http.client import HTTPConnection, HTTPResponse
 from importlib.util import find_spec
+from itertools import count
 from typing import Any
 
 import pytest
 
 from loopserve import Engine, load_stack
 from loopserve.serve.page import page
-from tests.serve.conftest import FACT, QUESTION, Running
+from tests.serve.conftest import FACT, QUESTION, Running, until
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
@@ -171,7 +173,7 @@ class Tab:
         if key is not None:
             self.page.get_by_label("API key").fill(key)
             self.page.get_by_role("button", name="Sign in", exact=True).click()
-        self.page.locator("#stack option").first.wait_for(state="attached")
+        self.page.locator("#entry:focus").wait_for()  # ready to type
         self.page.get_by_label("Temperature").fill("0")
 
     def close(self) -> None:
@@ -217,7 +219,6 @@ def test_a_conversation_in_a_browser(serve: Callable[..., Running], tab: Callabl
     server = serve({"snapkv": load_stack("snapkv")}, api_keys=(KEY,))
     here = tab(server, key=KEY)
     page = here.page
-    assert page.evaluate("document.activeElement.id") == "entry"
 
     here.send(FACT["content"])
     assert "amber falcon river" in here.send(QUESTION["content"])
@@ -293,25 +294,25 @@ def test_escape_stops_an_answer_which_leaves_no_trace(
 ) -> None:
     here = tab(server)
     here.send(FACT["content"])
-    slow_down(server, monkeypatch)
+    worker, stop_ids = server.conversations.worker, server.conversations.engine.stop_ids
+    step, steps, gate = worker.scheduler.step, count(), threading.Event()
+    monkeypatch.setattr(worker.scheduler, "step", lambda: (next(steps) < 4 or gate.wait(60)) and step())
+    monkeypatch.setattr(server.conversations.engine, "stop_ids", frozenset())  # ends only when it is cancelled
     here.page.get_by_label("Message", exact=True).fill(QUESTION["content"])
     here.page.get_by_label("Message", exact=True).press("Enter")
     here.page.get_by_role("button", name="Stop").wait_for()
     here.page.keyboard.press("Escape")
     here.page.get_by_text("this is not part of the conversation").wait_for()
+    until(lambda: worker.admitted == 0)
+    gate.set()
+    until(lambda: not worker.scheduler.running)
     (session,) = json.loads(get(server, "/v1/sessions")[1])["data"]
     assert session["turns"] == 1
-    monkeypatch.undo()
+    monkeypatch.setattr(server.conversations.engine, "stop_ids", stop_ids)
     here.page.get_by_role("button", name="Try again").click()
     here.page.get_by_text("this is not part of the conversation").wait_for(state="detached")
     here.wait_for_answer(1)
     assert "amber falcon river" in here.answers.last.inner_text()
-
-
-def slow_down(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let an answer end only when it is cancelled."""
-    monkeypatch.setattr(server.conversations.engine, "stop_ids", frozenset())
-    monkeypatch.setattr(server.conversations.settings.__class__, "default_max_tokens", 1500)
 
 
 @needs_browser

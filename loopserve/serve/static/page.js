@@ -79,7 +79,7 @@ async function start() {
   $("stack").value = model.loopserve.stack;
   await refreshList();
   if (location.hash.length > 1) await open(location.hash.slice(1));
-  $("entry").focus();
+  if ([document.body, null].includes(document.activeElement)) $("entry").focus(); // nobody is elsewhere already
 }
 
 // Conversations.
