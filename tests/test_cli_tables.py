@@ -102,7 +102,7 @@ def test_the_demo_fits(width: int, capsys: pytest.CaptureFixture[str], monkeypat
     rows = {name: ROW | {"turns": [ROW, ROW], "positions": places} for name in names}
     module = SimpleNamespace(run_demo=lambda **options: {"stacks": rows, "summary": "It went well."})
     monkeypatch.setitem(sys.modules, "loopserve.bench.demo", module)
-    out = printed(["demo"], capsys)
+    out = printed(["demo", "--model", "demo"], capsys)
     check(out, width, ["41.2 ms", "120.6 KiB", "5.0 MiB", "512.0 KiB", "1,234", "11/12", *names])
 
 
