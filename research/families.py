@@ -85,7 +85,13 @@ OWN_SIZES: dict[str, dict[str, Any]] = {  # of families that the common sizes do
     "youtu": _LATENT_SIZES,
     "axk1": _LATENT_SIZES,
     "axk2": _LATENT_SIZES,
-    "longcat_flash": {**_LATENT_SIZES, "num_layers": 2, "ffn_hidden_size": 64, "expert_ffn_hidden_size": 32, "moe_topk": 2},
+    "longcat_flash": {
+        **_LATENT_SIZES,
+        "num_layers": 2,
+        "ffn_hidden_size": 64,
+        "expert_ffn_hidden_size": 32,
+        "moe_topk": 2,
+    },
     "deepseek_v32": {**_LATENT_SIZES, "index_n_heads": 2, "index_head_dim": 16, "index_topk": 8},
     "glm_moe_dsa": {**_LATENT_SIZES, "index_n_heads": 2, "index_head_dim": 16, "index_topk": 8},
     "zamba2": {

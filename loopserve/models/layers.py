@@ -59,7 +59,9 @@ def read_layers(model: PreTrainedModel) -> tuple[LayerSpec, ...]:
             continue
         module = modules.get(index)
         if module is None:
-            raise ModelError(f"{name}: the attention of layer {index} has no module of its own, so this model is not supported")
+            raise ModelError(
+                f"{name}: the attention of layer {index} has no module of its own, so this model is not supported"
+            )
         layers.append(
             LayerSpec(
                 index,

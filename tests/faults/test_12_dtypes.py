@@ -152,7 +152,9 @@ def test_latent_attention_is_served_on_the_expanded_pairs(family: str, options: 
 
 def test_latent_attention_with_an_indexer_of_its_own_is_refused_at_load() -> None:
     try:
-        model = tiny("deepseek_v32", **{**MLA, **MOE, "q_lora_rank": 16, "head_dim": 8, "index_n_heads": 2, "index_head_dim": 16})
+        model = tiny(
+            "deepseek_v32", **{**MLA, **MOE, "q_lora_rank": 16, "head_dim": 8, "index_n_heads": 2, "index_head_dim": 16}
+        )
     except (ValueError, KeyError):
         pytest.skip("deepseek_v32 is not in this transformers")
     with pytest.raises(ModelError, match="not supported"), loopserve.apply(model, "dense"):

@@ -16,7 +16,7 @@ from transformers.masking_utils import (
 )
 
 import loopserve
-from loopserve.core.errors import LoopServeError, ModelError
+from loopserve.core.errors import ModelError
 from loopserve.core.policy.interfaces import DecodeCompressor, Observation, Phase, Step
 from loopserve.core.stack.stack import PolicyStack
 from loopserve.models.layers import set_implementation
@@ -100,7 +100,10 @@ def test_a_bidirectional_flag_set_after_load_is_seen_in_the_pass() -> None:
 def test_chunks_are_served_as_transformers_does(options: dict[str, Any]) -> None:
     experts = {"num_local_experts": 2, "num_experts_per_tok": 1, "intermediate_size_mlp": 64}
     kinds = ["chunked_attention", "full_attention", "chunked_attention"]
-    model = tiny("llama4_text", **{"num_hidden_layers": 3, "layer_types": kinds, "no_rope_layers": [1, 0, 1], **experts, **options})
+    model = tiny(
+        "llama4_text",
+        **{"num_hidden_layers": 3, "layer_types": kinds, "no_rope_layers": [1, 0, 1], **experts, **options},
+    )
     plain = generated(model, ids(30), 6)
     with loopserve.apply(model, "dense"):
         assert generated(model, ids(30), 6) == plain

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +22,12 @@ EVERYTHING: dict[str, dict[str, Any]] = {
 
 # Transformers drops the recurrent state of these before a pass of several tokens, so its second turn is wrong.
 DROPPED = ("jamba",)
+
+
+def test_the_readme_names_the_families_tested_here() -> None:
+    text = " ".join((Path(__file__).parents[2] / "README.md").read_text("utf-8").split())
+    named = text.partition("Tested: ")[2].partition(". With the stack")[0].split(", ")
+    assert sorted(named) == sorted({"mistral" if family == "mistral_window" else family for family in FAMILIES})
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -47,7 +54,9 @@ def test_a_stack_that_leaves_nothing_out_is_bit_equal_to_dense(family: str) -> N
     model = tiny_model(family)
     dense = told_by_engine(engine_for(model, "dense"))
     repeatable = all(spec.repeatable for spec in TransformersModel(model).layers)
-    stack = EVERYTHING if repeatable else {**EVERYTHING, "decode": {**EVERYTHING["decode"], "first_block": "last_window"}}
+    stack = (
+        EVERYTHING if repeatable else {**EVERYTHING, "decode": {**EVERYTHING["decode"], "first_block": "last_window"}}
+    )
     ours = told_by_engine(engine_for(model, stack))
     assert ours.tokens == dense.tokens
     assert ours.difference(dense) == 0.0

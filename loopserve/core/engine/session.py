@@ -311,8 +311,10 @@ class Session:
 
     def _read_recurrent(self, packed: PackedState | None, device: torch.device | None) -> RecurrentStates:
         if packed is None:
-            raise PolicyError("the states of the model's recurrent layers are not there: the conversation is computed anew")
-        states = unpack_state(*packed, {}, device)
+            raise PolicyError(
+                "the states of the model's recurrent layers are not there: the conversation is computed anew"
+            )
+        states: RecurrentStates = unpack_state(*packed, {}, device)
         wanted = {each.spec.index for each in self.slots.by_layer if each.spec.recurrent}
         fits = isinstance(states, dict) and set(states) == wanted
         if not fits or not all(isinstance(part, dict) for part in states.values()):

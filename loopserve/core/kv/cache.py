@@ -340,7 +340,9 @@ class KVCache:
     whoever truncates puts the states of that length in their place.
     """
 
-    def __init__(self, layers: int, *, without_pairs: frozenset[int] = frozenset(), reads: Mapping[int, int] | None = None) -> None:
+    def __init__(
+        self, layers: int, *, without_pairs: frozenset[int] = frozenset(), reads: Mapping[int, int] | None = None
+    ) -> None:
         """without_pairs: indices of layers that hold none. reads: by layer, the earlier layer whose pairs it attends to."""
         self._without_pairs, self._reads = without_pairs, dict(reads or {})
         counted = Counted()
