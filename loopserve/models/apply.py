@@ -397,6 +397,7 @@ def _leave(state: Applied) -> Hook:
         if rows is None or rows.owner is not state.engine or rows.under_way is None:
             return
         contexts = rows.under_way.contexts
+        assert isinstance(cache, Cache)
         save_states(cache, rows.sessions)
         state.rotary.begin(None)
         rows.columns += kwargs["input_ids"].shape[1]

@@ -194,7 +194,7 @@ class SessionCacheLayer(DynamicLayer):
     is_croppable = False
 
     def __init__(self, rows: CacheRows, index: int, *, leads: bool) -> None:
-        DynamicLayer.__init__(self)  # type: ignore[no-untyped-call]
+        DynamicLayer.__init__(self)
         self.rows = rows
         self.index = index
         self.leads = leads
@@ -247,7 +247,7 @@ class SessionCacheLayer(DynamicLayer):
             self.rows.choose(indices.tolist())
 
 
-class RecurrentSessionLayer(SessionCacheLayer, RecurrentCacheLayer):
+class RecurrentSessionLayer(SessionCacheLayer, RecurrentCacheLayer):  # type: ignore[misc]  # transformers declares device and dtype twice
     """One layer of a transformers cache that has pairs and recurrent states."""
 
     def __init__(self, rows: CacheRows, index: int, *, leads: bool, states: int) -> None:
@@ -256,7 +256,7 @@ class RecurrentSessionLayer(SessionCacheLayer, RecurrentCacheLayer):
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
         """Prepare the recurrent states; pairs need no preparation."""
-        LinearAttentionLayer.lazy_initialization(self, *args, **kwargs)  # type: ignore[no-untyped-call]
+        LinearAttentionLayer.lazy_initialization(self, *args, **kwargs)
 
 
 def cache_over(rows: CacheRows, layers: Sequence[LayerSpec]) -> Cache:

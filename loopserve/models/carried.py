@@ -110,12 +110,12 @@ def _tried(module: nn.Module, spec: LayerSpec, width: int) -> tuple[bool, int]:
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randn(2, 1, 2, width, generator=generator, dtype=torch.float32, device="cpu")
     first, second = tokens.to(device=weight.device, dtype=weight.dtype)
-    name = _cache_name(module)
+    name = _cache_name(module) or _CACHE_NAMES[0]
     outputs = []
     try:
         with plain_tensors():
             for shift in (0.0, 1.0):
-                layer = LinearAttentionLayer(number_of_states=spec.recurrent)  # type: ignore[no-untyped-call]
+                layer = LinearAttentionLayer(number_of_states=spec.recurrent)
                 cache = Cache(layers=[*(EmptyLayer() for _ in range(spec.index)), layer])
                 module(hidden_states=first, **{name: cache})
                 convolved = [each for each in layer.conv_states.values() if each is not None]
@@ -134,7 +134,7 @@ def _tried(module: nn.Module, spec: LayerSpec, width: int) -> tuple[bool, int]:
 
 
 def _stepping(module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
-    signature, name = inspect.signature(forward), _cache_name(module)
+    signature, name = inspect.signature(forward), _cache_name(module) or _CACHE_NAMES[0]
     index: int = module.layer_idx  # type: ignore[assignment]
 
     def stepped(*args: Any, **kwargs: Any) -> Any:

@@ -31,7 +31,7 @@ def no_mask(
     config: Any = None,
     **options: Any,
 ) -> None:
-    """Build no mask. Raises ModelError if the model needs one: cells that are not those of causal, sliding-window or chunked attention."""
+    """Build no mask. Raises ModelError if the model needs one: other cells than causal, sliding-window or chunked attention has."""
     if attention_mask is not None and not bool(attention_mask.all()):
         raise _needed(config, "a padding mask of its own")
     if mask_function is causal_mask_function:

@@ -27,7 +27,7 @@ class RecurrentCacheLayer(LinearAttentionLayer):
 
     def __init__(self, index: int, states: int) -> None:
         """states: recurrent or convolution states that the layer keeps."""
-        LinearAttentionLayer.__init__(self, number_of_states=states)  # type: ignore[no-untyped-call]
+        LinearAttentionLayer.__init__(self, number_of_states=states)
         self.index = index
 
     def load(self, sessions: list[Session]) -> None:
@@ -78,7 +78,8 @@ class RecurrentCacheLayer(LinearAttentionLayer):
         place = int(number)
         self.has_previous_state[place] = True
         if kind == "conv":
-            self.dtype, self.device = whole.dtype, whole.device
+            layer: Any = self  # transformers declares these as None
+            layer.dtype, layer.device = whole.dtype, whole.device
             self.conv_states[place], self.is_conv_states_initialized[place] = whole, True
             self.conv_kernel_size[place] = whole.shape[-1]
         else:

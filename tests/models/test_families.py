@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +22,12 @@ EVERYTHING: dict[str, dict[str, Any]] = {
 
 # Transformers drops the recurrent state of these before a pass of several tokens, so its second turn is wrong.
 DROPPED = ("jamba",)
+
+
+def test_the_readme_names_the_families_tested_here() -> None:
+    text = " ".join((Path(__file__).parents[2] / "README.md").read_text("utf-8").split())
+    named = text.partition("Tested: ")[2].partition(". With the stack")[0].split(", ")
+    assert sorted(named) == sorted({"mistral" if family == "mistral_window" else family for family in FAMILIES})
 
 
 @pytest.mark.parametrize("family", FAMILIES)

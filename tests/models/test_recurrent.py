@@ -22,6 +22,7 @@ from loopserve.core.stack.stack import PolicyStack
 from loopserve.models.carried import Carried
 from loopserve.models.tiny import RECURRENT, VOCABULARY, tiny_model
 from loopserve.policies.prefill.dense import DensePrefill
+from loopserve.serve.kv_files import LoadedPairs
 from tests.models.conftest import engine_for
 
 pytestmark = pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")
@@ -199,6 +200,20 @@ def test_a_session_whose_states_cannot_be_read_is_computed_anew() -> None:
         close(turn(engine, other, SECOND), after(engine, FIRST, SECOND))
 
 
+@pytest.mark.parametrize("family", [*FEW, "gemma3n_text"])
+def test_pairs_and_states_come_back_after_a_restart(family: str) -> None:
+    engine = engine_for(tiny_model(family), "dense")
+    session = engine.session()
+    turn(engine, session, FIRST)
+    stores = [layer.store for layer in session.cache.own_layers]
+    pairs = [(each.keys, each.values) for each in stores if each is not None]
+    restored = engine.session()
+    restored.tokens, restored.turns = list(session.tokens), list(session.turns)
+    LoadedPairs(session.cache.seen, pairs, session.pack_states()[0]).restore(restored, torch.device("cpu"))
+    assert restored.cache.seen == session.cache.seen
+    close(turn(engine, restored, SECOND), after(engine, FIRST, SECOND))
+
+
 @pytest.mark.parametrize("family", RECURRENT)
 def test_the_ledger_counts_the_states(family: str) -> None:
     engine = engine_for(tiny_model(family), "dense")
@@ -240,8 +255,8 @@ def test_stacks_that_compute_rows_again_are_refused_by_name() -> None:
         engine_for(tiny_model("qwen3_next"), "loopserve-interval-8")
     with pytest.raises(ConfigError, match="'saying_so'"):
         engine_for(tiny_model("qwen3_next"), PolicyStack("mine", DensePrefill(), SayingSo()))
+    served = engine_for(tiny_model("qwen3_next"), PolicyStack("mine", DensePrefill(), Looking()))
     with pytest.raises(loopserve.LoopServeError, match="computed again"):
-        served = engine_for(tiny_model("qwen3_next"), PolicyStack("mine", DensePrefill(), Looking()))
         turn(served, served.session(), FIRST)
     for stack in ("loopserve", "loopserve-paper", "snapkv", "dense"):
         engine_for(tiny_model("qwen3_next"), stack)

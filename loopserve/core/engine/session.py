@@ -314,7 +314,7 @@ class Session:
             raise PolicyError(
                 "the states of the model's recurrent layers are not there: the conversation is computed anew"
             )
-        states = unpack_state(*packed, {}, device)
+        states: RecurrentStates = unpack_state(*packed, {}, device)
         wanted = {each.spec.index for each in self.slots.by_layer if each.spec.recurrent}
         fits = isinstance(states, dict) and set(states) == wanted
         if not fits or not all(isinstance(part, dict) for part in states.values()):
