@@ -26,10 +26,11 @@ from loopserve.core.stack.stack import PolicyStack, resolve_stack
 from loopserve.kernels import backend as kernels
 from loopserve.models.apply import Applied, applied
 from loopserve.models.bridge import IMPLEMENTATION, TransformersModel
-from loopserve.models.chat import ChatTokenizer, Message, as_messages
+from loopserve.models.chat import ChatTokenizer
 from loopserve.models.generation_config import model_sampling, stop_ids
 from loopserve.models.layers import set_implementation, unwrapped
 from loopserve.models.loading import load
+from loopserve.models.messages import Message, as_messages
 from loopserve.plugins import load_registry
 
 if TYPE_CHECKING:

@@ -20,8 +20,9 @@ from loopserve.core.engine.turn import Turn
 from loopserve.core.errors import InputError
 from loopserve.core.stack.stack import PolicyStack
 from loopserve.models.answer_text import AnswerText
-from loopserve.models.chat import Answered, Message, Prompt, StreamDecoder, as_messages, writable
+from loopserve.models.chat import Answered, Prompt, StreamDecoder
 from loopserve.models.logprobs import TokenLogprob, token_logprobs
+from loopserve.models.messages import Message, as_messages, writable
 from loopserve.transcript import Transcript, TranscriptTurn, bring_to
 
 if TYPE_CHECKING:

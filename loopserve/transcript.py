@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, replace
 
 from loopserve.core.engine.session import UNDO_DEPTH, Session
 from loopserve.core.engine.stats import TurnStats
-from loopserve.models.chat import Answered, ChatTokenizer, Message, Prompt
+from loopserve.models.chat import Answered, ChatTokenizer, Prompt
+from loopserve.models.messages import Message
 
 
 @dataclass(frozen=True)

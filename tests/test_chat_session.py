@@ -14,7 +14,7 @@ from loopserve import Engine
 from loopserve.core.engine.forward import ForwardBatch
 from loopserve.core.errors import ConfigError, InputError
 from loopserve.core.policy.interfaces import Phase
-from loopserve.models.chat import Message
+from loopserve.models.messages import Message
 from tests.models.chat_cases import A, S, U, tokenizer
 
 WINDOW = 512

@@ -6,8 +6,6 @@ import inspect
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,6 +21,7 @@ from loopserve.core.policy.interfaces import Phase
 from loopserve.core.stack.stack import PolicyStack
 from loopserve.models.bridge import IMPLEMENTATION, TransformersModel
 from loopserve.models.cache import CacheRows, Pass, Span, adopt, cache_over, rows_of
+from loopserve.models.generate_prompt import CACHE_KEYWORDS, current_prompt, prompts_announced
 from loopserve.models.layers import cache_keyword, set_implementation, takes_keywords, unwrapped
 from loopserve.models.recurrent import load_states, save_states
 from loopserve.models.rotation import Rotation
@@ -30,18 +29,6 @@ from loopserve.models.rotation import Rotation
 _MEDIA = ("pixel_values", "image", "video", "audio", "input_features", "mm_encoder_outputs")
 _serving: set[int] = set()  # ids of the models inside an apply, in any thread
 _serving_lock = threading.Lock()
-
-
-@dataclass
-class _Prompt:
-    """Hold what ``generate`` computes in this thread: its prompt, of so many columns in all, or its answer (None)."""
-
-    columns: int | None = None
-    rows: CacheRows | None = None  # those of its last pass
-    lengths: list[int] | None = None  # tokens of each row once the prompt is computed
-
-
-_prompt: ContextVar[_Prompt | None] = ContextVar("loopserve_prompt", default=None)
 
 
 class Applied:
@@ -76,7 +63,7 @@ def applied(model: PreTrainedModel, stack: PolicyStack, **options: Any) -> Itera
             set_implementation(model, IMPLEMENTATION)
             handles.append(model.register_forward_pre_hook(_enter(state, model), with_kwargs=True))
             handles.append(model.register_forward_hook(_leave(state), with_kwargs=True))
-            with _prompts_announced(model), state.rotary.watched(), served.carried.token_by_token():
+            with prompts_announced(model), state.rotary.watched(), served.carried.token_by_token():
                 yield state
         finally:
             for handle in handles:
@@ -105,58 +92,11 @@ def _claimed(model: PreTrainedModel) -> Iterator[None]:
             _serving.discard(id(model))
 
 
-@contextmanager
-def _prompts_announced(model: PreTrainedModel) -> Iterator[None]:
-    """Have ``model.generate`` say when it computes its prompt, so that the phase of a pass is known and not guessed."""
-    served: Any = model
-    generate, prefill = served.generate, served._prefill
-
-    def announced_generate(*args: Any, **kwargs: Any) -> Any:
-        token = _prompt.set(_Prompt())
-        try:
-            return generate(*args, **kwargs)
-        finally:
-            _prompt.reset(token)
-
-    def announced_prefill(
-        input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> Any:
-        prompt = _prompt.get()
-        if prompt is None:
-            return prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
-        prompt.columns = _prompt_columns(input_ids, model_kwargs)
-        mask = model_kwargs.get("attention_mask")
-        prompt.lengths = None if mask is None or mask.dim() != 2 else mask.bool().sum(1).tolist()
-        try:
-            return prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
-        finally:
-            prompt.columns = prompt.lengths = None
-
-    served.generate, served._prefill = announced_generate, announced_prefill
-    try:
-        yield
-    finally:
-        del served.generate, served._prefill
-
-
-def _prompt_columns(input_ids: Tensor, model_kwargs: dict[str, Any]) -> int:
-    """Return the columns that the cache holds once the prompt is computed. The caller may give the whole input, or its end."""
-    mask = model_kwargs.get("attention_mask")
-    cache = next((model_kwargs[name] for name in _CACHE_KEYWORDS if model_kwargs.get(name) is not None), None)
-    given = input_ids.shape[1]
-    held = cache.get_seq_length() if cache is not None else 0
-    whole = mask.shape[1] if mask is not None else given
-    return whole if whole > held else held + given
-
-
 def _configs(model: PreTrainedModel) -> list[Any]:
     return [module.config for module in model.modules() if hasattr(module, "config")]
 
 
 Hook = Callable[..., Any]
-
-
-_CACHE_KEYWORDS = ("past_key_values", "cache")  # the second from transformers 5.24 on
 
 
 def _enter(state: Applied, model: PreTrainedModel) -> Hook:
@@ -168,7 +108,7 @@ def _enter(state: Applied, model: PreTrainedModel) -> Hook:
         if "loopserve_pass" in kwargs:  # an observation pass of the engine
             return args, kwargs
         named = {**signature.bind_partial(*args).arguments, **kwargs}
-        cache = next((named.pop(name) for name in _CACHE_KEYWORDS if named.get(name) is not None), None)
+        cache = next((named.pop(name) for name in CACHE_KEYWORDS if named.get(name) is not None), None)
         given = rows_of(cache) if isinstance(cache, Cache) else None
         if given is not None and given.owner is None and given.under_way is not None:
             return args, kwargs  # a pass of the engine, in a family that takes no keyword of ours
@@ -191,7 +131,7 @@ def _enter(state: Applied, model: PreTrainedModel) -> Hook:
             load_states(cache, rows.sessions)
             state.rotary.begin(rows.under_way.rotations(*token_ids.shape))
         state.last_rows = rows
-        if (prompt := _prompt.get()) is not None:
+        if (prompt := current_prompt()) is not None:
             prompt.rows = rows
         return (), named
 
@@ -203,7 +143,7 @@ def _dropped(state: Applied, token_ids: Tensor, mask: Tensor | None) -> Cache | 
 
     Early versions of transformers do so in families like phi3; the conversation is computed anew from its tokens here.
     """
-    rows = prompt.rows if (prompt := _prompt.get()) is not None else None
+    rows = prompt.rows if (prompt := current_prompt()) is not None else None
     goes_on = rows is not None and rows.owner is state.engine and rows.kept and rows.under_way is None
     if rows is None or not goes_on or mask is None or mask.dim() != 2:
         return None
@@ -349,7 +289,7 @@ def _follow(session: Any, positions: Tensor) -> None:
 
 def _keep_rotation(state: Applied, session: Any, row: int, new: int) -> None:
     """Have a row computed again if its keys are rotated for another length than it will have, as transformers drops its cache."""
-    prompt, held = _prompt.get(), session.cache.seen
+    prompt, held = current_prompt(), session.cache.seen
     whole = held + new
     if prompt is not None and prompt.lengths is not None:
         whole = max(whole, prompt.lengths[row])  # a piece of a prompt is rotated as the whole of it
@@ -365,7 +305,7 @@ def _context(
     state: Applied, rows: CacheRows, session: Any, tokens: list[int], device: torch.device, new: int
 ) -> ForwardContext:
     """Return the context of a row; its phase is what ``generate`` says, or a turn's start for anything but a single token."""
-    seen, prompt = session.cache.seen, _prompt.get()
+    seen, prompt = session.cache.seen, current_prompt()
     columns = prompt.columns if prompt is not None else None
     in_prompt = columns is not None if prompt is not None else len(tokens) > 1
     phase = Phase.PREFILL if in_prompt or not seen else Phase.DECODE
@@ -392,7 +332,7 @@ def _context(
 
 def _leave(state: Applied) -> Hook:
     def hook(_: torch.nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        cache = next((kwargs[name] for name in _CACHE_KEYWORDS if kwargs.get(name) is not None), None)
+        cache = next((kwargs[name] for name in CACHE_KEYWORDS if kwargs.get(name) is not None), None)
         rows = rows_of(cache) if isinstance(cache, Cache) else None
         if rows is None or rows.owner is not state.engine or rows.under_way is None:
             return
@@ -403,7 +343,7 @@ def _leave(state: Applied) -> Hook:
         rows.columns += kwargs["input_ids"].shape[1]
         state.engine.after_pass(contexts)
         rows.under_way = None
-        for name in _CACHE_KEYWORDS:
+        for name in CACHE_KEYWORDS:
             if not rows.kept and getattr(output, name, None) is not None:
                 setattr(output, name, None)
 

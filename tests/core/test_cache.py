@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from loopserve.core.errors import CacheError, PolicyError
-from loopserve.core.kv.cache import KVCache, LayerCache
+from loopserve.core.kv.cache import KVCache
+from loopserve.core.kv.layer_cache import LayerCache
 from loopserve.core.policy.interfaces import KVSelection, Retention
 
 HEADS, WIDTH = 2, 3

@@ -5,7 +5,8 @@ from __future__ import annotations
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from loopserve.models.chat import ChatTokenizer, Message
+from loopserve.models.chat import ChatTokenizer
+from loopserve.models.messages import Message
 from tests.models.chat_cases import CHATML
 
 

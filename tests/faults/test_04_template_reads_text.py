@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from loopserve.models.chat import Message
+from loopserve.models.messages import Message
 from tests.faults.chat_tokens import byte_tokenizer, fed_and_whole
 from tests.models.chat_cases import CHATML, S, U
 

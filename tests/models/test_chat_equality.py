@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loopserve.core.errors import InputError, ModelError
-from loopserve.models.chat import Answered, ChatTokenizer, Message, Prompt
+from loopserve.models.chat import Answered, ChatTokenizer, Prompt
+from loopserve.models.messages import Message
 from tests.models.chat_cases import KINDS, SPECIAL, TEMPLATES, A, S, U, tokenizer
 
 MAY_REFUSE = ("harmony", "escaped json", "gemma", "last only")

@@ -13,7 +13,7 @@ from transformers import DynamicCache, PreTrainedModel
 import loopserve
 from loopserve.core.engine.engine import TokenEngine
 from loopserve.core.engine.ledger import Ledger
-from loopserve.core.engine.session import RECURRENT as RECURRENT_STATES
+from loopserve.core.engine.policy_states import RECURRENT as RECURRENT_STATES
 from loopserve.core.engine.session import Session
 from loopserve.core.errors import ConfigError, ModelError
 from loopserve.core.kv.cache import bytes_of_states

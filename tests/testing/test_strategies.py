@@ -9,7 +9,7 @@ import torch
 from hypothesis import find, given
 from hypothesis import strategies as st
 
-from loopserve.core.kv.cache import LayerCache
+from loopserve.core.kv.layer_cache import LayerCache
 from loopserve.core.policy.interfaces import AttentionInputs, KVSelection
 from loopserve.core.policy.patterns import AttentionPattern, BlockPattern, DensePattern, LinePattern, RowGroups
 from loopserve.kernels.masked import masked_attention

@@ -19,7 +19,8 @@ from loopserve.core.engine.engine import TokenEngine
 from loopserve.core.engine.sampling import Dictation, Sampler, SamplingConfig
 from loopserve.core.engine.stats import TurnStats
 from loopserve.core.errors import ModelError
-from loopserve.models.chat import ChatTokenizer, Message
+from loopserve.models.chat import ChatTokenizer
+from loopserve.models.messages import Message
 
 _WHOLE = 4096  # vocabularies up to this size are stored whole
 _KEPT = 256  # of larger ones the likeliest tokens are stored, and all others merged into one

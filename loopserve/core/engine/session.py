@@ -11,19 +11,28 @@ from typing import Any
 import torch
 
 from loopserve.core.engine.attention_map import AttentionMap
+from loopserve.core.engine.policy_states import (
+    RECURRENT,
+    begin_states,
+    copy_states,
+    fresh_state,
+    pack_states,
+    unpack_recurrent,
+    unpack_states,
+)
 from loopserve.core.engine.slots import Slots
 from loopserve.core.engine.stats import TurnStats
 from loopserve.core.errors import CacheError, Fault, InputError, ModelError, PolicyError
 from loopserve.core.guard.faults import FAULTS
 from loopserve.core.guard.guard import Guard
 from loopserve.core.guard.strict_checks import holds, storages
-from loopserve.core.kv.cache import ActiveSet, KVCache, RecurrentStates, bytes_of_states, copied_states
+from loopserve.core.kv.cache import KVCache, RecurrentStates, bytes_of_states, copied_states
+from loopserve.core.kv.layer_cache import ActiveSet
 from loopserve.core.kv.recording import plain_tensors
-from loopserve.core.policy.interfaces import DecodeCompressor, Phase
-from loopserve.core.policy.state import PackedState, pack_state, unpack_state
+from loopserve.core.policy.interfaces import Phase
+from loopserve.core.policy.state import PackedState
 
 UNDO_DEPTH = 8
-RECURRENT = "recurrent"  # in place of a slot: the states of the model's recurrent layers, where states are written
 _TIMES = count()  # sessions are ordered by when they were last used
 
 
@@ -135,7 +144,7 @@ class Session:
             self.states[slot] = {}
             if self.is_enabled(slot):
                 try:
-                    self.states[slot] = self._fresh(slot)
+                    self.states[slot] = fresh_state(self.slots, self.guard, slot)
                 except FAULTS as error:
                     self.failed(slot, error, "init_state")
 
@@ -149,7 +158,9 @@ class Session:
         self.used_at = next(_TIMES)
         reused = len(self.tokens) if self.cache.seen else 0  # nothing is, where a deep undo dropped the cache
         stats = TurnStats(len(self.turns), prompt_tokens=len(new_tokens), reused_tokens=reused)
-        states, copies, disabled = self._begin_states(stats, undoable)  # first: it may raise
+        states, copies, disabled = begin_states(  # first: it may raise
+            self.slots, self.guard, self.states, self.disabled, stats, ended=self.ended, undoable=undoable
+        )
         active = [layer.active if undoable and not self.ended else None for layer in self.cache.layers]
         self.cache.release()
         kept = self.cache.fork() if self.slots.evicts and undoable else None
@@ -237,7 +248,7 @@ class Session:
             self,
             tokens=list(self.tokens),
             turns=copy.deepcopy(self.turns),
-            states=self._copied(self.states),
+            states=copy_states(self.slots, self.guard, self.states),
             disabled=set(self.disabled),
             attention_map=None,
         )
@@ -245,7 +256,7 @@ class Session:
         other._starts = [
             replace(
                 start,
-                states=None if start.states is None else self._copied(start.states),
+                states=None if start.states is None else copy_states(self.slots, self.guard, start.states),
                 active=[each.copy() if each else None for each in start.active],
                 cache=start.cache.fork() if start.cache else None,
                 recurrent=None if start.recurrent is None else copied_states(start.recurrent),
@@ -265,21 +276,11 @@ class Session:
         """Return each policy's state by slot as a JSON-able tree and tensors, and by slot why a state cannot be written.
 
         A slot in neither begins anew with the next turn, as does one that cannot be written. The states of recurrent layers are
-        there under ``RECURRENT``. Raises InputError while a turn is under way.
+        there under ``policy_states.RECURRENT``. Raises InputError while a turn is under way.
         """
         self.require_rest()
-        packed: dict[str, PackedState] = {}
-        problems: dict[str, str] = {}
-        for slot, policy in self.slots.policies.items():
-            if slot not in self.states or not self.is_enabled(slot):
-                continue
-            try:
-                packed[slot] = self.guard.ask(policy, policy.pack_state, self.states[slot])
-            except FAULTS as error:
-                problems[slot] = self._named(slot, error)
-        if self.cache.recurrent:
-            packed[RECURRENT] = pack_state(self.cache.recurrent, {})
-        return packed, problems
+        enabled = {slot: state for slot, state in self.states.items() if self.is_enabled(slot)}
+        return pack_states(self.slots, self.guard, enabled, self.cache.recurrent)
 
     def restore_states(self, packed: Mapping[str, PackedState], device: torch.device | None = None) -> dict[str, str]:
         """Take over states that ``pack_states`` wrote, their tensors on ``device``. Return by slot why a state cannot be read.
@@ -289,44 +290,15 @@ class Session:
         InputError while a turn is under way.
         """
         self.require_rest()
-        problems: dict[str, str] = {}
         self.states, self.disabled = {}, set()
         if self.slots.recurrent and self.cache.seen:
             try:
-                self.cache.recurrent = self._read_recurrent(packed.get(RECURRENT), device)
+                self.cache.recurrent = unpack_recurrent(self.slots, packed.get(RECURRENT), device)
             except PolicyError as error:
                 self._drop_store()
                 return {RECURRENT: str(error)}
-        for slot, each in packed.items():
-            if slot == RECURRENT:
-                continue
-            policy = self.slots.policies.get(slot)
-            try:
-                if policy is None:
-                    raise PolicyError(f"this session has no slot {slot!r}; it has {', '.join(self.slots.policies)}")
-                self.states[slot] = self.guard.ask(policy, policy.unpack_state, each, device)
-            except FAULTS as error:
-                problems[slot] = self._named(slot, error)
+        self.states, problems = unpack_states(self.slots, self.guard, packed, device)
         return problems
-
-    def _read_recurrent(self, packed: PackedState | None, device: torch.device | None) -> RecurrentStates:
-        if packed is None:
-            raise PolicyError(
-                "the states of the model's recurrent layers are not there: the conversation is computed anew"
-            )
-        states: RecurrentStates = unpack_state(*packed, {}, device)
-        wanted = {each.spec.index for each in self.slots.by_layer if each.spec.recurrent}
-        fits = isinstance(states, dict) and set(states) == wanted
-        if not fits or not all(isinstance(part, dict) for part in states.values()):
-            raise PolicyError("the states of recurrent layers are damaged, or of another model: it is computed anew")
-        if not all(isinstance(each, torch.Tensor) for part in states.values() for each in part.values()):
-            raise PolicyError("the states of recurrent layers are damaged: the conversation is computed anew")
-        return states
-
-    def _named(self, slot: str, error: BaseException) -> str:
-        policy = self.slots.policies.get(slot)
-        said = str(error) if isinstance(error, PolicyError) else f"it raised {type(error).__name__}: {error}"
-        return said if policy is None else f"{slot} ({policy.name}): {said}"
 
     # Policies that break their contract.
 
@@ -388,56 +360,3 @@ class Session:
     def _limit_undo(self) -> None:
         for start in self._starts[: -self.undo_depth]:
             start.states = start.recurrent = None
-
-    def _begin_states(self, stats: TurnStats, undoable: bool) -> tuple[dict[str, Any], dict[str, Any], set[str]]:
-        """Return the states that a turn begins with, copies to go back to, and the slots that it is served without.
-
-        A policy that has no state yet, or was disabled in the last turn and missed a part of it, gets a fresh one. The state of a
-        policy that this turn is served without is kept as it is, to go back to.
-        """
-        states: dict[str, Any] = {}
-        copies: dict[str, Any] = {}
-        disabled: set[str] = set()
-        for slot, policy in self.slots.policies.items():
-            if self.guard.skips(policy):
-                stats.count("breaker_open")
-                disabled.add(slot)
-                continue
-            moment = "init_state"
-            try:
-                kept = slot in self.states and slot not in self.disabled
-                states[slot] = self.states[slot] if kept else self._fresh(slot)
-                moment = "a copy of its state"
-                if undoable:
-                    copies[slot] = copy.deepcopy(states[slot])
-                if kept and not self.ended and isinstance(policy, DecodeCompressor):
-                    moment = "end_turn"  # the last turn got no answer, or nobody said that it was complete
-                    self.guard.ask(policy, policy.end_turn, states[slot])
-            except FAULTS as error:
-                fault = self.guard.note(policy, error, moment=moment)
-                if self.guard.raises:
-                    self.states |= {each: before for each, before in copies.items() if each in self.states}
-                    raise fault from error
-                stats.count(f"fault:{fault.fault}")
-                disabled.add(slot)
-        for slot in disabled:
-            states[slot] = {}
-            if slot in self.states:
-                copies.setdefault(slot, self.states[slot])
-        return states, copies, disabled
-
-    def _fresh(self, slot: str) -> Any:
-        policy = self.slots.policies[slot]
-        return self.guard.ask(policy, policy.init_state)
-
-    def _copied(self, states: dict[str, Any]) -> dict[str, Any]:
-        """Return copies that share nothing. A state that cannot be copied is left out, so that its policy begins anew."""
-        copies = {}
-        for slot, state in states.items():
-            try:
-                copies[slot] = copy.deepcopy(state)
-            except FAULTS as error:
-                fault = self.guard.note(self.slots.policies[slot], error, moment="a copy of its state")
-                if self.guard.raises:
-                    raise fault from error
-        return copies

@@ -25,7 +25,7 @@ from loopserve.core.errors import (
 )
 from loopserve.core.guard.faults import FAULTS, Owners, Policy, kind_of, policy_fault
 from loopserve.core.guard.strict_checks import Inspection
-from loopserve.core.kv.cache import LayerCache
+from loopserve.core.kv.layer_cache import LayerCache
 from loopserve.core.policy.interfaces import AttentionInputs, KVSelection, Observation, Retention
 from loopserve.core.policy.patterns import AttentionPattern, BlockPattern, DensePattern, LinePattern, RowGroups
 
