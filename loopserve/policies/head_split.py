@@ -12,7 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from loopserve.core.errors import ConfigError
-from loopserve.core.policy.interfaces import AttentionInputs, LayerSpec, PolicyConfig
+from loopserve.core.policy.base import PolicyConfig
+from loopserve.core.policy.interfaces import AttentionInputs
+from loopserve.core.policy.layers import LayerSpec
 from loopserve.core.stack.config import read_yaml
 
 HeadScores = Mapping[int, Sequence[float]]

@@ -23,7 +23,7 @@ from openai.types.chat.chat_completion_message_function_tool_call import (
 )
 from starlette.responses import JSONResponse, Response
 
-from loopserve.models.chat import as_messages
+from loopserve.models.messages import as_messages
 from loopserve.models.tool_calls import ToolCall
 from loopserve.serve.answer import Answer, Delta, Reply
 from loopserve.serve.ask import Ask

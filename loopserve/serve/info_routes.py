@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
 import loopserve
-from loopserve.models.chat import as_messages
+from loopserve.models.messages import as_messages
 from loopserve.serve.protocol import TokenizeRequest
 from loopserve.serve.server import Server, server_of
 

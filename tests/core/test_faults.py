@@ -13,13 +13,14 @@ import torch
 from loopserve.core.engine.sampling import SamplingConfig
 from loopserve.core.errors import ConfigError, Fault, PolicyFault
 from loopserve.core.guard.guard import BREAKER_FAULTS, COOL_DOWN_S, Guard
-from loopserve.core.policy.interfaces import Phase, Retention
+from loopserve.core.kv.selection import Retention
+from loopserve.core.policy.interfaces import Phase
 from loopserve.policies.decode.full import FullDecode
 from loopserve.policies.prefill.dense import DensePrefill
 from tests.core import fault_matrix as matrix
 from tests.core.acts import CLOCK, COMPRESSOR, SPARSIFIER
-from tests.core.fault_matrix import ANSWER, MARKED, OTHER, alone, engine, prompt, steps
-from tests.core.faulty import Halving, Windowed
+from tests.core.fault_matrix import ANSWER, OTHER, alone, engine, prompt, steps
+from tests.core.faulty import MARKED, Halving, Windowed
 
 PAGE = Path(__file__).parents[2] / "docs" / "faults.md"
 KINDS = {

@@ -17,7 +17,8 @@ from loopserve.core.engine.policy_states import RECURRENT as RECURRENT_STATES
 from loopserve.core.engine.session import Session
 from loopserve.core.errors import ConfigError, ModelError
 from loopserve.core.kv.cache import bytes_of_states
-from loopserve.core.policy.interfaces import Capabilities, DecodeCompressor, Observation, Phase
+from loopserve.core.policy.base import Capabilities
+from loopserve.core.policy.interfaces import DecodeCompressor, Observation, Phase
 from loopserve.core.stack.stack import PolicyStack
 from loopserve.models.carried import Carried
 from loopserve.models.tiny import RECURRENT, VOCABULARY, tiny_model

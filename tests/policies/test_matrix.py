@@ -9,7 +9,7 @@ import torch
 
 from loopserve.core.engine.engine import TokenEngine
 from loopserve.core.engine.session import Session
-from loopserve.core.policy.interfaces import Retention
+from loopserve.core.kv.selection import Retention
 from loopserve.core.policy.registry import Kind, Registration
 from loopserve.core.stack.stack import pairs
 from tests.policies.conversations import ANSWER, DENSE, FAMILIES, FULL, TURNS, answers, conversation, engine

@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loopserve.core.policy.interfaces import AttentionInputs, Phase, Retention, Step
+from loopserve.core.kv.selection import Retention
+from loopserve.core.policy.interfaces import AttentionInputs, Phase, Step
 from loopserve.core.policy.scoring import ScoredCompressor
 from loopserve.policies.decode.random import RandomDecode
 from loopserve.policies.decode.snapkv import SnapKVDecode

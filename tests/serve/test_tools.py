@@ -9,7 +9,8 @@ from typing import Any
 import openai
 import pytest
 
-from loopserve.models.chat import TOOLS, ChatTokenizer
+from loopserve.models.chat import ChatTokenizer
+from loopserve.models.messages import TOOLS
 from loopserve.models.tool_calls import GENERIC, LLAMA, MISTRAL, CallReader, ToolFormat, tool_format
 from loopserve.models.tool_calls import HERMES as HERMES_FORMAT
 from loopserve.serve.settings import ServerSettings

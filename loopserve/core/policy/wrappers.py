@@ -12,17 +12,10 @@ from typing import Annotated, Any, Protocol
 from pydantic import Field, PlainSerializer, PlainValidator, ValidationInfo, WithJsonSchema, model_validator
 from torch import Tensor
 
-from loopserve.core.policy.interfaces import (
-    AttentionInputs,
-    Capabilities,
-    DecodeCompressor,
-    KVSelection,
-    LayerSpec,
-    Observation,
-    PolicyConfig,
-    Retention,
-    Step,
-)
+from loopserve.core.kv.selection import KVSelection, Retention
+from loopserve.core.policy.base import Capabilities, PolicyConfig
+from loopserve.core.policy.interfaces import AttentionInputs, DecodeCompressor, Observation, Step
+from loopserve.core.policy.layers import LayerSpec
 from loopserve.core.policy.scoring import ScoredCompressor, ScoredConfig, ScoredState
 from loopserve.core.stack.config import mistake, mistake_at
 

@@ -8,17 +8,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from loopserve.core.policy.interfaces import (
-    AttentionInputs,
-    Capabilities,
-    DecodeCompressor,
-    KVSelection,
-    LayerSpec,
-    Observation,
-    Retention,
-    Selections,
-    Step,
-)
+from loopserve.core.kv.selection import KVSelection, Retention
+from loopserve.core.policy.base import Capabilities
+from loopserve.core.policy.interfaces import AttentionInputs, DecodeCompressor, Observation, Selections, Step
+from loopserve.core.policy.layers import LayerSpec
 from loopserve.core.policy.scoring import ScoredCompressor, ScoredConfig, ScoredState, sound
 from loopserve.core.policy.wrappers import WrapperConfig, joint_capabilities
 

@@ -9,7 +9,9 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn.functional import max_pool1d, normalize
 
-from loopserve.core.policy.interfaces import AttentionInputs, Capabilities, Phase, Retention
+from loopserve.core.kv.selection import Retention
+from loopserve.core.policy.base import Capabilities
+from loopserve.core.policy.interfaces import AttentionInputs, Phase
 from loopserve.core.policy.scoring import ScoredCompressor, ScoredConfig, ScoredState, sound
 from loopserve.policies.decode.rolling import among
 

@@ -8,7 +8,9 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn.functional import avg_pool1d, pad
 
-from loopserve.core.policy.interfaces import AttentionInputs, Capabilities, Retention
+from loopserve.core.kv.selection import Retention
+from loopserve.core.policy.base import Capabilities
+from loopserve.core.policy.interfaces import AttentionInputs
 from loopserve.core.policy.scoring import ScoredCompressor, ScoredConfig
 
 

@@ -10,18 +10,10 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from loopserve.core.kv.key_summaries import KeySummaries
-from loopserve.core.policy.interfaces import (
-    AttentionInputs,
-    Capabilities,
-    DecodeCompressor,
-    KVSelection,
-    LayerSpec,
-    Observation,
-    Phase,
-    Retention,
-    Selections,
-    Step,
-)
+from loopserve.core.kv.selection import KVSelection, Retention
+from loopserve.core.policy.base import Capabilities
+from loopserve.core.policy.interfaces import AttentionInputs, DecodeCompressor, Observation, Phase, Selections, Step
+from loopserve.core.policy.layers import LayerSpec
 from loopserve.core.policy.wrappers import AnyInner, InnerConfig, joint_capabilities
 
 

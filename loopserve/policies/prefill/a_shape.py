@@ -6,7 +6,8 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from loopserve.core.policy.interfaces import AttentionInputs, PolicyConfig, PrefillSparsifier
+from loopserve.core.policy.base import PolicyConfig
+from loopserve.core.policy.interfaces import AttentionInputs, PrefillSparsifier
 from loopserve.core.policy.patterns import AttentionPattern, DensePattern, LinePattern
 from loopserve.policies.lines import scaled_count, sink_lines
 

@@ -7,7 +7,9 @@ from typing import ClassVar
 import torch
 from pydantic import Field
 
-from loopserve.core.policy.interfaces import AttentionInputs, LayerSpec, PolicyConfig, PrefillSparsifier
+from loopserve.core.policy.base import PolicyConfig
+from loopserve.core.policy.interfaces import AttentionInputs, PrefillSparsifier
+from loopserve.core.policy.layers import LayerSpec
 from loopserve.core.policy.patterns import AttentionPattern, LinePattern
 from loopserve.policies.lines import heaviest, scaled_count, sink_lines
 from loopserve.policies.prefill.line_sizes import LineSizes, read_sizes

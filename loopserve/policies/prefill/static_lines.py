@@ -9,14 +9,9 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import pad
 
-from loopserve.core.policy.interfaces import (
-    AttentionInputs,
-    Capabilities,
-    LayerSpec,
-    Need,
-    PolicyConfig,
-    PrefillSparsifier,
-)
+from loopserve.core.policy.base import Capabilities, PolicyConfig
+from loopserve.core.policy.interfaces import AttentionInputs, PrefillSparsifier
+from loopserve.core.policy.layers import LayerSpec, Need
 from loopserve.core.policy.patterns import AttentionPattern, LinePattern
 from loopserve.kernels.select_lines import select_lines
 from loopserve.policies.draws import Sampling, generator, sample_rows
