@@ -1,4 +1,4 @@
-"""Serve what tells about the server: models, tokenize, health, readiness, metrics, version."""
+"""Serve information about the server: models, tokenize, health, readiness, metrics, version."""
 
 from __future__ import annotations
 

@@ -99,7 +99,7 @@ _SECTIONS: tuple[tuple[str, Callable[[Rows], tuple[str, list[Verdict]]]], ...] =
     ("2. Sparse prefill", sections.prefilling),
     ("3. What alpha gives", sections.alphas),
     ("4. Both phases together", sections.both),
-    ("5. Numbers told turns before", sections.needles),
+    ("5. Numbers stated turns before", sections.needles),
     ("6. The default stack's fields", sections.ablations),
     ("7. Conversations of several turns", sections.talks),
     ("8. The paper's claims about attention", sections.claims),

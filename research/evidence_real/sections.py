@@ -341,10 +341,10 @@ def _falling(mine: Sequence[Row]) -> list[Verdict]:
     if len(by_length) < 2:
         return []
     first, last = min(by_length), max(by_length)
-    told = ", ".join(f"{percent(value)} at {tokens:,}" for tokens, value in sorted(by_length.items()))
+    shares = ", ".join(f"{percent(value)} at {tokens:,}" for tokens, value in sorted(by_length.items()))
     return [
         Verdict(
-            "The share of the cells that alpha 0.95 needs falls with length", by_length[last] < by_length[first], told
+            "The share of the cells that alpha 0.95 needs falls with length", by_length[last] < by_length[first], shares
         )
     ]
 
@@ -505,14 +505,14 @@ class Found:
 
 
 def needles(rows: Rows) -> tuple[str, list[Verdict]]:
-    """Numbers told in a conversation of three turns."""
+    """Numbers stated in a conversation of three turns."""
     mine = [row for row in rows.get("needles", []) if "error" not in row["found"]]
     if not mine:
         return "Not measured.", [Verdict("Facts of earlier turns are found again", None, "-")]
     found: dict[str, list[Row]] = {}
     for row in mine:
         found.setdefault(row["unit"]["label"], []).extend(row["found"]["answers"])
-    told = {label: Found(answers) for label, answers in found.items()}
+    results = {label: Found(answers) for label, answers in found.items()}
     tokens, share = mine[0]["unit"]["tokens"], mine[0]["unit"]["share"]
     lines = [
         [
@@ -523,9 +523,9 @@ def needles(rows: Rows) -> tuple[str, list[Verdict]]:
             " / ".join(percent(each.where("back", back).digits, 0) for back in range(TURNS)),
             percent(each.attended),
         ]
-        for label, each in sorted(told.items(), key=lambda item: -item[1].digits)
+        for label, each in sorted(results.items(), key=lambda item: -item[1].digits)
     ]
-    counts = sorted({len(each.answers) for each in told.values()})
+    counts = sorted({len(each.answers) for each in results.values()})
     text = (
         f"A novel of {tokens:,} tokens is read over {TURNS} turns; two sentences in each turn's part tell a number (`The magic "
         "number of the harbour is 48213.`). The last turn's message asks for one of them, at its begin, in its middle or at its "
@@ -537,30 +537,30 @@ def needles(rows: Rows) -> tuple[str, list[Verdict]]:
                 "digits right",
                 "whole numbers right",
                 "digits: begin / middle / end",
-                "digits: told in the last turn / one before / two before",
+                "digits: stated in the last turn / one before / two before",
                 "attended",
             ],
             lines,
         )
     )
     verdicts = []
-    if {"dense", "loopserve"} <= set(told):
-        dense, ours = told["dense"], told["loopserve"]
-        rivals = {label: each for label, each in told.items() if not label.startswith(("dense", "loopserve"))}
+    if {"dense", "loopserve"} <= set(results):
+        dense, ours = results["dense"], results["loopserve"]
+        rivals = {label: each for label, each in results.items() if not label.startswith(("dense", "loopserve"))}
         best = max(rivals.items(), key=lambda item: item[1].digits) if rivals else None
         said = f"digits right: {percent(ours.digits, 0)} beside dense's {percent(dense.digits, 0)}" + (
             f"; `{best[0]}` {percent(best[1].digits, 0)}" if best else ""
         )
         verdicts.append(
             Verdict(
-                f"Numbers told turns before are found as under dense attention (within 3 points), {tokens:,} tokens, "
+                f"Numbers stated turns before are found as under dense attention (within 3 points), {tokens:,} tokens, "
                 f"{percent(share, 0)} of the pairs",
                 ours.digits >= dense.digits - 0.03,
                 f"{said} ({len(ours.answers)} answers)",
                 few=len(ours.answers) < _ENOUGH,
             )
         )
-        windows = {label: told[label] for label in ("snapkv", "adakv") if label in told}
+        windows = {label: results[label] for label in ("snapkv", "adakv") if label in results}
         if windows:
             verdicts.append(
                 Verdict(
@@ -593,14 +593,14 @@ def talks(rows: Rows) -> tuple[str, list[Verdict]]:
         turns = found.setdefault(row["unit"]["label"], [[] for _ in row["found"]["turns"]])
         for turn, each in zip(turns, row["found"]["turns"], strict=True):
             turn.append(each | {"kind": row["unit"]["text"][0]})
-    told = {label: [Agreement(parts) for parts in turns] for label, turns in found.items()}
+    results = {label: [Agreement(parts) for parts in turns] for label, turns in found.items()}
     tokens, share = mine[0]["unit"]["tokens"], mine[0]["unit"]["share"]
-    count = len(next(iter(told.values())))
+    count = len(next(iter(results.values())))
     lines = [
         [label, *(f"{each.kl:.4f} ± {each.kl_error:.4f}" for each in turns), percent(turns[-1].attended)]
-        for label, turns in sorted(told.items(), key=lambda item: item[1][-1].kl)
+        for label, turns in sorted(results.items(), key=lambda item: item[1][-1].kl)
     ]
-    sample = next(iter(told.values()))[0].tokens
+    sample = next(iter(results.values()))[0].tokens
     text = (
         f"A text is given in {count} messages, and every answer is the piece that follows, {tokens:,} tokens in all; one budget for "
         f"all turns, {percent(share, 0)} of the whole. Dense prefill over what is kept; KL of the answers by turn, {sample} tokens "
@@ -609,8 +609,8 @@ def talks(rows: Rows) -> tuple[str, list[Verdict]]:
     )
     verdicts = []
     for label in ("snapkv", "adakv"):
-        if label in told and f"{label}-evict" in told:
-            kept, gone = told[label][-1], told[f"{label}-evict"][-1]
+        if label in results and f"{label}-evict" in results:
+            kept, gone = results[label][-1], results[f"{label}-evict"][-1]
             verdicts.append(
                 Verdict(
                     f"Eviction costs agreement in later turns, `{label}`, turn {count}",
@@ -618,8 +618,8 @@ def talks(rows: Rows) -> tuple[str, list[Verdict]]:
                     f"KL {gone.kl:.4f} ± {gone.kl_error:.4f} with eviction, {kept.kl:.4f} ± {kept.kl_error:.4f} with everything kept",
                 )
             )
-    if "loopserve" in told:
-        first, last = told["loopserve"][1], told["loopserve"][-1]
+    if "loopserve" in results:
+        first, last = results["loopserve"][1], results["loopserve"][-1]
         verdicts.append(
             Verdict(
                 f"`loopserve` agrees in the last turn as in the second (KL at most twice), {count} turns, {tokens:,} tokens",

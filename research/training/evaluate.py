@@ -123,7 +123,7 @@ def main() -> None:
         "",
         *table(found, "tokens", "keys"),
         "",
-        "By length and distance (how many turns back the oldest of the asked facts was told), one to three keys:",
+        "By length and distance (how many turns back the oldest of the asked facts was stated), one to three keys:",
         "",
         *table([outcome for outcome in found if outcome.keys <= 3], "tokens", "distance"),
         "",

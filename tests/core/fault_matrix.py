@@ -53,7 +53,7 @@ NOT_FROM_THE_START = {
 
 @dataclass(frozen=True)
 class Row:
-    """One fault on one interface, as the table tells it."""
+    """One fault on one interface, as the table names it."""
 
     fault: str
     interface: str

@@ -114,7 +114,7 @@ def test_a_raised_fault_takes_its_turn_back_and_the_conversation_goes_on(fault: 
         healthy = moment == "init_state" or subject.turn != 1 or state.get("spared")
         return answer if healthy else act(moment, policy, subject, state, answer, call)
 
-    said, told = SamplingConfig(max_new_tokens=ANSWER), []
+    said, outcomes = SamplingConfig(max_new_tokens=ANSWER), []
     for each in (later, None):
         served = engine(DensePrefill(), Halving(each), on_fault="raise")
         session = served.session()
@@ -131,11 +131,11 @@ def test_a_raised_fault_takes_its_turn_back_and_the_conversation_goes_on(fault: 
         elif damaged:
             session = served.session()
             answers.append(list(served.generate(session, tokens + prompt(9), said, frozenset())))
-            told.append(answers)
+            outcomes.append(answers)
             continue
         answers.append(list(served.generate(session, prompt(9), said, frozenset())))
-        told.append(answers)
-    assert told[0] == told[1]
+        outcomes.append(answers)
+    assert outcomes[0] == outcomes[1]
 
 
 @pytest.mark.parametrize("on_fault", ["raise", "dense"])

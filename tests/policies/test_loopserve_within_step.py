@@ -148,7 +148,7 @@ def test_best_pages_are_exact(heads: int, total: int, page: int, budget: int, se
 
 
 def test_rescoring_by_codes_follows_the_answer_and_reads_no_keys() -> None:
-    """What each output looked at, the codes told as it came: the next selection needs no other reading."""
+    """What each output looked at, the codes seen as it came: the next selection needs no other reading."""
     by = {}
     for rescore in ("keys", "codes"):
         talk = converse(

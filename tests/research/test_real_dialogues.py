@@ -35,8 +35,8 @@ def test_a_text_is_told_piece_by_piece_without_gaps() -> None:
             return list(range(1000, 3000)) if text == "numbers" else super().encode(text)
 
     turns = dialogues.turns_of(Numbered(), "numbers", TOKENS)
-    told = [token for given, answer in turns for token in (*given, *answer) if token >= 1000]
-    assert told == list(range(1000, 1000 + len(told)))
+    whole = [token for given, answer in turns for token in (*given, *answer) if token >= 1000]
+    assert whole == list(range(1000, 1000 + len(whole)))
     assert [len(answer) for _, answer in turns] == [dialogues.ANSWER] * dialogues.TURNS
     assert TOKENS - 60 <= sum(len(given) + len(answer) for given, answer in turns) <= TOKENS + 60
 

@@ -1,4 +1,4 @@
-"""``loopserve bench run|report|compare|ls`` on a tiny random model with the shipped sample, and what a wrong command is told."""
+"""``loopserve bench run|report|compare|ls`` on a tiny random model with the shipped sample, and the errors of wrong commands."""
 
 from __future__ import annotations
 
