@@ -10,7 +10,7 @@ from pathlib import Path
 from loopserve.core.errors import LoopServeError
 from research.evidence.units import Unit
 from research.evidence_real import page
-from research.evidence_real.agreement import MODEL
+from research.evidence_real.case import MODEL
 from research.evidence_real.ledger import Ledger
 from research.evidence_real.plan import FULL, QUICK, units_of
 from research.evidence_real.work import run_all

@@ -20,7 +20,7 @@ from loopserve.core.engine.engine import TokenEngine
 from loopserve.core.engine.turn import Turn
 from loopserve.core.stack.stack import PolicyStack
 from loopserve.models.bridge import TransformersModel
-from research.evidence_real.replay import Recording, ReplayModel, TurnRecorder, replayed
+from research.evidence_real.replay import Recording, ReplayModel, TurnRecorder, decode_together, replayed
 from research.evidence_real.texts import text
 
 POSITIONS = ("begin", "middle", "end")
@@ -156,12 +156,8 @@ class Asking:
                 for each in turns[:-1]:
                     engine.prefill(session, list(each))
                 choose = _Digits(ids, digits, [])
-                turn = engine.begin(session, list(turns[-1]), choose, max_new_tokens=len(ids))
-                while not turn.output and turn.error is None:
-                    engine.run_pass([turn])
-                running[name] = turn, choose
-            while waiting := [turn for turn, _ in running.values() if not turn.finished]:
-                engine.run_pass(waiting)
+                running[name] = engine.begin(session, list(turns[-1]), choose, max_new_tokens=len(ids)), choose
+            decode_together(engine, [turn for turn, _ in running.values()])
             for name, (turn, choose) in running.items():
                 if turn.error is not None:
                     raise turn.error

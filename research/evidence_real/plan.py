@@ -11,7 +11,7 @@ from typing import Any
 from loopserve.core.errors import ConfigError
 from research.evidence.units import Spec, Unit
 from research.evidence_real import recipes
-from research.evidence_real.agreement import FORCED, MODEL
+from research.evidence_real.case import FORCED, MODEL
 from research.evidence_real.dialogues import ANSWER as ANSWERED
 from research.evidence_real.needles import ANSWER
 from research.evidence_real.texts import KINDS

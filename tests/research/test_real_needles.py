@@ -18,6 +18,8 @@ from research.evidence_real.needles import POSITIONS, last_message, make_dialogu
 class Words:
     """A tokenizer with one token per word, digit or mark."""
 
+    chat_template: str | None = "roles in brackets"
+
     def encode(self, text: str, **options: Any) -> list[int]:
         parts = re.findall(r"\d|[a-z]+|[^\sa-z]", text.lower())
         return [10 + int(each) if each.isdigit() else 30 + sum(map(ord, each)) % 120 for each in parts]

@@ -12,7 +12,7 @@ import pytest
 from research.evidence.units import Row, Unit
 from research.evidence_real import work
 from research.evidence_real.__main__ import main
-from research.evidence_real.agreement import BLOCK
+from research.evidence_real.comparison import BLOCK
 from research.evidence_real.dialogues import TURNS
 from research.evidence_real.ledger import Ledger
 from research.evidence_real.page import LAST, current, render
@@ -85,7 +85,7 @@ def verdict(text: str, claim: str) -> str:
     return line.split("|")[2].strip()
 
 
-def test_every_section_is_told_and_nothing_is_missing(tmp_path: Path) -> None:
+def test_every_section_is_there_and_nothing_is_missing(tmp_path: Path) -> None:
     units = units_of(FULL)
     text = render(written(tmp_path, units, ours_is_best), units)
     assert text.count("\n## ") == 10
