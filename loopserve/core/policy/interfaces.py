@@ -288,7 +288,7 @@ class DecodeCompressor(Policy, Generic[State]):
 
     @property
     def reads_again(self) -> int:
-        """Return the most tokens that one observation with ``again`` reads. Room is reserved for them."""
+        """Return the most tokens that one observation with ``again`` reads. Memory is reserved for them."""
         return 0
 
     @abstractmethod

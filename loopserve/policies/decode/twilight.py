@@ -11,10 +11,8 @@ from torch import Tensor
 
 from loopserve.core.kv.key_summaries import KeySummaries
 from loopserve.core.kv.selection import KVSelection, Retention
-from loopserve.core.policy.base import Capabilities
 from loopserve.core.policy.interfaces import AttentionInputs, DecodeCompressor, Observation, Phase, Selections, Step
-from loopserve.core.policy.layers import LayerSpec
-from loopserve.core.policy.wrappers import AnyInner, InnerConfig, joint_capabilities
+from loopserve.core.policy.wrappers import AnyInner, InnerConfig, Wrapping
 
 
 @dataclass
@@ -26,7 +24,7 @@ class TwilightState:
     key_summaries: dict[int, KeySummaries] = field(default_factory=dict)
 
 
-class TwilightDecode(DecodeCompressor[TwilightState]):
+class TwilightDecode(Wrapping, DecodeCompressor[TwilightState]):
     """Attend in each step to the fewest of another policy's pairs that hold a share ``top_p`` of the current query's attention
     (Twilight).
 
@@ -71,16 +69,6 @@ class TwilightDecode(DecodeCompressor[TwilightState]):
         return self.config.inner
 
     @property
-    def effective_capabilities(self) -> Capabilities:
-        """Return the capabilities that both policies have, with the needs of either."""
-        return joint_capabilities(self.capabilities, self.inner.effective_capabilities)
-
-    @property
-    def effective_state_types(self) -> tuple[type, ...]:
-        inside = type(self.inner.init_state())
-        return (*self.state_types, inside, *self.inner.effective_state_types)
-
-    @property
     def most_pairs(self) -> int | None:
         """Set no limit, since the share decides."""
         return None
@@ -92,13 +80,6 @@ class TwilightDecode(DecodeCompressor[TwilightState]):
     @property
     def dense_below_tokens(self) -> int:
         return self.inner.dense_below_tokens
-
-    @property
-    def reads_again(self) -> int:
-        return self.inner.reads_again
-
-    def refuses(self, layer: LayerSpec) -> str | None:
-        return self.inner.refuses(layer)
 
     def init_state(self) -> TwilightState:
         return TwilightState(self.inner.init_state())
