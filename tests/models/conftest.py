@@ -21,12 +21,12 @@ ANSWER = 9
 
 @dataclass
 class GreedySteps:
-    """Tokens and logits ``[steps, vocabulary]`` of every step of a conversation."""
+    """Choose greedily; keep tokens and logits ``[steps, vocabulary]`` of every step of a conversation."""
 
     tokens: list[int] = field(default_factory=list)
     logits: list[torch.Tensor] = field(default_factory=list)
 
-    def step(self, logits: torch.Tensor) -> int:
+    def __call__(self, logits: torch.Tensor) -> int:
         self.logits.append(logits)
         self.tokens.append(int(logits.argmax()))
         return self.tokens[-1]
@@ -51,7 +51,7 @@ def steps_by_transformers(model: PreTrainedModel) -> GreedySteps:
                 positions = torch.arange(seen, seen + len(waiting))[None]
                 output = model(torch.tensor([waiting]), position_ids=positions, **{cache_keyword(model): cache})
                 seen += len(waiting)
-                waiting = [steps.step(output.logits[0, -1])]
+                waiting = [steps(output.logits[0, -1])]
     return steps
 
 
@@ -60,7 +60,7 @@ def steps_by_engine(engine: TokenEngine, session: Session | None = None) -> Gree
     steps = GreedySteps()
     session = session or engine.session()
     for prompt in prompts():
-        list(engine.generate(session, prompt, steps.step, max_new_tokens=ANSWER))
+        list(engine.generate(session, prompt, steps, max_new_tokens=ANSWER))
     return steps
 
 
@@ -76,7 +76,7 @@ def steps_by_one_pass(model: PreTrainedModel, tokens: list[int]) -> GreedySteps:
     with torch.no_grad():
         logits = model(torch.tensor([row]), use_cache=False).logits[0]
     for place in places:
-        steps.step(logits[place])
+        steps(logits[place])
     return steps
 
 
