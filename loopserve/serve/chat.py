@@ -62,14 +62,7 @@ async def chat_completions(request: Request) -> Response:
         parallel_calls=tooling.parallel,
         **who,
     )
-    return await answered(
-        request,
-        server,
-        ask,
-        stream=bool(body.stream),
-        chunks=lambda answer: _chunks(server, body, answer),
-        whole=lambda answer, replies: _completion(server, answer, replies),
-    )
+    return await answered(request, server, body, ask, chunks=_chunks, whole=_completion)
 
 
 def _completion(server: Server, answer: Answer, replies: list[Reply]) -> dict[str, Any]:

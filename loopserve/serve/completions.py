@@ -37,14 +37,7 @@ async def completions(request: Request) -> Response:
         attention_map=body.loopserve.attention_map,
         n=body.n,
     )
-    return await answered(
-        request,
-        server,
-        ask,
-        stream=bool(body.stream),
-        chunks=lambda answer: _chunks(server, body, answer),
-        whole=lambda answer, replies: _completion(server, answer, replies),
-    )
+    return await answered(request, server, body, ask, chunks=_chunks, whole=_completion)
 
 
 def _completion(server: Server, answer: Answer, replies: list[Reply]) -> dict[str, Any]:
