@@ -132,7 +132,7 @@ def test_what_becomes_of_a_policys_fault_can_be_chosen(cli: Cli, notes: dict[str
     assert chosen == ("strict", "raise", None)
 
 
-def test_faults_are_told_with_the_figures(cli: Cli, notes: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
+def test_faults_are_shown_with_the_figures(cli: Cli, notes: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
     assert "faults" not in cli("run", "m", "x", "--stack", "dense", "-v")[2]
     monkeypatch.setitem(FIGURES, "faults", 2.0)
     assert "2 faults of policies" in cli("run", "m", "x", "--stack", "dense", "-v")[2]

@@ -18,7 +18,7 @@ from loopserve.cli import demo as command
 STACKS = ["dense", "loopserve", "streaming_llm"]
 
 
-def test_every_question_asks_for_a_fact_that_was_told_before() -> None:
+def test_every_question_asks_for_a_fact_that_was_stated_before() -> None:
     turns = book_turns()
     for number, turn in enumerate(turns, 1):
         assert 1 <= turn.stated_in <= number

@@ -75,7 +75,7 @@ def test_history_is_gold_or_what_the_model_said() -> None:
     assert generated[-1]["agreement"].keys() == {"first_token", "answer"}
 
 
-def test_a_turn_that_asks_nothing_is_told_and_not_scored() -> None:
+def test_a_turn_that_asks_nothing_is_given_and_not_scored() -> None:
     records = ask(Words(dialogues=1, turns=3, unanswered=[1]))
     assert [record["score"] is None for record in records if record["stack"] == "dense"] == [False, True, False]
     assert all(row["turns"] == 2 for row in summarise(records, "stack"))
@@ -170,7 +170,7 @@ def test_stacks_that_do_the_same_under_two_names_keep_their_answers_apart(tmp_pa
     assert again.records == found.records and {r["stack"] for r in again.records} == {"dense", "snapkv", "twin"}
 
 
-def test_a_told_turn_is_acknowledged_in_either_kind_of_history() -> None:
+def test_a_turn_that_asks_nothing_is_acknowledged_in_either_kind_of_history() -> None:
     found = [ask(Words(dialogues=1, unanswered=[0]), history=history) for history in ("gold", "generated")]
     gold, generated = ([r for r in records if r["stack"] == "dense"] for records in found)
     assert gold[0]["answer"] == generated[0]["answer"] == ""

@@ -127,7 +127,7 @@ def test_distances_and_positions_multiply(tmp_path: Path) -> None:
     assert {sample.id[:4] for sample in made[:6]} == {"0000"}
 
 
-def test_broken_rows_are_told_with_their_reason_and_the_others_go_on(tmp_path: Path) -> None:
+def test_broken_rows_are_reported_with_their_reason_and_the_others_go_on(tmp_path: Path) -> None:
     rows: list[Any] = items(9)
     del rows[0]["answers"]
     rows[1]["answers"] = []
