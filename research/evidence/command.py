@@ -1,4 +1,4 @@
-"""What the commands of the evidence share: options, progress on stderr, and the exit status of a run that ends early."""
+"""Share what both commands of the evidence need: options, progress on stderr, and the exit status of a run that ends early."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is run, in the order of its value: a run that is broken off has the most important part."""
+"""List the units to run, in the order of their value: a run that is broken off has the most important part."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What share of the attention the lines hold that were chosen to hold a share alpha."""
+"""Compare the share alpha that lines were chosen to hold with the share that they hold."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from research.evidence_real.sections.verdict import Verdict
 
 
 def section(rows: Rows) -> tuple[str, list[Verdict]]:
-    """What a promised coverage gives."""
+    """Return the text and the verdicts."""
     measured, texts, verdicts = rows["coverage"], [], []
     texts.append(
         "*Realised*: share of the mass of all rows that the chosen lines hold, mean over heads, layers and texts, measured at the "

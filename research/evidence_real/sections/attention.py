@@ -11,7 +11,7 @@ from research.evidence_real.sections.verdict import Verdict
 
 
 def section(rows: Rows) -> tuple[str, list[Verdict]]:
-    """Concentration and input dependence, by layer and head."""
+    """Return the text and the verdicts."""
     mine = [row for row in rows.get("claims", []) if "error" not in row["found"]]
     if not mine:
         return "Not measured.", [

@@ -19,7 +19,7 @@ _NEAR = 0.02
 
 
 def section(rows: Rows) -> tuple[str, list[Verdict]]:
-    """Stacks with both sides sparse."""
+    """Return the text and the verdicts."""
     mine, texts, verdicts = rows["both"], [], []
     for tokens in lengths(mine):
         for share in shares(mine, tokens):

@@ -10,7 +10,7 @@ from research.evidence_real.summary import Agreement
 
 
 def section(rows: Rows) -> tuple[str, list[Verdict]]:
-    """Agreement by turn, with everything kept and with eviction."""
+    """Return the text and the verdicts."""
     mine = [row for row in rows.get("dialogues", []) if "error" not in row["found"]]
     if not mine:
         return "Not measured.", [Verdict("Agreement does not fall over the turns of a conversation", None, "-")]

@@ -27,7 +27,7 @@ _AS_MANY = 1.25
 
 
 def section(rows: Rows) -> tuple[str, list[Verdict]]:
-    """Every decode policy behind a dense prefill."""
+    """Return the text and the verdicts."""
     mine = rows["decode"]
     texts = ["The prefill is dense; presets decode at the same share of the pairs."]
     for tokens in lengths(mine):

@@ -21,7 +21,7 @@ from research.evidence_real.summary import Agreement
 
 
 def section(rows: Rows) -> tuple[str, list[Verdict]]:
-    """One field changed at a time."""
+    """Return the text and the verdicts."""
     texts = []
     for name, said in (("decode_ablations", "Decoding"), ("prefill_ablations", "Prefill")):
         mine = rows.get(name, [])

@@ -46,7 +46,7 @@ class Found:
 
 
 def section(rows: Rows) -> tuple[str, list[Verdict]]:
-    """Numbers stated in a conversation of three turns."""
+    """Return the text and the verdicts."""
     mine = [row for row in rows.get("needles", []) if "error" not in row["found"]]
     if not mine:
         return "Not measured.", [Verdict("Facts of earlier turns are found again", None, "-")]

@@ -21,7 +21,7 @@ _PREFILL_LEVEL = 0.005
 
 
 def section(rows: Rows) -> tuple[str, list[Verdict]]:
-    """Every prefill policy before dense decoding."""
+    """Return the text and the verdicts."""
     mine = rows["prefill"]
     texts = ["The prompt is read sparsely, the forced tokens densely."]
     verdicts = []
