@@ -85,6 +85,9 @@ def serve(
     shutdown_timeout: Annotated[
         float, typer.Option(min=0.0, help="Seconds that running answers get at the end.")
     ] = 30.0,
+    restart: Annotated[
+        bool, typer.Option(help="Start the server again if its process crashes, on the same port.")
+    ] = True,
     served_model_name: Annotated[
         str | None, typer.Option(help="Name of the model in the API. [default: MODEL]")
     ] = None,
@@ -97,13 +100,9 @@ def serve(
     policy_timeout: TimeoutOption = POLICY_TIMEOUT_S,
 ) -> None:
     """An OpenAI-compatible server for one model, whose conversations branch and survive restarts."""
-    try:
-        from loopserve.serve.run import run_server
-        from loopserve.serve.settings import ServerSettings
-    except ModuleNotFoundError as error:
-        raise ConfigError(f"the server needs {error.name}: pip install 'loopserve[serve]'") from error
-    from loopserve.api import Engine
-    from loopserve.models.quiet import quiet_libraries
+    from loopserve.serve.listening import listen
+    from loopserve.serve.settings import ServerSettings
+    from loopserve.serve.supervising import supervise
 
     settings = ServerSettings(
         model_name=served_model_name or model,
@@ -120,6 +119,16 @@ def serve(
         shutdown_timeout_s=shutdown_timeout,
     )
     settings.check()
+    listener = listen(settings)
+    if restart:
+        supervise()
+    try:
+        from loopserve.serve.run import run_server
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"the server needs {error.name}: pip install 'loopserve[serve]'") from error
+    from loopserve.api import Engine
+    from loopserve.models.quiet import quiet_libraries
+
     chosen, *others = context.obj.stacks([stack, *(allow_stack or ())])
     with quiet_libraries():
         engine = Engine.from_pretrained(
@@ -133,7 +142,7 @@ def serve(
             on_policy_fault=on_policy_fault,
             policy_timeout_s=policy_timeout or None,
         )
-        sys.exit(run_server(engine, settings, {each.name: each for each in others}))
+        sys.exit(run_server(engine, settings, {each.name: each for each in others}, listener))
 
 
 __all__ = ["Settings", "read_bytes", "read_keys", "read_seconds", "serve"]

@@ -47,7 +47,8 @@ class Conversations:
             engine.token_engine.session(stack).close()  # refused at start, not at the first request
         self.model = model_digest(engine.model, engine.tokenizer.tokenizer)
         self.worker = Worker(engine, settings)
-        self.live = LiveSessions(engine.token_engine, self.worker.scheduler.ledger)
+        self.live = LiveSessions(engine.token_engine, lambda: self.worker.scheduler.ledger)
+        self.worker.on_restart = self.live.close
         self.submissions = Submissions(engine, self.worker, self.live, settings)
         self.store = Store(settings.session_dir)
         remove_orphans(self.store)

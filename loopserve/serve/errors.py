@@ -6,7 +6,7 @@ import json
 import logging
 from typing import Any
 
-from loopserve.core.errors import CapacityError, ConfigError, InputError, LoopServeError, ModelError
+from loopserve.core.errors import CancelledTurn, CapacityError, ConfigError, InputError, LoopServeError, ModelError
 
 _log = logging.getLogger("loopserve.serve")
 RETRY_AFTER_S = 1
@@ -39,6 +39,18 @@ class ApiError(Exception):
         return json.dumps(self.body)
 
 
+class EngineFailure(LoopServeError):
+    """Report a turn that ended with an error of the engine, not of the request. It was taken back whole."""
+
+    def __init__(self) -> None:
+        super().__init__("the engine failed and was restarted; the turn is taken back: send the request again")
+
+
+def unexpected(error: BaseException) -> bool:
+    """Return whether an error of a turn is one that nobody raises on purpose."""
+    return not isinstance(error, LoopServeError | ApiError)
+
+
 def _type(status: int) -> str:
     if status >= 500:
         return "server_error"
@@ -67,6 +79,9 @@ def as_api_error(error: BaseException) -> ApiError:
         return error
     if isinstance(error, CapacityError):
         return overloaded(str(error))
+    if isinstance(error, EngineFailure | CancelledTurn):
+        again = {"Retry-After": str(RETRY_AFTER_S)}
+        return ApiError(503, str(EngineFailure()), code="engine_restarted", headers=again)
     if isinstance(error, InputError):
         text = str(error)
         too_long = "tokens long, the model takes" in text or "does not fit: " in text

@@ -62,8 +62,8 @@ async def tokenize(request: Request) -> dict[str, Any]:
 
 @router.get("/health")
 async def health(request: Request) -> Response:
-    """Say whether the model's thread runs."""
-    alive = server_of(request).conversations.worker.alive
+    """Say whether the model's thread runs, and its last passes did not all fail."""
+    alive = server_of(request).conversations.worker.healthy
     return JSONResponse({"status": "ok" if alive else "dead"}, 200 if alive else 503)
 
 
@@ -71,7 +71,7 @@ async def health(request: Request) -> Response:
 async def ready(request: Request) -> Response:
     """Say whether requests are taken."""
     server = server_of(request)
-    state = "draining" if server.draining else "ready" if server.conversations.worker.alive else "dead"
+    state = "draining" if server.draining else "ready" if server.conversations.worker.healthy else "dead"
     return JSONResponse({"status": state}, 200 if state == "ready" else 503)
 
 

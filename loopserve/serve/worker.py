@@ -13,24 +13,28 @@ from typing import Any, TypeVar
 from loopserve.api import Engine
 from loopserve.core.engine.scheduler import Scheduler
 from loopserve.core.errors import CapacityError
+from loopserve.serve.errors import EngineFailure
 from loopserve.serve.settings import ServerSettings
 
 _log = logging.getLogger("loopserve.serve")
 T = TypeVar("T")
+_MOST_FAILURES = 3  # passes that may fail one after another before the engine counts as broken
 
 
 class Worker:
-    """Run one engine in a thread of its own. Sessions are touched in that thread only, through ``call``."""
+    """Run one engine in a thread of its own. Sessions are touched in that thread only, through ``call``.
+
+    An error that nobody expected, whatever its kind, ends all requests with EngineFailure. The scheduler is replaced then, and the
+    thread goes on.
+    """
 
     def __init__(self, engine: Engine, settings: ServerSettings) -> None:
         self.engine = engine
-        self.scheduler = Scheduler(
-            engine.token_engine,
-            max_sessions=settings.max_num_seqs,
-            max_num_batched_tokens=settings.max_num_batched_tokens,
-            max_queued=settings.max_queued,
-            kv_memory=settings.kv_cache_memory,
-        )
+        self._settings = settings
+        self.scheduler = self._new_scheduler()
+        self.on_restart: Callable[[], None] = lambda: None  # drops what is left of the sessions
+        self.restarts = 0
+        self.failures = 0  # passes that failed since one succeeded
         self._most = settings.max_num_seqs + settings.max_queued
         self._calls: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
         self._changed = threading.Condition()
@@ -38,6 +42,15 @@ class Worker:
         self._thread = threading.Thread(target=self._run, name="loopserve model", daemon=True)
         self.admitted = 0  # answers that were let in and are not over
         self.rejected = 0
+
+    def _new_scheduler(self) -> Scheduler:
+        return Scheduler(
+            self.engine.token_engine,
+            max_sessions=self._settings.max_num_seqs,
+            max_num_batched_tokens=self._settings.max_num_batched_tokens,
+            max_queued=self._settings.max_queued,
+            kv_memory=self._settings.kv_cache_memory,
+        )
 
     def start(self) -> None:
         """Start the thread."""
@@ -55,6 +68,11 @@ class Worker:
     def alive(self) -> bool:
         """Return whether the model can be asked."""
         return self._thread.is_alive() and not self._stopping
+
+    @property
+    def healthy(self) -> bool:
+        """Return whether the model can be asked and its last passes did not all fail."""
+        return self.alive and self.failures < _MOST_FAILURES
 
     def admit(self, answers: int) -> None:
         """Let answers in, to be given back with ``leave``. Raises CapacityError at once if as many as allowed are waiting."""
@@ -84,21 +102,40 @@ class Worker:
 
     def _run(self) -> None:
         while True:
+            try:
+                self._serve()
+                return
+            except BaseException as error:
+                _log.critical("the model's thread failed: the engine is restarted", exc_info=error)
+                self._restart()
+
+    def _serve(self) -> None:
+        while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._calls or self._stopping or self._busy)
-                calls = list(self._calls)
-                self._calls.clear()
                 stopping = self._stopping
-            for future, work in calls:
-                _do(future, work)
+            for _ in range(len(self._calls)):  # one by one: those behind a failure are done afterwards
+                _do(*self._calls.popleft())
             if stopping:
                 self.scheduler.close()
                 return
             if self._busy:
-                try:
-                    self.scheduler.step()
-                except Exception:
-                    _log.exception("a pass failed; the turns in it were taken back")
+                self.scheduler.step()
+
+    def _restart(self) -> None:
+        """End every request, drop every session in memory, and begin with a scheduler of its own."""
+        self.restarts += 1
+        self.failures += 1
+        broken, self.scheduler = self.scheduler, self._new_scheduler()
+        try:
+            broken.abandon(EngineFailure)
+            self.on_restart()
+        except Exception:
+            _log.exception("some requests were not ended after a failure")
+
+    def passed(self, error: BaseException | None) -> None:
+        """Take note of how the pass of a request ended: None, or an error that nobody expected."""
+        self.failures = 0 if error is None else self.failures + 1
 
     @property
     def _busy(self) -> bool:
@@ -110,5 +147,8 @@ def _do(future: Future[Any], work: Callable[[], Any]) -> None:
         return
     try:
         future.set_result(work())
-    except BaseException as error:
+    except Exception as error:
         future.set_exception(error)
+    except BaseException:
+        future.set_exception(EngineFailure())
+        raise

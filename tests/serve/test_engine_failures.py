@@ -1,0 +1,138 @@
+"""The model's thread fails in every way it can: clients get a short 503, and the next turn of every session is right."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import openai
+import pytest
+
+from tests.serve.conftest import FACT, QUESTION, Running, until
+from tests.serve.test_chat_completions import ask, said
+
+ANSWER = "lisbon is amber falcon river ."
+OTHER = {"role": "user", "content": "the code of paris is silver anchor dawn ."}
+THERE = {"role": "user", "content": "what is the code of paris ?"}
+FAILURES = [RuntimeError("out of luck"), MemoryError(), SystemExit(3), KeyboardInterrupt(), GeneratorExit()]
+
+
+class Failing:
+    """Stands in for the forward pass of a model: raises an error at a pass, as often as asked for."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.forward = model, model.forward
+        self.errors: list[BaseException] = []
+        self.after = 0
+
+    def __call__(self, batch: Any) -> Any:
+        if self.errors:
+            if not self.after:
+                raise self.errors.pop(0)
+            self.after -= 1
+        return self.forward(batch)
+
+    def fail(self, *errors: BaseException, after: int = 0) -> None:
+        self.after, self.errors = after, list(errors)
+
+
+@pytest.fixture
+def failing(server: Running, monkeypatch: pytest.MonkeyPatch) -> Iterator[Failing]:
+    found = Failing(server.conversations.engine.token_engine.model)
+    monkeypatch.setattr(found.model, "forward", found)
+    yield found
+    found.errors.clear()
+
+
+def begun(server: Running) -> list[list[dict[str, str]]]:
+    """Two conversations with a turn each."""
+    return [[fact, said(ask(server, [fact]))] for fact in (FACT, OTHER)]
+
+
+@pytest.mark.parametrize("error", FAILURES, ids=lambda each: type(each).__name__)
+@pytest.mark.parametrize("after", [0, 3])
+def test_a_failed_pass_is_a_short_503(server: Running, failing: Failing, error: BaseException, after: int) -> None:
+    conversations = begun(server)
+    failing.fail(error, after=after)
+    with pytest.raises(openai.InternalServerError) as caught:
+        ask(server, [*conversations[0], QUESTION])
+    assert caught.value.status_code == 503 and caught.value.code == "engine_restarted"
+    assert int(caught.value.response.headers["retry-after"]) <= 5
+    assert server.client()._client.get(f"{server.url}/health").status_code == 200
+    assert said(ask(server, [*conversations[0], QUESTION]))["content"] == ANSWER
+    with server.conversations.engine.session() as session:
+        session.send(OTHER["content"])
+        expected = session.send(THERE["content"]).text
+    assert said(ask(server, [*conversations[1], THERE]))["content"] == expected
+    assert server.conversations.worker.admitted == 0
+
+
+def test_a_stream_that_the_engine_fails_in_ends_with_an_error(server: Running, failing: Failing) -> None:
+    failing.fail(SystemExit(), after=5)
+    body = {"model": "demo", "messages": [FACT], "stream": True, "ignore_eos": True, "max_tokens": 50}
+    with server.connection("/v1/chat/completions", body, {"Connection": "close"}) as connection:
+        text = b"".join(iter(lambda: connection.recv(65536), b"")).decode()
+    events = [line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data: ")]
+    assert json.loads(events[-1])["error"]["code"] == "engine_restarted"
+    assert "[DONE]" not in events
+    assert said(ask(server, [FACT]))["content"] == "ok ."
+
+
+def test_a_thread_that_is_killed_from_outside_goes_on(server: Running) -> None:
+    conversation, worker = begun(server)[0], server.conversations.worker
+    body = {"model": "demo", "messages": [FACT], "ignore_eos": True, "max_tokens": 4000}
+    with server.connection("/v1/chat/completions", body) as connection:
+        until(lambda: worker.scheduler.running and worker.scheduler._running[0].output)
+        (thread,) = [each for each in threading.enumerate() if each.name == "loopserve model" and each.is_alive()][-1:]
+        assert ctypes.pythonapi.PyThreadState_SetAsyncExc(
+            ctypes.c_ulong(thread.ident or 0), ctypes.py_object(SystemExit)
+        )
+        assert b" 503 " in connection.recv(65536).splitlines()[0]
+    assert said(ask(server, [*conversation, QUESTION]))["content"] == ANSWER
+
+
+def test_a_scheduler_that_is_broken_is_replaced(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    conversation, broken = begun(server)[0], server.conversations.worker.scheduler
+    monkeypatch.setattr(broken, "_plan", lambda: 1 / 0)
+    with pytest.raises(openai.InternalServerError) as caught:
+        ask(server, [*conversation, QUESTION])
+    assert caught.value.code == "engine_restarted"
+    assert server.conversations.worker.scheduler is not broken
+    assert said(ask(server, [*conversation, QUESTION]))["content"] == ANSWER
+
+
+def test_waiting_requests_are_answered_too(serve: Callable[..., Running], monkeypatch: pytest.MonkeyPatch) -> None:
+    server = serve(max_num_seqs=1, max_queued=3)
+    failing = Failing(server.conversations.engine.token_engine.model)
+    monkeypatch.setattr(failing.model, "forward", failing)
+    found: list[int] = []
+
+    def send() -> None:
+        with pytest.raises(openai.APIStatusError) as caught:
+            ask(server, [FACT], max_tokens=4000, extra_body={"ignore_eos": True})
+        found.append(caught.value.status_code)
+
+    threads = [threading.Thread(target=send) for _ in range(3)]
+    for each in threads:
+        each.start()
+    until(lambda: server.conversations.worker.scheduler.waiting == 2)
+    failing.fail(SystemExit())
+    for each in threads:
+        each.join()
+    assert found == [503, 503, 503]
+    assert said(ask(server, [FACT]))["content"] == "ok ."
+
+
+def test_an_engine_that_fails_every_time_is_not_healthy(server: Running, failing: Failing) -> None:
+    get = server.client()._client.get
+    failing.fail(*(RuntimeError("broken") for _ in range(5)))
+    for _ in range(5):
+        with pytest.raises(openai.InternalServerError):
+            ask(server, [FACT])
+    assert get(f"{server.url}/health").status_code == 503
+    assert get(f"{server.url}/ready").json() == {"status": "dead"}
+    assert said(ask(server, [FACT]))["content"] == "ok ."
+    assert get(f"{server.url}/health").status_code == 200
