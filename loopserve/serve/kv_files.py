@@ -31,7 +31,7 @@ from loopserve.serve.records import KVRow, Path, pack_tokens
 from loopserve.serve.store import Store
 
 _log = logging.getLogger("loopserve.serve")
-LAYOUT = 1
+LAYOUT = 2
 
 
 @dataclass
@@ -106,6 +106,7 @@ class KVFiles:
             "rotation": held.rotation,
             "fingerprint": self._fingerprint(stack),
             "tokens": _tokens_digest(path, held.tokens),
+            "header": _header(data),
             "checksums": {name: _checksum(each) for name, each in tensors.items()},
             "states": trees,
         }
@@ -219,16 +220,23 @@ def _checksum(tensor: Tensor) -> int:
     return zlib.crc32(flat.view(torch.uint8).numpy().data) if flat.numel() else 0
 
 
+def _header(data: bytes) -> str:
+    """Return a checksum of what says how the bytes of the tensors are read: their names, types, shapes and places."""
+    return hashlib.sha256(data[: 8 + int.from_bytes(data[:8], "little")]).hexdigest()
+
+
 def checked(place: FilePath, row: KVRow, whole: bool = True) -> dict[str, Tensor]:
     """Return the tensors of a file. Raises OSError, ValueError or SafetensorError if anything differs from its row.
 
-    whole: compare the sha256 of the file too, and not only size and checksums of the tensors.
+    whole: compare the sha256 of the file too, and not only size, header and checksums of the tensors.
     """
     data = place.read_bytes()
     if len(data) != row.bytes:
         raise ValueError(f"it has {len(data)} bytes instead of {row.bytes}")
     if whole and hashlib.sha256(data).hexdigest() != row.sha256:
         raise ValueError("its sha256 is another one")
+    if _header(data) != row.manifest["header"]:
+        raise ValueError("its header is another one")
     tensors = load(data)
     sums = row.manifest["checksums"]
     if tensors.keys() != sums.keys() or any(_checksum(each) != sums[name] for name, each in tensors.items()):

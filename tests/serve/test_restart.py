@@ -108,3 +108,19 @@ def test_a_damaged_file_is_put_away_and_computed_again(
     second = ask(other, [FACT, said(first), QUESTION])
     assert cached(second) == 0 and said(second)["content"] == ANSWER
     assert other.conversations.files.quarantined == 1
+
+
+def test_a_header_that_reads_the_same_bytes_otherwise_is_refused(serve: Callable[..., Running], tmp_path: Path) -> None:
+    """Also in a file whose sha256 was compared before."""
+    server = serve(session_dir=tmp_path)
+    ask(server, [FACT])
+    (file,) = written(server, tmp_path, 1)
+    conversations = server.conversations
+    (row,) = conversations.store.every_kv()
+    path = conversations.store.path("anonymous", row.turn)
+    assert path is not None and conversations.files.load(path, conversations.engine.stack) is not None
+    data = file.read_bytes()
+    assert data.count(b'"F32"') > 1
+    file.write_bytes(data.replace(b'"F32"', b'"I32"', 1))
+    assert conversations.files.load(path, conversations.engine.stack) is None
+    assert conversations.files.quarantined == 1
