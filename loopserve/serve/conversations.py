@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sqlite3
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,12 +20,14 @@ from loopserve.models.digest import model_digest
 from loopserve.models.tool_calls import calls_text
 from loopserve.serve.answer import Answer, Choice, Reply
 from loopserve.serve.ask import Ask, Match
+from loopserve.serve.directory import SharedDirectory
 from loopserve.serve.errors import not_found
-from loopserve.serve.finding import find
+from loopserve.serve.finding import find, nothing
 from loopserve.serve.kv_files import KVFiles, remove_orphans
 from loopserve.serve.live import LiveSessions
 from loopserve.serve.matching import ROOT, extend
 from loopserve.serve.records import Path, StoredTurn, new_id
+from loopserve.serve.schema import refused
 from loopserve.serve.settings import ServerSettings
 from loopserve.serve.store import Store
 from loopserve.serve.submission import Submissions
@@ -51,7 +54,10 @@ class Conversations:
         self.worker.on_restart = self.live.close
         self.submissions = Submissions(engine, self.worker, self.live, settings)
         self.store = Store(settings.session_dir)
-        remove_orphans(self.store)
+        self.directory = SharedDirectory(settings.session_dir)
+        if self.directory.alone:
+            remove_orphans(self.store)
+            self.directory.share()
         self.files = KVFiles(self.store, self.model, engine.token_engine)
         self._disk = ThreadPoolExecutor(1, "loopserve store")
         self._text = ThreadPoolExecutor(1, "loopserve text")
@@ -69,6 +75,7 @@ class Conversations:
         self._text.shutdown()
         self._disk.shutdown()
         self.store.close()
+        self.directory.close()
         self.live.close()
 
     # Answering.
@@ -84,7 +91,7 @@ class Conversations:
         answer: Answer | None = None
         try:
             stack = self._stack(ask.stack)
-            match = await self.on_disk(lambda: find(self.store, self.model, ask))
+            match = await self.on_disk(lambda: self._find(ask))
             match, prompt = await self._prompt(ask, match)
             answer = Answer(new_id(), ask, match, prompt, stack, self._commit)
             await self._submit(answer)
@@ -96,6 +103,16 @@ class Conversations:
                 closing = answer
                 closing.closed = True
                 self.worker.call(lambda: self.submissions.cancel(closing))
+
+    def _find(self, ask: Ask) -> Match:
+        """Return what a request goes on from. Where the disk cannot be read, a conversation is computed from its messages."""
+        try:
+            return find(self.store, self.model, ask)
+        except sqlite3.DatabaseError as error:
+            if not refused(error) or ask.previous is not None or ask.session is not None:
+                raise
+            _log.error("the session directory cannot be read (%s): a conversation is computed anew", error)
+            return nothing(ask, "the session directory cannot be read")
 
     def _stack(self, name: str | None) -> PolicyStack:
         if name is None or name == self.engine.stack.name:

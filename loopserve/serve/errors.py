@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import sqlite3
 from typing import Any
 
 from loopserve.core.errors import CancelledTurn, CapacityError, ConfigError, InputError, LoopServeError, ModelError
+from loopserve.serve.schema import refused
 
 _log = logging.getLogger("loopserve.serve")
 RETRY_AFTER_S = 1
@@ -79,6 +81,10 @@ def as_api_error(error: BaseException) -> ApiError:
         return error
     if isinstance(error, CapacityError):
         return overloaded(str(error))
+    if isinstance(error, sqlite3.DatabaseError) and refused(error):
+        _log.error("the session directory cannot be used (%s)", error)
+        again = {"Retry-After": str(RETRY_AFTER_S)}
+        return ApiError(503, "the session directory cannot be used now", code="storage_unavailable", headers=again)
     if isinstance(error, EngineFailure | CancelledTurn):
         again = {"Retry-After": str(RETRY_AFTER_S)}
         return ApiError(503, str(EngineFailure()), code="engine_restarted", headers=again)

@@ -10,46 +10,22 @@ import logging
 import os
 import sqlite3
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path as FilePath
 from typing import Any
 
 from loopserve.core.errors import ConfigError
 from loopserve.serve.records import KVRow, Path, StoredSession, StoredTurn, pack_tokens, unpack_tokens
+from loopserve.serve.schema import KV_TABLE, OBJECTS, SCHEMA_VERSION, TABLES, refused
 
 _log = logging.getLogger("loopserve.serve")
-SCHEMA_VERSION = 1
 _IN_MEMORY = ("spare", "volatile")  # what the disk does not take; what is not to be kept
-_WAIT_S = 10.0
-_TABLES = """
-CREATE TABLE IF NOT EXISTS {db}.sessions (
-    id TEXT PRIMARY KEY, tenant TEXT NOT NULL, key TEXT, head TEXT, created REAL NOT NULL, updated REAL NOT NULL
-);
-CREATE TABLE IF NOT EXISTS {db}.turns (
-    id TEXT PRIMARY KEY, session TEXT NOT NULL, parent TEXT, tenant TEXT NOT NULL, model TEXT NOT NULL, stack TEXT NOT NULL,
-    digest BLOB NOT NULL, messages TEXT NOT NULL, answer TEXT NOT NULL, prompt_tokens BLOB NOT NULL, output_tokens BLOB NOT NULL,
-    created REAL NOT NULL, finish_reason TEXT NOT NULL, figures TEXT NOT NULL
-);
-CREATE INDEX IF NOT EXISTS {db}.turns_by_digest ON turns (tenant, digest);
-CREATE INDEX IF NOT EXISTS {db}.turns_by_parent ON turns (parent);
-CREATE INDEX IF NOT EXISTS {db}.turns_by_session ON turns (session);
-CREATE INDEX IF NOT EXISTS {db}.sessions_by_key ON sessions (tenant, key);
-"""
-_KV_TABLE = """
-CREATE TABLE IF NOT EXISTS main.kv (
-    turn TEXT PRIMARY KEY, file TEXT NOT NULL, bytes INTEGER NOT NULL, sha256 TEXT NOT NULL, manifest TEXT NOT NULL,
-    created REAL NOT NULL
-);
-"""
-# What the API keeps beside turns and sessions, by their ids: responses as they were given, conversations with their metadata.
-_OBJECTS = """
-CREATE TABLE IF NOT EXISTS {db}.objects (id TEXT PRIMARY KEY, tenant TEXT NOT NULL, body TEXT NOT NULL);
-"""
+_WAIT_S = 5.0  # for another process that writes
 _TURN = (
     "id, session, parent, tenant, model, stack, digest, messages, answer, prompt_tokens, output_tokens, created, finish_reason, "
     "figures"
 )
-_FULL = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN)
 
 
 class Store:
@@ -80,10 +56,10 @@ class Store:
                     f"{name}: written by another version of loopserve (schema {version}); use another directory"
                 )
             for db in ("main", *_IN_MEMORY):
-                self._db.executescript(_TABLES.format(db=db))
-            self._db.executescript(_KV_TABLE)
+                self._db.executescript(TABLES.format(db=db))
+            self._db.executescript(KV_TABLE)
             for db in ("main", "spare"):
-                self._db.executescript(_OBJECTS.format(db=db))
+                self._db.executescript(OBJECTS.format(db=db))
             self._db.execute(f"PRAGMA main.user_version={SCHEMA_VERSION}")
             for table in ("sessions", "turns"):
                 parts = [f"SELECT * FROM main.{table}"]
@@ -118,8 +94,8 @@ class Store:
         before = [turn for turn in path.turns[:-1] if self._is_volatile(turn.id)]
         try:
             self._write("main", [*before, path.turns[-1]], [session])
-        except sqlite3.OperationalError as error:
-            if getattr(error, "sqlite_errorcode", 0) & 0xFF not in _FULL:
+        except sqlite3.DatabaseError as error:
+            if not refused(error):
                 raise
             _log.error("a turn is kept in memory only: the session directory takes nothing (%s)", error)
             self._write("spare", [*before, path.turns[-1]], [session])
@@ -144,15 +120,18 @@ class Store:
         sessions = [StoredSession(*row) for row in self._db.execute("SELECT * FROM spare.sessions")]
         try:
             self._write("main", turns, sessions)
-        except sqlite3.OperationalError:
+            self._db.execute("INSERT OR REPLACE INTO main.objects SELECT * FROM spare.objects")
+        except sqlite3.DatabaseError as error:
+            if not refused(error):
+                raise
             return
-        self._db.execute("DELETE FROM spare.turns")
-        self._db.execute("DELETE FROM spare.sessions")
+        with self._transaction("spare"):
+            for table in ("turns", "sessions", "objects"):
+                self._db.execute(f"DELETE FROM spare.{table}")
         self.spare_turns = 0
 
     def _write(self, db: str, turns: Iterable[StoredTurn], sessions: Iterable[StoredSession]) -> None:
-        self._db.execute("BEGIN IMMEDIATE")
-        try:
+        with self._transaction(db):
             self._db.executemany(
                 f"INSERT OR REPLACE INTO {db}.turns ({_TURN}) VALUES ({', '.join('?' * 14)})", map(_row, turns)
             )
@@ -160,6 +139,13 @@ class Store:
                 f"INSERT OR REPLACE INTO {db}.sessions VALUES (?, ?, ?, ?, ?, ?)",
                 [(s.id, s.tenant, s.key, s.head, s.created, s.updated) for s in sessions],
             )
+
+    @contextmanager
+    def _transaction(self, db: str = "main") -> Iterator[None]:
+        """Commit what the block does, or nothing of it. A transaction of the databases in memory does not lock the one on disk."""
+        self._db.execute("BEGIN IMMEDIATE" if db == "main" else "BEGIN")
+        try:
+            yield
             self._db.execute("COMMIT")
         except BaseException:
             if self._db.in_transaction:
@@ -233,7 +219,16 @@ class Store:
 
     def put_session(self, session: StoredSession) -> None:
         """Write a session."""
-        self._write("spare" if self.spare_turns else "main", [], [session])
+        if not self.spare_turns:
+            try:
+                self._write("main", [], [session])
+                return
+            except sqlite3.DatabaseError as error:
+                if not refused(error):
+                    raise
+                _log.error("a session is kept in memory only: the session directory takes nothing (%s)", error)
+        self._write("spare", [], [session])
+        self.spare_turns += 1
 
     def remove_session(self, tenant: str, session: str) -> list[str]:
         """Remove a session, with the turns that no other session goes through. Return the ids of these turns."""
@@ -249,13 +244,12 @@ class Store:
         own = [row[0] for row in self._db.execute("SELECT id FROM every_turns WHERE session=?", (session,))]
         through = self.path(tenant, found.head) if found.head is not None else None
         gone = sorted({*own, *(through.ids if through is not None else ())} - kept)
-        self._db.execute("BEGIN IMMEDIATE")
-        for db in ("main", *_IN_MEMORY):
-            self._db.execute(f"DELETE FROM {db}.sessions WHERE id=?", (session,))
-            self._db.executemany(f"DELETE FROM {db}.turns WHERE id=?", [(each,) for each in gone])
-        for db in ("main", "spare"):
-            self._db.executemany(f"DELETE FROM {db}.objects WHERE id=?", [(each,) for each in (session, *gone)])
-        self._db.execute("COMMIT")
+        with self._transaction():
+            for db in ("main", *_IN_MEMORY):
+                self._db.execute(f"DELETE FROM {db}.sessions WHERE id=?", (session,))
+                self._db.executemany(f"DELETE FROM {db}.turns WHERE id=?", [(each,) for each in gone])
+            for db in ("main", "spare"):
+                self._db.executemany(f"DELETE FROM {db}.objects WHERE id=?", [(each,) for each in (session, *gone)])
         return gone
 
     def remove_turn(self, tenant: str, turn: str) -> bool:
@@ -263,13 +257,13 @@ class Store:
         found = self.turn(tenant, turn)
         if found is None or self._db.execute("SELECT 1 FROM every_turns WHERE parent=?", (turn,)).fetchone():
             return False
-        self._db.execute("BEGIN IMMEDIATE")
-        for db in ("main", *_IN_MEMORY):
-            self._db.execute(f"UPDATE {db}.sessions SET head=? WHERE head=? AND tenant=?", (found.parent, turn, tenant))
-            self._db.execute(f"DELETE FROM {db}.turns WHERE id=?", (turn,))
-        for db in ("main", "spare"):
-            self._db.execute(f"DELETE FROM {db}.objects WHERE id=?", (turn,))
-        self._db.execute("COMMIT")
+        with self._transaction():
+            for db in ("main", *_IN_MEMORY):
+                moved = (found.parent, turn, tenant)
+                self._db.execute(f"UPDATE {db}.sessions SET head=? WHERE head=? AND tenant=?", moved)
+                self._db.execute(f"DELETE FROM {db}.turns WHERE id=?", (turn,))
+            for db in ("main", "spare"):
+                self._db.execute(f"DELETE FROM {db}.objects WHERE id=?", (turn,))
         return True
 
     # What the API keeps beside them.
@@ -282,8 +276,8 @@ class Store:
                     f"INSERT OR REPLACE INTO {db}.objects VALUES (?, ?, ?)", (name, tenant, json.dumps(body))
                 )
                 return
-            except sqlite3.OperationalError as error:
-                if getattr(error, "sqlite_errorcode", 0) & 0xFF not in _FULL or db == "spare":
+            except sqlite3.DatabaseError as error:
+                if not refused(error) or db == "spare":
                     raise
                 _log.error("a response is kept in memory only: the session directory takes nothing (%s)", error)
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from tests.soak import damage, disconnects, streams
+from tests.soak import damage, disconnects, kills, streams
 from tests.soak.cases import Cases
 
 SHORT = {
     "R3 disconnects": (disconnects.run, 42),
+    "R7 kills": (kills.run, 10),
     "R8 damaged files": (damage.run, 70),
     "R17 streams": (streams.run, 60),
 }
