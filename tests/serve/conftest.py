@@ -42,7 +42,11 @@ class Running:
         self._clients: dict[str, openai.OpenAI] = {}
 
     def _run(self) -> None:
-        asyncio.run(self._uvicorn.serve([self._socket]))
+        asyncio.run(self._serve())
+
+    async def _serve(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        await self._uvicorn.serve([self._socket])
 
     def start(self) -> None:
         self._thread.start()
