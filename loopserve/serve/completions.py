@@ -13,6 +13,7 @@ from starlette.responses import JSONResponse, Response
 from loopserve.serve.answer import Answer, Reply
 from loopserve.serve.ask import Ask
 from loopserve.serve.errors import invalid
+from loopserve.serve.openapi import body_of
 from loopserve.serve.protocol import CompletionRequest
 from loopserve.serve.rendering import completion_logprobs, figures, headers, usage
 from loopserve.serve.server import Server, server_of, tenant_of_request
@@ -21,7 +22,7 @@ from loopserve.serve.streaming import EventStream, while_connected
 router = APIRouter()
 
 
-@router.post("/v1/completions")
+@router.post("/v1/completions", **body_of(CompletionRequest))
 async def completions(request: Request) -> Response:
     """Continue a prompt."""
     server = server_of(request)

@@ -9,6 +9,7 @@ from starlette.responses import JSONResponse, Response
 
 import loopserve
 from loopserve.models.chat import as_messages
+from loopserve.serve.openapi import body_of
 from loopserve.serve.protocol import TokenizeRequest
 from loopserve.serve.server import Server, server_of
 
@@ -45,7 +46,7 @@ def _model(server: Server) -> dict[str, Any]:
     }
 
 
-@router.post("/tokenize")
+@router.post("/tokenize", **body_of(TokenizeRequest))
 async def tokenize(request: Request) -> dict[str, Any]:
     """Return the tokens of a prompt, or of messages with the generation prompt."""
     server = server_of(request)

@@ -113,7 +113,11 @@ class KVFiles:
         file = f"{turn.tenant}/{turn.session}/gen-{len(path.turns)}-{sha[:16]}.safetensors"
         try:
             target = self._place(file)
-            target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            for each in (
+                target.parent.parent,
+                target.parent,
+            ):  # not parents=True, which makes the first for everybody to read
+                each.mkdir(exist_ok=True, mode=0o700)
             write_atomically(target, data, mode=0o600)
             self._store.put_kv(turn.id, file, len(data), sha, manifest)
         except Exception as error:  # a full disk, for example: the conversation itself is committed already

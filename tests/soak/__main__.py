@@ -30,7 +30,16 @@ from tests.soak import (
 from tests.soak.cases import Cases
 
 OUTPUT = Path("benchmarks/results/soak.jsonl")
+
+
+def _fuzz(cases: int, seed: int) -> Cases:
+    from tests.soak import fuzz  # needs schemathesis, which no other promise does
+
+    return fuzz.run(cases, seed)
+
+
 FULL: dict[str, tuple[Callable[[int, int], Cases], int]] = {
+    "R1 fuzz": (_fuzz, 10_000),
     "R3 disconnects": (disconnects.run, 200),
     "R4 overload": (partial(overload.run, apart=True), 600),
     "R5 ledger": (ledger.run, 400_000),
