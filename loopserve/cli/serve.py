@@ -78,10 +78,19 @@ def serve(
         Path | None, typer.Option(help="Where conversations and their caches are kept. Not given: in memory.")
     ] = None,
     session_ttl: Annotated[str, typer.Option(help="Forget conversations that rest this long; 0 = never.")] = "24h",
+    session_disk: Annotated[
+        str | None, typer.Option(help="Bytes that caches may take on disk; the oldest make way. [default: any]")
+    ] = None,
+    session_disk_per_key: Annotated[
+        str | None, typer.Option(help="The same for the caches of one key. [default: any]")
+    ] = None,
     kv_cache_memory: Annotated[str, typer.Option(help="Bytes that the caches of all conversations may take.")] = "4GiB",
     max_num_seqs: Annotated[int, typer.Option(min=1, help="Answers that are written at once.")] = 16,
     max_num_batched_tokens: Annotated[int, typer.Option(min=1, help="Tokens of one forward pass.")] = 512,
     max_queued: Annotated[int, typer.Option(min=0, help="Requests that may wait; more are answered 503.")] = 256,
+    max_requests_per_key: Annotated[
+        int | None, typer.Option(min=1, help="Requests of one key at once; more are answered 429. [default: any]")
+    ] = None,
     shutdown_timeout: Annotated[
         float, typer.Option(min=0.0, help="Seconds that running answers get at the end.")
     ] = 30.0,
@@ -111,6 +120,9 @@ def serve(
         api_keys=(*(api_key or ()), *(read_keys(api_key_file) if api_key_file is not None else ())),
         insecure=insecure,
         session_dir=session_dir,
+        session_disk=None if session_disk is None else read_bytes(session_disk),
+        session_disk_per_key=None if session_disk_per_key is None else read_bytes(session_disk_per_key),
+        max_requests_per_key=max_requests_per_key,
         session_ttl_s=read_seconds(session_ttl) or None,
         kv_cache_memory=read_bytes(kv_cache_memory),
         max_num_seqs=max_num_seqs,

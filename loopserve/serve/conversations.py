@@ -58,7 +58,9 @@ class Conversations:
         if self.directory.alone:
             remove_orphans(self.store)
             self.directory.share()
-        self.files = KVFiles(self.store, self.model, engine.token_engine)
+        self.files = KVFiles(
+            self.store, self.model, engine.token_engine, settings.session_disk, settings.session_disk_per_key
+        )
         self._disk = ThreadPoolExecutor(1, "loopserve store")
         self._text = ThreadPoolExecutor(1, "loopserve text")
         self._writing: set[asyncio.Future[Any]] = set()
@@ -87,7 +89,7 @@ class Conversations:
         Raises CapacityError at once if too many are waiting, InputError for what can never be answered, ApiError for ids that are
         not known.
         """
-        self.worker.admit(ask.n)
+        self.worker.admit(ask.n, ask.tenant)
         answer: Answer | None = None
         try:
             stack = self._stack(ask.stack)
@@ -98,7 +100,7 @@ class Conversations:
             await answer.wait_for_first()
             yield answer
         finally:
-            self.worker.leave(ask.n)
+            self.worker.leave(ask.n, ask.tenant)
             if answer is not None:
                 closing = answer
                 closing.closed = True

@@ -75,6 +75,11 @@ def overloaded(message: str) -> ApiError:
     return ApiError(503, message, code="server_overloaded", headers={"Retry-After": str(RETRY_AFTER_S)})
 
 
+def too_many(message: str) -> ApiError:
+    """Return the error for a key that asks for more than its share (429 with Retry-After)."""
+    return ApiError(429, message, code="rate_limit_exceeded", headers={"Retry-After": str(RETRY_AFTER_S)})
+
+
 def as_api_error(error: BaseException) -> ApiError:
     """Return what to answer for any exception. What nobody expected is logged; its text is not shown."""
     if isinstance(error, ApiError):

@@ -10,6 +10,7 @@ import hashlib
 import logging
 import os
 import zlib
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -59,12 +60,20 @@ class LoadedPairs:
 class KVFiles:
     """Write and read the files below a session directory. Counts what it did; without a directory it does nothing."""
 
-    def __init__(self, store: Store, model: str, engine: TokenEngine) -> None:
-        """model: fingerprint of weights, tokenizer and template."""
+    def __init__(
+        self,
+        store: Store,
+        model: str,
+        engine: TokenEngine,
+        most_bytes: int | None = None,
+        most_bytes_per_tenant: int | None = None,
+    ) -> None:
+        """model: fingerprint of weights, tokenizer and template. most_bytes: of all files, and of those of a tenant; None = any."""
+        self._most, self._most_per_tenant = most_bytes, most_bytes_per_tenant
         self._store, self._engine = store, engine
         self._model = f"{model} {engine.model.dtype} layout {LAYOUT}"
         self._known: set[str] = set()  # files whose sha256 was compared since the start
-        self.written = self.restored = self.quarantined = self.failed = 0
+        self.written = self.restored = self.quarantined = self.failed = self.evicted = 0
 
     def prepare(self, session: Session, path: Path, stack: PolicyStack) -> Callable[[], None]:
         """Return the work of writing the last turn of a path. Call this in the model's thread, the work in the store's.
@@ -126,6 +135,25 @@ class KVFiles:
             return
         self._known.add(file)
         self.written += 1
+        if self._most is not None or self._most_per_tenant is not None:
+            self._keep_within_limits()
+
+    def _keep_within_limits(self) -> None:
+        """Remove the files of whole sessions, least recently written first, until tenants and directory are within their limits."""
+        held: dict[tuple[str, str], list[KVRow]] = {}
+        for row in self._store.every_kv():  # oldest first
+            tenant, session, _ = row.file.split("/")
+            held[tenant, session] = [*held.pop((tenant, session), []), row]
+        sizes = {place: sum(row.bytes for row in rows) for place, rows in held.items()}
+        tenants: Counter[str] = Counter()
+        for (tenant, _), size in sizes.items():
+            tenants[tenant] += size
+        for place, rows in held.items():
+            too_much = self._most is not None and tenants.total() > self._most
+            if too_much or (self._most_per_tenant is not None and tenants[place[0]] > self._most_per_tenant):
+                self.remove([row.turn for row in rows])
+                tenants[place[0]] -= sizes[place]
+                self.evicted += len(rows)
 
     def load(self, path: Path, stack: PolicyStack, more_than: int = 0) -> LoadedPairs | None:
         """Return what the files hold of a path; None if that is no more than ``more_than`` tokens. Damaged files are put away."""

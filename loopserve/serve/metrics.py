@@ -34,6 +34,7 @@ class Metrics:
             "kv_files_restored": ("Conversations restored from files.", lambda: files.restored),
             "kv_files_quarantined": ("Files that were damaged.", lambda: files.quarantined),
             "kv_files_failed": ("Files that could not be written.", lambda: files.failed),
+            "kv_files_evicted": ("Files removed for a limit on the disk.", lambda: files.evicted),
             "turns_in_memory_only": ("Turns that the disk refused.", lambda: store.spare_turns),
         }
         for name, (text, value) in gauges.items():

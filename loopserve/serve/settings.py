@@ -24,6 +24,9 @@ class ServerSettings:
     max_num_seqs: int = 16
     max_num_batched_tokens: int = 512
     max_queued: int = 256
+    session_disk: int | None = None  # bytes that the caches of all conversations may take on disk; None: any
+    session_disk_per_key: int | None = None  # the same for those of one key
+    max_requests_per_key: int | None = None  # answers under way or waiting; None: as many as the server takes
     session_ttl_s: float | None = 24 * 3600.0  # None: conversations are kept for ever
     shutdown_timeout_s: float = 30.0
     max_body_bytes: int = 8 << 20

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, TypeVar
@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from loopserve.api import Engine
 from loopserve.core.engine.scheduler import Scheduler
 from loopserve.core.errors import CapacityError
-from loopserve.serve.errors import EngineFailure
+from loopserve.serve.errors import EngineFailure, too_many
 from loopserve.serve.settings import ServerSettings
 
 _log = logging.getLogger("loopserve.serve")
@@ -41,6 +41,7 @@ class Worker:
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="loopserve model", daemon=True)
         self.admitted = 0  # answers that were let in and are not over
+        self._by_tenant: Counter[str] = Counter()
         self.rejected = 0
 
     def _new_scheduler(self) -> Scheduler:
@@ -74,16 +75,27 @@ class Worker:
         """Return whether the model can be asked and its last passes did not all fail."""
         return self.alive and self.failures < _MOST_FAILURES
 
-    def admit(self, answers: int) -> None:
-        """Let answers in, to be given back with ``leave``. Raises CapacityError at once if as many as allowed are waiting."""
+    def admit(self, answers: int, tenant: str) -> None:
+        """Let answers in, to be given back with ``leave``.
+
+        Raises CapacityError at once if as many as allowed are waiting, ApiError (429) if the tenant alone has too many.
+        """
+        most = self._settings.max_requests_per_key
+        if most is not None and self._by_tenant[tenant] + answers > most:
+            self.rejected += 1
+            raise too_many(f"{self._by_tenant[tenant]} requests of this key are under way or waiting already")
         if self.admitted + answers > self._most:
             self.rejected += 1
             raise CapacityError(f"{self.admitted} requests are under way or waiting already: try again later")
         self.admitted += answers
+        self._by_tenant[tenant] += answers
 
-    def leave(self, answers: int) -> None:
+    def leave(self, answers: int, tenant: str) -> None:
         """Say that answers are over."""
         self.admitted -= answers
+        self._by_tenant[tenant] -= answers
+        if not self._by_tenant[tenant]:
+            del self._by_tenant[tenant]
 
     def call(self, work: Callable[[], T]) -> Future[T]:
         """Have ``work`` done by the model's thread, between two passes."""
