@@ -21,7 +21,7 @@ from loopserve.models.tool_calls import calls_text
 from loopserve.serve.answer import Answer, Choice, Reply
 from loopserve.serve.ask import Ask, Match
 from loopserve.serve.directory import SharedDirectory
-from loopserve.serve.errors import not_found
+from loopserve.serve.errors import EngineFailure, not_found
 from loopserve.serve.finding import find, nothing
 from loopserve.serve.kv_files import KVFiles, remove_orphans
 from loopserve.serve.live import LiveSessions
@@ -51,7 +51,9 @@ class Conversations:
         self.model = model_digest(engine.model, engine.tokenizer.tokenizer)
         self.worker = Worker(engine, settings)
         self.live = LiveSessions(engine.token_engine, lambda: self.worker.scheduler.ledger)
-        self.worker.on_restart = self.live.close
+        self.worker.on_restart = self._restarted
+        self._answers: set[Answer] = set()  # under way; touched in the event loop only
+        self._loop: asyncio.AbstractEventLoop | None = None
         self.submissions = Submissions(engine, self.worker, self.live, settings)
         self.store = Store(settings.session_dir)
         self.directory = SharedDirectory(settings.session_dir)
@@ -66,8 +68,19 @@ class Conversations:
         self._writing: set[asyncio.Future[Any]] = set()
 
     def start(self) -> None:
-        """Start the model's thread."""
+        """Start the model's thread. Call it in the event loop."""
+        self._loop = asyncio.get_running_loop()
         self.worker.start()
+
+    def _restarted(self) -> None:
+        """Drop what the engine held before a failure. Its scheduler may have lost requests, so every answer under way is ended here."""
+        self.live.close()
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._end_answers)
+
+    def _end_answers(self) -> None:
+        for answer in self._answers:
+            answer.abort(EngineFailure())
 
     async def close(self) -> None:
         """Stop answering; write what is still to be written. May be called twice."""
@@ -96,6 +109,7 @@ class Conversations:
             match = await self.on_disk(lambda: self._find(ask))
             match, prompt = await self._prompt(ask, match)
             answer = Answer(new_id(), ask, match, prompt, stack, self._commit)
+            self._answers.add(answer)
             await self._submit(answer)
             await answer.wait_for_first()
             yield answer
@@ -104,6 +118,7 @@ class Conversations:
             if answer is not None:
                 closing = answer
                 closing.closed = True
+                self._answers.discard(closing)
                 self.worker.call(lambda: self.submissions.cancel(closing))
 
     def _find(self, ask: Ask) -> Match:

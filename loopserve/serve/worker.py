@@ -32,7 +32,7 @@ class Worker:
         self.engine = engine
         self._settings = settings
         self.scheduler = self._new_scheduler()
-        self.on_restart: Callable[[], None] = lambda: None  # drops what is left of the sessions
+        self.on_restart: Callable[[], None] = lambda: None  # drops what is left of sessions and answers
         self.restarts = 0
         self.failures = 0  # passes that failed since one succeeded
         self._most = settings.max_num_seqs + settings.max_queued
@@ -113,13 +113,17 @@ class Worker:
         return await asyncio.shield(asyncio.wrap_future(self.call(work)))
 
     def _run(self) -> None:
-        while True:
+        broken = False
+        while True:  # an error may come from anywhere, a restart included
             try:
+                if broken:
+                    self._restart()
+                    broken = False
                 self._serve()
                 return
             except BaseException as error:
+                broken = True
                 _log.critical("the model's thread failed: the engine is restarted", exc_info=error)
-                self._restart()
 
     def _serve(self) -> None:
         while True:
@@ -127,7 +131,8 @@ class Worker:
                 self._changed.wait_for(lambda: self._calls or self._stopping or self._busy)
                 stopping = self._stopping
             for _ in range(len(self._calls)):  # one by one: those behind a failure are done afterwards
-                _do(*self._calls.popleft())
+                _do(*self._calls[0])
+                self._calls.popleft()
             if stopping:
                 self.scheduler.close()
                 return
@@ -138,6 +143,10 @@ class Worker:
         """End every request, drop every session in memory, and begin with a scheduler of its own."""
         self.restarts += 1
         self.failures += 1
+        if self._calls and (self._calls[0][0].done() or self._calls[0][0].running()):
+            future, _ = self._calls.popleft()  # the failure came in the midst of it
+            if not future.done():
+                future.set_exception(EngineFailure())
         broken, self.scheduler = self.scheduler, self._new_scheduler()
         try:
             broken.abandon(EngineFailure)

@@ -6,11 +6,14 @@ import ctypes
 import json
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from typing import Any
 
 import openai
 import pytest
 
+from loopserve.core.engine.scheduler import Request
+from loopserve.serve.errors import EngineFailure
 from tests.serve.conftest import FACT, QUESTION, Running, until
 from tests.serve.test_chat_completions import ask, said
 
@@ -136,3 +139,40 @@ def test_an_engine_that_fails_every_time_is_not_healthy(server: Running, failing
     assert get(f"{server.url}/ready").json() == {"status": "dead"}
     assert said(ask(server, [FACT]))["content"] == "ok ."
     assert get(f"{server.url}/health").status_code == 200
+
+
+def test_a_request_that_the_scheduler_lost_is_answered(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The failure comes between taking a request out of the scheduler's lists and ending it."""
+    lost: list[BaseException] = [SystemExit()]
+    real = Request.finish
+
+    def failing(request: Request, error: BaseException | None) -> None:
+        if lost:
+            raise lost.pop()
+        real(request, error)
+
+    monkeypatch.setattr(Request, "finish", failing)
+    with pytest.raises(openai.InternalServerError) as caught:
+        ask(server, [FACT])
+    assert caught.value.code == "engine_restarted"
+    assert said(ask(server, [FACT]))["content"] == "ok ."
+
+
+def test_a_call_that_a_failure_interrupts_is_answered(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = server.conversations.worker
+
+    class Lost(Future[None]):
+        def set_result(self, result: None) -> None:
+            raise SystemExit
+
+        def set_exception(self, exception: BaseException | None) -> None:
+            if not worker.restarts:
+                raise SystemExit
+            super().set_exception(exception)
+
+    future = Lost()
+    with worker._changed:
+        worker._calls.append((future, lambda: None))
+        worker._changed.notify()
+    assert isinstance(future.exception(timeout=30), EngineFailure)
+    assert said(ask(server, [FACT]))["content"] == "ok ."
