@@ -77,6 +77,9 @@ def serve(
     session_dir: Annotated[
         Path | None, typer.Option(help="Where conversations and their caches are kept. Not given: in memory.")
     ] = None,
+    session_key_file: Annotated[
+        Path | None, typer.Option(help="Key that encrypts the session directory: 32 bytes, plain, hex or base64.")
+    ] = None,
     session_ttl: Annotated[str, typer.Option(help="Forget conversations that rest this long; 0 = never.")] = "24h",
     session_disk: Annotated[
         str | None, typer.Option(help="Bytes that caches may take on disk; the oldest make way. [default: any]")
@@ -110,6 +113,7 @@ def serve(
 ) -> None:
     """An OpenAI-compatible server for one model, whose conversations branch and survive restarts."""
     from loopserve.serve.listening import listen
+    from loopserve.serve.sealing import read_key
     from loopserve.serve.settings import ServerSettings
     from loopserve.serve.supervising import supervise
 
@@ -123,6 +127,7 @@ def serve(
         session_disk=None if session_disk is None else read_bytes(session_disk),
         session_disk_per_key=None if session_disk_per_key is None else read_bytes(session_disk_per_key),
         max_requests_per_key=max_requests_per_key,
+        session_key=None if session_key_file is None else read_key(session_key_file),
         session_ttl_s=read_seconds(session_ttl) or None,
         kv_cache_memory=read_bytes(kv_cache_memory),
         max_num_seqs=max_num_seqs,

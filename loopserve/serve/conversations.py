@@ -28,6 +28,7 @@ from loopserve.serve.live import LiveSessions
 from loopserve.serve.matching import ROOT, extend
 from loopserve.serve.records import Path, StoredTurn, new_id
 from loopserve.serve.schema import refused
+from loopserve.serve.sealing import Sealer
 from loopserve.serve.settings import ServerSettings
 from loopserve.serve.store import Store
 from loopserve.serve.submission import Submissions
@@ -55,7 +56,7 @@ class Conversations:
         self._answers: set[Answer] = set()  # under way; touched in the event loop only
         self._loop: asyncio.AbstractEventLoop | None = None
         self.submissions = Submissions(engine, self.worker, self.live, settings)
-        self.store = Store(settings.session_dir)
+        self.store = Store(settings.session_dir, Sealer(settings.session_key))
         self.directory = SharedDirectory(settings.session_dir)
         if self.directory.alone:
             remove_orphans(self.store)
@@ -209,7 +210,7 @@ class Conversations:
             tenant=answer.ask.tenant,
             model=self.model,
             stack=answer.stack.digest,
-            digest=extend(path.head.digest if path.head else ROOT, [*messages, message]),
+            digest=extend(ROOT, [*path.messages, *messages, message]),
             messages=tuple(messages),
             answer=message,
             prompt_tokens=answer.prompt.tokens,

@@ -29,6 +29,7 @@ from loopserve.core.kv.buffers import PairBuffer
 from loopserve.core.policy.state import PackedState
 from loopserve.core.stack.stack import PolicyStack
 from loopserve.serve.records import KVRow, Path, pack_tokens
+from loopserve.serve.sealing import Sealer
 from loopserve.serve.store import Store
 
 _log = logging.getLogger("loopserve.serve")
@@ -108,7 +109,8 @@ class KVFiles:
             trees[slot] = [tree, len(parts)]
             tensors |= {f"state.{slot}.{number}": part.contiguous().cpu() for number, part in enumerate(parts)}
         data = save(tensors, {"format": "pt", "loopserve": f"kv layout {LAYOUT}"})
-        sha = hashlib.sha256(data).hexdigest()
+        sealed = self._store.sealer.seal(data, f"{turn.id} pairs")
+        sha = hashlib.sha256(sealed).hexdigest()
         manifest = {
             "start": start,
             "end": held.tokens,
@@ -127,8 +129,8 @@ class KVFiles:
                 target.parent,
             ):  # not parents=True, which makes the first for everybody to read
                 each.mkdir(exist_ok=True, mode=0o700)
-            write_atomically(target, data, mode=0o600)
-            self._store.put_kv(turn.id, file, len(data), sha, manifest)
+            write_atomically(target, sealed, mode=0o600)
+            self._store.put_kv(turn.id, file, len(sealed), sha, manifest)
         except Exception as error:  # a full disk, for example: the conversation itself is committed already
             self.failed += 1
             _log.warning("the cache of a turn was not written (%s): it will be computed again after a restart", error)
@@ -204,7 +206,7 @@ class KVFiles:
 
     def _read(self, row: KVRow) -> dict[str, Tensor] | None:
         try:
-            tensors = checked(self._place(row.file), row, whole=row.file not in self._known)
+            tensors = checked(self._place(row.file), row, whole=row.file not in self._known, sealer=self._store.sealer)
         except (OSError, ValueError, SafetensorError) as error:
             _log.error("%s is put away and computed again: %s", row.file, error)
             self.quarantined += 1
@@ -257,7 +259,7 @@ def _header(data: bytes) -> str:
     return hashlib.sha256(data[: 8 + int.from_bytes(data[:8], "little")]).hexdigest()
 
 
-def checked(place: FilePath, row: KVRow, whole: bool = True) -> dict[str, Tensor]:
+def checked(place: FilePath, row: KVRow, whole: bool = True, sealer: Sealer | None = None) -> dict[str, Tensor]:
     """Return the tensors of a file. Raises OSError, ValueError or SafetensorError if anything differs from its row.
 
     whole: compare the sha256 of the file too, and not only size, header and checksums of the tensors.
@@ -267,6 +269,8 @@ def checked(place: FilePath, row: KVRow, whole: bool = True) -> dict[str, Tensor
         raise ValueError(f"it has {len(data)} bytes instead of {row.bytes}")
     if whole and hashlib.sha256(data).hexdigest() != row.sha256:
         raise ValueError("its sha256 is another one")
+    if sealer is not None:
+        data = sealer.open(data, f"{row.turn} pairs")
     if _header(data) != row.manifest["header"]:
         raise ValueError("its header is another one")
     tensors = load(data)
@@ -281,7 +285,7 @@ def damaged_files(store: Store) -> list[tuple[KVRow, str]]:
     found = []
     for row in store.every_kv() if store.directory is not None else ():
         try:
-            checked(store.directory / row.file, row)  # type: ignore[operator]
+            checked(store.directory / row.file, row, sealer=store.sealer)  # type: ignore[operator]
         except (OSError, ValueError, SafetensorError) as error:
             found.append((row, str(error)))
     return found

@@ -16,16 +16,16 @@ from pathlib import Path as FilePath
 from typing import Any
 
 from loopserve.core.errors import ConfigError
-from loopserve.serve.records import KVRow, Path, StoredSession, StoredTurn, pack_tokens, unpack_tokens
+from loopserve.serve.records import KVRow, Path, StoredSession, StoredTurn
+from loopserve.serve.rows import KV, TURN, Rows
 from loopserve.serve.schema import KV_TABLE, OBJECTS, SCHEMA_VERSION, TABLES, refused
+from loopserve.serve.sealing import Sealer
 
 _log = logging.getLogger("loopserve.serve")
 _IN_MEMORY = ("spare", "volatile")  # what the disk does not take; what is not to be kept
+_MARK = "loopserve sealed"  # id of the object that tells whether a directory has a key, and which
+_DIGEST = TURN.split(", ").index("digest")
 _WAIT_S = 5.0  # for another process that writes
-_TURN = (
-    "id, session, parent, tenant, model, stack, digest, messages, answer, prompt_tokens, output_tokens, created, finish_reason, "
-    "figures"
-)
 
 
 class Store:
@@ -35,9 +35,13 @@ class Store:
     what its client does not want to have kept.
     """
 
-    def __init__(self, directory: FilePath | None) -> None:
-        """Open or create the database of a session directory. Raises ConfigError if that cannot be done."""
-        self.directory = directory
+    def __init__(self, directory: FilePath | None, sealer: Sealer | None = None) -> None:
+        """Open or create the database of a session directory. Raises ConfigError if that cannot be done.
+
+        sealer: encrypts what people wrote; a directory that was begun with a key is used with this key only.
+        """
+        self.directory, self.sealer = directory, sealer or Sealer()
+        self._rows = Rows(self.sealer)
         self.spare_turns = 0  # committed in memory only, since the disk refused them
         try:
             if directory is not None:
@@ -70,9 +74,29 @@ class Store:
                     ]
                     parts.append(f"SELECT * FROM {db}.{table}")
                 self._db.execute(f"CREATE TEMP VIEW every_{table} AS {' UNION ALL '.join(parts)}")
+            self._check_key()
         except (OSError, sqlite3.Error) as error:
             raise ConfigError(
                 f"--session-dir {directory}: cannot be used ({error}); give a directory that this user may write to"
+            ) from error
+
+    def _check_key(self) -> None:
+        """Raise ConfigError if what is in the database does not open with the key that was given, or with none."""
+        row = self._db.execute("SELECT body FROM main.objects WHERE id=?", (_MARK,)).fetchone()
+        if row is None:
+            if self.sealer.active and self._db.execute("SELECT 1 FROM main.sessions").fetchone() is not None:
+                raise ConfigError(f"--session-dir {self.directory}: it was begun without a key; give another directory")
+            if self.sealer.active:
+                mark = (_MARK, "", self.sealer.seal_text(_MARK, _MARK))
+                self._db.execute("INSERT INTO main.objects VALUES (?, ?, ?)", mark)
+            return
+        if not self.sealer.active:
+            raise ConfigError(f"--session-dir {self.directory}: it is encrypted; give its key by --session-key-file")
+        try:
+            self.sealer.open_text(row[0], _MARK)
+        except ValueError as error:
+            raise ConfigError(
+                f"--session-dir {self.directory}: the key of --session-key-file is not its key"
             ) from error
 
     def close(self) -> None:
@@ -91,17 +115,17 @@ class Store:
             self._write("volatile", [path.turns[-1]], [session])
             return False
         self._settle()
-        before = [turn for turn in path.turns[:-1] if self._is_volatile(turn.id)]
+        before = [turn.id for turn in path.turns[:-1] if self._is_volatile(turn.id)]
         try:
-            self._write("main", [*before, path.turns[-1]], [session])
+            self._write("main", [path.turns[-1]], [session], before)
         except sqlite3.DatabaseError as error:
             if not refused(error):
                 raise
             _log.error("a turn is kept in memory only: the session directory takes nothing (%s)", error)
-            self._write("spare", [*before, path.turns[-1]], [session])
+            self._write("spare", [path.turns[-1]], [session], before)
             self.spare_turns += 1
             return False
-        self._db.executemany("DELETE FROM volatile.turns WHERE id=?", [(turn.id,) for turn in before])
+        self._db.executemany("DELETE FROM volatile.turns WHERE id=?", [(turn,) for turn in before])
         self._db.execute("DELETE FROM volatile.sessions WHERE id=?", (session.id,))
         return True
 
@@ -116,11 +140,10 @@ class Store:
         """Move what the disk did not take to it, if it takes it now."""
         if not self.spare_turns:
             return
-        turns = [_turn(row) for row in self._db.execute(f"SELECT {_TURN} FROM spare.turns ORDER BY created")]
-        sessions = [StoredSession(*row) for row in self._db.execute("SELECT * FROM spare.sessions")]
         try:
-            self._write("main", turns, sessions)
-            self._db.execute("INSERT OR REPLACE INTO main.objects SELECT * FROM spare.objects")
+            with self._transaction():
+                for table in ("turns", "sessions", "objects"):
+                    self._db.execute(f"INSERT OR REPLACE INTO main.{table} SELECT * FROM spare.{table}")
         except sqlite3.DatabaseError as error:
             if not refused(error):
                 raise
@@ -130,14 +153,19 @@ class Store:
                 self._db.execute(f"DELETE FROM spare.{table}")
         self.spare_turns = 0
 
-    def _write(self, db: str, turns: Iterable[StoredTurn], sessions: Iterable[StoredSession]) -> None:
+    def _write(
+        self, db: str, turns: Iterable[StoredTurn], sessions: Iterable[StoredSession], volatile: Iterable[str] = ()
+    ) -> None:
+        """volatile: ids of turns that lie in the database of this name so far."""
         with self._transaction(db):
+            for each in volatile:
+                self._db.execute(f"INSERT OR REPLACE INTO {db}.turns SELECT * FROM volatile.turns WHERE id=?", (each,))
             self._db.executemany(
-                f"INSERT OR REPLACE INTO {db}.turns ({_TURN}) VALUES ({', '.join('?' * 14)})", map(_row, turns)
+                f"INSERT OR REPLACE INTO {db}.turns ({TURN}) VALUES ({', '.join('?' * 14)})",
+                map(self._rows.of_turn, turns),
             )
             self._db.executemany(
-                f"INSERT OR REPLACE INTO {db}.sessions VALUES (?, ?, ?, ?, ?, ?)",
-                [(s.id, s.tenant, s.key, s.head, s.created, s.updated) for s in sessions],
+                f"INSERT OR REPLACE INTO {db}.sessions VALUES (?, ?, ?, ?, ?, ?)", map(self._rows.of_session, sessions)
             )
 
     @contextmanager
@@ -154,8 +182,16 @@ class Store:
 
     def turn(self, tenant: str, turn: str) -> StoredTurn | None:
         """Return a turn of a tenant by its id."""
-        row = self._db.execute(f"SELECT {_TURN} FROM every_turns WHERE id=? AND tenant=?", (turn, tenant)).fetchone()
-        return None if row is None else _turn(row)
+        row = self._db.execute(f"SELECT {TURN} FROM every_turns WHERE id=? AND tenant=?", (turn, tenant)).fetchone()
+        return None if row is None else self._turn(row)
+
+    def _turn(self, row: Sequence[Any], digest: bytes | None = None) -> StoredTurn | None:
+        """Return the turn of a row; None for a damaged one, whose conversation is computed from the messages of its client."""
+        try:
+            return self._rows.turn(row, digest)
+        except ValueError as error:
+            _log.error("turn %s cannot be read: %s", row[0], error)
+            return None
 
     def path(self, tenant: str, turn: str) -> Path | None:
         """Return the turns from the root to a turn. None if the turn, or one before it, is not there."""
@@ -172,15 +208,19 @@ class Store:
     def find(self, tenant: str, model: str, digests: Sequence[bytes], session: str | None = None) -> list[StoredTurn]:
         """Return the latest turn for each digest that is known, those of ``session`` first, longest conversations first."""
         order = {digest: number for number, digest in enumerate(digests)}
+        kept = {self.sealer.index(digest): digest for digest in digests}
         found: dict[bytes, StoredTurn] = {}
         for start in range(0, len(digests), 500):
-            part = digests[start : start + 500]
+            part = list(kept)[start : start + 500]
             rows = self._db.execute(
-                f"SELECT {_TURN} FROM every_turns WHERE tenant=? AND model=? AND digest IN ({', '.join('?' * len(part))}) "
+                f"SELECT {TURN} FROM every_turns WHERE tenant=? AND model=? AND digest IN ({', '.join('?' * len(part))}) "
                 "ORDER BY (session = ?), created",
                 (tenant, model, *part, session),
             )
-            found |= {turn.digest: turn for turn in map(_turn, rows)}
+            for row in rows:
+                turn = self._turn(row, kept[bytes(row[_DIGEST])])
+                if turn is not None:
+                    found[turn.digest] = turn
         return sorted(found.values(), key=lambda turn: order[turn.digest])
 
     # Sessions.
@@ -188,33 +228,37 @@ class Store:
     def session(self, tenant: str, session: str) -> StoredSession | None:
         """Return a session of a tenant by its id."""
         row = self._db.execute("SELECT * FROM every_sessions WHERE id=? AND tenant=?", (session, tenant)).fetchone()
-        return None if row is None else StoredSession(*row)
+        return None if row is None else self._rows.session(row)
 
     def session_by_key(self, tenant: str, key: str) -> StoredSession | None:
         """Return the latest session that a client named so."""
         row = self._db.execute(
             "SELECT * FROM every_sessions WHERE tenant=? AND key=? ORDER BY updated DESC LIMIT 1", (tenant, key)
         ).fetchone()
-        return None if row is None else StoredSession(*row)
+        return None if row is None else self._rows.session(row)
 
     def sessions(self, tenant: str | None = None, limit: int = -1) -> list[StoredSession]:
         """Return the sessions of a tenant, or of all (None), latest first."""
         rows = self._db.execute(
             "SELECT * FROM every_sessions WHERE ?1 IS NULL OR tenant=?1 ORDER BY updated DESC LIMIT ?2", (tenant, limit)
         )
-        return [StoredSession(*row) for row in rows]
+        return [self._rows.session(row) for row in rows]
 
     def title(self, tenant: str, turn: str) -> tuple[str, int]:
         """Return the first message of a user on the path to a turn, and the number of turns of the path."""
-        number, first, at = 0, "[]", turn
+        number, first, at = 0, None, turn
         while at is not None:  # sqlite scans whole tables for a recursive query over the view
             row = self._db.execute(
-                "SELECT messages, parent FROM every_turns WHERE id=? AND tenant=?", (at, tenant)
+                "SELECT messages, parent, id FROM every_turns WHERE id=? AND tenant=?", (at, tenant)
             ).fetchone()
             if row is None:
                 break
-            number, (first, at) = number + 1, row
-        questions = [each["content"] for each in json.loads(first) if each["role"] == "user"]
+            number, first, at = number + 1, row, row[1]
+        try:
+            messages = [] if first is None else self._rows.messages(first[2], first[0])
+        except ValueError:  # damaged: the session is listed without a title
+            messages = []
+        questions = [each["content"] for each in messages if each["role"] == "user"]
         return (questions[0] if questions else ""), number
 
     def put_session(self, session: StoredSession) -> None:
@@ -272,9 +316,8 @@ class Store:
         """Keep a JSON object under the id of a turn or session."""
         for db in ("main", "spare"):
             try:
-                self._db.execute(
-                    f"INSERT OR REPLACE INTO {db}.objects VALUES (?, ?, ?)", (name, tenant, json.dumps(body))
-                )
+                kept = self.sealer.seal_text(json.dumps(body), f"{name} object")
+                self._db.execute(f"INSERT OR REPLACE INTO {db}.objects VALUES (?, ?, ?)", (name, tenant, kept))
                 return
             except sqlite3.DatabaseError as error:
                 if not refused(error) or db == "spare":
@@ -286,14 +329,14 @@ class Store:
         for db in ("spare", "main"):
             row = self._db.execute(f"SELECT body FROM {db}.objects WHERE id=? AND tenant=?", (name, tenant)).fetchone()
             if row is not None:
-                found: dict[str, Any] = json.loads(row[0])
+                found: dict[str, Any] = json.loads(self.sealer.open_text(row[0], f"{name} object"))
                 return found
         return None
 
     def expired(self, older_than_s: float) -> list[StoredSession]:
         """Return the sessions that were last used longer ago than that."""
         rows = self._db.execute("SELECT * FROM every_sessions WHERE updated < ?", (time.time() - older_than_s,))
-        return [StoredSession(*row) for row in rows]
+        return [self._rows.session(row) for row in rows]
 
     # Manifest of the KV files.
 
@@ -301,67 +344,19 @@ class Store:
         """Say that a file holds the pairs of a turn: from here on it counts."""
         self._db.execute(
             "INSERT OR REPLACE INTO main.kv VALUES (?, ?, ?, ?, ?, ?)",
-            (turn, file, size, sha256, json.dumps(manifest), time.time()),
+            (turn, file, size, sha256, self.sealer.seal_text(json.dumps(manifest), f"{turn} manifest"), time.time()),
         )
 
     def kv(self, turn: str) -> KVRow | None:
         """Return the row of the file that holds a turn's pairs; None if there is none."""
-        row = self._db.execute(
-            "SELECT turn, file, bytes, sha256, manifest FROM main.kv WHERE turn=?", (turn,)
-        ).fetchone()
-        return None if row is None else _kv_row(row)
+        row = self._db.execute(f"SELECT {KV} FROM main.kv WHERE turn=?", (turn,)).fetchone()
+        return None if row is None else self._rows.kv(row)
 
     def every_kv(self) -> list[KVRow]:
         """Return the rows of all files, oldest first."""
-        rows = self._db.execute("SELECT turn, file, bytes, sha256, manifest FROM main.kv ORDER BY created")
-        return [_kv_row(row) for row in rows]
+        rows = self._db.execute(f"SELECT {KV} FROM main.kv ORDER BY created")
+        return [self._rows.kv(row) for row in rows]
 
     def drop_kv(self, turns: Iterable[str]) -> None:
         """Forget the files of turns."""
         self._db.executemany("DELETE FROM main.kv WHERE turn=?", [(each,) for each in turns])
-
-
-def _row(turn: StoredTurn) -> tuple[Any, ...]:
-    return (
-        turn.id,
-        turn.session,
-        turn.parent,
-        turn.tenant,
-        turn.model,
-        turn.stack,
-        turn.digest,
-        json.dumps(turn.messages),
-        json.dumps(turn.answer),
-        pack_tokens(turn.prompt_tokens),
-        pack_tokens(turn.output_tokens),
-        turn.created,
-        turn.finish_reason,
-        json.dumps(turn.figures),
-    )
-
-
-def _turn(row: Sequence[Any]) -> StoredTurn:
-    (id_, session, parent, tenant, model, stack, digest, messages, answer, prompt, output, created, finish, figures) = (
-        row
-    )
-    return StoredTurn(
-        id_,
-        session,
-        parent,
-        tenant,
-        model,
-        stack,
-        bytes(digest),
-        tuple(json.loads(messages)),
-        json.loads(answer),
-        unpack_tokens(prompt),
-        unpack_tokens(output),
-        created,
-        finish,
-        json.loads(figures),
-    )
-
-
-def _kv_row(row: Sequence[Any]) -> KVRow:
-    turn, file, size, sha256, manifest = row
-    return KVRow(turn, file, size, sha256, json.loads(manifest))

@@ -182,3 +182,16 @@ def test_a_directory_is_left_when_its_server_ends(serve: Callable[..., Running],
     assert not beside.alone
     beside.close()
     held.close()
+
+
+@pytest.mark.parametrize("column", ["messages", "answer", "figures", "output_tokens", "prompt_tokens"])
+def test_a_damaged_turn_is_computed_from_the_request(
+    serve: Callable[..., Running], tmp_path: Path, column: str
+) -> None:
+    server = serve(session_dir=tmp_path)
+    first = ask(server, [FACT])
+    until(lambda: server.conversations.files.written == 1)
+    server.conversations.store._db.execute(f"UPDATE main.turns SET {column} = ?", (b"\xff[",))
+    second = ask(server, [FACT, said(first), QUESTION])
+    assert said(second)["content"] == ANSWER and cached(second) == 0
+    assert server.client()._client.get(f"{server.url}/v1/sessions").status_code == 200

@@ -11,7 +11,20 @@ from loopserve.bench.rows import read_rows
 DOCUMENT, ROWS = Path("docs/reliability.md"), Path("benchmarks/results/soak.jsonl")
 MARKS = "<!-- rows: python -m tests.soak.table -->", "<!-- end of rows -->"
 # What of a row is a figure of its promise; the rest says how it was measured.
-_NOT_SHOWN = {"op", "promise", "cases", "failed", "seconds", "seed", "threads", "device", "versions", "commit", "date", "statuses"}
+_NOT_SHOWN = {
+    "op",
+    "promise",
+    "cases",
+    "failed",
+    "seconds",
+    "seed",
+    "threads",
+    "device",
+    "versions",
+    "commit",
+    "date",
+    "statuses",
+}
 
 
 def table(rows: list[dict[str, Any]], names: list[str]) -> str:
@@ -24,7 +37,9 @@ def table(rows: list[dict[str, Any]], names: list[str]) -> str:
             lines.append(f"| {name} | not yet run | | | | |")
             continue
         figures = ", ".join(f"{key} {_shown(value)}" for key, value in row.items() if key not in _NOT_SHOWN)
-        lines.append(f"| {name} | {row['cases']:,} | {row['failed']} | {figures or '-'} | {row['seconds']:.0f} | {row['commit']} |")
+        lines.append(
+            f"| {name} | {row['cases']:,} | {row['failed']} | {figures or '-'} | {row['seconds']:.0f} | {row['commit']} |"
+        )
     return "\n".join(lines)
 
 
