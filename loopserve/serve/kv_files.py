@@ -136,9 +136,9 @@ class KVFiles:
             _log.warning("the cache of a turn was not written (%s): it will be computed again after a restart", error)
             return
         self._known.add(file)
-        self.written += 1
         if self._most is not None or self._most_per_tenant is not None:
             self._keep_within_limits()
+        self.written += 1
 
     def _keep_within_limits(self) -> None:
         """Remove the files of whole sessions, least recently written first, until tenants and directory are within their limits."""

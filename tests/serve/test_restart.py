@@ -45,7 +45,7 @@ def test_a_killed_server_goes_on_from_its_files(tmp_path: Path) -> None:
 
 def test_a_crashed_process_is_replaced_and_a_stopped_one_finishes(tmp_path: Path) -> None:
     """A segmentation fault in mid-answer, then SIGTERM while one answer is written and another waits."""
-    with started(tmp_path, ["--max-num-seqs", "1"], SEGFAULT) as (process, client):
+    with started(tmp_path, ["--max-num-seqs", "1", "--shutdown-timeout", "600"], SEGFAULT) as (process, client):
         create = client.chat.completions.create
         first = create(model="demo", messages=[FACT], temperature=0)
         with pytest.raises(openai.APIConnectionError):
@@ -53,7 +53,7 @@ def test_a_crashed_process_is_replaced_and_a_stopped_one_finishes(tmp_path: Path
         messages = [FACT, said(first), QUESTION]
         assert said(create(model="demo", messages=messages, temperature=0))["content"] == ANSWER
         found: list[Any] = []
-        long = {"model": "demo", "messages": messages, "extra_body": {"ignore_eos": True}, "max_tokens": 700}
+        long = {"model": "demo", "messages": messages, "extra_body": {"ignore_eos": True}, "max_tokens": 150}
         stream = iter(create(**long, stream=True))
         next(stream)
         waiting = threading.Thread(target=lambda: found.append(create(**long)))
@@ -63,7 +63,7 @@ def test_a_crashed_process_is_replaced_and_a_stopped_one_finishes(tmp_path: Path
         process.terminate()
         assert list(stream)[-1].choices[0].finish_reason == "length"
         waiting.join()
-        assert found[0].usage.completion_tokens == 700
+        assert found[0].usage.completion_tokens == 150
         assert process.wait(60) == 0
     store = Store(tmp_path)
     turns = [turn for each in store.sessions() for turn in store.path(each.tenant, each.head).turns]
