@@ -73,6 +73,14 @@ class Conversations:
         self._loop = asyncio.get_running_loop()
         self.worker.start()
 
+    @property
+    def busy_sessions(self) -> set[str]:
+        """Return the ids of the sessions that an answer is under way for, or that it goes on from."""
+        matches = [answer.match for answer in self._answers]
+        return {match.session.id for match in matches} | {
+            turn.session for match in matches for turn in match.path.turns
+        }
+
     def _restarted(self) -> None:
         """Drop what the engine held before a failure. Its scheduler may have lost requests, so every answer under way is ended here."""
         self.live.close()

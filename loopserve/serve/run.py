@@ -14,6 +14,9 @@ from loopserve.api import Engine
 from loopserve.core.stack.stack import PolicyStack
 from loopserve.serve.app import create_app
 from loopserve.serve.settings import ServerSettings
+from loopserve.serve.supervising import BROKEN
+
+_LOOK_EVERY_S = 0.5
 
 
 class _Server(uvicorn.Server):
@@ -28,9 +31,9 @@ class _Server(uvicorn.Server):
 def run_server(
     engine: Engine, settings: ServerSettings, stacks: Mapping[str, PolicyStack], listener: socket.socket
 ) -> int:
-    """Serve until SIGTERM or Ctrl-C; return the exit status. Prints one line once requests are taken.
+    """Serve until SIGTERM or Ctrl-C; return the exit status, BROKEN if the device failed for good.
 
-    listener: see ``listening``. Raises ConfigError for settings that are refused.
+    Prints one line once requests are taken. listener: see ``listening``. Raises ConfigError for settings that are refused.
     """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
     app = create_app(engine, settings, stacks)
@@ -45,7 +48,7 @@ def run_server(
     )
     server = _Server(config)
     asyncio.run(_serve(server, listener, settings, engine.stack.name))
-    return 0
+    return BROKEN if app.state.server.conversations.worker.beyond_repair else 0
 
 
 async def _serve(server: uvicorn.Server, listener: socket.socket, settings: ServerSettings, stack: str) -> None:
@@ -56,4 +59,10 @@ async def _serve(server: uvicorn.Server, listener: socket.socket, settings: Serv
         host, port = listener.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         print(f"serving {settings.model_name} under the stack {stack} at http://{shown}:{port} (API: /v1)", flush=True)
+    worker = server.config.app.state.server.conversations.worker  # type: ignore[union-attr]
+    while not running.done():
+        await asyncio.wait({running}, timeout=_LOOK_EVERY_S)
+        if worker.beyond_repair and not server.should_exit:
+            print("error: the device does not work any more; the server ends", file=sys.stderr, flush=True)
+            server.should_exit = True
     await running

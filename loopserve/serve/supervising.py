@@ -12,14 +12,18 @@ import sys
 import threading
 import time
 from collections import deque
+from contextlib import suppress
 
 _log = logging.getLogger("loopserve.serve")
+BROKEN = 70  # exit status of a child that only a new process can take the place of
 _MOST_CRASHES, _WITHIN_S = 5, 60.0
 _PASSED_ON = (signal.SIGTERM, signal.SIGINT)
 
 
 def supervise() -> None:
-    """Fork, and return in the child. The parent never returns: it forks again when a signal ended the child, else it exits as it did.
+    """Fork, and return in the child. The parent never returns: it forks again when a signal ended the child, or BROKEN says so.
+
+    Else it exits as the child did.
 
     SIGTERM and Ctrl-C are passed on to the child, which is not restarted then. Five crashes within a minute are the end. A child
     whose parent is gone exits at once. Does nothing where processes cannot be forked.
@@ -27,44 +31,58 @@ def supervise() -> None:
     if not hasattr(os, "fork"):
         return
     crashes: deque[float] = deque(maxlen=_MOST_CRASHES)
+    signals = _Signals()
     while True:
         watched, held = os.pipe()
         child = os.fork()
         if child == 0:
+            signals.restore()
             os.close(held)
             os.setpgid(0, 0)  # Ctrl-C at a terminal reaches the parent only, so that it is not counted twice
             threading.Thread(target=_exit_with_parent, args=(watched,), daemon=True).start()
             return
         os.close(watched)
-        status, stopped = _wait(child)
+        signals.pass_on_to(child)
+        _, status = os.waitpid(child, 0)
         os.close(held)
-        if not os.WIFSIGNALED(status) or stopped:
-            sys.exit(os.waitstatus_to_exitcode(status) if os.WIFEXITED(status) else 128 + os.WTERMSIG(status))
-        name = signal.Signals(os.WTERMSIG(status)).name
+        code = os.waitstatus_to_exitcode(status)
+        if signals.seen or code not in (BROKEN, *range(-64, 0)):
+            sys.exit(code if code >= 0 else 128 - code)
+        name = signal.Signals(-code).name if code < 0 else "its device failed"
         crashes.append(time.monotonic())
         if len(crashes) == _MOST_CRASHES and crashes[-1] - crashes[0] < _WITHIN_S:
-            print(
-                f"error: the server crashed {_MOST_CRASHES} times within a minute, at last by {name}", file=sys.stderr
-            )
-            sys.exit(128 + os.WTERMSIG(status))
+            text = f"error: the server crashed {_MOST_CRASHES} times within a minute, at last by {name}"
+            print(text, file=sys.stderr)
+            sys.exit(code if code >= 0 else 128 - code)
         print(f"warning: the server crashed ({name}) and is restarted", file=sys.stderr, flush=True)
 
 
-def _wait(child: int) -> tuple[int, bool]:
-    """Wait for the end of a child; return its status, and whether a signal asked for it."""
-    asked: list[int] = []
+class _Signals:
+    """Pass signals on to a child, also those that come before its number is known."""
 
-    def pass_on(number: int, _: object) -> None:
-        asked.append(number)
-        os.kill(child, number)
+    def __init__(self) -> None:
+        self.seen: list[int] = []
+        self._child: int | None = None
+        self._before = {each: signal.signal(each, self._take) for each in _PASSED_ON}
 
-    before = {each: signal.signal(each, pass_on) for each in _PASSED_ON}
-    try:
-        _, status = os.waitpid(child, 0)
-    finally:
-        for each, handler in before.items():
+    def pass_on_to(self, child: int) -> None:
+        self._child = child
+        for each in self.seen:
+            self._send(each)
+
+    def restore(self) -> None:
+        """Handle signals as before. Call it in the child."""
+        for each, handler in self._before.items():
             signal.signal(each, handler)
-    return status, bool(asked)
+
+    def _take(self, number: int, _: object) -> None:
+        self.seen.append(number)
+        self._send(number)
+
+    def _send(self, number: int) -> None:
+        if self._child is not None:
+            with suppress(ProcessLookupError):
+                os.kill(self._child, number)
 
 
 def _exit_with_parent(watched: int) -> None:

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
+import torch
+
 from loopserve.api import Engine
 from loopserve.core.engine.scheduler import Scheduler
 from loopserve.core.errors import CapacityError
@@ -34,6 +36,7 @@ class Worker:
         self.scheduler = self._new_scheduler()
         self.on_restart: Callable[[], None] = lambda: None  # drops what is left of sessions and answers
         self.restarts = 0
+        self.beyond_repair = False  # the device is in a state that only another process gets it out of
         self.failures = 0  # passes that failed since one succeeded
         self._most = settings.max_num_seqs + settings.max_queued
         self._calls: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
@@ -73,7 +76,7 @@ class Worker:
     @property
     def healthy(self) -> bool:
         """Return whether the model can be asked and its last passes did not all fail."""
-        return self.alive and self.failures < _MOST_FAILURES
+        return self.alive and not self.beyond_repair and self.failures < _MOST_FAILURES
 
     def admit(self, answers: int, tenant: str) -> None:
         """Let answers in, to be given back with ``leave``.
@@ -123,6 +126,7 @@ class Worker:
                 return
             except BaseException as error:
                 broken = True
+                self._look_at(error)
                 _log.critical("the model's thread failed: the engine is restarted", exc_info=error)
 
     def _serve(self) -> None:
@@ -157,6 +161,14 @@ class Worker:
     def passed(self, error: BaseException | None) -> None:
         """Take note of how the pass of a request ended: None, or an error that nobody expected."""
         self.failures = 0 if error is None else self.failures + 1
+        if error is not None:
+            self._look_at(error)
+
+    def _look_at(self, error: BaseException) -> None:
+        """Note an error after which every later call of the device fails too. Running out of its memory is none."""
+        self.beyond_repair |= isinstance(error, torch.AcceleratorError) and not isinstance(
+            error, torch.OutOfMemoryError
+        )
 
     @property
     def _busy(self) -> bool:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import json
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -11,6 +13,7 @@ from typing import Any
 
 import openai
 import pytest
+import torch
 
 from loopserve.core.engine.scheduler import Request
 from loopserve.serve.errors import EngineFailure
@@ -176,3 +179,37 @@ def test_a_call_that_a_failure_interrupts_is_answered(server: Running, monkeypat
         worker._changed.notify()
     assert isinstance(future.exception(timeout=30), EngineFailure)
     assert said(ask(server, [FACT]))["content"] == "ok ."
+
+
+def test_a_device_that_failed_for_good_ends_the_process(server: Running, failing: Failing) -> None:
+    worker = server.conversations.worker
+    failing.fail(torch.OutOfMemoryError("no memory"))
+    with pytest.raises(openai.InternalServerError):
+        ask(server, [FACT])
+    assert worker.healthy and not worker.beyond_repair
+    failing.fail(torch.AcceleratorError("CUDA error: an illegal memory access was encountered", 700))
+    with pytest.raises(openai.InternalServerError):
+        ask(server, [FACT])
+    assert worker.beyond_repair and not worker.healthy
+
+
+@pytest.mark.parametrize(
+    ("ends", "code", "starts"), [("9", 137, 5), ("exit 70", 70, 5), ("exit 2", 2, 1), ("exit 0", 0, 1)]
+)
+def test_what_is_started_again(ends: str, code: int, starts: int) -> None:
+    ending = f"os.kill(os.getpid(), {ends})" if ends.isdigit() else f"os._exit({ends.split()[1]})"
+    program = f"import os; from loopserve.serve.supervising import supervise; supervise(); os.write(1, b'x'); {ending}"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
+    assert (done.returncode, done.stdout) == (code, b"x" * starts)
+
+
+def test_the_parent_passes_a_signal_on_and_ends() -> None:
+    program = (
+        "import os, signal, sys, time; from loopserve.serve.supervising import supervise; supervise()\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(3)); os.write(1, b'x')\nwhile True: time.sleep(60)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)
+    assert process.stdout is not None and process.stdout.read(1) == b"x"
+    process.terminate()
+    assert process.wait(60) == 3
+    process.stdout.close()

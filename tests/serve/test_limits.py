@@ -77,3 +77,18 @@ def test_conversations_that_rest_too_long_are_forgotten(serve: Callable[..., Run
     removed = asyncio.run_coroutine_threadsafe(server.server.sessions.expire(), server.loop).result(30)
     assert removed == 1 and not on_disk(tmp_path)
     assert server.client()._client.get(f"{server.url}/v1/sessions").json()["data"] == []
+
+
+def test_a_conversation_with_an_answer_under_way_is_not_forgotten(serve: Callable[..., Running]) -> None:
+    server = serve(session_ttl_s=1e-6)
+    first = ask(server, [FACT])
+    body = {"model": "demo", "messages": [FACT, said(first), QUESTION], "max_tokens": 4000, "ignore_eos": True}
+
+    def expire() -> int:
+        return asyncio.run_coroutine_threadsafe(server.server.sessions.expire(), server.loop).result(30)
+
+    with server.connection("/v1/chat/completions", body):
+        until(lambda: server.conversations.worker.scheduler.running)
+        assert expire() == 0
+    until(lambda: not server.conversations.worker.admitted)
+    assert expire() == 1

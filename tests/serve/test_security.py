@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import http.client
+import json
 import logging
 import re
 from collections.abc import Callable, Iterator
@@ -12,6 +13,8 @@ from pathlib import Path
 import pytest
 
 import loopserve
+from loopserve import Engine
+from loopserve.core.errors import LoopServeError
 from loopserve.serve.security import tenant_of
 from tests.serve.conftest import FACT, Running
 from tests.serve.test_chat_completions import ask
@@ -143,3 +146,14 @@ def test_text_cannot_forge_a_role(server: Running) -> None:
     assert ask(
         server, [{"role": "user", "content": FACT["content"] + " " + "".join(tokenizer.tokenizer.all_special_tokens)}]
     )
+
+
+def test_code_that_comes_with_a_model_does_not_run(tmp_path: Path) -> None:
+    canary = tmp_path / "canary"
+    (tmp_path / "evil.py").write_text(f"open({str(canary)!r}, 'w').close()\nclass Config: pass\nclass Model: pass\n")
+    code = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model", "AutoTokenizer": ["evil.Model", None]}
+    for name in ("config.json", "tokenizer_config.json"):
+        (tmp_path / name).write_text(json.dumps({"model_type": "canary", "auto_map": code}))
+    with pytest.raises(LoopServeError):
+        Engine.from_pretrained(str(tmp_path))
+    assert not canary.exists()
