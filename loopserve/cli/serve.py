@@ -137,15 +137,15 @@ def serve(
     )
     settings.check()
     listener = listen(settings)
-    if restart:
-        supervise()
-    try:
+    try:  # before the fork: most of the time of a start is spent here
         from loopserve.serve.run import run_server
     except ModuleNotFoundError as error:
         raise ConfigError(f"the server needs {error.name}: pip install 'loopserve[serve]'") from error
     from loopserve.api import Engine
     from loopserve.models.quiet import quiet_libraries
 
+    if restart:
+        supervise()
     chosen, *others = context.obj.stacks([stack, *(allow_stack or ())])
     with quiet_libraries():
         engine = Engine.from_pretrained(

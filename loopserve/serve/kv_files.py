@@ -142,20 +142,19 @@ class KVFiles:
 
     def _keep_within_limits(self) -> None:
         """Remove the files of whole sessions, least recently written first, until tenants and directory are within their limits."""
-        held: dict[tuple[str, str], list[KVRow]] = {}
-        for row in self._store.every_kv():  # oldest first
-            tenant, session, _ = row.file.split("/")
-            held[tenant, session] = [*held.pop((tenant, session), []), row]
-        sizes = {place: sum(row.bytes for row in rows) for place, rows in held.items()}
+        held: dict[tuple[str, str], list[tuple[str, int]]] = {}
+        for turn, file, size in self._store.kv_sizes():
+            tenant, session, _ = file.split("/")
+            held[tenant, session] = [*held.pop((tenant, session), []), (turn, size)]
         tenants: Counter[str] = Counter()
-        for (tenant, _), size in sizes.items():
-            tenants[tenant] += size
-        for place, rows in held.items():
+        for (tenant, _), turns in held.items():
+            tenants[tenant] += sum(size for _, size in turns)
+        for (tenant, _), turns in held.items():
             too_much = self._most is not None and tenants.total() > self._most
-            if too_much or (self._most_per_tenant is not None and tenants[place[0]] > self._most_per_tenant):
-                self.remove([row.turn for row in rows])
-                tenants[place[0]] -= sizes[place]
-                self.evicted += len(rows)
+            if too_much or (self._most_per_tenant is not None and tenants[tenant] > self._most_per_tenant):
+                self.remove([turn for turn, _ in turns])
+                tenants[tenant] -= sum(size for _, size in turns)
+                self.evicted += len(turns)
 
     def load(self, path: Path, stack: PolicyStack, more_than: int = 0) -> LoadedPairs | None:
         """Return what the files hold of a path; None if that is no more than ``more_than`` tokens. Damaged files are put away."""

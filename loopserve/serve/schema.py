@@ -17,6 +17,7 @@ CREATE TABLE IF NOT EXISTS {db}.turns (
 CREATE INDEX IF NOT EXISTS {db}.turns_by_digest ON turns (tenant, digest);
 CREATE INDEX IF NOT EXISTS {db}.turns_by_parent ON turns (parent);
 CREATE INDEX IF NOT EXISTS {db}.turns_by_session ON turns (session);
+CREATE INDEX IF NOT EXISTS {db}.sessions_by_head ON sessions (head);
 CREATE INDEX IF NOT EXISTS {db}.sessions_by_key ON sessions (tenant, key);
 """
 KV_TABLE = """

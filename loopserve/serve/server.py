@@ -46,6 +46,8 @@ class Server:
 
         empty: no body at all stands for an empty object.
         """
+        if issubclass(model, GenerationRequest):
+            self.conversations.worker.check_space()  # before the body is read: overload is to cost as little as it can
         body = await read_body(request, model, self.settings.max_body_bytes, empty=empty)
         if self.draining:
             raise ApiError(503, "the server is stopping", code="server_stopping", headers={"Retry-After": "5"})

@@ -10,7 +10,7 @@ import logging
 import os
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path as FilePath
 from typing import Any
@@ -275,26 +275,44 @@ class Store:
         self.spare_turns += 1
 
     def remove_session(self, tenant: str, session: str) -> list[str]:
-        """Remove a session, with the turns that no other session goes through. Return the ids of these turns."""
+        """Remove a session, with the turns that nothing else goes on from or is at. Return the ids of these turns."""
         found = self.session(tenant, session)
         if found is None:
             return []
-        kept = {
-            turn.id
-            for each in self.sessions(tenant)
-            if each.id != session and each.head is not None
-            for turn in (self.path(tenant, each.head) or Path()).turns
-        }
-        own = [row[0] for row in self._db.execute("SELECT id FROM every_turns WHERE session=?", (session,))]
+        own = self._db.execute("SELECT id FROM every_turns WHERE session=? ORDER BY created DESC", (session,))
         through = self.path(tenant, found.head) if found.head is not None else None
-        gone = sorted({*own, *(through.ids if through is not None else ())} - kept)
+        waiting = [*(row[0] for row in own), *(reversed(through.ids) if through is not None else ())]
+        gone: dict[str, None] = {}
+        while waiting:
+            turn = waiting.pop(0)
+            if turn in gone or self._is_needed(turn, session, gone):
+                continue
+            gone[turn] = None
+            waiting += self._left_behind(turn, session)
         with self._transaction():
             for db in ("main", *_IN_MEMORY):
                 self._db.execute(f"DELETE FROM {db}.sessions WHERE id=?", (session,))
                 self._db.executemany(f"DELETE FROM {db}.turns WHERE id=?", [(each,) for each in gone])
             for db in ("main", "spare"):
                 self._db.executemany(f"DELETE FROM {db}.objects WHERE id=?", [(each,) for each in (session, *gone)])
-        return gone
+        return sorted(gone)
+
+    def _is_needed(self, turn: str, session: str, gone: Container[str]) -> bool:
+        """Return whether another session is at a turn, or a turn that stays goes on from it."""
+        at = self._db.execute("SELECT 1 FROM every_sessions WHERE head=? AND id<>?", (turn, session)).fetchone()
+        children = self._db.execute("SELECT id FROM every_turns WHERE parent=?", (turn,))
+        return at is not None or any(child not in gone for (child,) in children)
+
+    def _left_behind(self, turn: str, session: str) -> list[str]:
+        """Return the turn before a removed one, if only that one kept it: its own session is removed as well, or was."""
+        row = self._db.execute("SELECT parent FROM every_turns WHERE id=?", (turn,)).fetchone()
+        if row is None or row[0] is None:
+            return []
+        before = self._db.execute("SELECT session FROM every_turns WHERE id=?", (row[0],)).fetchone()
+        if before is None:
+            return []
+        alive = self._db.execute("SELECT 1 FROM every_sessions WHERE id=?", before).fetchone() is not None
+        return [] if alive and before[0] != session else [row[0]]
 
     def remove_turn(self, tenant: str, turn: str) -> bool:
         """Remove a turn that no other turn goes on from; the sessions at it move back by one. Return False if one goes on from it."""
@@ -356,6 +374,10 @@ class Store:
         """Return the rows of all files, oldest first."""
         rows = self._db.execute(f"SELECT {KV} FROM main.kv ORDER BY created")
         return [self._rows.kv(row) for row in rows]
+
+    def kv_sizes(self) -> list[tuple[str, str, int]]:
+        """Return turn, file and bytes of all files, oldest first."""
+        return list(self._db.execute("SELECT turn, file, bytes FROM main.kv ORDER BY created"))
 
     def drop_kv(self, turns: Iterable[str]) -> None:
         """Forget the files of turns."""

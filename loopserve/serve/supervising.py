@@ -1,6 +1,7 @@
 """Restart a server whose process crashed: a segmentation fault, or the system that needed its memory.
 
-Knows neither torch nor the server: the process that waits stays small, and forks before any thread is there.
+Knows neither torch nor the server. The process that waits has imported them, so that a restart has only the model to load; it forks
+before any thread is there, and never computes anything.
 """
 
 from __future__ import annotations

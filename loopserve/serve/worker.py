@@ -87,11 +87,15 @@ class Worker:
         if most is not None and self._by_tenant[tenant] + answers > most:
             self.rejected += 1
             raise too_many(f"{self._by_tenant[tenant]} requests of this key are under way or waiting already")
+        self.check_space(answers)
+        self.admitted += answers
+        self._by_tenant[tenant] += answers
+
+    def check_space(self, answers: int = 1) -> None:
+        """Raise CapacityError if so many answers would not be let in now."""
         if self.admitted + answers > self._most:
             self.rejected += 1
             raise CapacityError(f"{self.admitted} requests are under way or waiting already: try again later")
-        self.admitted += answers
-        self._by_tenant[tenant] += answers
 
     def leave(self, answers: int, tenant: str) -> None:
         """Say that answers are over."""

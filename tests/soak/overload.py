@@ -17,7 +17,9 @@ from tests.serve.processes import started
 from tests.soak.cases import Cases, percentile, running
 
 SEQS, QUEUED, TOKENS = 4, 4, 64
-Outcome = tuple[int, str | None, float, str]  # status, Retry-After, seconds to the first byte of the body, the body
+Outcome = tuple[
+    int, str | None, float, str, float
+]  # status, Retry-After, seconds to the first byte, body, when it ended
 
 
 def run(cases: int, seed: int = 0, *, apart: bool = False) -> Cases:
@@ -43,9 +45,8 @@ async def _measure(found: Cases, url: str, cases: int, process: int | None) -> N
     async with httpx2.AsyncClient(timeout=120, limits=httpx2.Limits(max_connections=None)) as client:
         await _send(client, url)
         before = time.perf_counter()
-        closed = [
-            each for part in await asyncio.gather(*(_several(client, url, 12) for _ in range(SEQS))) for each in part
-        ]
+        full = [_several(client, url, 6) for _ in range(SEQS + QUEUED)]  # as many at once as are let in
+        closed = [each for part in await asyncio.gather(*full) for each in part]
         capacity = len(closed) / (time.perf_counter() - before)
         memory = _memory(process)
         before, sending = time.perf_counter(), []
@@ -53,7 +54,7 @@ async def _measure(found: Cases, url: str, cases: int, process: int | None) -> N
             sending.append(asyncio.create_task(_send(client, url)))
             await asyncio.sleep(1 / (16 * capacity))
         over = await asyncio.gather(*sending)
-        seconds = time.perf_counter() - before
+        ended = max(each[4] for each in over if each[0] == 200)
         grown = _memory(process) - memory
         answered, shed = [each for each in over if each[0] == 200], [each for each in over if each[0] != 200]
         found.count = len(over)
@@ -75,7 +76,7 @@ async def _measure(found: Cases, url: str, cases: int, process: int | None) -> N
             "ttft_p99_at_capacity_s": percentile([each[2] for each in closed], 0.99),
             "ttft_p99_overloaded_s": percentile([each[2] for each in answered], 0.99) if answered else None,
             "capacity_per_s": capacity,
-            "answered_per_s": len(answered) / seconds,
+            "answered_per_s": len(answered) / (ended - before),
             "memory_growth_mib": grown / 2**20,
         }
 
@@ -97,7 +98,7 @@ async def _send(client: httpx2.AsyncClient, url: str) -> Outcome:
         async for piece in response.aiter_bytes():
             first = first or time.perf_counter() - sent
             text += piece
-    return response.status_code, response.headers.get("retry-after"), first, text.decode()
+    return response.status_code, response.headers.get("retry-after"), first, text.decode(), time.perf_counter()
 
 
 def _memory(process: int | None) -> int:
