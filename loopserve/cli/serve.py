@@ -145,7 +145,7 @@ def serve(
     from loopserve.models.quiet import quiet_libraries
 
     if restart:
-        supervise()
+        supervise(listener.close)  # else connections would wait while the child finishes its last answers
     chosen, *others = context.obj.stacks([stack, *(allow_stack or ())])
     with quiet_libraries():
         engine = Engine.from_pretrained(

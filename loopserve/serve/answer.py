@@ -20,7 +20,6 @@ from loopserve.models.logprobs import TokenLogprob, token_logprobs
 from loopserve.models.tool_calls import CallReader, ToolCall
 from loopserve.serve.ask import Ask, Match
 from loopserve.serve.attention import AttendedParts
-from loopserve.serve.errors import EngineFailure, unexpected
 from loopserve.serve.records import StoredTurn
 
 FIRST_S = 10.0  # headers of a stream wait so long for the first token, to say what was reused
@@ -101,9 +100,6 @@ class Choice:
 
     def progressed(self, request: Request) -> None:
         """Give the event loop what a pass added."""
-        if request.error is not None:
-            self.send(EngineFailure() if unexpected(request.error) else request.error)
-            return
         if request.turn is None:
             return
         over = request.done.is_set()

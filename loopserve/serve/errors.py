@@ -7,7 +7,7 @@ import logging
 import sqlite3
 from typing import Any
 
-from loopserve.core.errors import CancelledTurn, CapacityError, ConfigError, InputError, LoopServeError, ModelError
+from loopserve.core.errors import CapacityError, ConfigError, InputError, LoopServeError, ModelError
 from loopserve.serve.schema import refused
 
 _log = logging.getLogger("loopserve.serve")
@@ -80,6 +80,11 @@ def too_many(message: str) -> ApiError:
     return ApiError(429, message, code="rate_limit_exceeded", headers={"Retry-After": str(RETRY_AFTER_S)})
 
 
+def stopping() -> ApiError:
+    """Return the error for a server that ends (503 with Retry-After)."""
+    return ApiError(503, "the server is stopping", code="server_stopping", headers={"Retry-After": "5"})
+
+
 def as_api_error(error: BaseException) -> ApiError:
     """Return what to answer for any exception. What nobody expected is logged; its text is not shown."""
     if isinstance(error, ApiError):
@@ -90,9 +95,9 @@ def as_api_error(error: BaseException) -> ApiError:
         _log.error("the session directory cannot be used (%s)", error)
         again = {"Retry-After": str(RETRY_AFTER_S)}
         return ApiError(503, "the session directory cannot be used now", code="storage_unavailable", headers=again)
-    if isinstance(error, EngineFailure | CancelledTurn):
+    if isinstance(error, EngineFailure):
         again = {"Retry-After": str(RETRY_AFTER_S)}
-        return ApiError(503, str(EngineFailure()), code="engine_restarted", headers=again)
+        return ApiError(503, str(error), code="engine_restarted", headers=again)
     if isinstance(error, InputError):
         text = str(error)
         too_long = "tokens long, the model takes" in text or "does not fit: " in text

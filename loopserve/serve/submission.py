@@ -9,10 +9,10 @@ from loopserve.api import Engine
 from loopserve.core.engine.sampling import LogitsProcessor
 from loopserve.core.engine.scheduler import Request
 from loopserve.core.engine.session import Session
-from loopserve.core.errors import CapacityError, InputError
+from loopserve.core.errors import CancelledTurn, CapacityError, InputError
 from loopserve.serve.answer import Answer, Choice
 from loopserve.serve.attention import AttendedParts
-from loopserve.serve.errors import EngineFailure, unexpected
+from loopserve.serve.errors import EngineFailure, stopping, unexpected
 from loopserve.serve.kv_files import LoadedPairs
 from loopserve.serve.live import LiveSessions
 from loopserve.serve.records import Path
@@ -93,9 +93,12 @@ class Submissions:
             sampling = sampling.model_copy(update={"seed": (sampling.seed + choice.index) % (1 << 63)})
 
         def progressed(request: Request) -> None:
-            if self._noted(request, choice.session) is not None:
+            error = self._noted(request, choice.session)
+            if error is not None:
                 self._rest(answer, choice.session)
-            elif not choice.started:
+                choice.send(error)
+                return
+            if not choice.started:
                 choice.started = True
                 if prefill is None:
                     answer.cached_tokens = (
@@ -124,6 +127,8 @@ class Submissions:
     def _noted(self, request: Request, session: Session) -> BaseException | None:
         """Return what ended a request, for its client. After an error that nobody expected, the session's pairs are not used again."""
         error = request.error
+        if isinstance(error, CancelledTurn):  # not by its client, who reads nothing any more
+            return EngineFailure() if self._worker.alive else stopping()
         if error is not None and unexpected(error):
             _log.error("a turn failed and is taken back", exc_info=error)
             self._worker.passed(error)

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
 
 _log = logging.getLogger("loopserve.serve")
@@ -21,10 +22,10 @@ _MOST_CRASHES, _WITHIN_S = 5, 60.0
 _PASSED_ON = (signal.SIGTERM, signal.SIGINT)
 
 
-def supervise() -> None:
+def supervise(stopping: Callable[[], None] = lambda: None) -> None:
     """Fork, and return in the child. The parent never returns: it forks again when a signal ended the child, or BROKEN says so.
 
-    Else it exits as the child did.
+    Else it exits as the child did. stopping: called in the parent when it is asked to end.
 
     SIGTERM and Ctrl-C are passed on to the child, which is not restarted then. Five crashes within a minute are the end. A child
     whose parent is gone exits at once. Does nothing where processes cannot be forked.
@@ -32,7 +33,7 @@ def supervise() -> None:
     if not hasattr(os, "fork"):
         return
     crashes: deque[float] = deque(maxlen=_MOST_CRASHES)
-    signals = _Signals()
+    signals = _Signals(stopping)
     while True:
         watched, held = os.pipe()
         child = os.fork()
@@ -61,7 +62,8 @@ def supervise() -> None:
 class _Signals:
     """Pass signals on to a child, also those that come before its number is known."""
 
-    def __init__(self) -> None:
+    def __init__(self, stopping: Callable[[], None]) -> None:
+        self._stopping = stopping
         self.seen: list[int] = []
         self._child: int | None = None
         self._before = {each: signal.signal(each, self._take) for each in _PASSED_ON}
@@ -78,6 +80,7 @@ class _Signals:
 
     def _take(self, number: int, _: object) -> None:
         self.seen.append(number)
+        self._stopping()
         self._send(number)
 
     def _send(self, number: int) -> None:

@@ -15,7 +15,7 @@ import torch
 from loopserve.api import Engine
 from loopserve.core.engine.scheduler import Scheduler
 from loopserve.core.errors import CapacityError
-from loopserve.serve.errors import EngineFailure, too_many
+from loopserve.serve.errors import EngineFailure, stopping, too_many
 from loopserve.serve.settings import ServerSettings
 
 _log = logging.getLogger("loopserve.serve")
@@ -109,7 +109,7 @@ class Worker:
         future: Future[T] = Future()
         with self._changed:
             if not self.alive:
-                future.set_exception(CapacityError("the server is stopping"))
+                future.set_exception(stopping())
                 return future
             self._calls.append((future, work))
             self._changed.notify()

@@ -205,11 +205,23 @@ def test_what_is_started_again(ends: str, code: int, starts: int) -> None:
 
 def test_the_parent_passes_a_signal_on_and_ends() -> None:
     program = (
-        "import os, signal, sys, time; from loopserve.serve.supervising import supervise; supervise()\n"
+        "import os, signal, sys, time; from loopserve.serve.supervising import supervise\n"
+        "supervise(lambda: os.write(1, b'stopping'))\n"
         "signal.signal(signal.SIGTERM, lambda *_: sys.exit(3)); os.write(1, b'x')\nwhile True: time.sleep(60)"
     )
     process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)
     assert process.stdout is not None and process.stdout.read(1) == b"x"
     process.terminate()
     assert process.wait(60) == 3
+    assert process.stdout.read() == b"stopping"
     process.stdout.close()
+
+
+def test_an_answer_that_the_end_of_the_server_cuts_off_says_so(server: Running) -> None:
+    body = {"model": "demo", "messages": [FACT], "stream": True, "ignore_eos": True, "max_tokens": 4000}
+    with server.connection("/v1/chat/completions", body, {"Connection": "close"}) as connection:
+        until(lambda: server.conversations.worker.scheduler.running)
+        threading.Thread(target=server.conversations.worker.stop).start()
+        text = b"".join(iter(lambda: connection.recv(65536), b"")).decode()
+    events = [line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data: ")]
+    assert json.loads(events[-1])["error"]["code"] == "server_stopping"

@@ -50,6 +50,7 @@ FULL: dict[str, tuple[Callable[[int, int], Cases], int]] = {
     "R12 restarts": (partial(restarts.run, crashes=5), 100),
     "R14 leaks": (leaks.run, 6000),
     "R15 fairness": (partial(fairness.run, apart=True), 5),
+    "R15 fairness, 64 tokens a pass": (partial(fairness.run, apart=True, tokens=64), 5),
     "R17 streams": (streams.run, 500),
 }
 

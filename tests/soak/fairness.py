@@ -18,12 +18,13 @@ from tests.soak.cases import Cases, percentile, running
 LONG, SHORT = 8000, 20
 
 
-def run(cases: int, seed: int = 0, *, apart: bool = False) -> Cases:
+def run(cases: int, seed: int = 0, *, apart: bool = False, tokens: int = 512) -> Cases:
     """Begin a long prompt and ``SHORT`` short ones, ``cases`` times. Without ``apart``, the order of the answers is looked at alone."""
+    options = ["--max-num-batched-tokens", str(tokens)]
     if not apart:
         return _order(cases)
     found = Cases()
-    with tempfile.TemporaryDirectory() as folder, started(Path(folder)) as (_, client):
+    with tempfile.TemporaryDirectory() as folder, started(Path(folder), options) as (_, client):
         url = str(client.base_url).removesuffix("/v1/")
         alone, beside = asyncio.run(_measure(url, cases))
     found.count = len(beside)
@@ -86,8 +87,9 @@ def _order(cases: int) -> Cases:
 
 def _answered(server: Running) -> list[str]:
     """Queue a long prompt and short ones behind it while the model is held up; return in which order they were answered."""
-    gate, order, calls = threading.Event(), [], server.conversations.worker._calls
-    server.conversations.worker.call(gate.wait)
+    order: list[str] = []
+    scheduler = server.conversations.worker.scheduler
+    scheduler.step = lambda: time.sleep(0.001) or True  # type: ignore[method-assign,func-returns-value]
 
     def send(name: str, text: str) -> None:
         messages: Any = [{"role": "user", "content": text}]
@@ -99,8 +101,8 @@ def _answered(server: Running) -> list[str]:
     server.client()
     for number, each in enumerate(threads):
         each.start()
-        until(lambda number=number: len(calls) > number)
-    gate.set()
+        until(lambda number=number: scheduler.waiting > number)
+    del scheduler.step
     for each in threads:
         each.join()
     return order

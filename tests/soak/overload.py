@@ -25,7 +25,7 @@ Outcome = tuple[
 def run(cases: int, seed: int = 0, *, apart: bool = False) -> Cases:
     """Send ``cases`` requests at 16 times the rate that the server answers at most, whatever becomes of the earlier ones.
 
-    apart: the server has a process of its own, as times need it.
+    apart: the server has a process of its own, as times need it. Without, all requests are sent at once.
     """
     found = Cases()
     with ExitStack() as stack:
@@ -52,7 +52,7 @@ async def _measure(found: Cases, url: str, cases: int, process: int | None) -> N
         before, sending = time.perf_counter(), []
         for _ in range(cases):
             sending.append(asyncio.create_task(_send(client, url)))
-            await asyncio.sleep(1 / (16 * capacity))
+            await asyncio.sleep(1 / (16 * capacity) if process is not None else 0.0)
         over = await asyncio.gather(*sending)
         ended = max(each[4] for each in over if each[0] == 200)
         grown = _memory(process) - memory
