@@ -144,7 +144,10 @@ def test_an_engine_that_fails_every_time_is_not_healthy(server: Running, failing
     assert get(f"{server.url}/health").status_code == 200
 
 
-def test_a_request_that_the_scheduler_lost_is_answered(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("answers", [1, 3])
+def test_a_request_that_the_scheduler_lost_is_answered(
+    server: Running, monkeypatch: pytest.MonkeyPatch, answers: int
+) -> None:
     """The failure comes between taking a request out of the scheduler's lists and ending it."""
     lost: list[BaseException] = [SystemExit()]
     real = Request.finish
@@ -156,7 +159,7 @@ def test_a_request_that_the_scheduler_lost_is_answered(server: Running, monkeypa
 
     monkeypatch.setattr(Request, "finish", failing)
     with pytest.raises(openai.InternalServerError) as caught:
-        ask(server, [FACT])
+        ask(server, [FACT], n=answers)
     assert caught.value.code == "engine_restarted"
     assert said(ask(server, [FACT]))["content"] == "ok ."
 
