@@ -9,7 +9,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from loopserve.core.errors import ModelError
-from loopserve.core.policy.interfaces import LayerSpec, LayerType
+from loopserve.core.policy.layers import LayerSpec, LayerType
 from loopserve.models.layer_parts import attention_modules, layer_parts
 
 _KINDS = {  # transformers' names of layer types; those of layers without attention may hold a state or nothing

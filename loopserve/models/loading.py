@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils.logging import disable_progress_bar
 
 from loopserve.core.errors import ConfigError, ModelError
-from loopserve.core.policy.interfaces import LayerSpec
+from loopserve.core.policy.layers import LayerSpec
 from loopserve.models.catalog import CATALOG, named_directory
 from loopserve.models.conversion import converted
 from loopserve.models.demo import bundled_path, is_bundled

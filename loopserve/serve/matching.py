@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Sequence
 
-from loopserve.models.chat import Message
+from loopserve.models.messages import Message
 
 _REASONING = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)
 ROOT = hashlib.sha256(b"loopserve conversation 1").digest()
