@@ -25,9 +25,15 @@ def run(cases: int, seed: int = 0) -> Cases:
             stops = _stops(text, draw) if number % 2 else []
             server.server.grammars.answer = lambda *_, text=text: Dictated(engine, text)
             with found.case(f"{number} {text!r} {stops}"):
-                expected = text[: min((text.find(each) for each in stops if each in text), default=len(text))].strip()
+                expected = _before_stop(text, stops).strip()
                 (_responses if number % 5 == 4 and not stops else _chat)(server, expected, stops)
     return found
+
+
+def _before_stop(text: str, stops: list[str]) -> str:
+    """Return a text up to the stop string that is complete first; of two that end together, the one that begins first."""
+    found = [(text.find(each) + len(each), text.find(each)) for each in stops if each in text]
+    return text[: min(found)[1]] if found else text
 
 
 def _stops(text: str, draw: random.Random) -> list[str]:
