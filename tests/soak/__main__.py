@@ -48,7 +48,7 @@ FULL: dict[str, tuple[Callable[[int, int], Cases], int]] = {
     "R8 damaged files": (damage.run, 1000),
     "R9 restore": (restore.run, 38),
     "R12 restarts": (partial(restarts.run, crashes=5), 100),
-    "R14 leaks": (leaks.run, 6000),
+    "R14 leaks": (leaks.run, 3000),
     "R15 fairness": (partial(fairness.run, apart=True), 5),
     "R15 fairness, 64 tokens a pass": (partial(fairness.run, apart=True, tokens=64), 5),
     "R17 streams": (streams.run, 500),
