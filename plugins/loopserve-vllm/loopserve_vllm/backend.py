@@ -1,0 +1,143 @@
+"""Let a stack's policies choose what vLLM's CPU attention computes. vLLM's own kernels compute whatever is dense."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm import _custom_ops as ops
+from vllm import envs
+from vllm.config import get_current_vllm_config
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.v1.attention.backend import AttentionType
+from vllm.v1.attention.backends.cpu_attn import (
+    CPUAttentionBackend,
+    CPUAttentionBackendImpl,
+    CPUAttentionMetadata,
+)
+
+from loopserve import ConfigError
+from loopserve.core.engine.hosted import LayerCall, attend_sparse
+from loopserve_vllm.requests import Requests, Row, follow
+from loopserve_vllm.start import settings
+
+
+class LoopServeBackend(CPUAttentionBackend):
+    """vLLM's CPU attention backend; with a stack, its layers ask the stack's policies."""
+
+    @staticmethod
+    def get_impl_cls() -> type[CPUAttentionBackendImpl]:
+        found = settings(get_current_vllm_config())
+        if found is None:
+            return CPUAttentionBackendImpl
+        follow(found)
+        return LoopServeImpl
+
+
+class LoopServeImpl(CPUAttentionBackendImpl):
+    """One attention layer."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        unlike = {
+            "a sliding window": self.sliding_window != -1,
+            "ALiBi": self.alibi_slopes is not None,
+            "attention sinks": self.sinks is not None,
+            "the keys of another layer": self.kv_sharing_target_layer_name is not None,
+            f"attention of type {self.attn_type}": self.attn_type != AttentionType.DECODER,
+        }
+        if named := [name for name, applies in unlike.items() if applies]:
+            raise ConfigError(
+                f"loopserve-vllm: a layer has {named[0]}, which policies do not rule here: serve it without a stack"
+            )
+
+    def do_kv_cache_update(
+        self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
+    ) -> None:
+        super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
+        if Requests.current is not None:
+            Requests.current.layers[extract_layer_index(layer.layer_name)].written(slot_mapping)
+
+    def forward(
+        self,
+        layer: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: CPUAttentionMetadata | None,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
+        requests, rest = Requests.current, (output_scale, output_block_scale)
+        if attn_metadata is None or requests is None:  # warming up
+            return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *rest)
+        index = extract_layer_index(layer.layer_name)
+        requests.layers[index].bind(kv_cache, lambda *pairs: self._write(layer, *pairs))
+        rows = requests.rows(attn_metadata, kv_cache.shape[2])
+        served = [row for row in rows if row.context is not None and row.context.error is None]
+        for row in served:
+            row.context.append(index, *(part[row.start : row.end].transpose(0, 1) for part in (key, value)))
+        found = attend_sparse(
+            [row.context for row in served],
+            LayerCall(index, self.scale, self.logits_soft_cap or None),
+            [query[row.start : row.end].transpose(0, 1).contiguous() for row in served],
+        )
+        sparse = {row.number: each for row, each in zip(served, found, strict=True) if each is not None}
+        dense = [row for row in rows if row.number not in sparse]
+        if not sparse:
+            return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *rest)
+        by_head = output.view(-1, self.num_heads, self.head_size)
+        for row in rows:
+            if row.number in sparse:
+                by_head[row.start : row.end] = sparse[row.number].transpose(0, 1)
+        if dense:
+            own = requests.shared(
+                tuple(row.number for row in dense), lambda: self._part(layer, attn_metadata, dense, query.dtype)
+            )
+            packed = torch.cat([query[row.start : row.end] for row in dense])
+            part = torch.empty_like(packed)
+            super().forward(layer, packed, key, value, kv_cache, own, part, *rest)
+            for row, each in zip(dense, part.split([row.end - row.start for row in dense]), strict=True):
+                by_head[row.start : row.end] = each
+        return output
+
+    def _part(
+        self, layer: Any, metadata: CPUAttentionMetadata, rows: list[Row], dtype: torch.dtype
+    ) -> CPUAttentionMetadata:
+        """Return the metadata of some requests of the batch alone."""
+        numbers = torch.tensor([row.number for row in rows], device="cpu")
+        lengths = [0, *(row.end - row.start for row in rows)]
+        starts = torch.tensor(lengths, dtype=torch.int32, device="cpu").cumsum(0, dtype=torch.int32)
+        seq_lens = metadata.seq_lens[numbers].contiguous()
+        plan = ops.cpu_attn_get_scheduler_metadata(
+            num_reqs=len(rows),
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_size,
+            seq_lens=seq_lens,
+            dtype=dtype,
+            query_start_loc=starts,
+            causal=True,
+            sliding_window_size=-1,
+            isa=layer.isa,
+            enable_kv_split=envs.VLLM_CPU_ATTN_SPLIT_KV,
+            dynamic_causal=None,
+            kv_cache_dtype=self.kv_cache_dtype,
+        )
+        return replace(
+            metadata,
+            num_actual_tokens=int(starts[-1]),
+            query_start_loc=starts,
+            seq_lens=seq_lens,
+            block_table=metadata.block_table[numbers].contiguous(),
+            scheduler_metadata=plan,
+        )
+
+    def _write(self, layer: Any, keys: Tensor, values: Tensor, cache: Tensor) -> None:
+        CPUAttentionBackendImpl.do_kv_cache_update(
+            self, layer, keys, values, cache, torch.arange(len(keys), device="cpu")
+        )

@@ -1,0 +1,111 @@
+"""Conversations of several turns through vLLM, on the bundled model, with and without a stack."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from loopserve_vllm.requests import Requests
+from loopserve_vllm.start import Settings
+from vllm import LLM, SamplingParams
+
+from loopserve import PolicyStack, load_stack
+from loopserve.core.engine.hosted import require_hosted
+from loopserve.core.guard.guard import Guard
+from loopserve.models.demo import bundled_path
+
+VOCABULARY = 1015
+Prompts = list[list[int]]
+
+
+@dataclass(frozen=True)
+class Answer:
+    tokens: list[int]
+    logits: list[dict[int, float]]  # of the best tokens, at each step
+    cached: int
+    prompt: list[int]
+
+
+def engine(stack: Any = None, **options: Any) -> LLM:
+    """vLLM with small chunks and blocks, so that a prompt is computed in several steps and later turns find their prefix."""
+    given: dict[str, Any] = {"max_num_batched_tokens": 256, "block_size": 64, "max_num_seqs": 8} | options
+    if stack is not None:
+        given["additional_config"] = {"loopserve": {"stack": stack}}
+    return LLM(
+        str(bundled_path("demo")),
+        dtype="float32",
+        enforce_eager=True,
+        max_model_len=4096,
+        enable_prefix_caching=True,
+        logprobs_mode="raw_logits",
+        **given,
+    )
+
+
+def runner_of(llm: LLM) -> Any:
+    return llm.llm_engine.model_executor.driver_worker.worker.model_runner
+
+
+def serve_under(llm: LLM, stack: PolicyStack) -> None:
+    """Change the stack of a running engine, which was made with another one; nothing is cached."""
+    runner = runner_of(llm)
+    specs = [each.spec for each in Requests.last.settings.slots.by_layer]
+    guard = Guard(on_fault="dense", owners=stack.owners)
+    runner.loopserve = Requests(Settings(stack.name, require_hosted(stack, specs), guard), runner)
+    assert llm.reset_prefix_cache()
+
+
+def answer(llm: LLM, prompts: Prompts, outputs: int, **options: Any) -> list[Answer]:
+    sampling = SamplingParams(**{"max_tokens": outputs, "temperature": 0, "ignore_eos": True, "logprobs": 8} | options)
+    found = llm.generate([{"prompt_token_ids": each} for each in prompts], sampling, use_tqdm=False)
+    return [
+        Answer(
+            list(each.outputs[0].token_ids),
+            [{token: entry.logprob for token, entry in step.items()} for step in each.outputs[0].logprobs or ()],
+            each.num_cached_tokens or 0,
+            prompt,
+        )
+        for each, prompt in zip(found, prompts, strict=True)
+    ]
+
+
+def talk(
+    llm: LLM, requests: int, *, turns: int = 4, first: int = 300, later: int = 150, outputs: int = 8
+) -> list[list[Answer]]:
+    """Hold ``requests`` conversations at once; return the answers of each turn."""
+    draw = random.Random(requests)
+    prompts = [[draw.randrange(8, VOCABULARY) for _ in range(first + 7 * each)] for each in range(requests)]
+    found = []
+    for _ in range(turns):
+        found.append(answer(llm, prompts, outputs))
+        prompts = [
+            [*each.prompt, *each.tokens, *(draw.randrange(8, VOCABULARY) for _ in range(later))] for each in found[-1]
+        ]
+    return found
+
+
+def alike(found: Sequence[Sequence[Answer]], wanted: Sequence[Sequence[Answer]]) -> float:
+    """Assert equal tokens; return the largest difference of a logit."""
+    most = 0.0
+    for mine, theirs in zip(found, wanted, strict=True):
+        for one, other in zip(mine, theirs, strict=True):
+            assert one.tokens == other.tokens
+            for step, expected in zip(one.logits, other.logits, strict=True):
+                most = max(most, *(abs(step[each] - expected[each]) for each in step.keys() & expected.keys()))
+    return most
+
+
+def figures_since(count: int) -> list[dict[str, Any]]:
+    """The figures of the requests since so many, which ``len(figures())`` said."""
+    from loopserve_vllm import figures
+
+    return figures()[count:]
+
+
+def preset(name: str, budget: int | None = None) -> PolicyStack:
+    from loopserve.bench.budget import with_budget
+
+    stack = load_stack(name)
+    return stack if budget is None else with_budget(stack, budget)

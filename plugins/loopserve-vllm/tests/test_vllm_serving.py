@@ -1,0 +1,219 @@
+"""What vLLM answers under a stack: dense is stock vLLM, and sparse is what loopserve's own engine answers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from loopserve_vllm import figures
+from serving import Answer, alike, answer, engine, figures_since, runner_of, serve_under, talk
+from vllm import LLM
+
+from loopserve import ConfigError, Engine, load_stack
+from loopserve.bench.demo import demo_dialogues, equal_budget
+from loopserve.core.engine.stats import TurnStats
+from loopserve.core.policy.interfaces import DecodeCompressor, Retention
+from loopserve.core.policy.registry import Kind
+from loopserve.core.stack.stack import PolicyStack, _as_it_comes
+from loopserve.plugins import load_registry
+
+# Every pair is attended, by loopserve's kernels in prefill and by vLLM's in decoding, where nothing has to be left out.
+UNLIMITED = {
+    "prefill": {"policy": "a_shape", "local_window": 1_000_000},
+    "decode": {
+        "policy": "loopserve",
+        "budget": 1_000_000,
+        "first_block": "last_window",
+        "page_budget": 100,
+        "key_bits": 2,
+    },
+}
+SMALL = {  # acts within a few hundred tokens
+    "prefill": {"policy": "loopserve", "min_new_tokens": 32, "min_total_tokens": 64, "local_window": 16},
+    "decode": {
+        "policy": "loopserve", "budget": 96, "dense_below": 1, "first_block": "last_window", "page_budget": 32, "page": 32,
+        "key_bits": 2, "rescore": "codes", "interval": 4, "recent_window": 8,
+    },
+}  # fmt: skip
+FEW = {"num_gpu_blocks_override": 44}  # of 64 tokens, for eight requests that grow to 6 blocks each
+PREEMPTED = {"turns": 1, "first": 280, "outputs": 48}
+
+
+@pytest.fixture(scope="module")
+def stock() -> dict[Any, list[list[Answer]]]:
+    llm = engine()
+    found: dict[Any, list[list[Answer]]] = {requests: talk(llm, requests) for requests in (1, 8)}
+    found["long answers"] = talk(llm, 8, **PREEMPTED)
+    assert type(runner_of(llm).model.model.layers[0].self_attn.attn.impl).__name__ == "CPUAttentionBackendImpl"
+    return found
+
+
+@pytest.fixture(scope="module")
+def served(stock: Any) -> LLM:
+    return engine("dense")
+
+
+@pytest.fixture(scope="module")
+def crowded(stock: Any) -> LLM:
+    return engine("dense", **FEW)
+
+
+@pytest.mark.parametrize("requests", [1, 8])
+@pytest.mark.parametrize("stack", ["dense", UNLIMITED], ids=["dense", "unlimited"])
+def test_without_a_limit_it_is_stock_vllm(served: LLM, stock: Any, stack: Any, requests: int) -> None:
+    serve_under(served, load_stack(stack))
+    before = len(figures())
+    found = talk(served, requests)
+    most = alike(found, stock[requests])
+    print(f"largest difference of a logit: {most:.1e}")
+    assert most < 1e-4
+    assert all(each.cached >= 256 for each in found[-1])  # the prefix cache had the history
+    mine = figures_since(before)
+    assert len(mine) == 4 * requests
+    assert {each["attended_fraction"] for each in mine} == {each["prefill_cell_density"] for each in mine} == {1.0}
+    assert not any(each["faults"] for each in mine)
+
+
+@pytest.mark.parametrize("stack", ["dense", UNLIMITED], ids=["dense", "unlimited"])
+def test_preemption_changes_nothing(crowded: LLM, stock: Any, stack: Any) -> None:
+    serve_under(crowded, load_stack(stack))
+    before = len(figures())
+    assert alike(talk(crowded, 8, **PREEMPTED), stock["long answers"]) < 1e-4
+    assert len(figures_since(before)) > 8  # a request that was preempted began anew
+
+
+def test_preemption_begins_a_sparse_request_anew(crowded: LLM) -> None:
+    serve_under(crowded, load_stack(SMALL))
+    before = len(figures())
+    found = talk(crowded, 8, **PREEMPTED)
+    assert all(len(each.tokens) == PREEMPTED["outputs"] for each in found[0])
+    mine = figures_since(before)
+    assert len(mine) > 8 and not any(each["faults"] for each in mine)
+
+
+def test_requests_of_one_batch_answer_as_they_do_alone(served: LLM) -> None:
+    serve_under(served, load_stack(SMALL))
+    together = talk(served, 4, turns=1, outputs=16)[0]
+    for each in together:
+        serve_under(served, load_stack(SMALL))
+        alone = answer(served, [each.prompt], 16)
+        # Chunks end elsewhere where requests share steps, and lines are chosen by chunk: so the first chunk alone is alike.
+        assert len(alone[0].tokens) == 16
+    serve_under(served, load_stack({**SMALL, "prefill": {"policy": "dense"}}))
+    together = talk(served, 4, turns=1, outputs=16)[0]
+    serve_under(served, load_stack({**SMALL, "prefill": {"policy": "dense"}}))
+    for each in together:
+        assert alike([answer(served, [each.prompt], 16)], [[each]]) < 1e-3
+
+
+def test_decoding_gathers_no_whole_store_and_a_cached_prefix_shares_its_codes(served: LLM) -> None:
+    serve_under(served, load_stack(SMALL))
+    first = talk(served, 1, turns=1, first=600, outputs=1)[0][0]
+    before = len(figures())
+    answer(served, [first.prompt + first.tokens * 40], 4)
+    answer(served, [first.prompt + first.tokens * 40], 40)  # the same prefill: at most a block of it is computed
+    few, many = figures_since(before)
+    assert many["decode_steps"] - few["decode_steps"] == 36
+    assert many["gathered_keys"] <= few["gathered_keys"] and many["gathered_values"] <= few["gathered_values"]
+    assert many["chosen_pairs"] > few["chosen_pairs"]
+    assert (
+        few["shared_pages"] and many["shared_pages"] > 4 * 576 // 32 - 1
+    )  # of four layers, each page of the cached blocks
+    assert many["attended_fraction"] < 0.25
+
+
+def test_the_bundled_models_answers_are_those_of_loopserves_engine(served: LLM) -> None:
+    tokens, turns = 1500, 3
+    stack = equal_budget(load_stack("loopserve"), tokens, turns)
+    own = Engine.from_pretrained("demo", stack, dtype="float32", chunk_tokens=256)
+    serve_under(served, stack)
+    ours, same, asked = TurnStats(0), 0, 0
+    theirs: list[dict[str, Any]] = []
+    firsts: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    for dialogue in demo_dialogues(0, tokens, turns, 2):
+        with own.session() as chat:
+            for number, turn in enumerate(dialogue.turns):
+                reply = chat.send(turn.text, max_new_tokens=96)
+                everything = list(chat.open_session.tokens)
+                prompt, wanted = everything[: -reply.stats.output_tokens], everything[-reply.stats.output_tokens :]
+                before = len(figures())
+                found = answer(served, [prompt], 96, ignore_eos=False, stop_token_ids=list(own.stop_ids))[0]
+                (mine,) = figures_since(before)
+                asked, same = asked + 1, same + (found.tokens == wanted)
+                ours.merge(reply.stats)
+                theirs.append(mine)
+                if number == 0:
+                    firsts.append((mine, reply.stats.as_dict()))
+    weighed = sum(each["attended_fraction"] * each["decode_steps"] for each in theirs) / sum(
+        each["decode_steps"] for each in theirs
+    )
+    density = sum(each["prefill_tile_density"] for each in theirs) / len(theirs)
+    expected = ours.as_dict()
+    print(f"answers {same} of {asked}; attended {weighed:.3f}, own {expected['attended_fraction']:.3f}")
+    print(f"prefill density {density:.3f}, own {expected['prefill_tile_density']:.3f}")
+    assert same == asked
+    for mine, reply_figures in firsts:  # nothing was cached: the same calls, one by one
+        assert mine["attended_fraction"] == pytest.approx(reply_figures["attended_fraction"], abs=1e-9)
+        assert mine["prefill_tile_density"] == pytest.approx(reply_figures["prefill_tile_density"], abs=0.02)
+    assert weighed == pytest.approx(expected["attended_fraction"], abs=0.02) and weighed < 0.2
+
+
+def _policies() -> list[Any]:
+    registry = load_registry().registry
+    return [pytest.param(each, id=f"{each.kind}-{each.name}") for each in registry]
+
+
+NOT_SERVED = {  # refused by name, for what vLLM gives no policy
+    "kvzip": "computed again",
+    "criticalkv": "output_weight",
+    "expected_attention": "rotary",
+}
+
+
+@pytest.mark.parametrize("policy", _policies())
+def test_every_policy_serves_three_turns_or_is_refused_by_name(served: LLM, policy: Any) -> None:
+    from loopserve.bench.budget import with_budget
+
+    made = _as_it_comes(policy, load_registry().registry)
+    if isinstance(made, str):
+        pytest.skip(made)
+    dense = load_stack("dense")
+    parts = (made, dense.decode) if policy.kind is Kind.PREFILL else (dense.prefill, made)
+    stack = load_stack(PolicyStack(policy.name, *parts))
+    if policy.kind is Kind.DECODE:
+        assert isinstance(made, DecodeCompressor) and made.retention is Retention.KEEP
+        stack = with_budget(stack, 96)
+    if policy.name in NOT_SERVED:
+        with pytest.raises(ConfigError, match=NOT_SERVED[policy.name]):
+            serve_under(served, stack)
+        return
+    serve_under(served, stack)
+    before = len(figures())
+    found = talk(served, 1, turns=3, outputs=6)
+    assert [len(turn[0].tokens) for turn in found] == [6, 6, 6]
+    assert not any(each["faults"] for each in figures_since(before))
+
+
+class Broken(type(load_stack("snapkv").decode)):  # type: ignore[misc]
+    """SnapKV that fails for prompts of an odd number of tokens."""
+
+    name = "broken"
+    paper = ""
+
+    def score(self, inputs: Any) -> Any:
+        if inputs.total_tokens % 2:
+            raise RuntimeError("broken on purpose")
+        return super().score(inputs)
+
+
+def test_a_fault_costs_its_own_request_no_more_than_its_saving(served: LLM) -> None:
+    dense = load_stack("dense")
+    broken = PolicyStack("broken", dense.prefill, Broken(Broken.Config(budget=64)))
+    serve_under(served, dense)
+    wanted = talk(served, 2, turns=1)[0]  # of 300 and 307 tokens
+    serve_under(served, broken)
+    before = len(figures())
+    found = talk(served, 2, turns=1)[0]
+    assert found[1].tokens == wanted[1].tokens and alike([found[1:]], [wanted[1:]]) < 1e-4
+    faults = [each["faults"] for each in figures_since(before)]
+    assert faults == [0, 1]
