@@ -68,7 +68,7 @@ class HostedTurn:
             layer.store = store
         session.begin_turn(tokens[stored:], undoable=False)
         self.session = session
-        self.seen = stored
+        self.seen = self.stored = stored
         self.prefill_end = len(tokens)
 
     @property

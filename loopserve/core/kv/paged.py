@@ -69,11 +69,11 @@ class _Codes:
     """Hold the summaries of every page of a layer's blocks, valid for as long as nobody writes into the page."""
 
     def __init__(self, pages: int, like: KeySummaries) -> None:
-        def room(part: Tensor) -> Tensor:  # untouched memory costs nothing
+        def space(part: Tensor) -> Tensor:  # untouched memory costs nothing
             return torch.empty(part.shape[0], pages, *part.shape[2:], dtype=part.dtype, device=part.device)
 
-        self.low, self.high = room(like.low), room(like.high)
-        self.codes = room(like.codes) if like.bits else None
+        self.low, self.high = space(like.low), space(like.high)
+        self.codes = space(like.codes) if like.bits else None
         self.valid = torch.zeros(pages, dtype=torch.bool, device=like.low.device)
 
 

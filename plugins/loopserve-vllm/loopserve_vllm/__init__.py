@@ -33,4 +33,5 @@ def figures() -> list[dict[str, Any]]:
     """Return the figures of this process's last requests: attended fraction, prefill density, faults, gathers. The oldest first."""
     from loopserve_vllm.requests import Requests, ended
 
-    return [*ended, *(Requests.last.figures if Requests.last is not None else ())]
+    held = Requests.last.held.values() if Requests.last is not None else ()
+    return [*ended, *(each.figures for each in held if each is not None)]

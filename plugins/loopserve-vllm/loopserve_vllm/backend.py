@@ -48,17 +48,15 @@ class LoopServeImpl(CPUAttentionBackendImpl):
             "the keys of another layer": self.kv_sharing_target_layer_name is not None,
             f"attention of type {self.attn_type}": self.attn_type != AttentionType.DECODER,
         }
-        if named := [name for name, applies in unlike.items() if applies]:
+        for name in (name for name, applies in unlike.items() if applies):
             raise ConfigError(
-                f"loopserve-vllm: a layer has {named[0]}, which policies do not rule here: serve it without a stack"
+                f"loopserve-vllm: a layer has {name}, which policies do not rule: serve it without a stack"
             )
 
-    def do_kv_cache_update(
-        self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
-    ) -> None:
-        super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
+    def do_kv_cache_update(self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slots: Tensor) -> None:
+        super().do_kv_cache_update(layer, key, value, kv_cache, slots)
         if Requests.current is not None:
-            Requests.current.layers[extract_layer_index(layer.layer_name)].written(slot_mapping)
+            Requests.current.layers[extract_layer_index(layer.layer_name)].written(slots)
 
     def forward(
         self,
@@ -69,58 +67,53 @@ class LoopServeImpl(CPUAttentionBackendImpl):
         kv_cache: Tensor,
         attn_metadata: CPUAttentionMetadata | None,
         output: Tensor,
-        output_scale: Tensor | None = None,
-        output_block_scale: Tensor | None = None,
+        **options: Any,
     ) -> Tensor:
-        requests, rest = Requests.current, (output_scale, output_block_scale)
+        requests = Requests.current
         if attn_metadata is None or requests is None:  # warming up
-            return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *rest)
+            return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, **options)
         index = extract_layer_index(layer.layer_name)
         requests.layers[index].bind(kv_cache, lambda *pairs: self._write(layer, *pairs))
         rows = requests.rows(attn_metadata, kv_cache.shape[2])
-        served = [row for row in rows if row.context is not None and row.context.error is None]
-        for row in served:
-            row.context.append(index, *(part[row.start : row.end].transpose(0, 1) for part in (key, value)))
-        found = attend_sparse(
-            [row.context for row in served],
-            LayerCall(index, self.scale, self.logits_soft_cap or None),
-            [query[row.start : row.end].transpose(0, 1).contiguous() for row in served],
-        )
-        sparse = {row.number: each for row, each in zip(served, found, strict=True) if each is not None}
-        dense = [row for row in rows if row.number not in sparse]
-        if not sparse:
-            return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *rest)
+        served = {row.number: row.context for row in rows if row.context is not None}
+        queries = {row.number: query[row.tokens].transpose(0, 1).contiguous() for row in rows if row.number in served}
+        for row in rows:
+            if row.number in served:
+                served[row.number].append(index, key[row.tokens].transpose(0, 1), value[row.tokens].transpose(0, 1))
+        call = LayerCall(index, self.scale, self.logits_soft_cap or None)
+        sparse = dict(zip(served, attend_sparse([*served.values()], call, [*queries.values()]), strict=True))
+        dense = [row for row in rows if sparse.get(row.number) is None]
+        if len(dense) == len(rows):
+            return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, **options)
         by_head = output.view(-1, self.num_heads, self.head_size)
         for row in rows:
-            if row.number in sparse:
-                by_head[row.start : row.end] = sparse[row.number].transpose(0, 1)
+            if (found := sparse.get(row.number)) is not None:
+                by_head[row.tokens] = found.transpose(0, 1)
         if dense:
-            own = requests.shared(
-                tuple(row.number for row in dense), lambda: self._part(layer, attn_metadata, dense, query.dtype)
-            )
-            packed = torch.cat([query[row.start : row.end] for row in dense])
-            part = torch.empty_like(packed)
-            super().forward(layer, packed, key, value, kv_cache, own, part, *rest)
-            for row, each in zip(dense, part.split([row.end - row.start for row in dense]), strict=True):
-                by_head[row.start : row.end] = each
+            part = tuple(row.number for row in dense)
+            if part not in requests.shared:
+                requests.shared[part] = self._part(layer, attn_metadata, dense, query.dtype)
+            packed = torch.cat([query[row.tokens] for row in dense])
+            packed_output = torch.empty_like(packed)
+            super().forward(layer, packed, key, value, kv_cache, requests.shared[part], packed_output, **options)
+            parts = packed_output.split([row.tokens.stop - row.tokens.start for row in dense])
+            for row, found in zip(dense, parts, strict=True):
+                by_head[row.tokens] = found
         return output
 
-    def _part(
-        self, layer: Any, metadata: CPUAttentionMetadata, rows: list[Row], dtype: torch.dtype
-    ) -> CPUAttentionMetadata:
-        """Return the metadata of some requests of the batch alone."""
-        numbers = torch.tensor([row.number for row in rows], device="cpu")
-        lengths = [0, *(row.end - row.start for row in rows)]
+    def _part(self, layer: Any, metadata: CPUAttentionMetadata, rows: list[Row], dtype: torch.dtype) -> Any:
+        """Return the metadata of some requests of the batch, as vLLM's builder makes that of all."""
+        numbers = torch.tensor([row.number for row in rows], dtype=torch.long, device="cpu")
+        lengths = [0, *(row.tokens.stop - row.tokens.start for row in rows)]
         starts = torch.tensor(lengths, dtype=torch.int32, device="cpu").cumsum(0, dtype=torch.int32)
-        seq_lens = metadata.seq_lens[numbers].contiguous()
+        own = {"query_start_loc": starts, "seq_lens": metadata.seq_lens[numbers].contiguous()}
         plan = ops.cpu_attn_get_scheduler_metadata(
+            **own,
             num_reqs=len(rows),
             num_heads=self.num_heads,
             num_kv_heads=self.num_kv_heads,
             head_dim=self.head_size,
-            seq_lens=seq_lens,
             dtype=dtype,
-            query_start_loc=starts,
             causal=True,
             sliding_window_size=-1,
             isa=layer.isa,
@@ -128,16 +121,9 @@ class LoopServeImpl(CPUAttentionBackendImpl):
             dynamic_causal=None,
             kv_cache_dtype=self.kv_cache_dtype,
         )
-        return replace(
-            metadata,
-            num_actual_tokens=int(starts[-1]),
-            query_start_loc=starts,
-            seq_lens=seq_lens,
-            block_table=metadata.block_table[numbers].contiguous(),
-            scheduler_metadata=plan,
-        )
+        table = metadata.block_table[numbers].contiguous()
+        return replace(metadata, **own, num_actual_tokens=int(starts[-1]), block_table=table, scheduler_metadata=plan)
 
     def _write(self, layer: Any, keys: Tensor, values: Tensor, cache: Tensor) -> None:
-        CPUAttentionBackendImpl.do_kv_cache_update(
-            self, layer, keys, values, cache, torch.arange(len(keys), device="cpu")
-        )
+        slots = torch.arange(len(keys), dtype=torch.long, device="cpu")
+        CPUAttentionBackendImpl.do_kv_cache_update(self, layer, keys, values, cache, slots)

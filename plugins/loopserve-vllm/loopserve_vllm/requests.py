@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -17,22 +17,37 @@ from loopserve.core.engine.hosted import HostedTurn
 from loopserve.core.kv.paged import BlockLayer, PagedPairs, Table
 from loopserve_vllm.start import Settings
 
-ended: deque[dict[str, Any]] = deque(maxlen=1024)
-_log = init_logger("vllm.loopserve")  # under vLLM's own, whose handler it uses
+ended: deque[dict[str, Any]] = deque(maxlen=1024)  # figures of requests
+_log = init_logger("vllm.loopserve")  # a name under vLLM's own, whose handler it gets
+
+
+class Request(HostedTurn):
+    """One request of vLLM, as a turn whose pairs lie in the blocks of a table."""
+
+    def __init__(self, name: str, settings: Settings, layers: Sequence[BlockLayer], tokens: list[int], stored: int):
+        """stored: tokens that the prefix cache had."""
+        self.name, self.table = name, Table()
+        stores = [PagedPairs(layer, self.table) for layer in layers]
+        super().__init__(settings.slots, settings.guard, stores, tokens, stored=stored)
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        own = {"request": self.name, "decode_steps": self.stats.decode_steps}
+        return own | self.stats.as_dict() | dict(self.table.counts)
 
 
 @dataclass
 class Row:
-    """One request of the batch under way, and its tokens in it. context: None where it is served dense."""
+    """One request's part of a batch: its number in it and its tokens. Without a request it is served dense."""
 
     number: int
-    start: int
-    end: int
-    context: ForwardContext | None
+    tokens: slice
+    request: Request | None = None
+    context: ForwardContext | None = None
 
 
 class Requests:
-    """Hold the turns of one model runner."""
+    """Hold the requests of one model runner."""
 
     current: ClassVar[Requests | None] = None  # while its runner computes
     last: ClassVar[Requests | None] = None
@@ -40,97 +55,79 @@ class Requests:
     def __init__(self, settings: Settings, runner: Any) -> None:
         self.settings, self.runner, Requests.last = settings, runner, self
         self.layers = [BlockLayer() for _ in settings.slots.by_layer]
-        self._turns: dict[str, tuple[HostedTurn | None, Table]] = {}  # no turn: dense to its end
-        self._rows: list[Row] | None = None
-        self._shared: dict[Any, Any] = {}
-
-    def shared(self, key: Any, make: Callable[[], Any]) -> Any:
-        """Return what ``make`` made first in this step; all layers share it."""
-        if key not in self._shared:
-            self._shared[key] = make()
-        return self._shared[key]
+        self.held: dict[str, Request | None] = {}  # None: dense to its end
+        self._rows: list[Row] = []
+        self.shared: dict[Any, Any] = {}  # what the layers of one step have in common
 
     def step(self, scheduled: Any, compute: Callable[[], Any]) -> Any:
         """Run one step of the runner. Requests that have ended, or were preempted, leave their states behind first."""
-        for name in {*scheduled.finished_req_ids, *(scheduled.preempted_req_ids or ())}:
+        resumed = scheduled.scheduled_cached_reqs.resumed_req_ids
+        for name in {*scheduled.finished_req_ids, *(scheduled.preempted_req_ids or ()), *resumed}:
             self._drop(name)
-        for name in scheduled.scheduled_cached_reqs.resumed_req_ids:
-            self._drop(name)
-        self._rows, self._shared, Requests.current = None, {}, self
+        self._rows, self.shared, Requests.current = [], {}, self
         try:
             found = compute()
         finally:
             Requests.current = None
-        for row, name in zip(self._rows or (), self.runner.input_batch.req_ids, strict=False):
-            turn, table = self._turns[name]
-            if turn is None or row.context is None:
-                continue
-            try:
-                turn.end_pass(row.context)
-            except Exception as error:
-                _log.warning("request %s goes on with dense attention: %s", name, error)
-                self._turns[name] = (None, table)
+        for row in self._rows:
+            if row.request is not None and row.context is not None:
+                try:
+                    row.request.end_pass(row.context)
+                except Exception as error:
+                    _log.warning("request %s goes on with dense attention: %s", row.request.name, error)
+                    row.request.stats.count("fault:other")
+                    self._drop(row.request.name)
+                    self.held[row.request.name] = None
         return found
 
     def rows(self, metadata: Any, block_size: int) -> list[Row]:
         """Return the requests of the step under way, in the order of its batch."""
-        if self._rows is None:
+        if not self._rows:
             starts, lengths = metadata.query_start_loc.tolist(), metadata.seq_lens.tolist()
-            self._rows = []
             for number, name in enumerate(self.runner.input_batch.req_ids):
-                new = starts[number + 1] - starts[number]
-                turn, table = self._turn(name, lengths[number] - new)
-                table.blocks = metadata.block_table[number, : -(-lengths[number] // block_size)].long()
-                self._rows.append(Row(number, starts[number], starts[number] + new, turn and turn.begin_pass(new)))
+                row = Row(number, slice(starts[number], starts[number + 1]))
+                new = row.tokens.stop - row.tokens.start
+                row.request = self._request(name, lengths[number] - new)
+                if row.request is not None:
+                    blocks = -(-lengths[number] // block_size)
+                    row.request.table.blocks = metadata.block_table[number, :blocks].long()
+                    row.context = row.request.begin_pass(new)
+                self._rows.append(row)
         return self._rows
 
-    def _turn(self, name: str, stored: int) -> tuple[HostedTurn | None, Table]:
-        """Return a request's turn. A new one begins behind what the prefix cache had of it."""
-        held = self._turns.get(name)
-        if held is None or (held[0] is not None and held[0].seen != stored):
+    def _request(self, name: str, stored: int) -> Request | None:
+        held = self.held.get(name)
+        if name not in self.held or (held is not None and held.seen != stored):
             self._drop(name)
-            request, table = self.runner.requests[name], Table()
-            tokens = [*(request.prompt_token_ids or [0] * request.num_prompt_tokens), *request.output_token_ids]
-            stores = [PagedPairs(layer, table) for layer in self.layers]
-            self._turns[name] = held = (
-                HostedTurn(self.settings.slots, self.settings.guard, stores, tokens, stored=stored),
-                table,
-            )
+            given = self.runner.requests[name]
+            tokens = [*(given.prompt_token_ids or [0] * given.num_prompt_tokens), *given.output_token_ids]
+            self.held[name] = held = Request(name, self.settings, self.layers, tokens, stored)
         return held
 
-    @property
-    def figures(self) -> list[dict[str, Any]]:
-        """Return the figures of the requests that are held."""
-        held = self._turns.items()
-        return [{"request": name, **turn.stats.as_dict(), **table.counts} for name, (turn, table) in held if turn]
-
     def _drop(self, name: str) -> None:
-        found = next((each for each in self.figures if each["request"] == name), None)
-        turn, _ = self._turns.pop(name, (None, None))
-        if turn is None or found is None:
+        if (request := self.held.pop(name, None)) is None:
             return
-        turn.close()
-        ended.append(found)
+        figures = request.figures
+        ended.append(figures)
+        request.close()
         _log.info(
-            "request %s under stack %s: %d prompt tokens (%d cached), %d decode steps, prefill density %s, attended fraction "
-            "%s, %d faults",
-            *(name, self.settings.name, found["prompt_tokens"], found["reused_tokens"], turn.stats.decode_steps),
-            *(found["prefill_tile_density"], found["attended_fraction"], found["faults"]),
+            "request %s under stack %s: %d prompt tokens, %d of them cached; %d outputs; prefill density %s, attended fraction %s, "
+            "%d faults",
+            *(name, self.settings.name, request.prefill_end, request.stored, figures["output_tokens"]),
+            *(figures["prefill_tile_density"], figures["attended_fraction"], figures["faults"]),
         )
 
 
 def follow(settings: Settings) -> None:
     """Have every model runner of this process tell its steps to a ``Requests`` of its own."""
-    execute = CPUModelRunner.execute_model
-    while hasattr(execute, "of_loopserve"):
-        execute = execute.of_loopserve
+    execute = getattr(CPUModelRunner.execute_model, "of_vllm", CPUModelRunner.execute_model)
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference mode, which vLLM's CPU platform does not use: it makes tensors that only it may change
     @functools.wraps(execute)
     def followed(runner: Any, scheduler_output: Any, *args: Any, **options: Any) -> Any:
         if "loopserve" not in vars(runner):
             runner.loopserve = Requests(settings, runner)
         return runner.loopserve.step(scheduler_output, lambda: execute(runner, scheduler_output, *args, **options))
 
-    followed.of_loopserve = execute
+    followed.of_vllm = execute
     CPUModelRunner.execute_model = followed

@@ -1,4 +1,4 @@
-"""What a stack cannot be combined with is refused by name when vLLM is configured, before a model is loaded."""
+"""Whatever a stack cannot be combined with is refused by name when vLLM is configured, before a model is loaded."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SNAPKV = {"policy": "snapkv", "budget": 64}
 
 
 def config(stack: Any, **changed: Any) -> Any:
-    """What vLLM hands over, as far as the checks look at it: the bundled model on a CPU."""
+    """Return the part of vLLM's configuration that the checks look at, as far as the checks look at it: the bundled model on a CPU."""
     text = SimpleNamespace(num_hidden_layers=4, layer_types=changed.pop("layer_types", None))
     model = {
         "hf_text_config": text, "use_mla": False, "runner_type": "generate", "is_hybrid": False, "is_attention_free": False,

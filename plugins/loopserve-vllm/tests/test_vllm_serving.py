@@ -1,4 +1,4 @@
-"""What vLLM answers under a stack: dense is stock vLLM, and sparse is what loopserve's own engine answers."""
+"""Under a stack vLLM answers as stock vLLM does where all is dense, and otherwise as loopserve's own engine."""
 
 from __future__ import annotations
 
