@@ -10,7 +10,7 @@ from torch import Tensor
 from loopserve import load_stack
 from loopserve.core.engine.attention import LayerCall, attend
 from loopserve.core.engine.forward import ForwardContext
-from loopserve.core.engine.hosted import HostedTurn, attend_sparse, require_hosted
+from loopserve.core.engine.hosted import HostedTurn, attend_hosted, require_hosted
 from loopserve.core.engine.session import Session
 from loopserve.core.engine.slots import Slots
 from loopserve.core.engine.turn import ask_compressors
@@ -87,7 +87,7 @@ class Host:
             self._write(self.caches[index], keys.transpose(0, 1), values.transpose(0, 1), slots.tolist())
             self.layers[index].written(slots)
             context.append(index, keys, values)
-            found += attend_sparse([context], LayerCall(index, DIM**-0.5), [queries])
+            found += attend_hosted([context], LayerCall(index, DIM**-0.5), [queries])
         turn.end_pass(context)
         return found
 

@@ -189,3 +189,12 @@ def test_a_fault_of_a_policy_leaves_the_rest_of_the_request_dense(method: str) -
     found = [host.run(turn, given) for given in passes()]
     assert turn.stats.as_dict()["faults"] == 1
     assert found[-1] == [None, None]
+
+
+def test_a_host_may_compute_in_inference_mode() -> None:
+    host, slots = Host(), slots_of(STACKS["loopserve"])
+    turn = host.begin(slots, PROMPT)
+    with torch.inference_mode():
+        found = [host.run(turn, given) for given in passes()]
+    assert None not in found[-1]
+    assert turn.stats.as_dict()["faults"] == 0

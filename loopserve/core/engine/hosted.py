@@ -6,10 +6,10 @@ and queries to it, computes what is left to it, and ends the pass::
     context = turn.begin_pass(new_tokens)
     for layer in layers:
         context.append(layer, keys, values)             # after the host has stored them
-        outputs = attend_sparse([context], LayerCall(layer, scaling), [queries])   # None: the host computes dense attention
+        outputs = attend_hosted([context], LayerCall(layer, scaling), [queries])   # None: the host computes dense attention
     turn.end_pass(context)
 
-Turns of several conversations may share a pass: ``attend_sparse`` takes all their contexts. A turn shares nothing that changes
+Turns of several conversations may share a pass: ``attend_hosted`` takes all their contexts. A turn shares nothing that changes
 with another one. Policies that evict, or have rows computed again, cannot run here; ``require_hosted`` refuses them by name.
 """
 
@@ -18,9 +18,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from loopserve.core.engine.attention import LayerCall as LayerCall
-from loopserve.core.engine.attention import attend_sparse as attend_sparse
+from loopserve.core.engine.attention import attend_sparse
 from loopserve.core.engine.forward import ForwardContext
 from loopserve.core.engine.session import Session
 from loopserve.core.engine.slots import Slots
@@ -29,6 +30,7 @@ from loopserve.core.engine.turn import ask_compressors
 from loopserve.core.errors import ConfigError
 from loopserve.core.guard.guard import Guard
 from loopserve.core.kv.buffers import PairStore
+from loopserve.core.kv.recording import plain_tensors
 from loopserve.core.policy.interfaces import LayerSpec, Phase, Retention
 from loopserve.core.stack.stack import PolicyStack
 
@@ -51,9 +53,21 @@ def require_hosted(stack: PolicyStack, layers: Sequence[LayerSpec]) -> Slots:
     return slots
 
 
+@plain_tensors()
+def attend_hosted(
+    contexts: Sequence[ForwardContext], call: LayerCall, queries: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """Return one layer's attention output ``[Hq, T, D]`` per turn, for its rotated queries ``[Hq, T, D]``.
+
+    None where every pair is attended, or the turn is in error: the host computes it.
+    """
+    return attend_sparse(contexts, call, queries)
+
+
 class HostedTurn:
     """Hold one request of the host: the states of its policies, their selections, and its figures."""
 
+    @plain_tensors()
     def __init__(
         self, slots: Slots, guard: Guard, stores: Sequence[PairStore], tokens: Sequence[int], *, stored: int = 0
     ) -> None:
@@ -76,6 +90,7 @@ class HostedTurn:
         """Return the figures of the turn so far."""
         return self.session.stats
 
+    @plain_tensors()
     def begin_pass(self, tokens: int) -> ForwardContext:
         """Return the context of a pass over the next ``tokens`` tokens: prefill up to those known at the start, then decoding."""
         start, end = self.seen, self.seen + tokens
@@ -92,6 +107,7 @@ class HostedTurn:
             isolated=True,
         )
 
+    @plain_tensors()
     def end_pass(self, context: ForwardContext) -> None:
         """Let the compressors answer, once every layer has been called. Raises what ended the turn's share of the pass."""
         if context.error is not None:

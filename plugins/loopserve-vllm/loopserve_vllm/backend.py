@@ -19,7 +19,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 
 from loopserve import ConfigError
-from loopserve.core.engine.hosted import LayerCall, attend_sparse
+from loopserve.core.engine.hosted import LayerCall, attend_hosted
 from loopserve_vllm.requests import Requests, Row, follow
 from loopserve_vllm.start import settings
 
@@ -81,7 +81,7 @@ class LoopServeImpl(CPUAttentionBackendImpl):
             if row.number in served:
                 served[row.number].append(index, key[row.tokens].transpose(0, 1), value[row.tokens].transpose(0, 1))
         call = LayerCall(index, self.scale, self.logits_soft_cap or None)
-        sparse = dict(zip(served, attend_sparse([*served.values()], call, [*queries.values()]), strict=True))
+        sparse = dict(zip(served, attend_hosted([*served.values()], call, [*queries.values()]), strict=True))
         dense = [row for row in rows if sparse.get(row.number) is None]
         if len(dense) == len(rows):
             return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, **options)

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from vllm.logger import init_logger
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
@@ -122,7 +121,6 @@ def follow(settings: Settings) -> None:
     """Have every model runner of this process tell its steps to a ``Requests`` of its own."""
     execute = getattr(CPUModelRunner.execute_model, "of_vllm", CPUModelRunner.execute_model)
 
-    @torch.no_grad()  # not inference mode, which vLLM's CPU platform does not use: it makes tensors that only it may change
     @functools.wraps(execute)
     def followed(runner: Any, scheduler_output: Any, *args: Any, **options: Any) -> Any:
         if "loopserve" not in vars(runner):

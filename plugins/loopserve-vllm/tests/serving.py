@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from loopserve_vllm.requests import Requests
-from loopserve_vllm.start import Settings
+from loopserve_vllm.start import Settings, settings
 from vllm import LLM, SamplingParams
 
 from loopserve import PolicyStack, load_stack
@@ -30,14 +30,18 @@ class Answer:
 
 def engine(stack: Any = None, **options: Any) -> LLM:
     """vLLM with small chunks and blocks, so that a prompt is computed in several steps and later turns find their prefix."""
-    given: dict[str, Any] = {"max_num_batched_tokens": 256, "block_size": 64, "max_num_seqs": 8} | options
+    given: dict[str, Any] = {
+        "max_num_batched_tokens": 256,
+        "block_size": 64,
+        "max_num_seqs": 8,
+        "max_model_len": 4096,
+    } | options
     if stack is not None:
         given["additional_config"] = {"loopserve": {"stack": stack}}
     return LLM(
         str(bundled_path("demo")),
         dtype="float32",
         enforce_eager=True,
-        max_model_len=4096,
         enable_prefix_caching=True,
         logprobs_mode="raw_logits",
         **given,
@@ -51,7 +55,7 @@ def runner_of(llm: LLM) -> Any:
 def serve_under(llm: LLM, stack: PolicyStack) -> None:
     """Change the stack of a running engine, which was made with another one; nothing is cached."""
     runner = runner_of(llm)
-    specs = [each.spec for each in Requests.last.settings.slots.by_layer]
+    specs = [each.spec for each in settings(llm.llm_engine.vllm_config).slots.by_layer]
     guard = Guard(on_fault="dense", owners=stack.owners)
     runner.loopserve = Requests(Settings(stack.name, require_hosted(stack, specs), guard), runner)
     assert llm.reset_prefix_cache()

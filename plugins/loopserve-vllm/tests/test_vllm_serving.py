@@ -35,7 +35,10 @@ SMALL = {  # acts within a few hundred tokens
         "key_bits": 2, "rescore": "codes", "interval": 4, "recent_window": 8,
     },
 }  # fmt: skip
-FEW = {"num_gpu_blocks_override": 44}  # of 64 tokens, for eight requests that grow to 6 blocks each
+FEW = {
+    "num_gpu_blocks_override": 44,
+    "max_model_len": 1024,
+}  # of 64 tokens, for eight requests that grow to 6 blocks each
 PREEMPTED = {"turns": 1, "first": 280, "outputs": 48}
 
 
