@@ -51,10 +51,16 @@ def drawn(tokens: int, seed: int) -> Pass:
 class Host:
     """Store pairs in blocks and run turns over them."""
 
-    def __init__(self, order_of_keys: str = "columns", blocks: int = 64, guard: Guard | None = None) -> None:
+    def __init__(
+        self,
+        order_of_keys: str = "columns",
+        blocks: int = 64,
+        guard: Guard | None = None,
+        layers: list[BlockLayer] | None = None,
+    ) -> None:
         self.places = order(order_of_keys), order("rows")
         self.caches = [torch.zeros(blocks, KV_HEADS, BLOCK, 2 * DIM) for _ in range(LAYERS)]
-        self.layers = [BlockLayer() for _ in range(LAYERS)]
+        self.layers = layers or [BlockLayer() for _ in range(LAYERS)]
         self.free = torch.randperm(blocks, generator=torch.Generator().manual_seed(1)).tolist()
         self.guard = guard or Guard(on_fault="dense")
         for layer, cache in zip(self.layers, self.caches, strict=True):
@@ -76,20 +82,25 @@ class Host:
         return HostedTurn(slots, self.guard, stores, list(range(tokens)), stored=stored)
 
     def run(self, turn: HostedTurn, given: Pass) -> list[Tensor | None]:
-        """Run one pass, and return what each layer's policies made of it; None where it is dense."""
+        """Run one pass to its end, and return what each layer's policies made of it; None where it is dense."""
+        context, found = self.compute(turn, given)
+        turn.end_pass(context)
+        return found
+
+    def compute(self, turn: HostedTurn, given: Pass) -> tuple[ForwardContext, list[Tensor | None]]:
         tokens, table = given[0][0].shape[1], table_of(turn)
         while len(table.blocks) * BLOCK < turn.seen + tokens:
             table.blocks = torch.cat([table.blocks, torch.tensor([self.free.pop()])])
         places = torch.arange(turn.seen, turn.seen + tokens)
         slots = table.blocks[places // BLOCK] * BLOCK + places % BLOCK
-        context, found = turn.begin_pass(tokens), []
+        context = turn.begin_pass(tokens)
+        found: list[Tensor | None] = []
         for index, (queries, keys, values) in enumerate(given):
             self._write(self.caches[index], keys.transpose(0, 1), values.transpose(0, 1), slots.tolist())
             self.layers[index].written(slots)
             context.append(index, keys, values)
             found += attend_hosted([context], LayerCall(index, DIM**-0.5), [queries])
-        turn.end_pass(context)
-        return found
+        return context, found
 
 
 def table_of(turn: HostedTurn) -> Table:

@@ -9,6 +9,7 @@ import torch
 
 from loopserve import ConfigError, load_stack
 from loopserve.core.engine.hosted import require_hosted
+from loopserve.core.engine.paged_requests import PagedRequests, PagedTurn
 from loopserve.core.guard.guard import Guard
 from loopserve.core.kv.key_summaries import KeySummaries
 from loopserve.core.kv.paged import places_in_block
@@ -198,3 +199,40 @@ def test_a_host_may_compute_in_inference_mode() -> None:
         found = [host.run(turn, given) for given in passes()]
     assert None not in found[-1]
     assert turn.stats.as_dict()["faults"] == 0
+
+
+def begun(requests: PagedRequests, stored: int = 0, name: str = "a") -> PagedTurn:
+    turn = requests.turn(name, stored, lambda: list(range(PROMPT)))
+    assert turn is not None
+    return turn
+
+
+def test_a_request_is_held_while_it_goes_on_and_begins_anew_once_it_lost_its_pairs() -> None:
+    requests = PagedRequests(slots_of(STACKS["loopserve"]), Guard(on_fault="dense"))
+    host = Host(layers=requests.layers)
+    turn = begun(requests)
+    for given in passes(outputs=2):
+        host.run(turn, given)
+        assert begun(requests, turn.seen) is turn
+    assert turn.figures["output_tokens"] == 2 and turn.figures["known_tokens"] == PROMPT
+    again = begun(requests, 40)  # preempted: its first blocks were still in the prefix cache
+    assert again is not turn and again.seen == 40 and not again.session.states["decode:0"].selections
+    assert [each["output_tokens"] for each in requests.figures] == [2, 0]
+    assert [each["cached_tokens"] for each in requests.drop(["a", "unknown"])] == [40]
+    assert not requests.held
+
+
+def test_a_request_whose_keys_are_no_numbers_goes_on_dense_and_the_others_as_they_were() -> None:
+    requests = PagedRequests(slots_of(STACKS["snapkv"]), Guard(on_fault="dense"))
+    host = Host(layers=requests.layers)
+    broken, whole = begun(requests, name="broken"), begun(requests, name="whole")
+    for number, given in enumerate(passes(outputs=2)):
+        for turn in (broken, whole):
+            if requests.held[turn.name] is None:
+                assert requests.turn(turn.name, 10_000, list) is None
+                continue
+            factor = float("nan") if turn is broken and number == 2 else 1.0
+            context, found = host.compute(turn, [(queries * factor, *pairs) for queries, *pairs in given])
+            requests.end_pass(turn, context)
+    assert requests.held["broken"] is None and requests.figures[0]["faults"] == 1
+    assert whole.figures["output_tokens"] == 2 and whole.figures["attended_fraction"] < 0.5 and None not in found

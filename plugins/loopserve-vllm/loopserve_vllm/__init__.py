@@ -31,7 +31,6 @@ def register() -> None:
 
 def figures() -> list[dict[str, Any]]:
     """Return the figures of this process's last requests: attended fraction, prefill density, faults, gathers. The oldest first."""
-    from loopserve_vllm.requests import Requests, ended
+    from loopserve_vllm.requests import Requests
 
-    held = Requests.last.held.values() if Requests.last is not None else ()
-    return [*ended, *(each.figures for each in held if each is not None)]
+    return Requests.last.figures if Requests.last is not None else []

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from vllm import _custom_ops as ops
-from vllm import envs
 from vllm.config import get_current_vllm_config
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionType
-from vllm.v1.attention.backends.cpu_attn import (
-    CPUAttentionBackend,
-    CPUAttentionBackendImpl,
-    CPUAttentionMetadata,
-)
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
 
 from loopserve import ConfigError
 from loopserve.core.engine.hosted import LayerCall, attend_hosted
-from loopserve_vllm.requests import Requests, Row, follow
+from loopserve_vllm.kernels import part_of, write_block
+from loopserve_vllm.requests import Requests, follow
 from loopserve_vllm.start import settings
 
 
@@ -53,8 +48,8 @@ class LoopServeImpl(CPUAttentionBackendImpl):
                 f"loopserve-vllm: a layer has {name}, which policies do not rule: serve it without a stack"
             )
 
-    def do_kv_cache_update(self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slots: Tensor) -> None:
-        super().do_kv_cache_update(layer, key, value, kv_cache, slots)
+    def do_kv_cache_update(self, layer: Any, key: Tensor, value: Tensor, cache: Tensor, slots: Tensor) -> None:
+        super().do_kv_cache_update(layer, key, value, cache, slots)
         if Requests.current is not None:
             Requests.current.layers[extract_layer_index(layer.layer_name)].written(slots)
 
@@ -64,66 +59,41 @@ class LoopServeImpl(CPUAttentionBackendImpl):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        kv_cache: Tensor,
-        attn_metadata: CPUAttentionMetadata | None,
+        cache: Tensor,
+        batch: Any,
         output: Tensor,
-        **options: Any,
+        **rest: Any,
     ) -> Tensor:
-        requests = Requests.current
-        if attn_metadata is None or requests is None:  # warming up
-            return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, **options)
+        """batch: the attention metadata. Shapes: ``[tokens, heads, D]``, the cache ``[blocks, Hkv, block_size, 2 * D]``."""
+        requests, stock = Requests.current, partial(super().forward, layer)
+        if batch is None or requests is None:  # warming up
+            return stock(query, key, value, cache, batch, output, **rest)
         index = extract_layer_index(layer.layer_name)
-        requests.layers[index].bind(kv_cache, lambda *pairs: self._write(layer, *pairs))
-        rows = requests.rows(attn_metadata, kv_cache.shape[2])
-        served = {row.number: row.context for row in rows if row.context is not None}
-        queries = {row.number: query[row.tokens].transpose(0, 1).contiguous() for row in rows if row.number in served}
-        for row in rows:
-            if row.number in served:
-                served[row.number].append(index, key[row.tokens].transpose(0, 1), value[row.tokens].transpose(0, 1))
-        call = LayerCall(index, self.scale, self.logits_soft_cap or None)
-        sparse = dict(zip(served, attend_hosted([*served.values()], call, [*queries.values()]), strict=True))
-        dense = [row for row in rows if sparse.get(row.number) is None]
-        if len(dense) == len(rows):
-            return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, **options)
+        requests.layers[index].bind(cache, partial(write_block, layer, self))
+        rows = requests.rows(batch, cache.shape[2])
+        asked = [row for row in rows if row.context is not None]
+        for row in asked:
+            row.context.append(index, key[row.tokens].transpose(0, 1), value[row.tokens].transpose(0, 1))
+        found = attend_hosted(
+            [row.context for row in asked],
+            LayerCall(index, self.scale, self.logits_soft_cap or None),
+            [query[row.tokens].transpose(0, 1).contiguous() for row in asked],
+        )
+        sparse = {row.number: each for row, each in zip(asked, found, strict=True) if each is not None}
+        if not sparse:
+            return stock(query, key, value, cache, batch, output, **rest)
         by_head = output.view(-1, self.num_heads, self.head_size)
-        for row in rows:
-            if (found := sparse.get(row.number)) is not None:
-                by_head[row.tokens] = found.transpose(0, 1)
+        dense = [row for row in rows if row.number not in sparse]
         if dense:
-            part = tuple(row.number for row in dense)
-            if part not in requests.shared:
-                requests.shared[part] = self._part(layer, attn_metadata, dense, query.dtype)
+            numbers, lengths = [row.number for row in dense], [row.length for row in dense]
+            if (part := tuple(numbers)) not in requests.shared:
+                requests.shared[part] = part_of(batch, numbers, lengths, layer, self, query.dtype)
             packed = torch.cat([query[row.tokens] for row in dense])
             packed_output = torch.empty_like(packed)
-            super().forward(layer, packed, key, value, kv_cache, requests.shared[part], packed_output, **options)
-            parts = packed_output.split([row.tokens.stop - row.tokens.start for row in dense])
-            for row, found in zip(dense, parts, strict=True):
-                by_head[row.tokens] = found
+            stock(packed, key, value, cache, requests.shared[part], packed_output, **rest)
+            for row, each in zip(dense, packed_output.split(lengths), strict=True):
+                by_head[row.tokens] = each
+        for row in asked:
+            if row.number in sparse:
+                by_head[row.tokens] = sparse[row.number].transpose(0, 1)
         return output
-
-    def _part(self, layer: Any, metadata: CPUAttentionMetadata, rows: list[Row], dtype: torch.dtype) -> Any:
-        """Return the metadata of some requests of the batch, as vLLM's builder makes that of all."""
-        numbers = torch.tensor([row.number for row in rows], dtype=torch.long, device="cpu")
-        lengths = [0, *(row.tokens.stop - row.tokens.start for row in rows)]
-        starts = torch.tensor(lengths, dtype=torch.int32, device="cpu").cumsum(0, dtype=torch.int32)
-        own = {"query_start_loc": starts, "seq_lens": metadata.seq_lens[numbers].contiguous()}
-        plan = ops.cpu_attn_get_scheduler_metadata(
-            **own,
-            num_reqs=len(rows),
-            num_heads=self.num_heads,
-            num_kv_heads=self.num_kv_heads,
-            head_dim=self.head_size,
-            dtype=dtype,
-            causal=True,
-            sliding_window_size=-1,
-            isa=layer.isa,
-            enable_kv_split=envs.VLLM_CPU_ATTN_SPLIT_KV,
-            dynamic_causal=None,
-            kv_cache_dtype=self.kv_cache_dtype,
-        )
-        table = metadata.block_table[numbers].contiguous()
-        return replace(metadata, **own, num_actual_tokens=int(starts[-1]), block_table=table, scheduler_metadata=plan)
-
-    def _write(self, layer: Any, keys: Tensor, values: Tensor, cache: Tensor) -> None:
-        slots = torch.arange(len(keys), dtype=torch.long, device="cpu")
-        CPUAttentionBackendImpl.do_kv_cache_update(self, layer, keys, values, cache, slots)
