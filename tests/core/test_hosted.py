@@ -236,3 +236,19 @@ def test_a_request_whose_keys_are_no_numbers_goes_on_dense_and_the_others_as_the
             requests.end_pass(turn, context)
     assert requests.held["broken"] is None and requests.figures[0]["faults"] == 1
     assert whole.figures["output_tokens"] == 2 and whole.figures["attended_fraction"] < 0.5 and None not in found
+
+
+def test_pairs_chosen_in_two_steps_running_are_read_once() -> None:
+    host, slots = Host("shuffled"), slots_of("dense")
+    turn = host.begin(slots, PROMPT)
+    for given in passes(outputs=0):
+        host.run(turn, given)
+    store, table = turn.session.cache.layers[0].store, table_of(turn)
+    assert store is not None
+    keys, values = store.keys, store.values
+    for heads in ([[1, 5, 9], [2, 3, 4]], [[1, 6, 9], [0, 3, 80]], [[0, 1, 2], [0, 3, 80]]):
+        columns = torch.tensor(heads)
+        found = store.gather(columns)
+        for part, whole in zip(found, (keys, values), strict=True):
+            assert torch.equal(part, torch.stack([whole[head, row] for head, row in enumerate(columns)]))
+    assert table.counts["chosen_pairs"] == 18 and table.counts["read_pairs"] == 6 + 3 + 2

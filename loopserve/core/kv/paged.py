@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from loopserve.core.kv.key_summaries import KeySummaries
+from loopserve.kernels.gather_kv import gather_kv
 
 Write = Callable[[Tensor, Tensor, Tensor], None]
 """Stores keys and values ``[block_size, 1, D]`` in a cache of one block of one head, ``[1, 1, block_size, 2 * D]``."""
@@ -57,9 +58,8 @@ class _Part:
             read = self._cache[blocks][..., self._places.flatten()].unflatten(2, self._places.shape)
         return read.transpose(0, 1).flatten(1, 2)
 
-    def chosen(self, blocks: Tensor, slots: Tensor) -> Tensor:
-        """Return the pairs at slots of blocks, both ``[Hkv, S]``: ``[Hkv, S, D]``."""
-        heads = torch.arange(len(blocks), device=blocks.device)[:, None]
+    def chosen(self, blocks: Tensor, heads: Tensor, slots: Tensor) -> Tensor:
+        """Return what lies at slots of heads of blocks, all of one shape ``[...]``: ``[..., D]``."""
         if self._view is not None:
             return self._view[blocks, heads, slots]
         return self._cache[blocks[..., None], heads[..., None], self._places[slots]]
@@ -130,6 +130,7 @@ class PagedPairs:
 
     def __init__(self, layer: BlockLayer, table: Table) -> None:
         self.layer, self.table, self.length = layer, table, 0
+        self._kept: tuple[Tensor, Tensor, Tensor] | None = None  # columns, keys and values that were gathered last
 
     @property
     def heads(self) -> int:
@@ -175,9 +176,30 @@ class PagedPairs:
         return self.layer.values.whole(self.table.blocks)[:, : self.length]
 
     def gather(self, columns: Tensor) -> tuple[Tensor, Tensor]:
-        blocks, slots = self.table.blocks[columns // self.layer.block_size], columns % self.layer.block_size
+        """Return copies of pairs; see ``PairStore``. columns: rising in each head.
+
+        Those of the call before are kept, since selections of neighbouring steps have most pairs in common, and a pair in a block
+        may lie scattered.
+        """
         self.table.counts["chosen_pairs"] += columns.numel()
-        return self.layer.keys.chosen(blocks, slots), self.layer.values.chosen(blocks, slots)
+        keys, values, missing = self._kept_of(columns)
+        heads, places = missing.nonzero(as_tuple=True)
+        wanted = columns[heads, places]
+        self.table.counts["read_pairs"] += len(wanted)
+        blocks, slots = self.table.blocks[wanted // self.layer.block_size], wanted % self.layer.block_size
+        keys[heads, places] = self.layer.keys.chosen(blocks, heads, slots)
+        values[heads, places] = self.layer.values.chosen(blocks, heads, slots)
+        self._kept = columns, keys, values
+        return keys, values
+
+    def _kept_of(self, columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return keys and values of columns, from the copies that are kept, and which of them are missing there."""
+        if self._kept is None or not self._kept[0].shape[1]:
+            empty = [self._cache.new_empty(*columns.shape, self._cache.shape[3] // 2) for _ in range(2)]
+            return empty[0], empty[1], torch.ones_like(columns, dtype=torch.bool)
+        before, keys, values = self._kept
+        found = torch.searchsorted(before, columns.contiguous()).clamp(max=before.shape[1] - 1)
+        return *gather_kv(keys, values, found), before.gather(1, found) != columns
 
     def since(self, column: int) -> tuple[Tensor, Tensor]:
         return self._since(self.layer.keys, column), self._since(self.layer.values, column)

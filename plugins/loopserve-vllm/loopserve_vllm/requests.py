@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from vllm.logger import init_logger
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
@@ -19,18 +18,14 @@ _ENDED = "request %s under stack %s: %d tokens, %d of them cached; %d outputs; p
 _SAID = ("known_tokens", "cached_tokens", "output_tokens", "prefill_tile_density", "attended_fraction", "faults")
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """One request's part of a batch: its number in it and its tokens. Without a turn it is served dense."""
 
     number: int
     tokens: slice
+    length: int
     turn: PagedTurn | None
     context: ForwardContext | None
-
-    @property
-    def length(self) -> int:
-        return self.tokens.stop - self.tokens.start
 
 
 class Requests(PagedRequests):
@@ -41,7 +36,7 @@ class Requests(PagedRequests):
 
     def __init__(self, settings: Settings, runner: Any) -> None:
         super().__init__(settings.slots, settings.guard)
-        self._name, self._runner, Requests.last = settings.name, runner, self
+        self._stack, self._runner, Requests.last = settings.stack, runner, self
         self._rows: list[Row] = []
         self.shared: dict[Any, Any] = {}  # what the layers of one step have in common
 
@@ -49,7 +44,7 @@ class Requests(PagedRequests):
         """Run one step of the runner. Requests that have ended, or were preempted, leave their states behind first."""
         resumed = scheduled.scheduled_cached_reqs.resumed_req_ids
         for ended in self.drop({*scheduled.finished_req_ids, *(scheduled.preempted_req_ids or ()), *resumed}):
-            _log.info(_ENDED, ended["request"], self._name, *(ended[each] for each in _SAID))
+            _log.info(_ENDED, ended["request"], self._stack, *(ended[each] for each in _SAID))
         self._rows, self.shared, Requests.current = [], {}, self
         try:
             found = compute()
@@ -66,17 +61,17 @@ class Requests(PagedRequests):
             starts, lengths = batch.query_start_loc.tolist(), batch.seq_lens.tolist()
             for number, name in enumerate(self._runner.input_batch.req_ids):
                 new = starts[number + 1] - starts[number]
-                turn = self.turn(name, lengths[number] - new, functools.partial(self._known, name))
+                turn = self.turn(name, lengths[number] - new, functools.partial(_known, self._runner.requests[name]))
                 if turn is not None:
                     turn.table.blocks = batch.block_table[number, : -(-lengths[number] // block_size)].long()
                 tokens = slice(starts[number], starts[number + 1])
-                self._rows.append(Row(number, tokens, turn, turn and turn.begin_pass(new)))
+                self._rows.append(Row(number, tokens, new, turn, turn and turn.begin_pass(new)))
         return self._rows
 
-    def _known(self, name: str) -> list[int]:
-        """Return the tokens known of a request; prompts given as embeddings have none, of which the number counts."""
-        given = self._runner.requests[name]
-        return [*(given.prompt_token_ids or [0] * given.num_prompt_tokens), *given.output_token_ids]
+
+def _known(request: Any) -> list[int]:
+    """Return the tokens known of a request. Of a prompt given as embeddings only their number counts."""
+    return [*(request.prompt_token_ids or [0] * request.num_prompt_tokens), *request.output_token_ids]
 
 
 def follow(settings: Settings) -> None:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import vllm
 from vllm.platforms import current_platform
@@ -19,30 +18,29 @@ from loopserve.core.policy.interfaces import LayerSpec, LayerType
 TESTED = ("0.32",)  # of vLLM, major and minor
 
 
-@dataclass(frozen=True)
-class Settings:
+class Settings(NamedTuple):
     """Hold what all requests of a process share: the policies of each layer, and the guard that checks their calls."""
 
-    name: str
+    stack: str
     slots: Slots
     guard: Guard
 
 
-_known: dict[int, Settings | None] = {}  # by configuration
+_last: tuple[Any, Settings] | None = None  # of the configuration that was asked for last
 
 
 def settings(config: Any) -> Settings | None:
     """Return what a VllmConfig asks for; None without a stack. Raises ConfigError for what cannot be served, with the remedy."""
+    global _last
     if config.model_config is None or (wanted := stack_of(config)) is None:
         return None
-    if id(config) not in _known:
+    if _last is None or _last[0] is not config:
         if refused := list(_refusals(config)):
             raise ConfigError("\n".join(f"loopserve-vllm: {each}" for each in refused))
         stack = load_stack(wanted)
         slots = require_hosted(stack, _layers(config))
-        _known.clear()
-        _known[id(config)] = Settings(stack.name, slots, Guard(on_fault="dense", owners=stack.owners))
-    return _known[id(config)]
+        _last = config, Settings(stack.name, slots, Guard(on_fault="dense", owners=stack.owners))
+    return _last[1]
 
 
 def stack_of(config: Any) -> Any:
@@ -54,9 +52,9 @@ def stack_of(config: Any) -> Any:
 def _layers(config: Any) -> list[LayerSpec]:
     model, parallel = config.model_config, config.parallel_config
     heads = model.get_num_attention_heads(parallel), model.get_num_kv_heads(parallel), model.get_head_size()
-    count = model.hf_text_config.num_hidden_layers
     # Not repeatable: vLLM computes no row of a request twice, so policies that ask for it are refused by name.
-    return [LayerSpec(index, LayerType.FULL, *heads, repeatable=False) for index in range(count)]
+    numbers = range(model.hf_text_config.num_hidden_layers)
+    return [LayerSpec(each, LayerType.FULL, *heads, repeatable=False) for each in numbers]
 
 
 def _refusals(config: Any) -> Iterator[str]:
@@ -65,37 +63,26 @@ def _refusals(config: Any) -> Iterator[str]:
         yield f"vLLM {vllm.__version__} is not among the versions it was tested with ({', '.join(TESTED)}): install one of them"
     if not current_platform.is_cpu():
         yield (
-            f"only vLLM's CPU backend is served, this is {current_platform.device_name}: the kernels that read block tables on a "
-            "GPU are not written yet. Unset LOOPSERVE_STACK to serve without policies"
+            f"only vLLM's CPU backend is served, this is {current_platform.device_name}: kernels that read block tables on a GPU are "
+            "not written yet; serve it without a stack"
         )
     if config.speculative_config is not None:
         yield "speculative decoding checks several tokens in one step, which no policy selects for: leave out its option"
     if model.use_mla:
         yield "multi-head latent attention (MLA) stores no keys that a policy could choose among: serve it without a stack"
-    for option in ("decode_context_parallel_size", "prefill_context_parallel_size"):
-        if getattr(parallel, option, 1) > 1:
-            yield f"{option} is {getattr(parallel, option)}: a policy must see the whole context of a head, set it to 1"
-    for option in ("pipeline_parallel_size", "tensor_parallel_size"):
-        if getattr(parallel, option) > 1:
-            yield f"{option} is {getattr(parallel, option)}, which was not tested with policies: set it to 1"
+    for kind in ("decode_context", "prefill_context", "pipeline", "tensor"):
+        if (ranks := getattr(parallel, f"{kind}_parallel_size", 1)) > 1:
+            yield f"{kind}_parallel_size is {ranks}: policies were tested on one rank alone, which holds all pairs; set it to 1"
     if config.kv_transfer_config is not None:
         yield "a KV connector writes pairs that no policy has seen: leave out --kv-transfer-config"
-    if config.cache_config.cache_dtype not in (
-        "auto",
-        "float32",
-        "bfloat16",
-        "float16",
-        str(model.dtype).split(".")[-1],
-    ):
-        yield f"kv_cache_dtype {config.cache_config.cache_dtype!r} is quantised, which policies do not read: use auto"
+    if (kind := config.cache_config.cache_dtype) not in ("auto", "float32", "bfloat16", "float16"):
+        yield f"kv_cache_dtype {kind!r} is quantised, which policies do not read: use auto"
     if config.use_v2_model_runner:
         yield "model runner V2 was not tested: set VLLM_USE_V2_MODEL_RUNNER=0"
     if model.runner_type != "generate":
         yield f"a model that serves {model.runner_type!r} decodes nothing: serve it without a stack"
     others = {each for each in getattr(text, "layer_types", None) or () if each != "full_attention"}
-    if model.is_hybrid or model.is_attention_free:
-        others.add("recurrent")
-    if model.get_sliding_window() is not None and getattr(text, "use_sliding_window", True):
-        others.add("sliding_attention")
+    others |= {"recurrent"} if model.is_hybrid or model.is_attention_free else set()
+    others |= {"sliding_attention"} if model.get_sliding_window() is not None else set()
     if others:
         yield f"the model has {', '.join(sorted(others))} layers, policies rule full attention alone: serve it without a stack"

@@ -93,7 +93,7 @@ def test_a_stack_is_named_by_the_option_or_the_environment(monkeypatch: pytest.M
     monkeypatch.setenv("LOOPSERVE_STACK", "snapkv")
     assert stack_of(config(None)) == "snapkv" and stack_of(config("dense")) == "dense"
     served = settings(config("dense"))
-    assert served is not None and served.name == "dense"
+    assert served is not None and served.stack == "dense"
 
 
 def engine_config(path: Path | str, stack: Any, **options: Any) -> Any:
