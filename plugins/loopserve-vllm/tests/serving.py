@@ -5,13 +5,15 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from loopserve_vllm import figures
 from loopserve_vllm.requests import Requests
 from loopserve_vllm.start import Settings, settings
 from vllm import LLM, SamplingParams
 
-from loopserve import PolicyStack, load_stack
+from loopserve import Engine, PolicyStack
 from loopserve.core.engine.hosted import require_hosted
 from loopserve.core.guard.guard import Guard
 from loopserve.models.demo import bundled_path
@@ -28,7 +30,7 @@ class Answer:
     prompt: list[int]
 
 
-def engine(stack: Any = None, **options: Any) -> LLM:
+def engine(stack: Any = None, model: Path | None = None, **options: Any) -> LLM:
     """vLLM with small chunks and blocks, so that a prompt is computed in several steps and later turns find their prefix."""
     given: dict[str, Any] = {
         "max_num_batched_tokens": 256,
@@ -39,7 +41,7 @@ def engine(stack: Any = None, **options: Any) -> LLM:
     if stack is not None:
         given["additional_config"] = {"loopserve": {"stack": stack}}
     return LLM(
-        str(bundled_path("demo")),
+        str(model or bundled_path("demo")),
         dtype="float32",
         enforce_eager=True,
         enable_prefix_caching=True,
@@ -101,15 +103,31 @@ def alike(found: Sequence[Sequence[Answer]], wanted: Sequence[Sequence[Answer]])
     return most
 
 
+def beside_own_engine(
+    llm: LLM, own: Engine, dialogues: Sequence[Sequence[str]], longest: int
+) -> tuple[list[bool], list[tuple[dict[str, Any], dict[str, Any]]]]:
+    """Hold dialogues with loopserve's engine, and give vLLM the tokens of each turn.
+
+    Return which answers are equal, and each turn's figures, vLLM's first.
+    """
+    pairs: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    same: list[bool] = []
+    for messages in dialogues:
+        with own.session() as chat:
+            for message in messages:
+                reply = chat.send(message, max_new_tokens=longest)
+                everything, outputs = list(chat.open_session.tokens), reply.stats.output_tokens
+                before, stop = len(figures()), list(own.stop_ids)
+                found = answer(llm, [everything[:-outputs]], longest, ignore_eos=False, stop_token_ids=stop)
+                same.append(found[0].tokens == everything[-outputs:])
+                pairs.append((figures_since(before)[0], reply.stats.as_dict()))
+    for name in ("attended_fraction", "prefill_cell_density", "prefill_tile_density"):
+        mine, theirs = (sum(each[side][name] for each in pairs) / len(pairs) for side in (0, 1))
+        print(f"{name} {mine:.4f}, own engine {theirs:.4f}")
+    print(f"same answers {sum(same)} of {len(same)}")
+    return same, pairs
+
+
 def figures_since(count: int) -> list[dict[str, Any]]:
     """The figures of the requests since so many, which ``len(figures())`` said."""
-    from loopserve_vllm import figures
-
     return figures()[count:]
-
-
-def preset(name: str, budget: int | None = None) -> PolicyStack:
-    from loopserve.bench.budget import with_budget
-
-    stack = load_stack(name)
-    return stack if budget is None else with_budget(stack, budget)

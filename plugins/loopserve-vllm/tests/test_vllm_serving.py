@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from loopserve_vllm import figures
-from serving import Answer, alike, answer, engine, figures_since, runner_of, serve_under, talk
+from serving import Answer, alike, answer, beside_own_engine, engine, figures_since, runner_of, serve_under, talk
 from vllm import LLM
 
 from loopserve import ConfigError, Engine, load_stack
@@ -147,25 +147,11 @@ def test_decoding_gathers_no_whole_store_and_a_cached_prefix_shares_its_codes(se
 def test_the_bundled_models_answers_are_those_of_loopserves_engine(stock: Any) -> None:
     tokens, turns = 1500, 3
     stack = equal_budget(load_stack("loopserve"), tokens, turns)
-    own = Engine.from_pretrained("demo", stack, dtype="float32")
     llm = engine("dense", max_num_batched_tokens=2048)  # a turn in one chunk, as the engine computes it
     serve_under(llm, stack)
-    pairs: list[tuple[dict[str, Any], dict[str, Any]]] = []
-    answers: list[bool] = []
-    for dialogue in demo_dialogues(0, tokens, turns, 2):
-        with own.session() as chat:
-            for turn in dialogue.turns:
-                reply = chat.send(turn.text, max_new_tokens=96)
-                everything, outputs = list(chat.open_session.tokens), reply.stats.output_tokens
-                before = len(figures())
-                found = answer(llm, [everything[:-outputs]], 96, ignore_eos=False, stop_token_ids=list(own.stop_ids))
-                answers.append(found[0].tokens == everything[-outputs:])
-                pairs.append((figures_since(before)[0], reply.stats.as_dict()))
-    for name in ("attended_fraction", "prefill_cell_density", "prefill_tile_density"):
-        mine, theirs = (sum(each[side][name] for each in pairs) / len(pairs) for side in (0, 1))
-        print(f"{name} {mine:.4f}, own engine {theirs:.4f}")
-    print(f"same answers {sum(answers)} of {len(answers)}")
-    assert all(answers)
+    dialogues = [[turn.text for turn in each.turns] for each in demo_dialogues(0, tokens, turns, 2)]
+    same, pairs = beside_own_engine(llm, Engine.from_pretrained("demo", stack, dtype="float32"), dialogues, 96)
+    assert all(same)
     for number, (mine, theirs) in enumerate(pairs):
         assert mine["attended_fraction"] == pytest.approx(theirs["attended_fraction"], abs=1e-9)
         # Later turns begin at a block's start, up to 64 tokens before the engine's: other rows, and so other lines.
