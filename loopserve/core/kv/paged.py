@@ -38,31 +38,41 @@ def places_in_block(write: Write, block_size: int, dim: int, dtype: torch.dtype)
 class _Part:
     """Read the keys, or the values, of all blocks of a layer."""
 
-    def __init__(self, cache: Tensor, places: Tensor) -> None:
-        """cache: ``[blocks, Hkv, block_size * D]``. places: of ``places_in_block``."""
-        blocks, heads, _ = cache.shape
-        size, dim = places.shape
-        plain = torch.arange(size * dim, dtype=torch.long, device="cpu")
-        self._cache, self._places = cache, places
-        self._view: Tensor | None = None  # [blocks, Hkv, block_size, D] where strides can say it
-        if torch.equal(places.flatten(), plain):
-            self._view = cache.view(blocks, heads, size, dim)
-        elif torch.equal(places.t().flatten(), plain):
-            self._view = cache.view(blocks, heads, dim, size).transpose(2, 3)
+    def __init__(self, cache: Tensor, half: int, places: Tensor) -> None:
+        """cache: ``[blocks, Hkv, block_size, 2 * D]``. half: 0 keys, 1 values. places: of ``places_in_block``."""
+        blocks, heads, self._size, _ = cache.shape
+        self._places, self._dim = places, places.shape[1]
+        numbers = self._size * self._dim
+        self._strides = cache.stride(0), cache.stride(1)
+        span = (blocks - 1) * self._strides[0] + (heads - 1) * self._strides[1] + 2 * numbers
+        self._numbers = cache.as_strided((span,), (1,))[half * numbers :]
+        whole = cache.view(blocks, heads, 2, numbers)[:, :, half]
+        plain = torch.arange(numbers, dtype=torch.long, device="cpu")
+        by_rows = torch.equal(places.flatten(), plain)
+        self._by_rows = by_rows and not any(each % self._dim for each in self._strides)
+        self._blocks, self._shuffled = whole.view(blocks, heads, self._size, self._dim), False
+        if torch.equal(places.t().flatten(), plain):
+            self._blocks = whole.view(blocks, heads, self._dim, self._size).transpose(2, 3)
+        elif not by_rows:
+            self._shuffled = True
 
     def whole(self, blocks: Tensor) -> Tensor:
         """Return all pairs of these blocks, in order: ``[Hkv, len(blocks) * block_size, D]``."""
-        if self._view is not None:
-            read = self._view[blocks]
-        else:
-            read = self._cache[blocks][..., self._places.flatten()].unflatten(2, self._places.shape)
+        read = self._blocks[blocks]
+        if self._shuffled:
+            read = read.flatten(2)[..., self._places.flatten()].unflatten(2, self._places.shape)
         return read.transpose(0, 1).flatten(1, 2)
 
     def chosen(self, blocks: Tensor, heads: Tensor, slots: Tensor) -> Tensor:
-        """Return what lies at slots of heads of blocks, all of one shape ``[...]``: ``[..., D]``."""
-        if self._view is not None:
-            return self._view[blocks, heads, slots]
-        return self._cache[blocks[..., None], heads[..., None], self._places[slots]]
+        """Return what lies at slots of heads of blocks, int64 ``[n]`` each: ``[n, D]``."""
+        starts = blocks * self._strides[0] + heads * self._strides[1]
+        if self._by_rows:
+            rows = self._numbers[: len(self._numbers) // self._dim * self._dim].view(-1, self._dim)
+            return rows.index_select(0, starts // self._dim + slots)
+        where = (
+            starts[:, None] + self._places[slots]
+        )  # one index per number: faster than to index blocks, heads and slots
+        return self._numbers.index_select(0, where.flatten()).view(-1, self._dim)
 
 
 class _Codes:
@@ -88,10 +98,9 @@ class BlockLayer:
         """Read from ``cache`` ``[blocks, Hkv, block_size, 2 * D]`` from now on. write: how the engine writes into one."""
         if self.cache is not None and self.cache.data_ptr() == cache.data_ptr():
             return
-        blocks, self.heads, self.block_size, width = cache.shape
+        _, self.heads, self.block_size, width = cache.shape
         places = places_in_block(write, self.block_size, width // 2, cache.dtype)
-        halves = cache.view(blocks, self.heads, 2, -1)
-        self.keys, self.values = (_Part(halves[:, :, part], places[part]) for part in (0, 1))
+        self.keys, self.values = (_Part(cache, half, places[half]) for half in (0, 1))
         self.cache, self._codes = cache, {}
 
     def written(self, slots: Tensor) -> None:
