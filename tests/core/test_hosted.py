@@ -214,10 +214,10 @@ def test_a_request_is_held_while_it_goes_on_and_begins_anew_once_it_lost_its_pai
     for given in passes(outputs=2):
         host.run(turn, given)
         assert begun(requests, turn.seen) is turn
-    assert turn.figures["output_tokens"] == 2 and turn.figures["known_tokens"] == PROMPT
+    assert turn.figures["output_tokens"] == 3 and turn.figures["known_tokens"] == PROMPT
     again = begun(requests, 40)  # preempted: its first blocks were still in the prefix cache
     assert again is not turn and again.seen == 40 and not again.session.states["decode:0"].selections
-    assert [each["output_tokens"] for each in requests.figures] == [2, 0]
+    assert [each["output_tokens"] for each in requests.figures] == [3, 0]
     assert [each["cached_tokens"] for each in requests.drop(["a", "unknown"])] == [40]
     assert not requests.held
 
@@ -235,7 +235,7 @@ def test_a_request_whose_keys_are_no_numbers_goes_on_dense_and_the_others_as_the
             context, found = host.compute(turn, [(queries * factor, *pairs) for queries, *pairs in given])
             requests.end_pass(turn, context)
     assert requests.held["broken"] is None and requests.figures[0]["faults"] == 1
-    assert whole.figures["output_tokens"] == 2 and whole.figures["attended_fraction"] < 0.5 and None not in found
+    assert whole.figures["output_tokens"] == 3 and whole.figures["attended_fraction"] < 0.5 and None not in found
 
 
 def test_pairs_chosen_in_two_steps_running_are_read_once() -> None:

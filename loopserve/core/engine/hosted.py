@@ -114,8 +114,7 @@ class HostedTurn:
             raise context.error
         self.seen = context.stored_after
         ask_compressors(context)
-        if context.phase is Phase.DECODE:
-            self.stats.output_tokens += 1
+        self.stats.output_tokens += context.final  # the host takes a token from the logits of such a pass
 
     def close(self) -> None:
         """Drop the states and let go of the stores; the figures stay."""

@@ -113,6 +113,7 @@ def beside_own_engine(
     pairs: list[tuple[dict[str, Any], dict[str, Any]]] = []
     same: list[bool] = []
     for messages in dialogues:
+        assert llm.reset_prefix_cache()  # dialogues may begin alike
         with own.session() as chat:
             for message in messages:
                 reply = chat.send(message, max_new_tokens=longest)

@@ -52,7 +52,22 @@ class EveryPair(DecodeCompressor[None]):
 
 
 DENSE = load_stack("dense")
-UNLIMITED = PolicyStack("unlimited", EveryLine(), EveryPair())
+UNLIMITED = load_stack(
+    {
+        "name": "unlimited",
+        "prefill": {"policy": "a_shape", "local_window": 1_000_000},
+        "decode": {
+            "policy": "loopserve",
+            "budget": 1_000_000,
+            "first_block": "last_window",
+            "page_budget": 99,
+            "key_bits": 2,
+        },
+    }
+)
+CHOSEN = PolicyStack("every pair chosen", EveryLine(), EveryPair())
+# The largest difference of a logit. Two kernels that sum in another order, over tokens drawn at random: 3.0e-4 was measured.
+WITHIN = {DENSE.name: 1e-4, UNLIMITED.name: 1e-4, CHOSEN.name: 1e-3}
 SMALL = {  # acts within a few hundred tokens
     "prefill": {"policy": "loopserve", "min_new_tokens": 32, "min_total_tokens": 64, "local_window": 16},
     "decode": {
@@ -86,15 +101,23 @@ def crowded(stock: Any) -> LLM:
     return engine("dense", **FEW)
 
 
+@pytest.fixture(scope="module")
+def whole(stock: Any) -> LLM:
+    """An engine that computes a turn in one chunk, as loopserve's own does. Like the others it lives as long as the module: one
+    that is freed takes the process groups of all with it.
+    """
+    return engine("dense", max_num_batched_tokens=2048)
+
+
 @pytest.mark.parametrize("requests", [1, 8])
-@pytest.mark.parametrize("stack", [DENSE, UNLIMITED], ids=lambda stack: stack.name)
+@pytest.mark.parametrize("stack", [DENSE, UNLIMITED, CHOSEN], ids=lambda stack: stack.name)
 def test_without_a_limit_it_is_stock_vllm(served: LLM, stock: Any, stack: PolicyStack, requests: int) -> None:
     serve_under(served, stack)
     before = len(figures())
     found = talk(served, requests)
     most = alike(found, stock[requests])
     print(f"largest difference of a logit: {most:.1e}")
-    assert most < 1e-4
+    assert most < WITHIN[stack.name]
     assert all(each.cached >= 256 for each in found[-1])  # the prefix cache had the history
     mine = figures_since(before)
     assert len(mine) == 4 * requests
@@ -102,11 +125,11 @@ def test_without_a_limit_it_is_stock_vllm(served: LLM, stock: Any, stack: Policy
     assert not any(each["faults"] for each in mine)
 
 
-@pytest.mark.parametrize("stack", [DENSE, UNLIMITED], ids=lambda stack: stack.name)
+@pytest.mark.parametrize("stack", [DENSE, UNLIMITED, CHOSEN], ids=lambda stack: stack.name)
 def test_preemption_changes_nothing(crowded: LLM, stock: Any, stack: PolicyStack) -> None:
     serve_under(crowded, stack)
     before = len(figures())
-    assert alike(talk(crowded, 8, **PREEMPTED), stock["long answers"]) < 1e-4
+    assert alike(talk(crowded, 8, **PREEMPTED), stock["long answers"]) < WITHIN[stack.name]
     assert len(figures_since(before)) > 8  # a request that was preempted began anew
 
 
@@ -144,13 +167,12 @@ def test_decoding_gathers_no_whole_store_and_a_cached_prefix_shares_its_codes(se
     assert many["attended_fraction"] < 0.25
 
 
-def test_the_bundled_models_answers_are_those_of_loopserves_engine(stock: Any) -> None:
+def test_the_bundled_models_answers_are_those_of_loopserves_engine(whole: LLM) -> None:
     tokens, turns = 1500, 3
     stack = equal_budget(load_stack("loopserve"), tokens, turns)
-    llm = engine("dense", max_num_batched_tokens=2048)  # a turn in one chunk, as the engine computes it
-    serve_under(llm, stack)
+    serve_under(whole, stack)
     dialogues = [[turn.text for turn in each.turns] for each in demo_dialogues(0, tokens, turns, 2)]
-    same, pairs = beside_own_engine(llm, Engine.from_pretrained("demo", stack, dtype="float32"), dialogues, 96)
+    same, pairs = beside_own_engine(whole, Engine.from_pretrained("demo", stack, dtype="float32"), dialogues, 96)
     assert all(same)
     for number, (mine, theirs) in enumerate(pairs):
         assert mine["attended_fraction"] == pytest.approx(theirs["attended_fraction"], abs=1e-9)
