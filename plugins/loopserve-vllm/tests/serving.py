@@ -37,12 +37,12 @@ def engine(stack: Any = None, model: Path | None = None, **options: Any) -> LLM:
         "block_size": 64,
         "max_num_seqs": 8,
         "max_model_len": 4096,
+        "dtype": "float32",
     } | options
     if stack is not None:
         given["additional_config"] = {"loopserve": {"stack": stack}}
     return LLM(
         str(model or bundled_path("demo")),
-        dtype="float32",
         enforce_eager=True,
         enable_prefix_caching=True,
         logprobs_mode="raw_logits",

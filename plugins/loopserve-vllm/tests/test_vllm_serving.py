@@ -82,6 +82,9 @@ FEW = {
 PREEMPTED = {"turns": 1, "first": 280, "outputs": 48}
 
 
+_alive: dict[str, LLM] = {}  # engines of single tests; see ``whole``
+
+
 @pytest.fixture(scope="module")
 def stock() -> dict[Any, list[list[Answer]]]:
     llm = engine()
@@ -140,6 +143,19 @@ def test_preemption_begins_a_sparse_request_anew(crowded: LLM) -> None:
     assert all(len(each.tokens) == PREEMPTED["outputs"] for each in found[0])
     mine = figures_since(before)
     assert len(mine) > 8 and not any(each["faults"] for each in mine)
+
+
+def test_bfloat16_pairs_are_read_where_vllm_puts_them(stock: Any) -> None:
+    llm = _alive.setdefault("bfloat16", engine("dense", dtype="bfloat16"))
+    first: list[list[dict[int, float]]] = []
+    for stack in (DENSE, CHOSEN, load_stack(SMALL)):
+        serve_under(llm, stack)
+        before = len(figures())
+        found = talk(llm, 2, turns=2)
+        assert not any(each["faults"] for each in figures_since(before))
+        first.append([each.logits[0] for each in found[0]])
+    for one, other in zip(first[0], first[1], strict=True):
+        assert all(abs(one[token] - other[token]) < 0.2 for token in one.keys() & other.keys())
 
 
 def test_requests_of_one_batch_answer_as_they_do_alone(served: LLM) -> None:
