@@ -16,7 +16,8 @@ from loopserve.core.engine.slots import Slots
 from loopserve.core.engine.turn import ask_compressors
 from loopserve.core.guard.guard import Guard
 from loopserve.core.kv.paged import BlockLayer, PagedPairs, Table
-from loopserve.core.policy.interfaces import LayerSpec, LayerType, Phase
+from loopserve.core.policy.interfaces import Phase
+from loopserve.core.policy.layers import LayerSpec, LayerType
 from loopserve.kernels.dense_attention import dense_attention
 
 LAYERS, HEADS, KV_HEADS, DIM, BLOCK = 2, 4, 2, 16, 8

@@ -20,8 +20,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from loopserve.core.engine.attention import LayerCall as LayerCall
-from loopserve.core.engine.attention import attend_sparse
+from loopserve.core.engine.attention import LayerCall, attend_sparse
 from loopserve.core.engine.forward import ForwardContext
 from loopserve.core.engine.session import Session
 from loopserve.core.engine.slots import Slots
@@ -31,7 +30,9 @@ from loopserve.core.errors import ConfigError
 from loopserve.core.guard.guard import Guard
 from loopserve.core.kv.buffers import PairStore
 from loopserve.core.kv.recording import plain_tensors
-from loopserve.core.policy.interfaces import LayerSpec, Phase, Retention
+from loopserve.core.kv.selection import Retention
+from loopserve.core.policy.interfaces import Phase
+from loopserve.core.policy.layers import LayerSpec
 from loopserve.core.stack.stack import PolicyStack
 
 

@@ -13,7 +13,7 @@ from loopserve import ConfigError, load_stack
 from loopserve.core.engine.hosted import require_hosted
 from loopserve.core.engine.slots import Slots
 from loopserve.core.guard.guard import Guard
-from loopserve.core.policy.interfaces import LayerSpec, LayerType
+from loopserve.core.policy.layers import LayerSpec, LayerType
 
 TESTED = ("0.32",)  # of vLLM, major and minor
 

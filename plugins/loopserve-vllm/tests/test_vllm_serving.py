@@ -12,13 +12,8 @@ from vllm import LLM
 
 from loopserve import ConfigError, Engine, load_stack
 from loopserve.bench.demo import demo_dialogues, equal_budget
-from loopserve.core.policy.interfaces import (
-    AttentionInputs,
-    DecodeCompressor,
-    KVSelection,
-    PrefillSparsifier,
-    Retention,
-)
+from loopserve.core.kv.selection import KVSelection, Retention
+from loopserve.core.policy.interfaces import AttentionInputs, DecodeCompressor, PrefillSparsifier
 from loopserve.core.policy.patterns import LinePattern
 from loopserve.core.policy.registry import Kind
 from loopserve.core.stack.stack import PolicyStack, _as_it_comes
