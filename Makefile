@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 OLDEST := .venv-oldest
 ORACLE := .venv-oracle
 WHEEL := .venv-wheel
+VLLM := .venv-vllm
 ARGS ?=
 # Installed beside loopserve; their tests are part of the suite.
 PLUGINS := plugins/loopserve-keydiff plugins/loopserve-star plugins/loopserve-kvpress
@@ -13,7 +14,7 @@ PLUGINS := plugins/loopserve-keydiff plugins/loopserve-star plugins/loopserve-kv
 NAME ?= cpu
 RESULTS = benchmarks/results/$(NAME).jsonl
 
-.PHONY: demo test test-real check test-oldest test-compiled test-gpu oracle oracle-check check-wheel sanitize bench bench-gpu bench-engine evidence evidence-real soak clean
+.PHONY: demo test test-real check test-oldest test-compiled test-gpu test-vllm bench-vllm oracle oracle-check check-wheel sanitize bench bench-gpu bench-engine evidence evidence-real soak clean
 
 $(VENV)/ready: pyproject.toml constraints.txt $(PLUGINS:=/pyproject.toml)
 	$(PYTHON) -m venv $(VENV)
@@ -63,6 +64,21 @@ oracle: $(ORACLE)/ready
 oracle-check: $(VENV)/ready
 	$(BIN)/python -m tests.oracle.report
 	$(BIN)/python -m pytest tests/oracle $(ARGS)
+
+# loopserve's policies inside vLLM, in an environment of its own (3.4 GB): at most twenty minutes to build on two cores, its tests five.
+# pyproject.toml makes every warning an error, which vLLM does not live up to.
+$(VLLM)/ready: constraints-vllm.txt pyproject.toml plugins/loopserve-vllm/pyproject.toml
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install --quiet --no-deps -r constraints-vllm.txt
+	$(VLLM)/bin/pip install --quiet --no-deps -e . -e plugins/loopserve-vllm
+	touch $@
+
+test-vllm: $(VLLM)/ready
+	$(VLLM)/bin/python -m pytest -o filterwarnings=default plugins/loopserve-vllm $(ARGS)
+
+# Throughput and time between tokens beside stock vLLM; every row goes to benchmarks/results/vllm.jsonl.
+bench-vllm: $(VLLM)/ready
+	$(VLLM)/bin/python benchmarks/vllm_beside_stock.py $(ARGS)
 
 # What an index would get: source distribution and wheel, built, checked by twine, and the wheel tried in a fresh environment that
 # borrows the packages of $(VENV). `LOOPSERVE_WHEEL=compiled python -m build --wheel` makes a wheel of this platform instead.
@@ -132,4 +148,4 @@ soak: $(VENV)/ready
 	$(BIN)/python -W ignore -m tests.soak $(ARGS)
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(ORACLE) $(WHEEL) .sanitize build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(ORACLE) $(WHEEL) $(VLLM) .sanitize build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

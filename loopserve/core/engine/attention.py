@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,8 @@ from loopserve.core.engine.stats import LayerRecord
 from loopserve.core.errors import Fault, ModelError
 from loopserve.core.guard.faults import FAULTS
 from loopserve.core.guard.guard import check_output, check_pattern, check_selection
+from loopserve.core.kv.layer_cache import LayerCache
+from loopserve.core.policy.deferred import DeferredInputs, Gathered
 from loopserve.core.policy.interfaces import AttentionInputs, Phase
 from loopserve.core.policy.layers import LayerType
 from loopserve.core.policy.patterns import AttentionPattern, DensePattern
@@ -48,6 +51,16 @@ def attend(contexts: Sequence[ForwardContext], call: LayerCall, queries: Sequenc
     The decode steps of all sessions go through one kernel call. An error of one session among several is kept in its context,
     and its output is zero from there on.
     """
+    return [
+        torch.zeros_like(rows) if output is None else output
+        for rows, output in zip(queries, attend_sparse(contexts, call, queries), strict=True)
+    ]
+
+
+def attend_sparse(
+    contexts: Sequence[ForwardContext], call: LayerCall, queries: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """Return the same; None for a session in error, and for one that is hosted and attends to every pair in this call."""
     outputs: list[Tensor | None] = [None] * len(contexts)
     steps: list[tuple[int, _DecodeStep]] = []
     for index, (context, rows) in enumerate(zip(contexts, queries, strict=True)):
@@ -61,28 +74,30 @@ def attend(contexts: Sequence[ForwardContext], call: LayerCall, queries: Sequenc
                 outputs[index] = _with_sinks(call, *_as_the_model_defines(context, call, rows))
             elif context.phase is Phase.DECODE:
                 steps.append((index, _select(context, call, policies, rows, shown)))
-            else:
-                outputs[index] = _with_sinks(call, *_many_rows(context, call, policies, rows, shown))
+            elif (found := _many_rows(context, call, policies, rows, shown)) is not None:
+                outputs[index] = _with_sinks(call, *found)
         except Exception as error:
             _keep_apart(context, error)
-    if steps:
-        found = decode_attention_batch(
-            [step.request for _, step in steps],
-            scaling=call.scaling,
-            softcap=call.softcap,
-            need_lse=call.sinks is not None,
-        )
-        for (index, step), (output, lse) in zip(steps, found, strict=True):
-            outputs[index] = _with_sinks(call, output, lse)
-            if step.observes:
-                try:
-                    _observe_step(contexts[index], call, step)
-                except Exception as error:
-                    _keep_apart(contexts[index], error)
-    return [
-        torch.zeros_like(rows) if output is None or context.error is not None else output
-        for context, rows, output in zip(contexts, queries, outputs, strict=True)
-    ]
+    requests = {index: step.request for index, step in steps if step.request is not None}
+    attended = decode_attention_batch(
+        list(requests.values()),
+        scaling=call.scaling,
+        softcap=call.softcap,
+        need_lse=call.sinks is not None,
+    )
+    for index, (output, lse) in zip(requests, attended, strict=True):
+        outputs[index] = _with_sinks(call, output, lse)
+    for index, step in steps:
+        if step.observes:
+            try:
+                _observe_step(contexts[index], call, step)
+            except Exception as error:
+                _keep_apart(contexts[index], error)
+    for context in contexts:
+        if context.gathered is not None:
+            context.gathered.release()
+            context.gathered = None
+    return [None if context.error is not None else output for context, output in zip(contexts, outputs, strict=True)]
 
 
 def _shows(context: ForwardContext, policies: LayerPolicies) -> bool:
@@ -119,10 +134,16 @@ def _inputs(context: ForwardContext, call: LayerCall, policies: LayerPolicies, q
         columns = _columns_of(context.positions, cache.positions())
     else:
         columns = cache.counted(total - queries.shape[1], total, queries.device)
-    return AttentionInputs(
+    kind: type[AttentionInputs] = AttentionInputs
+    pairs: dict[str, Any]
+    if cache.store.in_place:
+        pairs = {"keys": cache.store.keys, "values": cache.store.values}
+    else:
+        context.gathered = context.gathered or Gathered(cache.store)
+        kind, pairs = DeferredInputs, {"keys": None, "values": None, "gathered": context.gathered}
+    return kind(
+        **pairs,
         queries=queries,
-        keys=cache.store.keys,
-        values=cache.store.values,
         columns=columns,
         positions=cache.positions(),
         first_valid=cache.first_valid,
@@ -151,38 +172,51 @@ def _columns_of(positions: Tensor, stored: Tensor) -> Tensor:
 
 def _many_rows(
     context: ForwardContext, call: LayerCall, policies: LayerPolicies, queries: Tensor, shown: bool
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor | None] | None:
+    """Return the output and, for sinks, the log-sum-exp; None where it is left to the engine that stores the pairs."""
     need_lse = call.sinks is not None
     inputs = _inputs(context, call, policies, queries)
+    found: tuple[Tensor, Tensor | None] | None
     if context.phase is Phase.OBSERVE:
-        output, lse = _dense(inputs, need_lse, columns=inputs.columns)
+        found = _dense(inputs, need_lse, columns=inputs.columns)
         pair = inputs.keys.shape[2] + inputs.values.shape[2]
         stored = inputs.keys.shape[0] * inputs.keys.shape[1]
         context.session.stats.read("observation", stored * pair * inputs.keys.element_size())
     else:
-        output, lse = _sparse(context, policies, inputs, need_lse) or _plain(context, inputs, need_lse)
+        found = _sparse(context, policies, inputs, need_lse)
+        if found is None and not context.hosted:
+            found = _dense(inputs, need_lse)
     if shown:
         _after(context, policies, inputs)
-    return output, lse
+    return found
 
 
 def _sparse(
     context: ForwardContext, policies: LayerPolicies, inputs: AttentionInputs, need_lse: bool
 ) -> tuple[Tensor, Tensor | None] | None:
-    """Attention on what the sparsifier chooses; None if it may not choose, or broke its contract."""
+    """Return attention on what the sparsifier chooses.
+
+    None where every pair is to be attended: it chose so in a hosted session, may not choose, or broke its contract.
+    """
     session, sparsifier = context.session, policies.sparsifier
     assert sparsifier is not None
+    everything = DensePattern(inputs.queries.shape[0], inputs.new_tokens, inputs.total_tokens)
     if not session.is_enabled(policies.prefill_slot):
+        _report(context, inputs, everything)
         return None
     moment = "sparsify"
     try:
         pattern = session.guard.ask(sparsifier, sparsifier.sparsify, inputs)
         check_pattern(pattern, inputs)
+        if context.hosted and isinstance(pattern, DensePattern):
+            _report(context, inputs, pattern)
+            return None
         moment = "the attend of its pattern"
         found = check_output(pattern, session.guard.attend(sparsifier, pattern, inputs, need_lse), inputs, need_lse)
         _report(context, inputs, pattern)
     except FAULTS as error:
         _failed(session, policies.prefill_slot, error, moment, inputs)
+        _report(context, inputs, everything)
         return None
     return found
 
@@ -195,12 +229,6 @@ def _failed(session: Session, slot: str, error: BaseException, moment: str, inpu
             "overflows; load it in another dtype"
         ) from error
     session.failed(slot, error, moment, inputs.layer.index)
-
-
-def _plain(context: ForwardContext, inputs: AttentionInputs, need_lse: bool) -> tuple[Tensor, Tensor | None]:
-    """Attention on everything, in place of a sparsifier."""
-    _report(context, inputs, DensePattern(inputs.queries.shape[0], inputs.new_tokens, inputs.total_tokens))
-    return _dense(inputs, need_lse)
 
 
 def _dense(inputs: AttentionInputs, need_lse: bool, columns: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
@@ -272,7 +300,8 @@ class _DecodeStep:
     """Hold one session's decode step of one layer while the kernel works on the steps of all sessions."""
 
     policies: LayerPolicies
-    request: DecodeRequest
+    queries: Tensor
+    request: DecodeRequest | None  # None: left to the engine that stores the pairs
     inputs: AttentionInputs | None  # what the compressor was shown, if it made no selection
     observes: bool
 
@@ -289,28 +318,32 @@ def _select(
         inputs = _inputs(context, call, policies, queries)
         if _before(context, policies, inputs):
             inputs = None
-    store = cache.store
-    active, pairs, first_valid, columns, tail = cache.active, store, cache.first_valid, None, 0
-    if active is None:
-        attended = store.pairs
-    else:
-        attended = active.attended(cache.seen)
-        if active.pairs is not None:
-            pairs, first_valid = active.pairs, active.first_valid
-        else:  # in place: nothing was evicted, so positions are columns
-            columns, tail = active.selection.indices, active.selection.boundary
+    store, active = cache.store, cache.active
+    attended = store.pairs if active is None else active.attended(cache.seen)
     dense = store.heads * cache.seen
     context.compressed |= attended < dense
     session.stats.attended(attended, dense, store.pair_bytes)
     if session.attention_map is not None:
         session.attention_map.add(index, *cache.attended(), store.heads, cache.seen)
-    request = DecodeRequest(queries, pairs.keys, pairs.values, first_valid, columns, tail)
-    return _DecodeStep(policies, request, inputs, observes=policies.observes_after and shown)
+    request = None if context.hosted and active is None else _request(cache, queries)
+    return _DecodeStep(policies, queries, request, inputs, observes=policies.observes_after and shown)
+
+
+def _request(cache: LayerCache, queries: Tensor) -> DecodeRequest:
+    """Return what the kernel is asked: attention over the store, a copy of the selected pairs, or the selected ones in place."""
+    store, active = cache.store, cache.active
+    assert store is not None
+    if active is None:
+        return DecodeRequest(queries, store.keys, store.values, cache.first_valid)
+    if active.pairs is not None:
+        return DecodeRequest(queries, active.pairs.keys, active.pairs.values, active.first_valid)
+    chosen = active.selection  # nothing was evicted, so positions are columns
+    return DecodeRequest(queries, store.keys, store.values, None, chosen.indices, chosen.boundary)
 
 
 def _observe_step(context: ForwardContext, call: LayerCall, step: _DecodeStep) -> None:
     """Let the compressor see a decode step that is done."""
-    _after(context, step.policies, step.inputs or _inputs(context, call, step.policies, step.request.queries))
+    _after(context, step.policies, step.inputs or _inputs(context, call, step.policies, step.queries))
 
 
 def _as_the_model_defines(context: ForwardContext, call: LayerCall, queries: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from loopserve.core.engine.session import Session
 from loopserve.core.kv.recording import plain_tensors
+from loopserve.core.policy.deferred import Gathered
 from loopserve.core.policy.interfaces import Observation, Phase
 from loopserve.core.policy.layers import LayerSpec
 
@@ -31,6 +32,8 @@ class ForwardContext:
         None  # an observation whose tokens are read behind the conversation, and dropped after the pass
     )
     measure: bool = False  # measure realised coverage over all rows, as costly as dense attention
+    hosted: bool = False  # another engine stores the pairs, and computes the layers whose attention is dense
+    gathered: Gathered | None = None  # what the layer under way has gathered from a store that is not in place
     isolated: bool = False  # several sessions share the pass: an error of this one must not end it
     compressed: bool = False  # some layer attended to a selection
     reselected: bool = False  # some layer was given another selection

@@ -1,10 +1,14 @@
-"""Hold the keys and values of one layer in a buffer that grows."""
+"""Hold the keys and values of one layer in a buffer that grows. Define what any other store of them must answer."""
 
 from __future__ import annotations
+
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from loopserve.core.kv.key_summaries import KeySummaries
+from loopserve.kernels.gather_kv import gather_kv
 from loopserve.kernels.native.library import large_pages
 
 ACTIVE_SLACK = 64  # spare columns for outputs behind a gathered selection before the buffer must grow
@@ -16,6 +20,69 @@ def versions(*tensors: Tensor) -> tuple[int, ...]:
         return tuple([tensor._version for tensor in tensors])
     except RuntimeError:
         return ()
+
+
+class PairStore(Protocol):
+    """Declare what a layer's cache asks of its store. Another engine's store (``core.engine.hosted``) implements it as well."""
+
+    length: int  # columns
+
+    @property
+    def in_place(self) -> bool:
+        """Return whether kernels may read ``keys`` and ``values`` where they lie. Otherwise each access gathers them."""
+
+    @property
+    def heads(self) -> int: ...
+
+    @property
+    def pair_bytes(self) -> int:
+        """Return the bytes of one head's key and value."""
+
+    @property
+    def pairs(self) -> int:
+        """Return the pairs held, summed over the heads."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+    @property
+    def allocated_nbytes(self) -> int: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def intact(self) -> bool:
+        """Return whether only the store's owner has written into it."""
+
+    @property
+    def keys(self) -> Tensor:
+        """Return all keys ``[Hkv, length, D]``."""
+
+    @property
+    def values(self) -> Tensor:
+        """Return all values ``[Hkv, length, D]``."""
+
+    def gather(self, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """Return copies of the pairs at columns int64 ``[Hkv, S]``: keys and values ``[Hkv, S, D]``."""
+
+    def since(self, column: int) -> tuple[Tensor, Tensor]:
+        """Return the keys and values of all columns from ``column`` on."""
+
+    def summarise(self, summaries: KeySummaries) -> None:
+        """Bring summaries of the keys up to date."""
+
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        """Take in the pairs ``[Hkv, T, D]`` of the next T columns."""
+
+    def reserve(self, length: int) -> None:
+        """Provide capacity for ``length`` pairs now."""
+
+    def copy(self) -> PairStore:
+        """Return an independent copy."""
 
 
 class PairBuffer:
@@ -39,6 +106,19 @@ class PairBuffer:
         self._values.narrow(1, start, tokens).copy_(values)
         self.length = start + tokens
         self._versions = versions(self._keys, self._values)
+
+    @property
+    def in_place(self) -> bool:
+        return True
+
+    def gather(self, columns: Tensor) -> tuple[Tensor, Tensor]:
+        return gather_kv(self.keys, self.values, columns)
+
+    def since(self, column: int) -> tuple[Tensor, Tensor]:
+        return self.keys[:, column:], self.values[:, column:]
+
+    def summarise(self, summaries: KeySummaries) -> None:
+        summaries.update(self.keys)
 
     def reserve(self, length: int) -> None:
         """Provide capacity for ``length`` pairs now, so that no later append has to."""

@@ -88,15 +88,43 @@ class KeySummaries:
             return
         if total < self.columns:
             self.columns = 0
-        first = self.columns // self.page
-        heads, _, dim = keys.shape
-        pages = -(-total // self.page)
-        low, high = (self._reserve(name, pages, keys, (heads, dim), keys.dtype) for name in ("low", "high"))
-        codes = None
-        if self.bits:
-            codes = self._reserve("codes", pages, keys, (heads, self.page, dim * self.bits // 8), torch.uint8)
+        first = self.finished
+        low, high, codes = self._buffers(-(-total // self.page), keys)
         summarise_pages(keys, self.page, first, low, high, codes, self.bits)
         self.columns = total
+
+    @property
+    def finished(self) -> int:
+        """Return the pages whose columns are all there; no later key changes them."""
+        return self.columns // self.page
+
+    def extend(self, keys: Tensor) -> None:
+        """Summarise keys ``[Hkv, n, D]`` that follow the finished pages; those of an unfinished page are among them."""
+        first = self.finished
+        low, high, codes = self._buffers(first - (-keys.shape[1] // self.page), keys)
+        codes = None if codes is None else codes[:, first:]
+        summarise_pages(keys, self.page, 0, low[:, first:], high[:, first:], codes, self.bits)
+        self.columns = first * self.page + keys.shape[1]
+
+    def put(self, low: Tensor, high: Tensor, codes: Tensor | None) -> None:
+        """Take over pages that were summarised before, low and high ``[Hkv, P, D]``, behind the finished ones."""
+        first, pages = self.finished, low.shape[1]
+        for held, given in zip(self._buffers(first + pages, low), (low, high, codes), strict=True):
+            if held is not None and given is not None:
+                held[:, first : first + pages] = given
+        self.columns = (first + pages) * self.page
+
+    def _buffers(self, pages: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return buffers for so many pages; like: of the keys' heads, channels, dtype and device."""
+        heads, _, dim = like.shape
+        low, high = (self._reserve(name, pages, like, (heads, dim), like.dtype) for name in ("low", "high"))
+        if not self.bits:
+            return low, high, None
+        return (
+            low,
+            high,
+            self._reserve("codes", pages, like, (heads, self.page, dim * self.bits // 8), torch.uint8),
+        )
 
     def _reserve(self, name: str, pages: int, keys: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Return the buffer of a part ``[Hkv, capacity, ...]`` with capacity for all pages. It grows by half."""

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from loopserve.core.errors import CacheError, Fault, PolicyFault
-from loopserve.core.kv.buffers import ACTIVE_SLACK, PairBuffer
+from loopserve.core.kv.buffers import ACTIVE_SLACK, PairBuffer, PairStore
 from loopserve.core.kv.ragged import RaggedBuffer
 from loopserve.core.kv.selection import KVSelection, Retention
-from loopserve.kernels.gather_kv import gather_kv
 
 FIRST_CAPACITY = 256
 
@@ -45,7 +44,7 @@ def _survivors(keys: Tensor, values: Tensor, first_valid: Tensor | None, width: 
     return RaggedBuffer(keys[:, :width], values[:, :width], first_valid, tail)
 
 
-def _said(tensor: Tensor | PairBuffer | RaggedBuffer) -> str:
+def _said(tensor: Tensor | PairStore) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"
 
 
@@ -82,7 +81,7 @@ class LayerCache:
         """Start an empty layer. counted: that of the conversation's other layers."""
         self.counted = counted or Counted()
         self.seen = 0  # logical length: tokens of the conversation, evicted ones included
-        self.store: PairBuffer | RaggedBuffer | None = None
+        self.store: PairStore | None = None
         self.active: ActiveSet | None = None
         self.first_valid: Tensor | None = None
         self._reserved = 0
@@ -169,7 +168,7 @@ class LayerCache:
         if selection.retention is Retention.EVICT:
             self._evict(selection)
             return
-        if selection.fleeting and self._positions is None and self.first_valid is None:
+        if selection.fleeting and self.store.in_place and self._positions is None and self.first_valid is None:
             self.active = ActiveSet(selection)
             return
         keys, values, first_valid = self._gather(selection)
@@ -185,11 +184,11 @@ class LayerCache:
         width = selection.indices.shape[1]
         columns = self._columns(selection)
         tail = self.stored - (self.seen - selection.boundary)
-        held_keys, held_values = self.store.keys, self.store.values  # once: each access pads a ragged store
-        keys, values = gather_kv(held_keys, held_values, columns)
+        keys, values = self.store.gather(columns)
         if tail < self.stored:
-            keys = torch.cat([keys, held_keys[:, tail:]], dim=1)
-            values = torch.cat([values, held_values[:, tail:]], dim=1)
+            last_keys, last_values = self.store.since(tail)
+            keys = torch.cat([keys, last_keys], dim=1)
+            values = torch.cat([values, last_values], dim=1)
         first_valid = width - selection.lengths if selection.ragged else None
         return keys, values, first_valid
 
@@ -248,7 +247,7 @@ class LayerCache:
         heads = [((row >= 0) & (row < length)).nonzero().flatten() for row in positions]
         kept = KVSelection.from_heads(heads, self.seen)  # columns replace positions here
         filler = kept.indices < 0
-        keys, values = gather_kv(self.store.keys, self.store.values, kept.indices.clamp(min=0))
+        keys, values = self.store.gather(kept.indices.clamp(min=0))
         first_valid = kept.indices.shape[1] - kept.lengths if kept.ragged else None
         self.store = _survivors(keys, values, first_valid, kept.indices.shape[1])
         self._positions = positions.gather(1, kept.indices.clamp(min=0)).masked_fill(filler, -1)

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from loopserve.core.kv.buffers import PairBuffer
+from loopserve.core.kv.key_summaries import KeySummaries
+from loopserve.kernels.gather_kv import gather_kv
 
 
 class RaggedBuffer:
@@ -22,6 +24,22 @@ class RaggedBuffer:
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         self._tail.append(keys, values)
+
+    @property
+    def in_place(self) -> bool:
+        return True
+
+    def gather(self, columns: Tensor) -> tuple[Tensor, Tensor]:
+        return gather_kv(self.keys, self.values, columns)
+
+    def since(self, column: int) -> tuple[Tensor, Tensor]:
+        width = self._held.shape[1]
+        if column < width:
+            return self.keys[:, column:], self.values[:, column:]
+        return self._tail.since(column - width)
+
+    def summarise(self, summaries: KeySummaries) -> None:
+        summaries.update(self.keys)
 
     def reserve(self, tokens: int) -> None:
         """Provide capacity for ``tokens`` columns in all."""

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from loopserve.core.kv.key_summaries import KeySummaries
 from loopserve.core.kv.selection import KVSelection, Retention
 from loopserve.core.policy.base import Policy
 from loopserve.core.policy.layers import LayerSpec
@@ -87,9 +88,19 @@ class AttentionInputs:
     strict: bool = False  # every check is made, whatever it costs (``policy_checks: strict``)
 
     @property
+    def kv_heads(self) -> int:
+        """Return the number of KV heads. Does not read the keys, as ``group``, ``total_tokens`` and ``device`` do not."""
+        return self.keys.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Return where the queries and the pairs are."""
+        return self.queries.device
+
+    @property
     def group(self) -> int:
         """Return the number of query heads per KV head."""
-        return self.queries.shape[0] // self.keys.shape[0]
+        return self.queries.shape[0] // self.kv_heads
 
     @property
     def new_tokens(self) -> int:
@@ -114,7 +125,7 @@ class AttentionInputs:
     @property
     def holds(self) -> Tensor:
         """Return which columns hold a pair, not filler: bool ``[Hkv, Tk]``."""
-        columns = torch.arange(self.total_tokens, device=self.keys.device).expand(self.keys.shape[0], -1)
+        columns = torch.arange(self.total_tokens, device=self.device).expand(self.kv_heads, -1)
         return columns >= (0 if self.first_valid is None else self.first_valid[:, None])
 
     def head_positions(self, head: int) -> Tensor:
@@ -130,6 +141,18 @@ class AttentionInputs:
             return mask
         positions = self.positions.expand(mask.shape[0], -1)
         return mask.gather(1, positions.clamp(min=0)) & (positions >= 0)
+
+    def summarised(self, held: dict[int, KeySummaries], page: int, bits: int = 0) -> KeySummaries:
+        """Return summaries of this layer's keys in pages of ``page`` columns, codes of ``bits`` per channel, up to date.
+
+        held: by layer, those of earlier calls; a layer's first ones are put there. A state keeps them, so only new keys are read.
+        """
+        summaries = held.setdefault(self.layer.index, KeySummaries(page, bits))
+        self._update(summaries)
+        return summaries
+
+    def _update(self, summaries: KeySummaries) -> None:
+        summaries.update(self.keys)
 
     def row_attention(self, rows: Tensor, *, kind: str = "scoring") -> LineScores:
         """Return the softmax attention of some rows of this call over all keys, with the masses of the lines.

@@ -133,8 +133,8 @@ class PolicyStack:
                 if fixed and policy.effective_capabilities.observes:
                     problems.append(
                         f"{where} asks for rows of a turn to be computed again, which {_spoken(fixed)} of this model cannot do "
-                        "(a recurrent state, or positions that are counted): choose a stack without observations, such as "
-                        "'loopserve', 'snapkv' or 'dense'"
+                        "(a recurrent state, positions that are counted, or another engine that runs the model): choose a stack "
+                        "without observations, such as 'loopserve', 'snapkv' or 'dense'"
                     )
                 evicts = isinstance(policy, DecodeCompressor) and policy.retention is Retention.EVICT
                 if both := sorted(shared.intersection(indices)) if evicts else []:

@@ -90,7 +90,7 @@ class OmniKVDecode(DecodeCompressor[OmniKVState]):
             return None
         if state.columns is None:
             return None
-        columns = state.columns.to(inputs.keys.device).expand(inputs.keys.shape[0], -1)
+        columns = state.columns.to(inputs.device).expand(inputs.kv_heads, -1)
         return KVSelection.uniform(columns, state.boundary, fleeting=True)
 
     def _select(self, inputs: AttentionInputs, state: OmniKVState) -> None:

@@ -65,8 +65,7 @@ class QuestDecode(DecodeCompressor[QuestState]):
     def before_attention(self, inputs: AttentionInputs, state: QuestState) -> KVSelection | None:
         if inputs.total_tokens <= self.config.budget:
             return None
-        summaries = state.key_summaries.setdefault(inputs.layer.index, KeySummaries(self.config.page))
-        summaries.update(inputs.keys)
+        summaries = inputs.summarised(state.key_summaries, self.config.page)
         inputs.record.read("summaries", summaries.nbytes)
         boundary = (inputs.total_tokens - 1) // self.config.page * self.config.page  # the page of the current token
         bounds = summaries.scores(inputs.queries, inputs.scaling)[:, : boundary // self.config.page]

@@ -64,7 +64,7 @@ class StreamingLLMDecode(DecodeCompressor[StreamingState]):
         return StreamingState()
 
     def after_attention(self, inputs: AttentionInputs, state: StreamingState) -> None:
-        state.layers[inputs.layer.index] = (inputs.keys.shape[0], inputs.keys.device)
+        state.layers[inputs.layer.index] = (inputs.kv_heads, inputs.device)
 
     def after_forward(self, step: Step, state: StreamingState) -> Selections | None:
         if step.phase is Phase.OBSERVE or not step.final:

@@ -129,10 +129,7 @@ class TwilightDecode(Wrapping, DecodeCompressor[TwilightState]):
 
     def _summaries(self, inputs: AttentionInputs, state: TwilightState) -> KeySummaries:
         """Update the codes of the layer's keys and return them."""
-        made = KeySummaries(self.config.page, self.config.key_bits)
-        summaries = state.key_summaries.setdefault(inputs.layer.index, made)
-        summaries.update(inputs.keys)
-        return summaries
+        return inputs.summarised(state.key_summaries, self.config.page, self.config.key_bits)
 
 
 def fewest(logits: Tensor, candidates: Tensor, boundary: int, top_p: float) -> Tensor:

@@ -77,7 +77,7 @@ def choose(config: LoopServeDecodeConfig, scores: Tensor, inputs: AttentionInput
     """Return the best pairs before ``boundary`` of one layer, by its unit's scores ``[H, length]``, or None if all fit the budget."""
     retention = Retention.EVICT if config.pool is Pool.ACTIVE else Retention.KEEP
     scores = pooled(config, scores[:, :boundary])
-    heads = inputs.keys.shape[0]
+    heads = inputs.kv_heads
     if inputs.nothing_evicted:
         if boundary <= config.budget:
             return None

@@ -160,7 +160,7 @@ class LoopServeDecode(DecodeCompressor[LoopServeState]):
             observed = state.code_scores.get(inputs.layer.index)
             if observed is None or observed.shape[1] != base.boundary:
                 shape = base.indices.shape[0], base.boundary
-                observed = torch.zeros(shape, dtype=torch.float32, device=inputs.keys.device)
+                observed = torch.zeros(shape, dtype=torch.float32, device=inputs.device)
                 state.code_scores[inputs.layer.index] = observed
         budget = min(self.config.page_budget, base.boundary - base.indices.shape[1])
         columns = summaries.jumps(inputs.queries[:, -1:], base.indices, base.boundary, budget, inputs.scaling, observed)
@@ -171,10 +171,7 @@ class LoopServeDecode(DecodeCompressor[LoopServeState]):
 
     def _summaries(self, inputs: AttentionInputs, state: LoopServeState) -> KeySummaries:
         """Update the layer's summaries and return them."""
-        made = KeySummaries(self.config.page, self.config.key_bits)
-        summaries = state.key_summaries.setdefault(inputs.layer.index, made)
-        summaries.update(inputs.keys)
-        return summaries
+        return inputs.summarised(state.key_summaries, self.config.page, self.config.key_bits)
 
     def _probe(self, inputs: AttentionInputs, state: LoopServeState) -> QueryProbe:
         return QueryProbe.at(inputs, self._summaries(inputs, state))
