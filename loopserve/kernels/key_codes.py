@@ -6,7 +6,7 @@ approximate logits of all keys and rank the columns for a query, while reading a
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,6 +38,14 @@ _JUMPS = backend.operation(
     cpu="native.key_codes",
     triton="gpu.key_codes",
     limits={"cpu": native.limit, "triton": limits.jumps},
+)
+_THRESHOLD = backend.operation(
+    "code_threshold",
+    reference="key_codes",
+    torch="key_codes",
+    cpu="native.key_codes",
+    any_device=True,
+    limits={"cpu": native.limit_threshold},
 )
 
 
@@ -116,27 +124,63 @@ def code_jumps(
     is added to it. Raises ValueError for arguments that do not fit together.
     """
     _check("code_jumps", queries, of)
+    _check_choice("code_jumps", queries, of, base, tail, budget, observed)
+    found: Tensor = _JUMPS(queries, of, base, tail, budget, scaling=scaling, observed=observed)
+    return found
+
+
+def code_threshold(
+    queries: Tensor,
+    of: KeyCodes,
+    base: Tensor,
+    tail: int,
+    threshold: float,
+    least: int,
+    most: int,
+    *,
+    scaling: float,
+    softcap: float | None = None,
+    observed: Tensor | None = None,
+) -> Tensor:
+    """Return the base columns and the other columns before ``tail`` that some query attends to enough, sorted: int64
+    ``[Hkv, S + longest]``, left-padded with -1 where a head has fewer.
+
+    A column is ranked by its weight: the largest log-softmax over all coded columns of any query ``[Hq, r, D]`` of the
+    group. Those of at least ``threshold`` are taken, but at least the ``least`` and at most the ``most`` best per head.
+    Of equal ones the lowest column wins. base, observed and errors: see ``code_jumps``; at least ``most`` other columns
+    must exist.
+    """
+    _check("code_threshold", queries, of)
+    _check_choice("code_threshold", queries, of, base, tail, most, observed)
+    if not 0 <= least <= most:
+        raise ValueError(f"code_threshold: at least {least} and at most {most} columns do not fit together")
+    found: Tensor = _THRESHOLD(
+        queries, of, base, tail, threshold, least, most, scaling=scaling, softcap=softcap, observed=observed
+    )
+    return found
+
+
+def log_weights(logits: Tensor) -> Tensor:
+    """Return the weight of each column by logits ``[Hkv, rows, n]``: the largest log-softmax of the rows ``[Hkv, n]``."""
+    return (logits - logits.logsumexp(-1, keepdim=True)).amax(1)
+
+
+def _check_choice(
+    op: str, queries: Tensor, of: KeyCodes, base: Tensor, tail: int, most: int, observed: Tensor | None
+) -> None:
+    """Raise ValueError unless ``most`` columns before ``tail`` can be chosen beside the base."""
     heads, width = base.shape
-    if (
-        heads != len(of.low)
-        or base.dtype != torch.long
-        or not 0 <= tail <= of.columns
-        or not 0 <= budget <= tail - width
-    ):
+    if heads != len(of.low) or base.dtype != torch.long or not 0 <= tail <= of.columns or not 0 <= most <= tail - width:
         raise ValueError(
-            f"code_jumps: {budget} more than {base.dtype} {list(base.shape)} before column {tail} of {of.columns} do not fit"
+            f"{op}: {most} more than {base.dtype} {list(base.shape)} before column {tail} of {of.columns} do not fit"
         )
     if observed is not None:
         if observed.shape != (heads, tail) or observed.dtype != torch.float32 or not observed.is_contiguous():
-            raise ValueError(
-                f"code_jumps: observed {list(observed.shape)} must be float32 [{heads}, {tail}], contiguous"
-            )
-        check_device("code_jumps", "observed", observed, queries.device)
-    check_device("code_jumps", "base", base, queries.device)
+            raise ValueError(f"{op}: observed {list(observed.shape)} must be float32 [{heads}, {tail}], contiguous")
+        check_device(op, "observed", observed, queries.device)
+    check_device(op, "base", base, queries.device)
     if base.device.type == "cpu":  # the compiled kernel writes at these columns
-        check_range("code_jumps: base", base, tail)
-    found: Tensor = _JUMPS(queries, of, base, tail, budget, scaling=scaling, observed=observed)
-    return found
+        check_range(f"{op}: base", base, tail)
 
 
 def _check(op: str, queries: Tensor, of: KeyCodes) -> None:
@@ -207,6 +251,46 @@ def code_jumps_reference(
         observed += logits.softmax(-1).mean(1)[:, :tail]
     ranked = logits.amax(1)[:, :tail].scatter(1, base, float("-inf"))
     best = ranked.argsort(dim=1, descending=True, stable=True)[:, :budget]
+    return torch.cat([base, best], dim=1).sort(dim=1).values
+
+
+def code_threshold_reference(
+    queries: Tensor, of: KeyCodes, base: Tensor, tail: int, threshold: float, least: int, most: int, **options: Any
+) -> Tensor:
+    """Define the choice of columns: sort by weight."""
+    logits = code_logits_reference(queries, of, scaling=options.pop("scaling"))
+    return _heavy_columns(logits, base, tail, threshold, least, most, **options)
+
+
+def code_threshold_torch(
+    queries: Tensor, of: KeyCodes, base: Tensor, tail: int, threshold: float, least: int, most: int, **options: Any
+) -> Tensor:
+    """Compute the coded logits by their fastest implementation, and choose as the reference."""
+    logits = code_logits(queries, of, scaling=options.pop("scaling"))
+    return _heavy_columns(logits, base, tail, threshold, least, most, **options)
+
+
+def _heavy_columns(
+    logits: Tensor,
+    base: Tensor,
+    tail: int,
+    threshold: float,
+    least: int,
+    most: int,
+    *,
+    softcap: float | None,
+    observed: Tensor | None,
+) -> Tensor:
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    if observed is not None:
+        observed += logits.softmax(-1).mean(1)[:, :tail]
+    weights = log_weights(logits)[:, :tail].nan_to_num(nan=float("-inf"), neginf=float("-inf"))
+    weights = weights.scatter(1, base, float("-inf"))
+    counts = (weights >= threshold).sum(1, keepdim=True).clamp(least, most)
+    longest = int(counts.max())
+    best = weights.argsort(dim=1, descending=True, stable=True)[:, :longest]
+    best = best.masked_fill(torch.arange(longest, device=best.device) >= counts, -1)
     return torch.cat([base, best], dim=1).sort(dim=1).values
 
 

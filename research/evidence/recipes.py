@@ -41,7 +41,15 @@ def decode_preset(name: str, budget: int, **changes: Any) -> Policy:
 
 TWO_HOP: Policy = {"first_block": "two_hop", "second_hop": "kept", "hop_rows": 16}
 
-_OBSERVING = {"page_budget": 0, "key_bits": 0, "rescore": "keys", "page": 16, "dense_below": 1, **TWO_HOP}
+_OBSERVING = {
+    "page_budget": 0,
+    "page_budget_rule": "top_k",
+    "key_bits": 0,
+    "rescore": "keys",
+    "page": 16,
+    "dense_below": 1,
+    **TWO_HOP,
+}
 """What makes the preset's decoding observe the past only, as well as that can."""
 
 

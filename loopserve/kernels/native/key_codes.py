@@ -27,8 +27,9 @@ class _KeyCodes(Structure):
             (name, c_int64)
             for name in ("bounds_head", "codes_head", "heads", "rows", "dim", "page", "bits", "columns", "half")
         ),
-        *((name, c_int64) for name in ("base_count", "tail", "budget", "threads")),
+        *((name, c_int64) for name in ("base_count", "tail", "budget", "least", "threads")),
         ("scaling", c_float),
+        ("threshold", c_float),
     ]
 
 
@@ -37,6 +38,11 @@ def limit(queries: Tensor, of: KeyCodes, *_: object, **__: object) -> str | None
     if of.low.dtype not in (torch.float32, torch.bfloat16):
         return f"bounds in {of.low.dtype}"
     return _channels(queries.shape[-1]) or _pages(of.low, of.high, of.codes)
+
+
+def limit_threshold(queries: Tensor, of: KeyCodes, *_: object, softcap: float | None, **__: object) -> str | None:
+    """Return why ``code_threshold`` cannot serve these arguments, or None."""
+    return limit(queries, of) if softcap is None else "logits under a softcap"
 
 
 def limit_pages(
@@ -108,6 +114,52 @@ def code_jumps(
     queries: Tensor, of: KeyCodes, base: Tensor, tail: int, budget: int, *, scaling: float, observed: Tensor | None
 ) -> Tensor:
     """See the operation."""
+    return _select("code_jumps", queries, of, base, tail, budget, scaling=scaling, observed=observed)
+
+
+def code_threshold(
+    queries: Tensor,
+    of: KeyCodes,
+    base: Tensor,
+    tail: int,
+    threshold: float,
+    least: int,
+    most: int,
+    *,
+    scaling: float,
+    softcap: float | None,
+    observed: Tensor | None,
+) -> Tensor:
+    """See the operation. The result has the width of the longest head."""
+    chosen = _select(
+        "code_threshold",
+        queries,
+        of,
+        base,
+        tail,
+        most,
+        scaling=scaling,
+        observed=observed,
+        least=least,
+        threshold=threshold,
+    )
+    fillers = int((chosen < 0).sum(1).min()) if chosen.shape[1] else 0
+    return chosen[:, fillers:].contiguous()
+
+
+def _select(
+    name: str,
+    queries: Tensor,
+    of: KeyCodes,
+    base: Tensor,
+    tail: int,
+    budget: int,
+    *,
+    scaling: float,
+    observed: Tensor | None,
+    **more: float,
+) -> Tensor:
+    """Call a kernel that selects columns: int64 ``[Hkv, S + budget]``. more: further fields of the struct."""
     call, kept = _call(queries, of, scaling)
     base = base.contiguous()
     chosen = torch.empty(call.heads, base.shape[1] + budget, dtype=torch.long, device="cpu")
@@ -115,7 +167,9 @@ def code_jumps(
     call.chosen = address("chosen", chosen, torch.long, (call.heads, base.shape[1] + budget))
     call.tail, call.budget = tail, budget
     call.observed = optional("observed", observed, torch.float32, (call.heads, tail))
-    library.call("code_jumps", POINTER(_KeyCodes))(byref(call))
+    for field, value in more.items():
+        setattr(call, field, value)
+    library.call(name, POINTER(_KeyCodes))(byref(call))
     del kept
     return chosen
 
