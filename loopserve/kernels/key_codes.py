@@ -1,6 +1,8 @@
 """Encode keys with a few bits per channel between the bounds of their page, and estimate logits from the codes.
 
-A page is a run of adjacent columns. Per channel, key = low + code * (high - low) / (2^bits - 1). The codes give
+A page is a run of adjacent columns. Per channel, key = low + code * (high - low) / (2^bits - 1). The bounds are the
+smallest and the largest key; beside codes of 2 bits those of a whole page are narrower, since a few keys off the range
+cost less than large steps for all. The codes give
 approximate logits of all keys and rank the columns for a query, while reading a fraction of the keys' bytes.
 """
 
@@ -42,10 +44,9 @@ _JUMPS = backend.operation(
 _THRESHOLD = backend.operation(
     "code_threshold",
     reference="key_codes",
-    torch="key_codes",
     cpu="native.key_codes",
-    any_device=True,
-    limits={"cpu": native.limit_threshold},
+    triton="gpu.key_codes",
+    limits={"cpu": native.limit_threshold, "triton": limits.codes},
 )
 
 
@@ -203,10 +204,37 @@ def summarise_pages_reference(
     """Define bounds and codes."""
     fresh = keys[:, first * page :]
     bounds = page_bounds(fresh, page)
+    if codes is not None and bits == 2:
+        bounds = fitted(fresh, *bounds, page, bits)
     end = first + bounds[0].shape[1]
     low[:, first:end], high[:, first:end] = bounds
     if codes is not None:
         codes[:, first:end] = encode(fresh, *bounds, page, bits)
+
+
+def fitted(keys: Tensor, low: Tensor, high: Tensor, page: int, bits: int) -> tuple[Tensor, Tensor]:
+    """Return bounds ``[Hkv, P, D]`` narrowed to the part of their range, in eighths from 1 to 1 / 2, whose codes have the
+    least squared error. Those of a last page that may still grow stay.
+    """
+    whole = keys.shape[1] // page
+    paged = keys[:, : whole * page].float().view(keys.shape[0], whole, page, keys.shape[2])
+    lowest, highest = low[:, :whole, None].float(), high[:, :whole, None].float()
+    middle, reach = (lowest + highest) * 0.5, (highest - lowest) * 0.5
+    low, high, least = low.clone(), high.clone(), None
+    eighth, half = reach * 0.125, reach * 0.5  # exact, so that every implementation rounds alike
+    for part in (reach, reach - eighth, reach - 2 * eighth, half + eighth, half):
+        if least is None:
+            a, b = low[:, :whole, None].clone(), high[:, :whole, None].clone()
+        else:
+            a, b = (middle - part).to(low.dtype), (middle + part).to(low.dtype)
+        step = ((b.float() - a.float()) / (2**bits - 1)).clamp(min=torch.finfo(torch.float32).tiny)
+        steps = ((paged - a.float()) / step).round().clamp(0, 2**bits - 1)
+        error = (steps * step + a.float() - paged).square().sum(2)
+        better = torch.ones_like(error, dtype=torch.bool) if least is None else error < least
+        least = error if least is None else torch.where(better, error, least)
+        low[:, :whole] = torch.where(better, a[:, :, 0], low[:, :whole])
+        high[:, :whole] = torch.where(better, b[:, :, 0], high[:, :whole])
+    return low, high
 
 
 def encode(keys: Tensor, low: Tensor, high: Tensor, page: int, bits: int) -> Tensor:
@@ -259,18 +287,10 @@ def code_threshold_reference(
 ) -> Tensor:
     """Define the choice of columns: sort by weight."""
     logits = code_logits_reference(queries, of, scaling=options.pop("scaling"))
-    return _heavy_columns(logits, base, tail, threshold, least, most, **options)
+    return heavy_columns(logits, base, tail, threshold, least, most, **options)
 
 
-def code_threshold_torch(
-    queries: Tensor, of: KeyCodes, base: Tensor, tail: int, threshold: float, least: int, most: int, **options: Any
-) -> Tensor:
-    """Compute the coded logits by their fastest implementation, and choose as the reference."""
-    logits = code_logits(queries, of, scaling=options.pop("scaling"))
-    return _heavy_columns(logits, base, tail, threshold, least, most, **options)
-
-
-def _heavy_columns(
+def heavy_columns(
     logits: Tensor,
     base: Tensor,
     tail: int,
@@ -281,6 +301,7 @@ def _heavy_columns(
     softcap: float | None,
     observed: Tensor | None,
 ) -> Tensor:
+    """Return the result of ``code_threshold`` from coded logits ``[Hkv, rows, columns]``."""
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
     if observed is not None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from loopserve.core.kv.key_summaries import KeySummaries
 from loopserve.kernels import backend
-from loopserve.kernels.key_codes import code_jumps, code_threshold, log_weights
+from loopserve.kernels.key_codes import code_jumps, code_threshold, log_weights, unpack
 from tests.kernels.cases import IMPLEMENTATIONS
 
 
@@ -59,7 +59,30 @@ def test_every_implementation_says_nearly_the_same(
         torch.testing.assert_close(logits, wanted[2], atol=tolerance, rtol=0)
         torch.testing.assert_close(observed.sum(1), torch.ones(2), atol=1e-4, rtol=0)
     step = float((wanted[1].float() - wanted[0].float()).max()) / (2**bits - 1)
+    if bits == 2 and total >= page > 1:  # bounds are fitted: keys beyond them are off by at most half of the range
+        step *= 3
     assert (wanted[2] - exact).abs().max() <= 0.3 * step * float(queries.float().abs().sum(-1).max()) / 2 + 1e-3
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_whole_pages_of_two_bits_are_fitted(implementation: str, dtype: torch.dtype) -> None:
+    """A page with an odd key codes the others by smaller steps; one that may still grow keeps its whole range."""
+    generator = torch.Generator().manual_seed(0)
+    keys = torch.randn(2, 80, 32, generator=generator).to(dtype)
+    keys[:, 5] *= 6.0
+    errors, ranges = {}, {}
+    for bits in (2, 4):
+        with backend.use(implementation):
+            pages = coded(keys, 32, bits)
+        low, high = pages.low.float(), pages.high.float()
+        step = (high - low)[:, :, None] / (2**bits - 1)
+        decoded = (unpack(pages.codes, bits) * step + low[:, :, None]).flatten(1, 2)[:, :80]
+        errors[bits], ranges[bits] = (decoded - keys.float()).square(), high - low
+    whole = ranges[4][:, :2].square() / 9 / 12  # mean squared error of steps over the whole range
+    assert errors[2][:, :64].mean() < 0.75 * whole.mean()
+    assert (ranges[2][:, :2] <= ranges[4][:, :2]).all() and (ranges[2][:, 0] < ranges[4][:, 0]).float().mean() > 0.5
+    assert torch.equal(ranges[2][:, 2], ranges[4][:, 2])  # 16 keys of the third page: whole later
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
