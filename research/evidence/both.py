@@ -44,9 +44,9 @@ def stacks(tokens: int, turns: int = 3) -> dict[str, Recipe]:
 
     return {
         "dense": {"prefill": DENSE, "decode": FULL},
-        "loopserve": {"prefill": ours, "decode": decode_preset("loopserve", budget)},
+        "loopserve": {"prefill": ours, "decode": decode_preset("loopserve", whole)},  # counts its outputs
         "loopserve, prefill only": {"prefill": ours, "decode": FULL},
-        "loopserve, decoding only": decoding("loopserve"),
+        "loopserve, decoding only": {"prefill": DENSE, "decode": decode_preset("loopserve", whole)},
         "loopserve-paper": {
             "prefill": preset("loopserve-paper")["prefill"],
             "decode": decode_preset("loopserve-paper", budget),

@@ -32,7 +32,8 @@ def decode_preset(name: str, budget: int, **changes: Any) -> Policy:
     decode: Policy = preset(name)["decode"]
     inner = innermost(decode)
     if "page_budget" in inner:
-        inner["page_budget"] = budget * inner["page_budget"] // inner["budget"]
+        forced = inner.get("sink_tokens", 0) + inner.get("recent_window", 0)
+        inner["page_budget"] = min(budget * inner["page_budget"] // inner["budget"], budget - forced - 1)
     if "budget" in inner:
         inner["budget"] = budget
     inner |= changes
@@ -42,6 +43,7 @@ def decode_preset(name: str, budget: int, **changes: Any) -> Policy:
 TWO_HOP: Policy = {"first_block": "two_hop", "second_hop": "kept", "hop_rows": 16}
 
 _OBSERVING = {
+    "scope": "inputs",
     "page_budget": 0,
     "page_budget_rule": "top_k",
     "key_bits": 0,
@@ -68,8 +70,8 @@ def decode_policies(share: float, context: float, outputs: float) -> dict[str, P
     budget = max(round(share * context - outputs), 48)
     alpha = {0.05: 0.9, 0.1: 0.95, 0.15: 0.98, 0.2: 0.99}.get(share, 0.95)
     return {
-        "loopserve": decode_preset("loopserve", budget, dense_below=1),
-        "loopserve, two hops": decode_preset("loopserve", budget, dense_below=1, **TWO_HOP),
+        "loopserve": decode_preset("loopserve", max(whole, 48), dense_below=1),
+        "loopserve, two hops": decode_preset("loopserve", max(whole, 48), dense_below=1, **TWO_HOP),
         "observing, every 2": observing(budget, 2),
         "observing, every 4": observing(budget, 4),
         "loopserve-paper": decode_preset("loopserve-paper", budget),
