@@ -26,10 +26,10 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTr
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import loopserve
-from loopserve.models.tiny import FAMILIES, tiny_model
+from loopserve.models.tiny import FAMILIES, family_sizes, tiny_model
 
 VOCABULARY = 120
-LARGEST = 20_000_000  # parameters: a family that ignores the small sizes is left out
+LARGEST = 40_000_000  # parameters: a family that ignores the small sizes is left out
 SIZES = {
     "vocab_size": VOCABULARY,
     "hidden_size": 64,
@@ -53,6 +53,40 @@ SIZES = {
     "n_layer": 2,
     "n_head": 4,
     "n_embd": 64,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "decoder_ffn_dim": 64,
+    "rotary_dim": 8,
+}
+# Of the parts that read images and sound: no test runs them, they only have to be small.
+MEDIA_SIZES = {
+    "hidden_size": 32,
+    "embed_dim": 32,
+    "d_model": 32,
+    "intermediate_size": 32,
+    "mlp_dim": 32,
+    "num_hidden_layers": 1,
+    "num_layers": 1,
+    "num_global_layers": 1,
+    "encoder_layers": 1,
+    "depth": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "attention_heads": 4,
+    "encoder_attention_heads": 4,
+    "encoder_ffn_dim": 32,
+    "num_heads": 4,
+    "head_dim": 8,
+    "image_size": 56,
+    "patch_size": 14,
+    "vision_output_dim": 64,
+    "out_hidden_size": 64,
+    "output_channels": 32,
+    "base_channels": 32,
+    "out_channels": 32,
+    "num_res_blocks": 1,
 }
 
 
@@ -76,7 +110,61 @@ _LATENT_SIZES = {
     "num_key_value_heads": 4,
     "first_k_dense_replace": 1,
 }
+_GROUPED_EXPERTS = {"n_shared_experts": 1, "n_routed_experts": 4, "num_experts_per_tok": 2}
 OWN_SIZES: dict[str, dict[str, Any]] = {  # of families that the common sizes do not fit
+    "bailing_hybrid": {
+        **_LATENT_SIZES,
+        "num_hidden_layers": 4,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention", "full_attention"],
+    },
+    "codegen": {"n_head": 4, "rotary_dim": 8, "n_positions": 512},
+    "cohere_compass_text": {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {
+            each: {"rope_type": "default", "rope_theta": 1e4} for each in ("sliding_attention", "full_attention")
+        },
+    },
+    "dbrx": {
+        "d_model": 64,
+        "n_heads": 4,
+        "n_layers": 2,
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4},
+        "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "dots1": {**_GROUPED_EXPERTS, "first_k_dense_replace": 1},
+    "dots3_note_text": {**_LATENT_SIZES, **_GROUPED_EXPERTS, "index_topk": 8, "index_head_dim": 16, "index_n_heads": 2},
+    "git": {"num_hidden_layers": 2, "hidden_size": 64},
+    "gpt_neo": {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]], "window_size": 16},
+    "gptj": {"rotary_dim": 8},
+    "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 1},
+    "mllama": {"text_config": {**SIZES, "cross_attention_layers": [1]}},
+    "plbart": {"encoder_attention_heads": 4, "decoder_attention_heads": 4},
+    "qwen4_exp_text": {
+        **_RECURRENT_SIZES,
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 16,
+        "indexer_budget": 16,
+        "indexer_compress_ratio": 4,
+        "ngram_vocab_size_base": 1000,
+        "split_ngram_parts": 4,
+        "hc_lowrank": 8,
+        "heads_per_ngram": 2,
+    },
+    "recurrent_gemma": {"num_hidden_layers": 3, "block_types": ["recurrent", "recurrent", "attention"]},
+    "reformer": {"is_decoder": True, "axial_pos_embds": False, "attn_layers": ["local", "local"]},
+    "whisper": {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "d_model": 64},
+    "xlnet": {"d_model": 64, "n_layer": 2, "n_head": 4, "d_inner": 64, "d_head": 16},
+    "xlstm": {"num_heads": 4, "num_blocks": 2},
+    "xmod": {"default_language": "en_XX", "is_decoder": True},
+    "zamba": {
+        "num_hidden_layers": 4,
+        "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
+        "attention_head_dim": 32,
+        "use_mamba_kernels": False,
+        "mamba_d_state": 8,
+    },
+    "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 32},
     "qwen3_5_moe_text": _RECURRENT_SIZES,
     "lfm2_moe": {**_CONVOLUTION, "num_dense_layers": 1},
     "lfm3": _CONVOLUTION,
@@ -108,12 +196,27 @@ OWN_SIZES: dict[str, dict[str, Any]] = {  # of families that the common sizes do
 }
 
 
-def _sizes(kind: str) -> dict[str, Any]:
-    """Return small sizes, as far as the configuration of a family has them."""
-    known = CONFIG_MAPPING[kind]
-    fields = {each.name for each in dataclasses.fields(known)} if dataclasses.is_dataclass(known) else set(SIZES)
+def _of_fields(known: Any, sizes: dict[str, Any]) -> dict[str, Any]:
+    fields = {each.name for each in dataclasses.fields(known)} if dataclasses.is_dataclass(known) else set(sizes)
     fields |= set(known.attribute_map)
-    return {name: size for name, size in SIZES.items() if name in fields} | OWN_SIZES.get(kind, {})
+    return {name: size for name, size in sizes.items() if name in fields}
+
+
+def _sizes(kind: str) -> dict[str, Any]:
+    """Return small sizes, as far as the configuration of a family and its parts has them."""
+    known = CONFIG_MAPPING[kind]
+    found = _of_fields(known, SIZES)
+    own = OWN_SIZES.get(kind, {})
+    for part, type_ in getattr(known, "sub_configs", {}).items():
+        if part in own or (type_ is AutoConfig and getattr(known(), part, None) is None):
+            continue
+        name = getattr(known(), part).model_type if type_ is AutoConfig else type_.model_type
+        if part in ("text_config", "decoder"):
+            sizes = family_sizes(name) if name in FAMILIES else _sizes(name)
+        else:
+            sizes = _of_fields(CONFIG_MAPPING[name] if type_ is AutoConfig else type_, MEDIA_SIZES)
+        found[part] = {"model_type": name} | sizes
+    return found | own
 
 
 def tiny(kind: str) -> PreTrainedModel | str:

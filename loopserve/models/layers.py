@@ -40,6 +40,11 @@ def read_layers(model: PreTrainedModel) -> tuple[LayerSpec, ...]:
         raise ModelError(f"{name} is an encoder-decoder model; loopserve serves decoder-only models")
     if getattr(config, "is_causal", True) is False or getattr(config, "use_bidirectional_attention", None) is True:
         raise ModelError(f"{name} attends in both directions; loopserve serves causal attention")
+    if crossed := getattr(config, "cross_attention_layers", None):
+        raise ModelError(
+            f"{name}: layer {crossed[0]} attends to an image instead of the conversation (cross attention), so this model is not "
+            "supported"
+        )
     types = list((getattr(config, "layer_types", None) or [_type_without_list(config)] * count)[:count])
     for index, kind in enumerate(types):
         if kind not in _KINDS:

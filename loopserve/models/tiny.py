@@ -164,9 +164,14 @@ RECURRENT = (  # families with layers that keep a recurrent or convolution state
 )
 
 
+def family_sizes(family: str) -> dict[str, Any]:
+    """Return the configuration of the tiny model of ``family`` (a key of FAMILIES)."""
+    return {"model_type": family, **_COMMON, **FAMILIES[family]}
+
+
 def tiny_model(family: str, seed: int = 0) -> PreTrainedModel:
     """Return a random model of ``family`` (a key of FAMILIES), float32, in evaluation mode, the same for the same seed."""
-    options = {"model_type": family, **_COMMON, **FAMILIES[family]}
+    options = family_sizes(family)
     config = AutoConfig.for_model(options.pop("model_type"), **options)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")

@@ -26,12 +26,29 @@ def test_layers_are_read_with_type_window_and_heads() -> None:
     [
         ("mamba", {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4, "vocab_size": 64}),
         ("bloom", {"hidden_size": 32, "n_layer": 2, "n_head": 2, "vocab_size": 64}),
+        ("gptj", {"n_embd": 32, "n_layer": 2, "n_head": 2, "rotary_dim": 8, "vocab_size": 64}),
     ],
 )
 def test_a_model_whose_attention_cannot_be_chosen_is_refused(family: str, options: dict[str, int]) -> None:
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **options))
     with pytest.raises(ModelError, match=type(model).__name__):
         engine_for(model, "dense")
+
+
+def test_layers_that_attend_to_images_are_refused_by_name() -> None:
+    text = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "num_hidden_layers": 2,
+        "cross_attention_layers": [1],
+        "vocab_size": 64,
+        "pad_token_id": 0,
+    }
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("mllama", text_config=text))
+    with pytest.raises(ModelError, match=r"MllamaForCausalLM: layer 1 attends to an image .*\(cross attention\)"):
+        TransformersModel(model)
 
 
 def test_a_layer_that_is_no_softmax_attention_is_refused_by_name(llama: PreTrainedModel) -> None:
