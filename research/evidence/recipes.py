@@ -22,6 +22,13 @@ def preset(name: str) -> Recipe:
     return copy.deepcopy({part: data[part] for part in ("prefill", "decode", "layers") if part in data})
 
 
+def short_prefill(name: str) -> Policy:
+    """A preset's prefill without its lower limit on the length of a conversation: the bundled model's are short."""
+    prefill: Policy = preset(name)["prefill"]
+    prefill.pop("min_total_tokens", None)
+    return prefill
+
+
 def average_context(tokens: int, turns: int) -> float:
     """Length of the conversation at an answer, on average over equally long turns."""
     return tokens * (turns + 1) / (2 * turns)
@@ -100,7 +107,7 @@ def decode_policies(share: float, context: float, outputs: float) -> dict[str, P
 
 def prefill_policies(tokens: int) -> dict[str, dict[str, Policy]]:
     """By family and setting, every prefill policy at sizes that fit conversations of about ``tokens`` tokens."""
-    ours = preset("loopserve")["prefill"]
+    ours = short_prefill("loopserve")
     scale = tokens / 2000
     sizes = [(50, 0), (100, 0), (200, 0), (100, 32), (200, 64), (400, 128)]  # slashes beside the 64 nearest
     windows = [64, 128, 256, 512]
