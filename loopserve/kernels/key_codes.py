@@ -142,9 +142,9 @@ def code_threshold(
     scaling: float,
     softcap: float | None = None,
     observed: Tensor | None = None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Return the base columns and the other columns before ``tail`` that some query attends to enough, sorted: int64
-    ``[Hkv, S + longest]``, left-padded with -1 where a head has fewer.
+    ``[Hkv, S + longest]``, left-padded with -1 where a head has fewer, and how many each head has: int64 ``[Hkv]``.
 
     A column is ranked by its weight: the largest log-softmax over all coded columns of any query ``[Hq, r, D]`` of the
     group. Those of at least ``threshold`` are taken, but at least the ``least`` and at most the ``most`` best per head.
@@ -155,7 +155,7 @@ def code_threshold(
     _check_choice("code_threshold", queries, of, base, tail, most, observed)
     if not 0 <= least <= most:
         raise ValueError(f"code_threshold: at least {least} and at most {most} columns do not fit together")
-    found: Tensor = _THRESHOLD(
+    found: tuple[Tensor, Tensor] = _THRESHOLD(
         queries, of, base, tail, threshold, least, most, scaling=scaling, softcap=softcap, observed=observed
     )
     return found
@@ -284,7 +284,7 @@ def code_jumps_reference(
 
 def code_threshold_reference(
     queries: Tensor, of: KeyCodes, base: Tensor, tail: int, threshold: float, least: int, most: int, **options: Any
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Define the choice of columns: sort by weight."""
     logits = code_logits_reference(queries, of, scaling=options.pop("scaling"))
     return heavy_columns(logits, base, tail, threshold, least, most, **options)
@@ -300,7 +300,7 @@ def heavy_columns(
     *,
     softcap: float | None,
     observed: Tensor | None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Return the result of ``code_threshold`` from coded logits ``[Hkv, rows, columns]``."""
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
@@ -312,7 +312,7 @@ def heavy_columns(
     longest = int(counts.max())
     best = weights.argsort(dim=1, descending=True, stable=True)[:, :longest]
     best = best.masked_fill(torch.arange(longest, device=best.device) >= counts, -1)
-    return torch.cat([base, best], dim=1).sort(dim=1).values
+    return torch.cat([base, best], dim=1).sort(dim=1).values, counts[:, 0] + base.shape[1]
 
 
 def page_bounds(keys: Tensor, page: int) -> tuple[Tensor, Tensor]:

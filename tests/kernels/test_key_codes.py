@@ -123,13 +123,14 @@ def test_heavy_columns_reach_the_weight_within_the_bounds(
     for name in IMPLEMENTATIONS:
         with backend.use(name):
             pages, observed, jumped = coded(keys, page, bits), torch.zeros(2, tail), torch.zeros(2, tail)
-            found = pages.heavy(
+            found, counts = pages.heavy(
                 queries, base, tail, threshold, least, most, scaling=0.5, softcap=None, observed=observed
             )
             pages.jumps(queries, base, tail, 1, 0.5, jumped)
             weights = log_weights(pages.logits(queries, 0.5))[:, :tail]
         torch.testing.assert_close(observed, jumped)
-        assert found.shape[1] == int((found >= 0).sum(1).max())  # no wider than its longest head
+        assert torch.equal(counts, (found >= 0).sum(1))
+        assert found.shape[1] == int(counts.max())  # no wider than its longest head
         for head, row in enumerate(found.tolist()):
             chosen = [column for column in row if column >= 0]
             assert row == [-1] * (len(row) - len(chosen)) + sorted(set(chosen))
@@ -155,11 +156,11 @@ def test_heavy_columns_are_of_one_softmax_per_query(implementation: str) -> None
         pages.update(keys)
         base, options = torch.tensor([[3]]), {"scaling": 1.0}
         eighth = -2.0794
-        assert pages.heavy(queries, base, 15, eighth, 0, 9, **options).tolist() == [[3, 5]]
-        assert pages.heavy(queries, base, 15, eighth, 2, 9, **options).tolist() == [[0, 3, 5]]  # of equals the first
-        assert pages.heavy(queries, base, 15, -9.0, 0, 3, **options).tolist() == [[0, 1, 3, 5]]
-        assert pages.heavy(queries, base[:, :0], 15, -9.0, 0, 0, **options).tolist() == [[]]
-        capped = pages.heavy(queries, base, 15, eighth, 0, 9, softcap=0.1, **options)
+        assert pages.heavy(queries, base, 15, eighth, 0, 9, **options)[0].tolist() == [[3, 5]]
+        assert pages.heavy(queries, base, 15, eighth, 2, 9, **options)[0].tolist() == [[0, 3, 5]]  # of equals the first
+        assert pages.heavy(queries, base, 15, -9.0, 0, 3, **options)[0].tolist() == [[0, 1, 3, 5]]
+        assert pages.heavy(queries, base[:, :0], 15, -9.0, 0, 0, **options)[0].tolist() == [[]]
+        capped, _ = pages.heavy(queries, base, 15, eighth, 0, 9, softcap=0.1, **options)
         assert capped.tolist() == [[3]]
 
 

@@ -49,7 +49,7 @@ def operations(seed: int) -> dict[str, Callable[[], Any]]:
         observed = torch.zeros(2, 100, dtype=torch.float32)
         jumps = pages.jumps(queries[:, :1], few[:, :9].contiguous(), 100, 20, 0.2, observed)
         heavy = pages.heavy(queries[:, :1], few[:, :9].contiguous(), 100, -4.0, 2, 20, scaling=0.2, observed=observed)
-        return pages.low, pages.high, pages.logits(queries[:, :1], 0.2), jumps, heavy, observed
+        return pages.low, pages.high, pages.logits(queries[:, :1], 0.2), jumps, *heavy, observed
 
     options = {"scaling": 0.2}
     return {

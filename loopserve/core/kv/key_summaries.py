@@ -134,8 +134,10 @@ class KeySummaries:
 
     def heavy(
         self, queries: Tensor, base: Tensor, tail: int, threshold: float, least: int, most: int, **options: Any
-    ) -> Tensor:
-        """Return base columns ``[Hkv, S]`` and all others before ``tail`` of at least a weight; see ``code_threshold``."""
+    ) -> tuple[Tensor, Tensor]:
+        """Return base columns and all others before ``tail`` of at least a weight, and how many per head; see
+        ``code_threshold``.
+        """
         return code_threshold(queries, self._codes(), base, tail, threshold, least, most, **options)
 
     def _codes(self) -> KeyCodes:

@@ -226,7 +226,7 @@ def code_jumps(
 
 def code_threshold(
     queries: Tensor, of: KeyCodes, base: Tensor, tail: int, threshold: float, least: int, most: int, **options: Any
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """See the operation. The codes are read by a kernel; how many columns the longest head has is waited for."""
     logits = code_logits(queries, of, scaling=options.pop("scaling"))
     return heavy_columns(logits, base, tail, threshold, least, most, **options)

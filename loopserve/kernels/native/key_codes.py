@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ctypes import POINTER, Structure, byref, c_float, c_int64, c_void_p
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,7 +22,10 @@ class _KeyCodes(Structure):
     """Mirror the struct ``KeyCodes`` of key_codes.c."""
 
     _fields_ = [  # ctypes requires a list
-        *((name, c_void_p) for name in ("queries", "low", "high", "codes", "logits", "base", "chosen", "observed")),
+        *(
+            (name, c_void_p)
+            for name in ("queries", "low", "high", "codes", "logits", "base", "chosen", "observed", "counts")
+        ),
         *(
             (name, c_int64)
             for name in ("bounds_head", "codes_head", "heads", "rows", "dim", "page", "bits", "columns", "half")
@@ -129,22 +132,20 @@ def code_threshold(
     scaling: float,
     softcap: float | None,
     observed: Tensor | None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """See the operation. The result has the width of the longest head."""
-    chosen = _select(
-        "code_threshold",
-        queries,
-        of,
-        base,
-        tail,
-        most,
-        scaling=scaling,
-        observed=observed,
-        least=least,
-        threshold=threshold,
-    )
-    fillers = int((chosen < 0).sum(1).min()) if chosen.shape[1] else 0
-    return chosen[:, fillers:].contiguous()
+    counts = torch.empty(len(of.low), dtype=torch.long, device="cpu")
+    place = address("counts", counts, torch.long, (len(of.low),))
+    options: dict[str, Any] = {
+        "scaling": scaling,
+        "observed": observed,
+        "least": least,
+        "threshold": threshold,
+        "counts": place,
+    }
+    chosen = _select("code_threshold", queries, of, base, tail, most, **options)
+    longest = int(counts.max())
+    return chosen[:, chosen.shape[1] - longest :].contiguous(), counts
 
 
 def _select(
@@ -157,7 +158,7 @@ def _select(
     *,
     scaling: float,
     observed: Tensor | None,
-    **more: float,
+    **more: Any,
 ) -> Tensor:
     """Call a kernel that selects columns: int64 ``[Hkv, S + budget]``. more: further fields of the struct."""
     call, kept = _call(queries, of, scaling)

@@ -18,6 +18,7 @@ typedef struct {
     const int64_t *base;      // [heads][base_count]: sorted columns that are always chosen, all below `tail`
     int64_t *chosen;          // [heads][base_count + budget]: those and the best others, sorted; -1 first where a head has fewer
     float *observed;          // [heads][tail]: the rows' softmax is added, mean over the rows; or NULL
+    int64_t *counts;          // [heads]: columns that `code_threshold` chose, the base included
     int64_t bounds_head, codes_head;  // strides: in numbers, in bytes
     int64_t heads, rows, dim, page, bits, columns, half, base_count, tail, budget, least, threads;
     float scaling, threshold;  // of `code_threshold`: `least` to `budget` others whose log of a row's softmax reaches the threshold
@@ -308,6 +309,7 @@ static void heavy_of(const KeyCodes *k, Desk *d, int64_t head) {
     for (int64_t c = 0; c < k->tail; c++) wanted += d->codes[c] >= least;
     wanted = wanted < k->least ? k->least : wanted > k->budget ? k->budget : wanted;
     int64_t filler = k->budget - wanted;
+    k->counts[head] = k->base_count + wanted;
     for (int64_t i = 0; i < filler; i++) out[i] = -1;
     take(k, d, head, wanted, out + filler);
 }

@@ -185,7 +185,7 @@ class LoopServeDecode(DecodeCompressor[LoopServeState]):
             columns = summaries.jumps(query, base.indices, base.boundary, budget, inputs.scaling, observed)
             return KVSelection.uniform(columns, base.boundary, fleeting=True)
         assert state.controller.log_threshold is not None
-        columns = summaries.heavy(
+        columns, lengths = summaries.heavy(
             query,
             base.indices,
             base.boundary,
@@ -196,11 +196,9 @@ class LoopServeDecode(DecodeCompressor[LoopServeState]):
             softcap=inputs.softcap,
             observed=observed,
         )
-        lengths = (columns >= 0).sum(1)
         tail = inputs.length - base.boundary if self.counts_outputs else 0
         selection = KVSelection(columns, lengths, base.boundary, fleeting=True)
         state.controller.add(selection.pairs + heads * (tail - width), heads)
-        inputs.record.mean("page_pairs", (lengths - width).float())
         return selection
 
     def _begin_threshold(self, state: LoopServeState) -> None:
