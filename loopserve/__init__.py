@@ -14,15 +14,13 @@ if TYPE_CHECKING:
     from loopserve.chat_session import ChatSession, Reply
     from loopserve.core.errors import ConfigError, InputError, LoopServeError, ModelError, PolicyError, PolicyFault
     from loopserve.core.kv.selection import KVSelection, Retention
-    from loopserve.core.policy.base import API_VERSION
+    from loopserve.core.policy.base import API_VERSION, Capabilities, PolicyConfig
     from loopserve.core.policy.hookspecs import hookimpl
     from loopserve.core.policy.interfaces import (
         AttentionInputs,
-        Capabilities,
         DecodeCompressor,
         Observation,
         Phase,
-        PolicyConfig,
         PrefillSparsifier,
         Record,
         Selections,
@@ -48,15 +46,13 @@ _NAMES = {
         "PolicyFault",
     ),
     "loopserve.core.kv.selection": ("KVSelection", "Retention"),
-    "loopserve.core.policy.base": ("API_VERSION",),
+    "loopserve.core.policy.base": ("API_VERSION", "Capabilities", "PolicyConfig"),
     "loopserve.core.policy.hookspecs": ("hookimpl",),
     "loopserve.core.policy.interfaces": (
         "AttentionInputs",
-        "Capabilities",
         "DecodeCompressor",
         "Observation",
         "Phase",
-        "PolicyConfig",
         "PrefillSparsifier",
         "Record",
         "Selections",

@@ -136,6 +136,7 @@ class Engine:
         *,
         dtype: str | torch.dtype = "auto",
         device: str | torch.device = "auto",
+        weights: Literal["auto", "int8", "int4"] = "auto",
         revision: str | None = None,
         trust_remote_code: bool = False,
         chunk_tokens: int = 4096,
@@ -145,10 +146,18 @@ class Engine:
         policy_timeout_s: float | None = POLICY_TIMEOUT_S,
         sampling: Literal["default", "model"] = "default",
     ) -> Engine:
-        """Load a hub id, directory, GGUF file, or name of ``loopserve models ls``. The stack is checked before the weights are read."""
+        """Load a hub id, directory, GGUF file, or name of ``loopserve models ls``. The stack is checked before the weights are read.
+
+        weights: ``int8`` or ``int4`` quantise the linear layers of a model on a CPU; ``auto`` leaves them as they are.
+        """
         resolved = load_stack(stack)
         loaded, tokenizer = load(
-            model, dtype=dtype, device=device, revision=revision, trust_remote_code=trust_remote_code
+            model,
+            dtype=dtype,
+            device=device,
+            weights=weights,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
         )
         return cls(
             loaded,

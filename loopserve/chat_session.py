@@ -20,7 +20,8 @@ from loopserve.core.engine.turn import Turn
 from loopserve.core.errors import InputError
 from loopserve.core.stack.stack import PolicyStack
 from loopserve.models.answer_text import AnswerText
-from loopserve.models.chat import Answered, Prompt, StreamDecoder
+from loopserve.models.answers import StreamDecoder
+from loopserve.models.chat import Answered, Prompt
 from loopserve.models.logprobs import TokenLogprob, token_logprobs
 from loopserve.models.messages import Message, as_messages, writable
 from loopserve.transcript import Transcript, TranscriptTurn, bring_to

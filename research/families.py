@@ -26,7 +26,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTr
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import loopserve
-from loopserve.models.tiny import FAMILIES, family_sizes, tiny_model
+from loopserve.models.tiny import DELTA, FAMILIES, LATENT, family_sizes, tiny_model
 
 VOCABULARY = 120
 LARGEST = 40_000_000  # parameters: a family that ignores the small sizes is left out
@@ -90,26 +90,9 @@ MEDIA_SIZES = {
 }
 
 
-_RECURRENT_SIZES = {
-    "num_hidden_layers": 4,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "linear_key_head_dim": 16,
-    "linear_value_head_dim": 16,
-    "layer_types": ["linear_attention", "linear_attention", "full_attention", "linear_attention"],
-    "shared_expert_intermediate_size": 32,
-}
+_RECURRENT_SIZES = {**DELTA, "shared_expert_intermediate_size": 32}
 _CONVOLUTION = {"num_hidden_layers": 4, "layer_types": ["conv", "full_attention", "conv", "full_attention"]}
-_LATENT_SIZES = {
-    "kv_lora_rank": 24,
-    "q_lora_rank": 20,
-    "qk_nope_head_dim": 16,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 12,
-    "head_dim": 8,
-    "num_key_value_heads": 4,
-    "first_k_dense_replace": 1,
-}
+_LATENT_SIZES = {**LATENT, "first_k_dense_replace": 1}
 _GROUPED_EXPERTS = {"n_shared_experts": 1, "n_routed_experts": 4, "num_experts_per_tok": 2}
 OWN_SIZES: dict[str, dict[str, Any]] = {  # of families that the common sizes do not fit
     "bailing_hybrid": {

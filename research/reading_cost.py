@@ -6,6 +6,7 @@ one decode step: the lines of those functions, and of the whole file.
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 from types import CodeType, FrameType
@@ -51,7 +52,9 @@ def _lines(code: CodeType) -> int:
 
 def main() -> None:
     """Print a table per stack."""
-    for stack in sys.argv[1:] or ["dense", "loopserve"]:
+    parser = argparse.ArgumentParser(prog="python -m research.reading_cost", description=__doc__)
+    parser.add_argument("stacks", nargs="*", default=["dense", "loopserve"], help="names of stacks")
+    for stack in parser.parse_args().stacks:
         found = files_of_a_step(stack)
         for name, (run, lines) in sorted(found.items()):
             print(f"{run:5d} of {lines:4d}  {name}")

@@ -16,7 +16,7 @@ settings.register_profile(
 )
 settings.load_profile("repeatable")
 torch.set_num_threads(1)
-os.environ.pop("COLUMNS", None)  # workers are told 80; what is written to a pipe has no width
+os.environ.pop("COLUMNS", None)  # pytest-xdist sets 80 in its workers; what is written to a pipe has no width
 os.environ.pop("LOOPSERVE_LOG", None)
 
 

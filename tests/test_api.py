@@ -36,7 +36,7 @@ def chat(engine: Engine) -> Iterator[ChatSession]:
         yield session
 
 
-def test_facts_told_are_recalled_over_turns(chat: ChatSession) -> None:
+def test_facts_stated_are_recalled_over_turns(chat: ChatSession) -> None:
     assert chat.send(f"{TOLD} what is the code of oslo ?").text == "oslo is silver lantern ."
     reply = chat.send("what is the code of lisbon ?")
     assert reply.text == "lisbon is amber falcon river ."

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -285,3 +287,15 @@ def test_every_stack_follows_a_template_that_rewrites(stack: str) -> None:
             chat.retry()
     assert [each["role"] for each in chat.messages] == ["user", "assistant"] * 3
     assert chat._session.tokens == model.whole(chat.messages[:-1]) + list(chat.last_reply.token_ids)
+
+
+def test_a_program_that_ends_within_a_stream_says_nothing() -> None:
+    program = (
+        "from loopserve import Engine\n"
+        "session = Engine.from_pretrained('demo', 'dense').session()\n"
+        "stream = session.stream('the code of lisbon is amber falcon river .')\n"
+        "print(next(stream))\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ended.stdout.strip()

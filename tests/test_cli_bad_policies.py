@@ -12,8 +12,7 @@ from tests.installed import install
 
 Cli = Callable[..., tuple[int, str, str]]
 SOURCE = '''
-from loopserve.core.policy.hookspecs import hookimpl
-from loopserve.core.policy.interfaces import Capabilities, DecodeCompressor, LayerType
+from loopserve import Capabilities, DecodeCompressor, LayerType, hookimpl
 
 class Policy(DecodeCompressor):
     """Does nothing at all."""

@@ -59,7 +59,7 @@ def test_a_report_names_every_check_and_why_some_are_skipped(cli: Cli) -> None:
     assert next(each for each in out.splitlines() if "config_is_frozen" in each).rstrip().endswith(" ok")
 
 
-def test_a_failure_is_told_with_its_reason_and_ends_with_1(cli: Cli) -> None:
+def test_a_failure_is_reported_with_its_reason_and_ends_with_1(cli: Cli) -> None:
     code, out, err = cli("my_policies:LastFirst")
     assert code == 1 and err == ""
     assert out.startswith("selections_are_sorted failed: layer 0, turn 0: [")

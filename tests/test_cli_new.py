@@ -179,7 +179,7 @@ def test_one_word_has_three_faces(word: str) -> None:
         Names.of(word.capitalize())
 
 
-def test_people_are_told_what_to_do_next(cli: Cli, tmp_path: Path) -> None:
+def test_the_output_says_what_to_do_next(cli: Cli, tmp_path: Path) -> None:
     code, out, _ = cli("policies", "new", "mine", "--kind", "decode", "--directory", str(tmp_path))
     assert code == 0 and out.endswith("pip install -e '.[test]'\nloopserve policies check mine\n")
     assert str(tmp_path / "loopserve-mine" / "loopserve_mine.py") in out

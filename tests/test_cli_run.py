@@ -132,7 +132,7 @@ def test_what_becomes_of_a_policys_fault_can_be_chosen(cli: Cli, notes: dict[str
     assert chosen == ("strict", "raise", None)
 
 
-def test_faults_are_told_with_the_figures(cli: Cli, notes: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
+def test_faults_are_shown_with_the_figures(cli: Cli, notes: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
     assert "faults" not in cli("run", "m", "x", "--stack", "dense", "-v")[2]
     monkeypatch.setitem(FIGURES, "faults", 2.0)
     assert "2 faults of policies" in cli("run", "m", "x", "--stack", "dense", "-v")[2]
@@ -286,8 +286,8 @@ BOOK = {
     "settings": {
         "conversation": "moby_dick",
         "questions": [
-            {"question": "What is the number?", "expected": "48213", "told_in": 1},
-            {"question": "What is it again?", "expected": "48213", "told_in": 1},
+            {"question": "What is the number?", "expected": "48213", "stated_in": 1},
+            {"question": "What is it again?", "expected": "48213", "stated_in": 1},
         ],
     },
     "summary": "snapkv gave 1 of 2 answers as dense did.",
@@ -320,7 +320,7 @@ def test_demo_prints_all_answers_and_a_table_of_three_columns(
     assert (code, err) == (0, "")
     assert book == {"stacks": list(demo_command.BOOK_STACKS), "model": "smollm2"}
     assert max(map(len, out.splitlines())) <= 80
-    assert out.count("The number is 48213.") == len(demo_command.BOOK_STACKS) and "(told in turn 1)" in out
+    assert out.count("The number is 48213.") == len(demo_command.BOOK_STACKS) and "(stated in turn 1)" in out
     assert out.count("4821 ") >= 30
     row = [line for line in out.splitlines() if line.strip().startswith("streaming_llm")][-1]
     assert row.split() == ["streaming_llm", "1", "of", "2", "5.1%", "31", "s"]
@@ -360,8 +360,8 @@ def test_bench_engine_passes_its_options_on(cli: Cli, monkeypatch: pytest.Monkey
 
 def test_a_saved_conversation_goes_on_at_the_command_line(cli: Cli, tmp_path: Path):
     file = tmp_path / "talk.json"
-    told = "the code of lisbon is amber falcon river . what is the code of lisbon ?"
-    assert cli("chat", "demo", "--stack", "dense", stdin=f"{told}\n/save {file}\n")[0] == 0
+    message = "the code of lisbon is amber falcon river . what is the code of lisbon ?"
+    assert cli("chat", "demo", "--stack", "dense", stdin=f"{message}\n/save {file}\n")[0] == 0
     code, out, _ = cli("chat", "demo", "--stack", "dense", "--load", str(file), stdin="what is the code of lisbon ?\n")
     assert (code, out.strip()) == (0, "lisbon is amber falcon river .")
     code, _, err = cli("chat", "demo", "--stack", "dense", "--load", str(tmp_path / "nowhere.json"), stdin="hello\n")

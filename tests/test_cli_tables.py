@@ -14,6 +14,7 @@ import pytest
 
 from loopserve.bench.quality.tables import Table
 from loopserve.cli import main, quality
+from loopserve.cli.options import Format
 from loopserve.cli.output import print_table
 from tests.test_cli_run import ROW
 
@@ -112,7 +113,7 @@ def test_a_quality_run_fits(width: int, capsys: pytest.CaptureFixture[str], monk
         (f"{name}@0.1", "1,200", "3,600", "87.5 ± 1.3", "81.2 ± 1.9", "0", "123,456.7", "2,7") for name in ("a", "bb")
     )
     monkeypatch.setattr("loopserve.bench.quality.tables.tables", lambda run, by: [Table("answers", columns, rows)])
-    quality.show_run(SimpleNamespace(records=[]), (), quality.Format.HUMAN)  # type: ignore[arg-type]
+    quality.show_run(SimpleNamespace(records=[]), (), Format.HUMAN)  # type: ignore[arg-type]
     check(capsys.readouterr().out, width, [cell for row in rows for cell in row])
 
 

@@ -108,7 +108,7 @@ def test_every_hook_has_a_heading() -> None:
         assert f"### `{hook}({parameters})`" in headings
 
 
-def test_every_method_of_a_compressor_is_told() -> None:
+def test_every_method_of_a_compressor_is_explained() -> None:
     methods = {name for name, value in vars(DecodeCompressor).items() if inspect.isfunction(value) and name[0] != "_"}
     assert {"init_state", "after_forward"} <= methods
     for name in methods:

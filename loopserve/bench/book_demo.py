@@ -38,7 +38,7 @@ class BookTurn:
     message: str
     question: str
     expected: str
-    told_in: int
+    stated_in: int
 
 
 # Turn by turn: the file of a chapter or None, facts with their places among its paragraphs (0 to 1), the question, and its answer.
@@ -70,15 +70,15 @@ _PLAN: tuple[tuple[str | None, tuple[tuple[float, str], ...], str, str], ...] = 
 def book_turns() -> list[BookTurn]:
     """Return the turns of the conversation. The chapters and facts have about 3,500 tokens."""
     folder = files("loopserve.bench") / "data" / "moby_dick"
-    told: dict[str, int] = {}
+    stated: dict[str, int] = {}
     turns = []
     for number, (chapter, facts, question, expected) in enumerate(_PLAN, 1):
         parts = [question]
         if chapter is not None:
             parts.insert(0, _with_facts((folder / chapter).read_text(encoding="utf-8").strip(), facts))
         for _, fact in facts:
-            told[fact] = number
-        source = next(turn for fact, turn in told.items() if expected in fact)
+            stated[fact] = number
+        source = next(turn for fact, turn in stated.items() if expected in fact)
         turns.append(BookTurn("\n\n".join(parts), question, expected, source))
     return turns
 
@@ -127,7 +127,7 @@ def run_book_demo(*, stacks: Sequence[StackLike], progress: Progress, model: str
         "attended": ATTENDED,
         "budget": sorted(budgets),
         "questions": [
-            {"question": each.question, "expected": each.expected, "told_in": each.told_in} for each in turns
+            {"question": each.question, "expected": each.expected, "stated_in": each.stated_in} for each in turns
         ],
     }
     return {"settings": settings, "machine": machine(), "stacks": found, "summary": _summary(found)}

@@ -81,7 +81,7 @@ class RecallTask:
     distance: int | None = None
     """Number of turns since every asked fact was stated, limited by the turns and facts there are; None draws it per place."""
     list_all: Literal["no", "named", "unnamed"] = "no"
-    """Each turn tells `keys` facts and no more, and asks for all, naming the places or not; the answer goes in the order told."""
+    """Each turn states `keys` facts and no more, and asks for all, naming the places or not; the answer goes in the order stated."""
 
     def __post_init__(self) -> None:
         low, high = self.key_range
@@ -97,7 +97,7 @@ class RecallTask:
             raise ValueError("distance must be at least 0 and goes with chain 1")
         if self.lists and (self.chain > 1 or self.distance or self.again_share or self.silent_share):
             raise ValueError(
-                "list_all asks for what its own turn told: no chain, distance, again_share or silent_share"
+                "list_all asks for what its own turn states: no chain, distance, again_share or silent_share"
             )
 
     @property
@@ -138,7 +138,7 @@ class TurnLayout:
     answer_stop: int
     """Index of the <eot> after the answer."""
     sources: list[int]
-    """For every answer word and <eot>: index of the earlier word that it repeats, or -1 where none tells it."""
+    """For every answer word and <eot>: index of the earlier word that it repeats, or -1 where none states it."""
     owners: list[int]
     """For every answer word: index of the place (in the answer) whose sentence it belongs to."""
 

@@ -192,15 +192,21 @@ def demo_table(result: dict[str, Any]) -> str:
             f"| `{name}` | {right} of {asked} each | {row['prefill_cell_density']:.1%} / {row['prefill_tile_density']:.1%} "
             f"| {row['attended_fraction']:.1%} | {read:.1%} | {row['ttft_ms']:.0f} ms | {row['tpot_ms']:.1f} ms |"
         )
-    settings, machine = result["settings"], result["machine"]
+    settings = result["settings"]
     caption = (
         f"{settings['dialogues']} held-out dialogues of {settings['tokens']:,} tokens and {settings['turns']} turns, one and two keys "
-        f"asked, budget {' or '.join(map(str, settings['budget']))} pairs per head (the larger where the answer counts in); "
-        f"{machine['processor']}, {machine['threads']} thread(s), torch "
-        f"{machine['torch']}, float32. `loopserve demo --tokens {settings['tokens']} --turns {settings['turns']} "
+        f"asked, {_budget_and_machine(result)}, float32. `loopserve demo --tokens {settings['tokens']} --turns {settings['turns']} "
         f"--dialogues {settings['dialogues'] // 3} --seed {settings['seed']} --format json`"
     )
     return "\n".join([*lines, "", caption])
+
+
+def _budget_and_machine(result: dict[str, Any]) -> str:
+    settings, machine = result["settings"], result["machine"]
+    return (
+        f"budget {' or '.join(map(str, settings['budget']))} pairs per head (the larger where the answer counts in); "
+        f"{machine['processor']}, {machine['threads']} thread(s), torch {machine['torch']}"
+    )
 
 
 def short_table(result: dict[str, Any]) -> str:
@@ -240,11 +246,10 @@ def _book_figures(result: dict[str, Any]) -> str:
             f"| {row['prefill_cell_density']:.1%} / {row['prefill_tile_density']:.1%} | {row['attended_fraction']:.1%} | {read:.1%} "
             f"| {row['ttft_ms'] / 1000:.1f} s | {row['tpot_ms']:.0f} ms |"
         )
-    settings, machine = result["settings"], result["machine"]
+    settings = result["settings"]
     caption = (
-        f"{settings['tokens']:,} tokens, {settings['turns']} turns, budget {' or '.join(map(str, settings['budget']))} pairs per head "
-        f"(the larger where the answer counts in); {machine['processor']}, {machine['threads']} thread(s), torch {machine['torch']}, "
-        f"{settings['dtype']}. `loopserve demo --format json`"
+        f"{settings['tokens']:,} tokens, {settings['turns']} turns, {_budget_and_machine(result)}, {settings['dtype']}. "
+        "`loopserve demo --format json`"
     )
     return "\n".join([*lines, "", caption])
 

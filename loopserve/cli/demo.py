@@ -112,8 +112,8 @@ def render_book(result: Mapping[str, Any]) -> None:
         turns = {name: row["turns"][index] for name, row in stacks.items()}
         rows = [(name, each["answer"] or "(nothing)", "yes" if each["right"] else "no") for name, each in turns.items()]
         first = next(iter(turns.values()))
-        length, told = first["prompt_tokens"] + first["reused_tokens"], asked["told_in"]
-        source = "told in this turn" if told == index + 1 else f"told in turn {told}"
+        length, stated = first["prompt_tokens"] + first["reused_tokens"], asked["stated_in"]
+        source = "stated in this turn" if stated == index + 1 else f"stated in turn {stated}"
         title = f"turn {index + 1}, {length:,} tokens: {asked['question']} ({source})"
         print_table(("stack", "answer", "right"), rows, title=title, prose=("answer",))
     figures = [(name, *book_cells(row)) for name, row in stacks.items()]

@@ -26,6 +26,12 @@ class Format(StrEnum):
     JSON = "json"
 
 
+class Weights(StrEnum):
+    AUTO = "auto"
+    INT8 = "int8"
+    INT4 = "int4"
+
+
 @dataclass(frozen=True)
 class Settings:
     """Hold the global options. Every command finds them in ``context.obj``."""
@@ -69,6 +75,7 @@ SystemOption = Annotated[str | None, typer.Option(help="System message the conve
 VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Print per-turn statistics.")]
 
 DtypeOption = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+WeightsOption = Annotated[Weights, typer.Option(help="auto: as they are; int8 and int4 are faster on a CPU.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]
 TrustOption = Annotated[bool, typer.Option(help="Run code that comes with the model.")]
@@ -100,6 +107,7 @@ class ModelOptions:
     verbose: VerboseOption = False
     dtype: DtypeOption = "auto"
     device: DeviceOption = "auto"
+    weights: WeightsOption = Weights.AUTO
     revision: RevisionOption = None
     trust_remote_code: TrustOption = False
     max_new_tokens: MaxNewTokensOption = None
@@ -129,6 +137,7 @@ class ModelOptions:
                 stack,
                 dtype=self.dtype,
                 device=self.device,
+                weights=self.weights.value,
                 revision=revision or self.revision,
                 trust_remote_code=self.trust_remote_code,
                 policy_checks=self.policy_checks,

@@ -16,6 +16,11 @@ from loopserve.core.errors import ConfigError
 if TYPE_CHECKING:
     from loopserve.core.policy.registry import Registration
 
+TextOption = Annotated[
+    Path | None, typer.Option("--text", help="File with text like the model's work; recall dialogues by default.")
+]
+TokensOption = Annotated[int, typer.Option(min=64, help="Tokens of the text that are read.")]
+
 app = typer.Typer(help="List policies and their options, check them, write a new one.", no_args_is_help=True)
 app.command("new")(scaffold.new)
 app.command("check")(check.check)
@@ -104,10 +109,8 @@ def search_minference(
     context: typer.Context,
     model: ModelArgument,
     output: Annotated[str, typer.Option("--output", "-o", help="File the sizes are written to (JSON).")],
-    text: Annotated[
-        Path | None, typer.Option("--text", help="File with text like the model's work; recall dialogues by default.")
-    ] = None,
-    tokens: Annotated[int, typer.Option(min=64, help="Tokens of the text that are read.")] = 4096,
+    text: TextOption = None,
+    tokens: TokensOption = 4096,
     share: Annotated[
         float, typer.Option(min=0.001, max=1.0, help="Share of the causal cells a head may compute.")
     ] = 0.2,
@@ -131,10 +134,8 @@ def search_duo(
     context: typer.Context,
     model: ModelArgument,
     output: Annotated[str, typer.Option("--output", "-o", help="File the scores are written to (JSON).")],
-    text: Annotated[
-        Path | None, typer.Option("--text", help="File with text like the model's work; recall dialogues by default.")
-    ] = None,
-    tokens: Annotated[int, typer.Option(min=64, help="Tokens of the text that are read.")] = 4096,
+    text: TextOption = None,
+    tokens: TokensOption = 4096,
     sinks: Annotated[int, typer.Option(min=0, help="First tokens that a streaming head attends to.")] = 64,
     recent: Annotated[int, typer.Option(min=1, help="Last tokens that a streaming head attends to.")] = 256,
     dtype: DtypeOption = "auto",

@@ -13,7 +13,7 @@ from loopserve.cli.output import print_json, print_table
 from loopserve.core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from loopserve.core.policy.interfaces import LayerSpec
+    from loopserve.core.policy.layers import LayerSpec
     from loopserve.core.stack.stack import PolicyStack
 
 app = typer.Typer(help="Check and show stacks: which policy serves which layer.", no_args_is_help=True)

@@ -9,7 +9,7 @@ from loopserve.kernels import backend
 from loopserve.kernels.backend import check, check_flags
 from loopserve.kernels.gpu import limits
 from loopserve.kernels.masked import (
-    MASKED,
+    additive_mask,
     fused,
     masked_attention,
     per_query_head,
@@ -113,11 +113,7 @@ def block_sparse_torch(
             # Columns ascend, so the last one shows whether any lies after the tile's first row.
             later = columns > torch.arange(history + start, history + end, device=columns.device)[:, None]
             if serves(values, queries.shape[2], softcap):
-                mask = None
-                if int(columns[-1]) > history + start:
-                    mask = torch.zeros(later.shape, dtype=torch.float32, device=later.device).masked_fill_(
-                        later, MASKED
-                    )
+                mask = additive_mask(later) if int(columns[-1]) > history + start else None
                 found, found_lse = fused(*(each[None, None] for each in part), scaling=scaling, mask=mask)
                 found, found_lse = settle(found[0], found_lse[0])
             else:

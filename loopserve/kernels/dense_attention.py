@@ -10,7 +10,7 @@ from loopserve.kernels import backend
 from loopserve.kernels.backend import check
 from loopserve.kernels.gpu import limits
 from loopserve.kernels.masked import (
-    MASKED,
+    additive_mask,
     fused,
     masked_attention,
     merge,
@@ -184,10 +184,7 @@ def _in_chunks(
         part = rows, keys[:, start:end], values[:, start:end]
         seen = visible(where - start, end - start, window=window)
         if serves(values, queries.shape[2], softcap):
-            bias = torch.zeros(seen.shape[1:], dtype=torch.float32, device=queries.device).masked_fill_(
-                ~seen[0], MASKED
-            )
-            output, lse = fused(*(each[None] for each in part), scaling=scaling, mask=bias)
+            output, lse = fused(*(each[None] for each in part), scaling=scaling, mask=additive_mask(~seen[0]))
             output, lse = output[0], lse[0]
         else:
             output, lse = masked_attention(*part, seen, scaling=scaling, softcap=softcap)

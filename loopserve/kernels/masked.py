@@ -12,6 +12,11 @@ _EMPTY = -1e29
 _FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
 
+def additive_mask(hidden: Tensor) -> Tensor:
+    """Return the additive mask of cells that are not seen: float32, ``MASKED`` where ``hidden`` and 0 elsewhere."""
+    return torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device).masked_fill_(hidden, MASKED)
+
+
 def query_columns(queries: Tensor, keys: Tensor, columns: Tensor | None = None) -> Tensor:
     """Return the columns of the queries: the given ones ``[Tq]``, or the last Tq."""
     if columns is not None:

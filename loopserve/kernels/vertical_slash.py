@@ -13,6 +13,7 @@ from loopserve.kernels.dense_attention import dense_attention_torch
 from loopserve.kernels.gpu import limits
 from loopserve.kernels.masked import (
     MASKED,
+    additive_mask,
     fused,
     masked_attention,
     merge,
@@ -194,7 +195,7 @@ def _on_slashes(
     rows, total = len(queries), len(keys)
     reach = _Reach.best(slashes, rows)
     tile, pattern = reach.tile, reach.mask(slashes)
-    per_key = torch.zeros(total, dtype=torch.float32, device=keys.device).masked_fill_(verticals, MASKED)
+    per_key = additive_mask(verticals)
     output = torch.empty_like(queries)
     lse = queries.new_empty(rows)
     start = 0
@@ -242,9 +243,7 @@ def _on_verticals(
         mask = None
         if int(chosen[seen - 1]) > history + start:  # some column lies after the first row
             rows = torch.arange(history + start, history + end, device=keys.device)
-            mask = torch.zeros(end - start, seen, dtype=torch.float32, device=keys.device).masked_fill_(
-                chosen[:seen] > rows[:, None], MASKED
-            )
+            mask = additive_mask(chosen[:seen] > rows[:, None])
         part = queries[start:end], packed_keys[:seen], packed_values[:seen]
         found, found_lse = fused(*(each[None, None] for each in part), scaling=scaling, mask=mask)
         output[start:end], lse[start:end] = found[0, 0], found_lse[0, 0]

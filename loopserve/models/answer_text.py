@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from loopserve.core.engine.answer import StopStrings
-from loopserve.models.chat import ChatTokenizer, StreamDecoder
+from loopserve.models.answers import StreamDecoder
+from loopserve.models.chat import ChatTokenizer
 
 
 class AnswerText:

@@ -20,7 +20,7 @@ from loopserve.core.engine.attention import LayerCall, attend
 from loopserve.core.engine.forward import ForwardBatch, ForwardContext
 from loopserve.core.errors import ModelError
 from loopserve.core.kv.recording import plain_tensors
-from loopserve.core.policy.interfaces import LayerSpec
+from loopserve.core.policy.layers import LayerSpec
 from loopserve.models.cache import CacheRows, Pass, Span, cache_over, computed_in, last_stored
 from loopserve.models.carried import Carried
 from loopserve.models.layers import cache_keyword, input_device, read_layers, takes_keywords, vocabulary_size

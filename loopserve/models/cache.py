@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionLayer
 from loopserve.core.engine.forward import ForwardContext
 from loopserve.core.engine.session import Session
 from loopserve.core.errors import ModelError
-from loopserve.core.policy.interfaces import LayerSpec
+from loopserve.core.policy.layers import LayerSpec
 from loopserve.models.recurrent import EmptyLayer, RecurrentCacheLayer
 
 _thread = threading.local()

@@ -21,7 +21,7 @@ from transformers.cache_utils import Cache, LinearAttentionLayer
 
 from loopserve.core.errors import ModelError
 from loopserve.core.kv.recording import plain_tensors
-from loopserve.core.policy.interfaces import LayerSpec
+from loopserve.core.policy.layers import LayerSpec
 from loopserve.models.layer_parts import attention_modules, decoder_of
 from loopserve.models.recurrent import EmptyLayer, RecurrentCacheLayer
 

@@ -15,9 +15,9 @@ from itertools import groupby
 from typing import Any
 
 from loopserve.core.errors import InputError, ModelError
-from loopserve.models.answers import CHANNEL, Answer, Piece, StreamDecoder, split_answer
+from loopserve.models.answers import CHANNEL, Answer, Piece, split_answer
 from loopserve.models.encoding import Encoder
-from loopserve.models.messages import TOOLS, Message, as_messages, check_messages, writable
+from loopserve.models.messages import TOOLS, Message, check_messages
 from loopserve.models.template import View, view
 from loopserve.models.tool_calls import GENERIC, ToolFormat, spelled_out, strings_of, tool_format, with_strings
 
@@ -335,16 +335,3 @@ def _place(rendering: View, entry: Answered) -> tuple[int, int] | None:
     if rendering.clean(0, end).startswith(prompt) and rendering.clean(0, end)[len(prompt) :].strip() == raw:
         return rendering.at(len(prompt)), end
     return (begin, end) if rendering.clean(begin, end).strip() == raw else None
-
-
-__all__ = [
-    "TOOLS",
-    "Answer",
-    "Answered",
-    "ChatTokenizer",
-    "Message",
-    "Prompt",
-    "StreamDecoder",
-    "as_messages",
-    "writable",
-]

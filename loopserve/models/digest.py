@@ -22,7 +22,11 @@ def model_digest(model: PreTrainedModel, tokenizer: Any) -> str:
     digest = hashlib.sha256()
     config = {key: value for key, value in model.config.to_dict().items() if key not in _NOT_THE_MODEL}
     digest.update(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, weight in sorted(model.named_parameters()):
+    saved = (
+        model.state_dict().keys()
+    )  # quantised weights are buffers; buffers that are not saved follow from the configuration
+    buffers = [(name, buffer) for name, buffer in model.named_buffers() if name in saved]
+    for name, weight in sorted([*model.named_parameters(), *buffers], key=lambda named: named[0]):
         step = max(1, weight.numel() // _SAMPLED)
         numbers = weight.detach().reshape(-1)[::step].float().cpu()
         digest.update(f"{name} {list(weight.shape)} {weight.dtype}".encode() + numbers.numpy().tobytes())

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import inspect
+from itertools import chain
 from typing import Any
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from loopserve.core.errors import ModelError
-from loopserve.core.policy.interfaces import LayerSpec, LayerType
+from loopserve.core.policy.layers import LayerSpec, LayerType
 from loopserve.models.layer_parts import attention_modules, layer_parts
 
 _KINDS = {  # transformers' names of layer types; those of layers without attention may hold a state or nothing
@@ -221,8 +222,8 @@ def unwrapped(model: Any) -> PreTrainedModel:
 def input_device(model: PreTrainedModel) -> torch.device:
     """Return the device for token ids: that of the embedding, or that on which accelerate runs an offloaded one."""
     embedding = model.get_input_embeddings()
-    weight = getattr(embedding, "weight", None)
-    device: torch.device = weight.device if isinstance(weight, torch.Tensor) else model.device
+    weight = next(chain(embedding.parameters(), embedding.buffers()), None)
+    device: torch.device = weight.device if weight is not None else model.device
     if device.type != "meta":
         return device
     for module in (embedding, model):

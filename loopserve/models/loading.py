@@ -12,12 +12,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils.logging import disable_progress_bar
 
 from loopserve.core.errors import ConfigError, ModelError
-from loopserve.core.policy.interfaces import LayerSpec
+from loopserve.core.policy.layers import LayerSpec
 from loopserve.models.catalog import CATALOG, named_directory
 from loopserve.models.conversion import converted
 from loopserve.models.demo import bundled_path, is_bundled
 from loopserve.models.layers import read_layers
 from loopserve.models.model_cache import announce
+from loopserve.models.quantised import quantise, require_format
 
 DTYPE_VARIABLE = "LOOPSERVE_DTYPE"  # what ``auto`` means, if it is set
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -28,6 +29,7 @@ def load(
     *,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "auto",
+    weights: str = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, Any]:
@@ -35,8 +37,12 @@ def load(
 
     dtype: ``auto`` is LOOPSERVE_DTYPE if the environment sets it, else the checkpoint's own. On a CPU it is float32 for float16,
     and for bfloat16 if the CPU has no instructions to multiply it; a line on stderr says so.
-    Raises ModelError for a model that cannot be loaded, ConfigError for an unknown dtype or device. Both name a remedy.
+    weights: ``auto`` leaves them as they are; ``int8`` and ``int4`` quantise those of linear layers (CPU only; ``models.quantised``),
+    and a line on stderr says how many.
+    Raises ModelError for a model that cannot be loaded, ConfigError for an unknown dtype, device or format of weights, or one that
+    does not serve here. All name a remedy.
     """
+    require_format(weights)
     source = _source(model)
     place = _device(device)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
@@ -61,6 +67,8 @@ def load(
             f"cannot load model {model!r}: its weights lack {absent[0]} and {len(absent) - 1} more; {_remedy(model)}"
         )
     loaded.to(place).eval()
+    if weights != "auto":
+        announce(f"{model}: {quantise(loaded, weights).said}")
     return loaded, tokenizer
 
 

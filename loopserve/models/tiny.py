@@ -35,7 +35,7 @@ _MAMBA = {
     "mamba_expand": 2,
     "mamba_chunk_size": 16,
 }
-_DELTA = {
+DELTA = {
     "num_hidden_layers": 4,
     "layer_types": ["linear_attention", "linear_attention", "full_attention", "linear_attention"],
     "linear_num_key_heads": 2,
@@ -43,7 +43,7 @@ _DELTA = {
     "linear_key_head_dim": 16,
     "linear_value_head_dim": 16,
 }
-_LATENT = {
+LATENT = {
     "kv_lora_rank": 24,
     "q_lora_rank": 20,
     "qk_nope_head_dim": 16,
@@ -100,13 +100,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 1,
         "interleave_moe_layer_step": 2,
     },
-    "deepseek_v2": {**_LATENT, **_GROUPED_MOE, "first_k_dense_replace": 1},
-    "deepseek_v3": {**_LATENT, **_GROUPED_MOE, "first_k_dense_replace": 1},
-    "glm4_moe_lite": {**_LATENT, **_GROUPED_MOE, "first_k_dense_replace": 1},
+    "deepseek_v2": {**LATENT, **_GROUPED_MOE, "first_k_dense_replace": 1},
+    "deepseek_v3": {**LATENT, **_GROUPED_MOE, "first_k_dense_replace": 1},
+    "glm4_moe_lite": {**LATENT, **_GROUPED_MOE, "first_k_dense_replace": 1},
     "lfm2": {"num_hidden_layers": 4, "layer_types": ["conv", "full_attention", "conv", "full_attention"]},
-    "qwen3_next": {**_DELTA, **_MOE, "num_experts": 4, "shared_expert_intermediate_size": 32},
-    "qwen3_5_text": _DELTA,
-    "olmo_hybrid": _DELTA,
+    "qwen3_next": {**DELTA, **_MOE, "num_experts": 4, "shared_expert_intermediate_size": 32},
+    "qwen3_5_text": DELTA,
+    "olmo_hybrid": DELTA,
     "nemotron_h": {
         "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp", "linear_attention"],
         "mamba_num_heads": 8,
@@ -138,7 +138,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "mamba_dt_rank": 4,
     },
     "kimi_linear": {
-        **_LATENT,
+        **LATENT,
         **_GROUPED_MOE,
         "num_hidden_layers": 4,
         "layer_types": ["linear_attention", "linear_attention", "full_attention", "linear_attention"],

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from loopserve.core.errors import ConfigError
-from loopserve.core.policy.interfaces import AttentionInputs, LayerSpec, PolicyConfig
-from loopserve.core.stack.config import read_yaml
+from loopserve.core.policy.base import PolicyConfig
+from loopserve.core.policy.interfaces import AttentionInputs
+from loopserve.core.policy.layers import LayerSpec
+from loopserve.policies.head_files import misfit, read_head_file, write_head_file
 
 HeadScores = Mapping[int, Sequence[float]]
 _ROWS = 64  # rows whose attention scores a layer's heads
@@ -48,17 +48,7 @@ class _ScoresFile(BaseModel):
 
 def read_scores(path: str) -> HeadScores:
     """Return scores per KV head by layer. Raises ConfigError, with the place, for a file that has another form."""
-    document = read_yaml(Path(path))  # JSON is YAML
-    if document.problems:
-        raise ConfigError("\n".join(map(str, document.problems)))
-    try:
-        found = _ScoresFile.model_validate(document.data).layers
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise ConfigError(
-            f"{path}: {where}: {first['msg']}; a heads file says layers: {{0: [0.31, 0.02, ...]}}"
-        ) from error
+    found = read_head_file(path, _ScoresFile, "a heads file says layers: {0: [0.31, 0.02, ...]}").layers
     if not any(found.values()) or not all(math.isfinite(score) for heads in found.values() for score in heads):
         raise ConfigError(f"{path}: layers: needs a finite number for each KV head of each layer")
     return found
@@ -66,11 +56,7 @@ def read_scores(path: str) -> HeadScores:
 
 def write_scores(path: str, scores: HeadScores, model: str) -> None:
     """Write scores per KV head by layer. Raises ConfigError if the file cannot be written."""
-    body = {"model": model, "layers": {str(layer): [round(each, 6) for each in row] for layer, row in scores.items()}}
-    try:
-        Path(path).write_text(json.dumps(body) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be written: {error.strerror or error}") from error
+    write_head_file(path, {layer: [round(each, 6) for each in row] for layer, row in scores.items()}, model)
 
 
 def best_share(scores: Mapping[int, Sequence[float]], share: float) -> dict[int, list[bool]]:
@@ -137,12 +123,7 @@ class HeadSplit:
         """Return why the file does not fit a layer, or None."""
         if self.path is None:
             return None
-        heads = self._given.get(layer.index)
-        if heads is None:
-            return f"has no scores for it in {self.path}: search them on this model"
-        if len(heads) != layer.kv_heads:
-            return f"has scores for {len(heads)} KV heads in {self.path}, the layer has {layer.kv_heads}"
-        return None
+        return misfit(self._given, layer.index, layer.kv_heads, self.path, kind="scores", of="KV heads", searched=True)
 
     def of(self, layer: int, device: torch.device) -> Tensor | None:
         """Return the retrieval heads of a layer: bool ``[Hkv]``; None without a file."""

@@ -15,7 +15,8 @@ from loopserve.core.engine.session import Session
 from loopserve.core.engine.stats import TurnStats
 from loopserve.core.stack.stack import PolicyStack
 from loopserve.models.answer_text import AnswerText
-from loopserve.models.chat import Prompt, StreamDecoder
+from loopserve.models.answers import StreamDecoder
+from loopserve.models.chat import Prompt
 from loopserve.models.logprobs import TokenLogprob, token_logprobs
 from loopserve.models.tool_calls import CallReader, ToolCall
 from loopserve.serve.ask import Ask, Match

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from loopserve.core.engine.sampling import LogitsProcessor, SamplingConfig
-from loopserve.models.chat import Message
+from loopserve.models.messages import Message
 from loopserve.serve.records import Path, StoredSession
 from loopserve.serve.structured import Grammar
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -21,17 +20,17 @@ from openai.types.chat.chat_completion_message_function_tool_call import (
     ChatCompletionMessageFunctionToolCall,
     Function,
 )
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
-from loopserve.models.chat import as_messages
+from loopserve.models.messages import as_messages
 from loopserve.models.tool_calls import ToolCall
 from loopserve.serve.answer import Answer, Delta, Reply
+from loopserve.serve.answering import answered
 from loopserve.serve.ask import Ask
 from loopserve.serve.continuing import continued
 from loopserve.serve.protocol import ChatRequest
-from loopserve.serve.rendering import chat_logprobs, figures, headers, usage
+from loopserve.serve.rendering import chat_logprobs, figures, usage
 from loopserve.serve.server import Server, identity, server_of, tenant_of_request
-from loopserve.serve.streaming import EventStream, while_connected
 from loopserve.serve.tooling import read_tools, schema_of
 
 router = APIRouter()
@@ -63,15 +62,7 @@ async def chat_completions(request: Request) -> Response:
         parallel_calls=tooling.parallel,
         **who,
     )
-    async with AsyncExitStack() as stack:
-        answer = await while_connected(request, stack.enter_async_context(server.conversations.begin(ask)))
-        server.metrics.began(answer)
-        if body.stream:
-            return EventStream(_chunks(server, body, answer), stack.pop_all(), headers(answer))
-        replies = await while_connected(request, answer.replies())
-        server.metrics.ended(answer, replies)
-        return JSONResponse(_completion(server, answer, replies), headers=headers(answer))
-    raise AssertionError("unreachable")
+    return await answered(request, server, body, ask, chunks=_chunks, whole=_completion)
 
 
 def _completion(server: Server, answer: Answer, replies: list[Reply]) -> dict[str, Any]:

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack
 from typing import Any
 
 from fastapi import APIRouter, Request
 from openai.types import Completion, CompletionChoice
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from loopserve.serve.answer import Answer, Reply
+from loopserve.serve.answering import answered
 from loopserve.serve.ask import Ask
 from loopserve.serve.errors import invalid
 from loopserve.serve.protocol import CompletionRequest
-from loopserve.serve.rendering import completion_logprobs, figures, headers, usage
+from loopserve.serve.rendering import completion_logprobs, figures, usage
 from loopserve.serve.server import Server, server_of, tenant_of_request
-from loopserve.serve.streaming import EventStream, while_connected
 
 router = APIRouter()
 
@@ -38,18 +37,13 @@ async def completions(request: Request) -> Response:
         attention_map=body.loopserve.attention_map,
         n=body.n,
     )
-    async with AsyncExitStack() as stack:
-        answer = await while_connected(request, stack.enter_async_context(server.conversations.begin(ask)))
-        server.metrics.began(answer)
-        if body.stream:
-            return EventStream(_chunks(server, body, answer), stack.pop_all(), headers(answer))
-        replies = await while_connected(request, answer.replies())
-        server.metrics.ended(answer, replies)
-        choices = [_choice(index, reply) for index, reply in enumerate(replies)]
-        completion = Completion(**_common(server, answer), choices=choices, usage=usage(answer, replies))
-        found = completion.model_dump(mode="json", exclude_unset=True) | {"loopserve": figures(answer, replies)}
-        return JSONResponse(found, headers=headers(answer))
-    raise AssertionError("unreachable")
+    return await answered(request, server, body, ask, chunks=_chunks, whole=_completion)
+
+
+def _completion(server: Server, answer: Answer, replies: list[Reply]) -> dict[str, Any]:
+    choices = [_choice(index, reply) for index, reply in enumerate(replies)]
+    completion = Completion(**_common(server, answer), choices=choices, usage=usage(answer, replies))
+    return completion.model_dump(mode="json", exclude_unset=True) | {"loopserve": figures(answer, replies)}
 
 
 def _common(server: Server, answer: Answer) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from loopserve.models.chat import TOOLS, Message
+from loopserve.models.messages import TOOLS, Message
 from loopserve.serve.errors import not_found
 from loopserve.serve.matching import canonical
 from loopserve.serve.records import Path

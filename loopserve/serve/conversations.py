@@ -14,8 +14,9 @@ from typing import Any, TypeVar
 from loopserve.api import Engine
 from loopserve.core.errors import ModelError
 from loopserve.core.stack.stack import PolicyStack
-from loopserve.models.chat import Message, Prompt
+from loopserve.models.chat import Prompt
 from loopserve.models.digest import model_digest
+from loopserve.models.messages import Message
 from loopserve.models.tool_calls import calls_text
 from loopserve.serve.answer import Answer, Choice, Reply
 from loopserve.serve.ask import Ask, Match

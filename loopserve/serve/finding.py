@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 
-from loopserve.models.chat import Message
+from loopserve.models.messages import Message
 from loopserve.serve.ask import Ask, Match
 from loopserve.serve.errors import not_found
 from loopserve.serve.matching import common, prefixes

@@ -1,4 +1,4 @@
-"""Serve what tells about the server: models, tokenize, health, readiness, metrics, version."""
+"""Serve information about the server: models, tokenize, health, readiness, metrics, version."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
 import loopserve
-from loopserve.models.chat import as_messages
+from loopserve.models.messages import as_messages
 from loopserve.serve.protocol import TokenizeRequest
 from loopserve.serve.server import Server, server_of
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 
-from loopserve.models.chat import Message
+from loopserve.models.messages import Message
 
 ROOT = hashlib.sha256(b"loopserve conversation 1").digest()
 

@@ -155,7 +155,7 @@ class GenerationRequest(BaseModel):
 
 
 class ChatRequest(GenerationRequest):
-    """Hold a request to ``/v1/chat/completions``. Messages are read by the core, see ``models.chat.as_messages``."""
+    """Hold a request to ``/v1/chat/completions``. Messages are read by the core, see ``models.messages.as_messages``."""
 
     messages: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=MAX_MESSAGES)]
     max_completion_tokens: Annotated[int, Field(ge=1, le=1 << 31)] | None = None

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from uuid import uuid4
 
-from loopserve.models.chat import Message
+from loopserve.models.messages import Message
 
 
 def new_id() -> str:

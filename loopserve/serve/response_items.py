@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from loopserve.models.chat import TOOLS, Message, writable
+from loopserve.models.messages import TOOLS, Message, writable
 from loopserve.models.tool_calls import ToolCall, calls_of, calls_text
 from loopserve.serve.errors import ApiError, invalid
 from loopserve.serve.records import new_id

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from loopserve.api import Engine
-from loopserve.models.chat import TOOLS, Message
+from loopserve.models.messages import TOOLS, Message
 from loopserve.serve.errors import invalid
 from loopserve.serve.structured import Grammar, Grammars
 

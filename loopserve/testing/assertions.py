@@ -8,7 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from loopserve.core.policy.interfaces import AttentionInputs, KVSelection
+from loopserve.core.kv.selection import KVSelection
+from loopserve.core.policy.interfaces import AttentionInputs
 from loopserve.core.policy.patterns import AttentionPattern
 
 

@@ -7,8 +7,9 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
-from loopserve.core.policy.interfaces import AttentionInputs, KVSelection, LayerSpec, LayerType, Phase, Record
-from loopserve.core.policy.layers import LayerParts, Need
+from loopserve.core.kv.selection import KVSelection
+from loopserve.core.policy.interfaces import AttentionInputs, Phase, Record
+from loopserve.core.policy.layers import LayerParts, LayerSpec, LayerType, Need
 
 _BASE = 10_000.0
 

@@ -17,16 +17,9 @@ from torch import Tensor
 from loopserve.core.engine.slots import Slots
 from loopserve.core.errors import PolicyError
 from loopserve.core.kv.cache import KVCache
-from loopserve.core.policy.interfaces import (
-    AttentionInputs,
-    DecodeCompressor,
-    KVSelection,
-    LayerSpec,
-    LayerType,
-    Observation,
-    Phase,
-    Step,
-)
+from loopserve.core.kv.selection import KVSelection
+from loopserve.core.policy.interfaces import AttentionInputs, DecodeCompressor, Observation, Phase, Step
+from loopserve.core.policy.layers import LayerSpec, LayerType
 from loopserve.core.stack.stack import PolicyStack
 from loopserve.policies.prefill.dense import DensePrefill
 from loopserve.testing.inputs import FakeRecord, PlainParts

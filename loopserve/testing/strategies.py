@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from loopserve.core.policy.interfaces import AttentionInputs, KVSelection, Phase, Retention
+from loopserve.core.kv.selection import KVSelection, Retention
+from loopserve.core.policy.interfaces import AttentionInputs, Phase
 from loopserve.core.policy.patterns import AttentionPattern, BlockPattern, DensePattern, LinePattern, RowGroups
 from loopserve.testing.extra import require
 from loopserve.testing.inputs import make_inputs

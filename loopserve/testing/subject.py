@@ -19,7 +19,9 @@ from pydantic.fields import FieldInfo
 from torch import Tensor
 
 from loopserve.core.errors import ConfigError, LoopServeError
-from loopserve.core.policy.interfaces import DecodeCompressor, PolicyConfig, PrefillSparsifier, Retention
+from loopserve.core.kv.selection import Retention
+from loopserve.core.policy.base import PolicyConfig
+from loopserve.core.policy.interfaces import DecodeCompressor, PrefillSparsifier
 from loopserve.policies.decode.snapkv import SnapKVDecode
 from loopserve.testing.inputs import make_inputs
 

@@ -180,12 +180,12 @@ def _verdicts(whole: dict[str, Tally]) -> list[str]:
             "cells."
         )
     elif others:
-        told = [
+        named = [
             f"`{label}` ({percent(tally.cells, 0)} of the cells, {percent(tally.bytes_of_all, 0)} of the bytes)"
             for label, tally in others.items()
         ]
         said.append(
-            f"Stacks of others that answer at least as many, each at more cells or more bytes: {', '.join(told)}."
+            f"Stacks of others that answer at least as many, each at more cells or more bytes: {', '.join(named)}."
         )
     else:
         said.append("No stack of others answers as many.")

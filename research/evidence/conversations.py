@@ -62,8 +62,8 @@ def _answer(engine: Engine, session: Session, messages: list[dict[str, str]], wo
 
 def parts_right(answer: str, gold: str) -> list[int]:
     """For each part of the right answer (``place is code .``), whether the answer has it, wherever it stands there."""
-    told = _parts(answer)
-    return [int(part in told) for part in _parts(gold)]
+    given = _parts(answer)
+    return [int(part in given) for part in _parts(gold)]
 
 
 def _parts(answer: str) -> list[str]:
@@ -72,15 +72,15 @@ def _parts(answer: str) -> list[str]:
 
 def _survival(session: Session, tokenizer: Any, turn: Turn) -> list[float | None]:
     """For each asked place, the share of its fact's pairs that the store still holds before the turn, mean over layers and
-    KV heads; None for what is told in this turn.
+    KV heads; None for what is stated in this turn.
     """
     words: list[str] = tokenizer.convert_ids_to_tokens(session.tokens)
     return [_held(session, words, key) for key in turn.keys]
 
 
 def _held(session: Session, words: list[str], key: str) -> float | None:
-    told = ["the", "code", "of", key, "is"]
-    start = next((at for at in range(len(words)) if words[at : at + 5] == told), None)
+    fact = ["the", "code", "of", key, "is"]
+    start = next((at for at in range(len(words)) if words[at : at + 5] == fact), None)
     if start is None:
         return None
     stop = words.index(".", start)

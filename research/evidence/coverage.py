@@ -113,7 +113,7 @@ def call_of(recording: Recording, layer: int, turn: int, state: dict[Any, Any] |
 
 
 def _unused(inputs: AttentionInputs) -> Tensor:
-    """Rows that the sparsifier did not look at, as far as its call tells: bool ``[m]``."""
+    """Rows that the sparsifier did not look at, as far as its call shows: bool ``[m]``."""
     unused = torch.ones(inputs.new_tokens, dtype=torch.bool, device="cpu")
     if SAMPLED_ROWS in inputs.scratch:
         unused[inputs.scratch[SAMPLED_ROWS]] = False

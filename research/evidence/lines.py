@@ -1,4 +1,4 @@
-"""What a choice of lines holds: the fewest lines for a share of the mass, overlap of choices, coverage by row."""
+"""Measure a choice of lines: the fewest lines for a share of the mass, overlap of choices, coverage by row."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ FIRST_BLOCKS = ("two_hop", "last_window", "sampled", "dense")
 SHARE = 0.10
 _KEYS = 5
 LONG = {"keys": 19, "code_words": (4, 4)}
-"""What makes an answer of at least 128 tokens: many places, each with the longest code that the model was trained on."""
+"""Options of a task whose answers have at least 128 tokens: many places, each with the longest code that the model was trained on."""
 
 
 def units(tokens: int, dialogues: int, long_dialogues: int, intervals: Sequence[int] = INTERVALS) -> list[Unit]:

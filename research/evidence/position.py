@@ -171,9 +171,9 @@ def _verdicts(
         good = [label for label in labels if all(_near(found[label, share], dense, place) for place in POSITIONS)]
         if good:
             names = sorted(good, key=lambda label: found[label, share].bytes_of_all or 9.0)
-            told = [f"`{name}` ({percent(found[name, share].bytes_of_all, 0)} of the bytes)" for name in names]
+            near = [f"`{name}` ({percent(found[name, share].bytes_of_all, 0)} of the bytes)" for name in names]
             said.append(
-                f"Within 3 points of dense at every position with {percent(share, 0)} attended: {listed(told)}."
+                f"Within 3 points of dense at every position with {percent(share, 0)} attended: {listed(near)}."
             )
             break
     else:

@@ -157,7 +157,7 @@ def _picture(found: dict[Key, Tally], shares: dict[Key, dict[str, float]], dense
 def _verdicts(
     found: dict[Key, Tally], shares: dict[Key, dict[str, float]], best: dict[str, Key], dense: Tally
 ) -> list[str]:
-    def told(key: Key) -> str:
+    def costs(key: Key) -> str:
         return f"`{key[0]}` ({key[1]}) with {percent(found[key].cells)} of the cells and {percent(found[key].tiles)} of the tiles"
 
     good = {family: key for family, key in best.items() if _near(found[key], dense)}
@@ -171,20 +171,20 @@ def _verdicts(
             verdict(
                 wins,
                 "lines chosen online until a share alpha is held keep dense's answers at fewer cells than any rival: "
-                f"{told(own)}; the best rival is "
-                f"{told(rival)}." + ("" if wins else " **The rival wins.**"),
+                f"{costs(own)}; the best rival is "
+                f"{costs(rival)}." + ("" if wins else " **The rival wins.**"),
             )
         )
         if "loopserve" in ours:
             mine = ours["loopserve"]
             fewest = min(good.values(), key=lambda key: found[key].tiles or 1.0)
             said.append(
-                f"What a kernel computes are tiles: the preset's policy needs {told(mine)}; fewest tiles of all: "
-                f"{told(fewest)}."
+                f"What a kernel computes are tiles: the preset's policy needs {costs(mine)}; fewest tiles of all: "
+                f"{costs(fewest)}."
             )
     else:
         said.append(
-            verdict(bool(ours), f"within 3 points of dense come {', '.join(map(told, good.values())) or 'none'}.")
+            verdict(bool(ours), f"within 3 points of dense come {', '.join(map(costs, good.values())) or 'none'}.")
         )
     if "static lines" in best:
         static = best["static lines"]
@@ -193,7 +193,7 @@ def _verdicts(
             verdict(
                 drop < -0.03,
                 "lines must be chosen anew for each input: those of the first turn, kept, have "
-                f"{_three(found[static])} at best ({told(static)}), "
+                f"{_three(found[static])} at best ({costs(static)}), "
                 f"{points(drop)} beside dense.",
             )
         )

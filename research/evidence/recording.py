@@ -66,7 +66,7 @@ def record(model: str, task: RecallTask, seed: int) -> Recording:
     engine = Engine(
         network, tokenizer, PolicyStack("recorder", recorder, FullDecode()), chunk_tokens=len(layout.words) + 64
     )
-    told = [
+    messages = [
         message
         for part in layout.turns
         for message in (
@@ -74,8 +74,8 @@ def record(model: str, task: RecallTask, seed: int) -> Recording:
             {"role": "assistant", "content": part.turn.answer},
         )
     ]
-    with ChatSession(engine, messages=told[:-2]) as chat:
-        chat.send(told[-2]["content"], max_new_tokens=1)
+    with ChatSession(engine, messages=messages[:-2]) as chat:
+        chat.send(messages[-2]["content"], max_new_tokens=1)
     recording = Recording(recorder.layers, layout)
     if recording.length != layout.turns[-1].answer_start:
         raise ValueError(f"{recording.length} tokens were read, the dialogue has {layout.turns[-1].answer_start} words")

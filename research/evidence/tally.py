@@ -70,7 +70,7 @@ class Tally:
         return self.right(lambda answer: answer["position"] == position)
 
     def parts(self, where: Callable[[dict[str, Any], int], bool] = lambda *_: True) -> Share:
-        """Parts of answers right; ``where`` is told the answer and the part's index."""
+        """Parts of answers right; ``where`` gets the answer and the part's index."""
         picked = [
             right for answer in self.answers for index, right in enumerate(answer["parts"]) if where(answer, index)
         ]

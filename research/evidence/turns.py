@@ -64,7 +64,7 @@ def section(rows: Sequence[Row], pictures: Pictures) -> str:
     return "\n\n".join(
         [
             f"Dialogues of {_TURNS} turns, one key asked in each, {asked} answers per turn, dense prefill. Answers right "
-            "in per cent, by turn and by how many turns ago the fact was told (distance).",
+            "in per cent, by turn and by how many turns ago the fact was stated (distance).",
             table(
                 [
                     "policy",
@@ -143,7 +143,7 @@ def _verdicts(found: dict[tuple[str, str, float], Tally]) -> list[str]:
             if how == "evict" and other == share
         }
         worth = {label: pair for label, pair in lost.items() if pair[0].value >= 0.1}
-        told = [
+        losses = [
             f"`{label}` {kept} % with everything kept, {evicted} % with eviction ({points(evicted.value - kept.value)})"
             for label, (kept, evicted) in worth.items()
         ]
@@ -151,7 +151,8 @@ def _verdicts(found: dict[tuple[str, str, float], Tally]) -> list[str]:
         text = f"in turn 3 eviction loses answers, at {percent(share, 0)}: "
         said.append(
             verdict(
-                holds, text + (listed(told) if told else "no method that evicts has answers to lose, kept or not") + "."
+                holds,
+                text + (listed(losses) if losses else "no method that evicts has answers to lose, kept or not") + ".",
             )
         )
     return said

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 Spec = dict[str, Any]
-"""What a unit does, as plain JSON: its ``kind`` says who runs it, the rest is all that its result depends on."""
+"""The work of a unit, as plain JSON: its ``kind`` says who runs it, the rest is all that its result depends on."""
 
 Found = dict[str, Any]
-"""What a unit found, as plain JSON."""
+"""The result of a unit, as plain JSON."""
 
 Row = dict[str, Any]
 """A stored unit: ``experiment``, ``unit`` (its spec), ``found``, ``seconds`` (of one core), ``made`` (where and with what)."""

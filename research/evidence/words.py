@@ -37,5 +37,5 @@ def listed(names: Sequence[str]) -> str:
 
 def verdict(holds: bool | None, text: str) -> str:
     """One bold line: whether a claim holds, here; None where these runs cannot tell."""
-    said = "Cannot be told, here" if holds is None else "Holds, here" if holds else "Does not hold, here"
+    said = "Cannot be decided, here" if holds is None else "Holds, here" if holds else "Does not hold, here"
     return f"**{said}:** {text}"

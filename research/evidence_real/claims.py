@@ -12,7 +12,7 @@ from loopserve.bench.heads import Heads
 from loopserve.core.policy.patterns import LinePattern
 from loopserve.kernels.select_lines import select_lines
 from research.evidence.lines import jaccard, row_coverage, softmax_rows
-from research.evidence_real.agreement import loaded
+from research.evidence_real.case import loaded
 from research.evidence_real.replay import Recording, TurnRecorder
 from research.evidence_real.texts import continued, text
 

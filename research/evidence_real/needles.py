@@ -1,4 +1,4 @@
-"""Facts to find again: numbers told in a conversation of several turns over a novel, asked for in its last turn.
+"""Facts to find again: numbers stated in a conversation of several turns over a novel, asked for in its last turn.
 
 The answer is teacher-forced; a digit is right if it is the likeliest token. So answers of all stacks are read at the same places.
 """
@@ -20,7 +20,7 @@ from loopserve.core.engine.engine import TokenEngine
 from loopserve.core.engine.turn import Turn
 from loopserve.core.stack.stack import PolicyStack
 from loopserve.models.bridge import TransformersModel
-from research.evidence_real.replay import Recording, ReplayModel, TurnRecorder, replayed
+from research.evidence_real.replay import Recording, ReplayModel, TurnRecorder, decode_together, replayed
 from research.evidence_real.texts import text
 
 POSITIONS = ("begin", "middle", "end")
@@ -39,7 +39,7 @@ _PACKED = 8
 
 @dataclass(frozen=True)
 class Question:
-    """Ask for one number. back: how many turns before the last one it was told."""
+    """Ask for one number. back: how many turns before the last one it was stated."""
 
     thing: str
     number: str
@@ -56,7 +56,7 @@ class Dialogue:
     questions: list[Question]
 
 
-def dialogue(tokenizer: Any, tokens: int, seed: int) -> Dialogue:
+def make_dialogue(tokenizer: Any, tokens: int, seed: int) -> Dialogue:
     """Return a dialogue of about ``tokens`` tokens over a part of the novel that the seed chooses."""
     draw = random.Random(seed)
     sentences = re.split(r"(?<=[.;!?]) +|\n+", text("prose", seed % 2))
@@ -78,14 +78,14 @@ def dialogue(tokenizer: Any, tokens: int, seed: int) -> Dialogue:
     return Dialogue([f"Read this part of a book.\n\n{each}" for each in parts[:-1]], parts[-1], questions)
 
 
-def last_message(told: Dialogue, question: Question) -> str:
+def last_message(dialogue: Dialogue, question: Question) -> str:
     """Return the last turn's message, with the question at its place."""
     asked = f"What is the magic number of the {question.thing}?"
     if question.position == "begin":
-        return f"{asked} Look for it in the book, which goes on here.\n\n{told.last}"
+        return f"{asked} Look for it in the book, which goes on here.\n\n{dialogue.last}"
     if question.position == "end":
-        return f"Read this part of a book.\n\n{told.last}\n\n{asked}"
-    sentences = told.last.split(". ")
+        return f"Read this part of a book.\n\n{dialogue.last}\n\n{asked}"
+    sentences = dialogue.last.split(". ")
     half = len(sentences) // 2
     return f"Read this part of a book.\n\n{'. '.join(sentences[:half])}.\n\n{asked}\n\n{'. '.join(sentences[half:])}"
 
@@ -110,12 +110,12 @@ class _Digits:
 class Asking:
     """Hold a dialogue on a model, its first turns recorded."""
 
-    def __init__(self, model: TransformersModel, tokenizer: Any, told: Dialogue) -> None:
-        self.model, self.tokenizer, self.told = model, tokenizer, told
+    def __init__(self, model: TransformersModel, tokenizer: Any, dialogue: Dialogue) -> None:
+        self.model, self.tokenizer, self.dialogue = model, tokenizer, dialogue
         self._before = TurnRecorder(model)
         self._turns: list[list[int]] = []
         messages: list[dict[str, str]] = []
-        for each in told.messages:
+        for each in dialogue.messages:
             messages.append({"role": "user", "content": each})
             self._turns.append(self._new(messages))
             self._before.read(self._turns[-1])
@@ -131,7 +131,7 @@ class Asking:
 
     def ask(self, question: Question, stacks: Mapping[str, PolicyStack]) -> Iterator[tuple[str, dict[str, Any]]]:
         """Ask one question under each stack; the prefill is dense."""
-        message = {"role": "user", "content": last_message(self.told, question)}
+        message = {"role": "user", "content": last_message(self.dialogue, question)}
         last = self._new([*self._messages, message])
         recorder = self._before.fork()
         recorder.read(last)
@@ -156,12 +156,8 @@ class Asking:
                 for each in turns[:-1]:
                     engine.prefill(session, list(each))
                 choose = _Digits(ids, digits, [])
-                turn = engine.begin(session, list(turns[-1]), choose, max_new_tokens=len(ids))
-                while not turn.output and turn.error is None:
-                    engine.run_pass([turn])
-                running[name] = turn, choose
-            while waiting := [turn for turn, _ in running.values() if not turn.finished]:
-                engine.run_pass(waiting)
+                running[name] = engine.begin(session, list(turns[-1]), choose, max_new_tokens=len(ids)), choose
+            decode_together(engine, [turn for turn, _ in running.values()])
             for name, (turn, choose) in running.items():
                 if turn.error is not None:
                     raise turn.error
@@ -186,11 +182,11 @@ def measure(
     model: TransformersModel, tokenizer: Any, tokens: int, seed: int, stacks: Mapping[str, PolicyStack]
 ) -> dict[str, list[dict[str, Any]]]:
     """Return by stack what became of every question of a dialogue. One number of each turn is asked for at every position."""
-    told = dialogue(tokenizer, tokens, seed)
-    asking = Asking(model, tokenizer, told)
+    dialogue = make_dialogue(tokenizer, tokens, seed)
+    asking = Asking(model, tokenizer, dialogue)
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in stacks}
     seen: set[tuple[str, int]] = set()
-    for question in told.questions:
+    for question in dialogue.questions:
         if (question.position, question.back) in seen:
             continue
         seen.add((question.position, question.back))

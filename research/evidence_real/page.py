@@ -11,11 +11,21 @@ from pathlib import Path
 from loopserve.core.errors import ConfigError
 from research.evidence.units import Row, Unit, key_of
 from research.evidence.words import minutes, table
-from research.evidence_real import sections
-from research.evidence_real.agreement import FORCED
+from research.evidence_real.case import FORCED
 from research.evidence_real.ledger import Ledger
 from research.evidence_real.plan import READ
-from research.evidence_real.sections import Rows, Verdict
+from research.evidence_real.sections import (
+    alphas,
+    attention,
+    both,
+    conversations,
+    decoding,
+    fields,
+    numbers,
+    prefill,
+)
+from research.evidence_real.sections.rows import Rows
+from research.evidence_real.sections.verdict import Verdict
 
 _HEAD = """# Evidence
 
@@ -95,14 +105,14 @@ def current(rows: Sequence[Row]) -> list[Row]:
 
 
 _SECTIONS: tuple[tuple[str, Callable[[Rows], tuple[str, list[Verdict]]]], ...] = (
-    ("1. Decoding on few pairs", sections.decoding),
-    ("2. Sparse prefill", sections.prefilling),
-    ("3. What alpha gives", sections.alphas),
-    ("4. Both phases together", sections.both),
-    ("5. Numbers told turns before", sections.needles),
-    ("6. The default stack's fields", sections.ablations),
-    ("7. Conversations of several turns", sections.talks),
-    ("8. The paper's claims about attention", sections.claims),
+    ("1. Decoding on few pairs", decoding.section),
+    ("2. Sparse prefill", prefill.section),
+    ("3. What alpha gives", alphas.section),
+    ("4. Both phases together", both.section),
+    ("5. Numbers stated turns before", numbers.section),
+    ("6. The default stack's fields", fields.section),
+    ("7. Conversations of several turns", conversations.section),
+    ("8. The paper's claims about attention", attention.section),
 )
 
 

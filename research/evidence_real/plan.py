@@ -1,4 +1,4 @@
-"""What is run, in the order of its value: a run that is broken off has the most important part."""
+"""List the units to run, in the order of their value: a run that is broken off has the most important part."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from loopserve.core.errors import ConfigError
 from research.evidence.units import Spec, Unit
 from research.evidence_real import recipes
-from research.evidence_real.agreement import FORCED, MODEL
+from research.evidence_real.case import FORCED, MODEL
 from research.evidence_real.dialogues import ANSWER as ANSWERED
 from research.evidence_real.needles import ANSWER
 from research.evidence_real.texts import KINDS

@@ -7,7 +7,7 @@ from typing import Any
 from loopserve.api import load_stack
 from loopserve.core.stack.stack import preset_names
 from research.evidence.recipes import DENSE, FULL, Policy, Recipe, preset
-from research.evidence_real.agreement import at_share
+from research.evidence_real.stacks import at_share
 
 SHARES = (0.03, 0.05, 0.10)
 _OF_OTHER_PAGES = (

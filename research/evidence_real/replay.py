@@ -19,6 +19,7 @@ from loopserve.core.engine.attention import LayerCall, attend
 from loopserve.core.engine.engine import TokenEngine
 from loopserve.core.engine.forward import ForwardBatch
 from loopserve.core.engine.session import Session
+from loopserve.core.engine.turn import Turn
 from loopserve.core.policy.interfaces import AttentionInputs, Phase, PrefillSparsifier
 from loopserve.core.policy.patterns import AttentionPattern, DensePattern
 from loopserve.core.stack.stack import PolicyStack
@@ -171,6 +172,15 @@ def all_logits(model: TransformersModel) -> Iterator[list[Tensor]]:
         yield found
     finally:
         hook.remove()
+
+
+def decode_together(engine: TokenEngine, turns: Sequence[Turn]) -> None:
+    """Run begun turns to their ends: each prefill alone, then one decode step of all turns in each pass."""
+    for turn in turns:
+        while not turn.output and turn.error is None:
+            engine.run_pass([turn])
+    while waiting := [turn for turn in turns if not turn.finished]:
+        engine.run_pass(waiting)
 
 
 def adopt(session: Session, source: Session) -> None:

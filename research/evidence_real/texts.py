@@ -62,7 +62,12 @@ def template_around(tokenizer: Any, request: str) -> tuple[list[int], list[int]]
 
 
 def template_of_turns(tokenizer: Any, request: str) -> tuple[list[int], list[int], list[int]]:
-    """Return the template's tokens before a first message's text, after it, and from an answer's text to the next message's."""
+    """Return the template's tokens before a first message's text, after it, and from an answer's text to the next message's.
+
+    Without a chat template they are the tokens that begin every text of the model, and none.
+    """
+    if tokenizer.chat_template is None:
+        return list(tokenizer.encode("")), [], []
     marker = "\u2042"
     user, assistant = {"role": "user", "content": request + marker}, {"role": "assistant", "content": marker}
     spoken = tokenizer.apply_chat_template([user, assistant, user], add_generation_prompt=True, tokenize=False)

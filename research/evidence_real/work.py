@@ -19,20 +19,21 @@ from loopserve.core.errors import ConfigError
 from loopserve.core.stack.stack import PolicyStack
 from research.evidence.units import Found, Row, Unit
 from research.evidence_real import claims, dialogues, needles
-from research.evidence_real.agreement import Case, Text, loaded
+from research.evidence_real.case import Case, loaded
+from research.evidence_real.texts import text
 
 _TOGETHER = ("kind", "model", "text", "tokens", "forced", "seed", "share")  # what the units of a batch have in common
 _MOST = {"decode": 18, "both": 4, "prefill": 3, "needles": 16, "dialogues": 8, "claims": 1}
 
 
 @lru_cache(maxsize=1)
-def _case(model: str, source: Text) -> Case:
-    return Case.of(model, source)
+def _case(model: str, kind: str, number: int, tokens: int, forced: int) -> Case:
+    return Case.of(model, text(kind, number), tokens, forced)
 
 
 def _case_of(unit: Unit, model: str) -> Case:
     spec = unit.spec
-    return _case(model, Text(spec["text"][0], spec["text"][1], spec["tokens"], spec["forced"]))
+    return _case(model, *spec["text"], spec["tokens"], spec["forced"])
 
 
 def _stacks(units: Sequence[Unit]) -> dict[str, PolicyStack]:
@@ -74,7 +75,7 @@ def _dialogues(model: str, units: Sequence[Unit]) -> Iterator[tuple[Unit, Found]
     _case.cache_clear()
     spec = units[0].spec
     kind, number = spec["text"]
-    found = dialogues.measure(*loaded(model), kind, number, spec["tokens"], _stacks(units))
+    found = dialogues.measure(*loaded(model), text(kind, number), spec["tokens"], _stacks(units))
     return ((unit, {"turns": found[unit.key]}) for unit in units)
 
 

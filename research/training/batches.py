@@ -73,7 +73,7 @@ def collate(
                 ahead.append(next_words + [IGNORE] * (2 * LOOKAHEAD - len(next_words)))
             for row, key in zip(turn.question_keys, turn.turn.keys, strict=False):
                 fact = layout.facts[key]
-                if fact.start < row:  # what is told after the question cannot be known at the question
+                if fact.start < row:  # what is stated after the question cannot be known at the question
                     code = words[fact.start + 2 : fact.start + 3 + len(fact.value)][:LOOKAHEAD]
                     mine.append(row)
                     ahead.append([IGNORE] * LOOKAHEAD + code + [IGNORE] * (LOOKAHEAD - len(code)))
@@ -133,9 +133,9 @@ def _owners(layout: Layout, rng: Random, most: int = 96) -> tuple[list[int], lis
 
 
 def _foresight(layout: Layout, number: int) -> tuple[list[int], list[int]]:
-    """Rows that should look ahead, and where word `number` of the code that comes next was told.
+    """Rows that should look ahead, and where word `number` of the code that comes next was stated.
 
-    The rows are a place named in the question (if its fact was told before), the word before an answer's place, and the
+    The rows are a place named in the question (if its fact was stated before), the word before an answer's place, and the
     place itself.
     """
     pairs: list[tuple[int, int]] = []

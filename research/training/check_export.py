@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from random import Random
 from typing import Any
@@ -33,6 +34,10 @@ def difference(run: str, stage: str) -> float:
 
 
 if __name__ == "__main__":
-    found = difference(*sys.argv[1:3])
+    parser = argparse.ArgumentParser(prog="python -m research.training.check_export", description=__doc__)
+    parser.add_argument("run", help="name of the training run")
+    parser.add_argument("stage", help="name of the stage whose weights are compared")
+    given = parser.parse_args()
+    found = difference(given.run, given.stage)
     print(f"largest difference of logits: {found:.2e}")
     sys.exit(found > TOLERANCE)

@@ -69,7 +69,7 @@ _ORDER: dict[object, int] = {"begin": 0, "middle": 1, "end": 2}
 
 
 def tasks(scale: float) -> Iterator[tuple[str, RecallTask, int]]:
-    """What is asked, and how many dialogues of each."""
+    """Return the tasks, and how many dialogues of each."""
     positions: tuple[Position, ...] = ("begin", "middle", "end")
     for tokens, count in ((512, 16), (1024, 12), (2048, 20), (3000, 8), (4096, 5)):
         for keys in (1, 2, 3, 4, 5):
@@ -123,7 +123,7 @@ def main() -> None:
         "",
         *table(found, "tokens", "keys"),
         "",
-        "By length and distance (how many turns back the oldest of the asked facts was told), one to three keys:",
+        "By length and distance (how many turns back the oldest of the asked facts was stated), one to three keys:",
         "",
         *table([outcome for outcome in found if outcome.keys <= 3], "tokens", "distance"),
         "",

@@ -18,14 +18,14 @@ from loopserve.cli import demo as command
 STACKS = ["dense", "loopserve", "streaming_llm"]
 
 
-def test_every_question_asks_for_a_fact_that_was_told_before() -> None:
+def test_every_question_asks_for_a_fact_that_was_stated_before() -> None:
     turns = book_turns()
     for number, turn in enumerate(turns, 1):
-        assert 1 <= turn.told_in <= number
-        assert turn.expected in turns[turn.told_in - 1].message
+        assert 1 <= turn.stated_in <= number
+        assert turn.expected in turns[turn.stated_in - 1].message
         assert turn.message.endswith(turn.question) and turn.expected not in turn.question
-        assert all(turn.expected not in each.message for each in turns[turn.told_in : number])
-    assert any(number - turn.told_in >= 2 for number, turn in enumerate(turns, 1))
+        assert all(turn.expected not in each.message for each in turns[turn.stated_in : number])
+    assert any(number - turn.stated_in >= 2 for number, turn in enumerate(turns, 1))
     assert "Call me Ishmael" not in turns[0].message and "CHAPTER 7. The Chapel." in turns[0].message
 
 

@@ -9,7 +9,7 @@ from matplotlib.text import Text
 from loopserve.bench.figures import figure, label_ends, per_cent, series_style
 
 
-def test_series_are_told_apart_by_shape_as_well_as_by_colour() -> None:
+def test_series_are_distinguished_by_shape_as_well_as_by_colour() -> None:
     styles = [series_style(number) for number in range(13)]
     assert len({each["marker"] for each in styles}) == 13
     assert len({(each["color"], each["marker"], str(each["linestyle"])) for each in styles}) == 13

@@ -28,7 +28,7 @@ TASKS = [
 ]
 
 
-def told(dialogue: Dialogue) -> dict[str, list[tuple[int, str]]]:
+def stated(dialogue: Dialogue) -> dict[str, list[tuple[int, str]]]:
     """Every fact a reader finds in the users' texts: place -> (turn, what is said of it)."""
     found: dict[str, list[tuple[int, str]]] = {}
     for number, turn in enumerate(dialogue.turns):
@@ -46,7 +46,7 @@ def length(dialogue: Dialogue) -> int:
 @pytest.mark.parametrize("task", TASKS, ids=str)
 def test_answers_say_what_the_text_says(task: RecallTask) -> None:
     for dialogue in make_dialogues(task, 20, seed=3):
-        facts = told(dialogue)
+        facts = stated(dialogue)
         for number, turn in enumerate(dialogue.turns):
             if not turn.question:
                 assert turn.answer == "ok ." and turn.keys == ()
@@ -55,7 +55,7 @@ def test_answers_say_what_the_text_says(task: RecallTask) -> None:
             for key, distance in zip(turn.keys, turn.distances, strict=True):
                 place, follows = key, True
                 while follows:
-                    [(where, value)] = facts[place]  # told exactly once, and not after this turn
+                    [(where, value)] = facts[place]  # stated exactly once, and not after this turn
                     assert where <= number
                     expected.append(f"{place} is {value} .")
                     follows = value.startswith("kept in ")

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from loopserve.core.policy.interfaces import AttentionInputs, KVSelection
+from loopserve.core.kv.selection import KVSelection
+from loopserve.core.policy.interfaces import AttentionInputs
 from loopserve.core.policy.patterns import AttentionPattern, DensePattern, LinePattern
 from tests.core import faulty
 from tests.core.faulty import BUDGET, Act

@@ -4,14 +4,10 @@ from typing import Any, ClassVar
 
 from pydantic import Field, model_validator
 
-from loopserve.core.policy.interfaces import (
-    Capabilities,
-    DecodeCompressor,
-    LayerType,
-    PolicyConfig,
-    PrefillSparsifier,
-    Retention,
-)
+from loopserve.core.kv.selection import Retention
+from loopserve.core.policy.base import Capabilities, PolicyConfig
+from loopserve.core.policy.interfaces import DecodeCompressor, PrefillSparsifier
+from loopserve.core.policy.layers import LayerType
 from loopserve.core.policy.registry import Registry
 
 

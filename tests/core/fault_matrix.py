@@ -53,7 +53,7 @@ NOT_FROM_THE_START = {
 
 @dataclass(frozen=True)
 class Row:
-    """One fault on one interface, as the table tells it."""
+    """One fault on one interface, as the table names it."""
 
     fault: str
     interface: str
@@ -134,7 +134,7 @@ def row(fault: str, interface: str) -> Row:
         interface,
         checks,
         raised if isinstance(raised, PolicyFault) else None,
-        _told(fault, interface, found),
+        _as_a_cell(fault, interface, found),
         int(marked.stats.as_dict()["faults"]),
         (torch.equal(beside_raise, reference), torch.equal(beside_dense, reference)),
     )
@@ -145,7 +145,7 @@ def _sound(policy: Any) -> Any:
     return type(policy)() if isinstance(policy, Windowed | Halving) else policy
 
 
-def _told(fault: str, interface: str, found: Tensor) -> str:
+def _as_a_cell(fault: str, interface: str, found: Tensor) -> str:
     """How the answer of a faulty turn compares."""
     dense = alone(engine(DensePrefill(), FullDecode()), MARKED)
     if torch.equal(found, dense):

@@ -11,15 +11,13 @@ from typing import Any, ClassVar
 import torch
 from pydantic import Field
 
+from loopserve.core.kv.selection import KVSelection, Retention
+from loopserve.core.policy.base import Capabilities, PolicyConfig
 from loopserve.core.policy.interfaces import (
     AttentionInputs,
-    Capabilities,
     DecodeCompressor,
-    KVSelection,
     Phase,
-    PolicyConfig,
     PrefillSparsifier,
-    Retention,
     Selections,
     Step,
 )

@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from loopserve.core.errors import CacheError, PolicyError
 from loopserve.core.kv.cache import KVCache
 from loopserve.core.kv.layer_cache import LayerCache
-from loopserve.core.policy.interfaces import KVSelection, Retention
+from loopserve.core.kv.selection import KVSelection, Retention
 
 HEADS, WIDTH = 2, 3
 

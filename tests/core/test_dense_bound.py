@@ -9,16 +9,9 @@ import torch
 
 import loopserve
 from loopserve.core.engine.engine import TokenEngine
-from loopserve.core.policy.interfaces import (
-    AttentionInputs,
-    Capabilities,
-    DecodeCompressor,
-    KVSelection,
-    Observation,
-    Phase,
-    Retention,
-    Step,
-)
+from loopserve.core.kv.selection import KVSelection, Retention
+from loopserve.core.policy.base import Capabilities
+from loopserve.core.policy.interfaces import AttentionInputs, DecodeCompressor, Observation, Phase, Step
 from loopserve.core.stack.stack import PolicyStack
 from loopserve.models.bridge import TransformersModel
 from loopserve.models.tiny import tiny_model

@@ -13,13 +13,14 @@ import torch
 from loopserve.core.engine.sampling import SamplingConfig
 from loopserve.core.errors import ConfigError, Fault, PolicyFault
 from loopserve.core.guard.guard import BREAKER_FAULTS, COOL_DOWN_S, Guard
-from loopserve.core.policy.interfaces import Phase, Retention
+from loopserve.core.kv.selection import Retention
+from loopserve.core.policy.interfaces import Phase
 from loopserve.policies.decode.full import FullDecode
 from loopserve.policies.prefill.dense import DensePrefill
 from tests.core import fault_matrix as matrix
 from tests.core.acts import CLOCK, COMPRESSOR, SPARSIFIER
-from tests.core.fault_matrix import ANSWER, MARKED, OTHER, alone, engine, prompt, steps
-from tests.core.faulty import Halving, Windowed
+from tests.core.fault_matrix import ANSWER, OTHER, alone, engine, prompt, steps
+from tests.core.faulty import MARKED, Halving, Windowed
 
 PAGE = Path(__file__).parents[2] / "docs" / "faults.md"
 KINDS = {
@@ -113,7 +114,7 @@ def test_a_raised_fault_takes_its_turn_back_and_the_conversation_goes_on(fault: 
         healthy = moment == "init_state" or subject.turn != 1 or state.get("spared")
         return answer if healthy else act(moment, policy, subject, state, answer, call)
 
-    said, told = SamplingConfig(max_new_tokens=ANSWER), []
+    said, outcomes = SamplingConfig(max_new_tokens=ANSWER), []
     for each in (later, None):
         served = engine(DensePrefill(), Halving(each), on_fault="raise")
         session = served.session()
@@ -130,11 +131,11 @@ def test_a_raised_fault_takes_its_turn_back_and_the_conversation_goes_on(fault: 
         elif damaged:
             session = served.session()
             answers.append(list(served.generate(session, tokens + prompt(9), said, frozenset())))
-            told.append(answers)
+            outcomes.append(answers)
             continue
         answers.append(list(served.generate(session, prompt(9), said, frozenset())))
-        told.append(answers)
-    assert told[0] == told[1]
+        outcomes.append(answers)
+    assert outcomes[0] == outcomes[1]
 
 
 @pytest.mark.parametrize("on_fault", ["raise", "dense"])

@@ -13,7 +13,8 @@ from pydantic import field_validator
 from loopserve.api import load_stack
 from loopserve.core.engine.engine import TokenEngine
 from loopserve.core.errors import ConfigError, PolicyFault
-from loopserve.core.policy.interfaces import AttentionInputs, Capabilities, PolicyConfig, PrefillSparsifier
+from loopserve.core.policy.base import Capabilities, PolicyConfig
+from loopserve.core.policy.interfaces import AttentionInputs, PrefillSparsifier
 from loopserve.core.policy.registry import Owner, Registry
 from loopserve.core.stack.stack import resolve_stack
 from tests.core.fake_policies import Full, Snap, fake_registry

@@ -7,7 +7,10 @@ from typing import Any, ClassVar
 import pytest
 
 from loopserve.core.errors import ConfigError
-from loopserve.core.policy.interfaces import Capabilities, DecodeCompressor, LayerSpec, LayerType, Need, Retention
+from loopserve.core.kv.selection import Retention
+from loopserve.core.policy.base import Capabilities
+from loopserve.core.policy.interfaces import DecodeCompressor
+from loopserve.core.policy.layers import LayerSpec, LayerType, Need
 from loopserve.core.policy.registry import Registry
 from loopserve.core.policy.wrappers import MAX_NESTING, ScoredWrapper
 from loopserve.core.stack.config import InvalidDocument, parse_yaml, to_yaml

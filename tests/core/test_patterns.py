@@ -1,4 +1,4 @@
-"""Every pattern attends as dense attention does under its mask, is causal, and tells its cost truly."""
+"""Every pattern attends as dense attention does under its mask, is causal, and reports its cost exactly."""
 
 from __future__ import annotations
 

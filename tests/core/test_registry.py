@@ -4,7 +4,8 @@ import pytest
 from pydantic import BaseModel, ConfigDict, Field
 
 from loopserve.core.errors import ConfigError, PluginError
-from loopserve.core.policy.interfaces import DecodeCompressor, PolicyConfig, PrefillSparsifier
+from loopserve.core.policy.base import PolicyConfig
+from loopserve.core.policy.interfaces import DecodeCompressor, PrefillSparsifier
 from loopserve.core.policy.registry import Kind, Owner, Registry
 from tests.core.fake_policies import ALL, AShape, Dense, Full, Snap, fake_registry
 

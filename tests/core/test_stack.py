@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loopserve.core.errors import ConfigError
-from loopserve.core.policy.interfaces import Retention
+from loopserve.core.kv.selection import Retention
 from loopserve.core.policy.registry import Registry
 from loopserve.core.stack.config import InvalidDocument, parse_yaml, to_yaml
 from loopserve.core.stack.stack import Override, resolve_stack

@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 
 from loopserve.core.errors import ConfigError
-from loopserve.core.policy.interfaces import LayerSpec, LayerType, Retention
+from loopserve.core.kv.selection import Retention
+from loopserve.core.policy.layers import LayerSpec, LayerType
 from loopserve.core.stack.stack import Override, PolicyStack, resolve_stack
 from loopserve.core.stack.stack_file import LayerRange
 from tests.core.fake_policies import Dense, Evicting, Full, SlidingOnly, Snap, fake_registry

@@ -2,7 +2,8 @@
 
 import pytest
 
-from loopserve.core.policy.interfaces import LayerSpec, LayerType, Retention
+from loopserve.core.kv.selection import Retention
+from loopserve.core.policy.layers import LayerSpec, LayerType
 from loopserve.core.policy.registry import Registry
 from loopserve.core.policy.wrappers import written
 from loopserve.core.stack.config import parse_yaml, to_yaml

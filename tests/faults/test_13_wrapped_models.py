@@ -9,7 +9,7 @@ import torch
 
 import loopserve
 from loopserve.core.errors import ConfigError, ModelError
-from loopserve.core.policy.interfaces import Need
+from loopserve.core.policy.layers import Need
 from loopserve.models.bridge import IMPLEMENTATION, TransformersModel
 from tests.faults.models import answer, engine, generated, ids, tiny, tokens
 

@@ -10,7 +10,7 @@ import torch
 
 import loopserve
 from loopserve.core.errors import ConfigError, ModelError
-from loopserve.core.policy.interfaces import LayerSpec, LayerType
+from loopserve.core.policy.layers import LayerSpec, LayerType
 from loopserve.models.loading import load
 
 

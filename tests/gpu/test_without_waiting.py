@@ -102,7 +102,7 @@ def test_a_decode_step_with_re_scoring_is_captured_in_a_graph() -> None:
 
 
 def jumping_step(query: Tensor, base: Tensor, pages: KeySummaries, observed: Tensor, made: Turn, tail: int) -> Tensor:
-    """What the codes point to beside the base, attended in place, and the next base by what they told."""
+    """What the codes point to beside the base, attended in place, and the next base by the codes' own scores."""
     columns = pages.jumps(query, base, tail, 124, made.scaling, observed)
     output, _ = decode_attention(query, made.keys, made.values, scaling=made.scaling, columns=columns, tail=tail)
     base.copy_(top_columns(observed, base.shape[1], sink_tokens=4, recent_window=64))

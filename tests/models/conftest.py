@@ -20,18 +20,18 @@ ANSWER = 9
 
 
 @dataclass
-class Told:
-    """Tokens and logits ``[steps, vocabulary]`` of every step of a conversation."""
+class GreedySteps:
+    """Choose greedily; keep tokens and logits ``[steps, vocabulary]`` of every step of a conversation."""
 
     tokens: list[int] = field(default_factory=list)
     logits: list[torch.Tensor] = field(default_factory=list)
 
-    def step(self, logits: torch.Tensor) -> int:
+    def __call__(self, logits: torch.Tensor) -> int:
         self.logits.append(logits)
         self.tokens.append(int(logits.argmax()))
         return self.tokens[-1]
 
-    def difference(self, other: Told) -> float:
+    def difference(self, other: GreedySteps) -> float:
         return float((torch.stack(self.logits) - torch.stack(other.logits)).abs().max())
 
 
@@ -40,9 +40,9 @@ def prompts(seed: int = 0) -> list[list[int]]:
     return [torch.randint(3, VOCABULARY, (count,), generator=generator).tolist() for count in TURNS]
 
 
-def told_by_transformers(model: PreTrainedModel) -> Told:
+def steps_by_transformers(model: PreTrainedModel) -> GreedySteps:
     """Greedy, with transformers' own attention and cache."""
-    told, cache, seen = Told(), DynamicCache(config=model.config), 0
+    steps, cache, seen = GreedySteps(), DynamicCache(config=model.config), 0
     waiting: list[int] = []
     with torch.no_grad():
         for prompt in prompts():
@@ -51,22 +51,22 @@ def told_by_transformers(model: PreTrainedModel) -> Told:
                 positions = torch.arange(seen, seen + len(waiting))[None]
                 output = model(torch.tensor([waiting]), position_ids=positions, **{cache_keyword(model): cache})
                 seen += len(waiting)
-                waiting = [told.step(output.logits[0, -1])]
-    return told
+                waiting = [steps(output.logits[0, -1])]
+    return steps
 
 
-def told_by_engine(engine: TokenEngine, session: Session | None = None) -> Told:
+def steps_by_engine(engine: TokenEngine, session: Session | None = None) -> GreedySteps:
     """The same conversation through our loop."""
-    told = Told()
+    steps = GreedySteps()
     session = session or engine.session()
     for prompt in prompts():
-        list(engine.generate(session, prompt, told.step, max_new_tokens=ANSWER))
-    return told
+        list(engine.generate(session, prompt, steps, max_new_tokens=ANSWER))
+    return steps
 
 
-def told_by_one_pass(model: PreTrainedModel, tokens: list[int]) -> Told:
+def steps_by_one_pass(model: PreTrainedModel, tokens: list[int]) -> GreedySteps:
     """The logits of a conversation with these answers, computed in one pass without a cache, by transformers' own attention."""
-    told, row, read = Told(), [], iter(tokens)
+    steps, row, read = GreedySteps(), [], iter(tokens)
     places = []
     for prompt in prompts():
         row += prompt
@@ -76,8 +76,8 @@ def told_by_one_pass(model: PreTrainedModel, tokens: list[int]) -> Told:
     with torch.no_grad():
         logits = model(torch.tensor([row]), use_cache=False).logits[0]
     for place in places:
-        told.step(logits[place])
-    return told
+        steps(logits[place])
+    return steps
 
 
 def engine_for(model: PreTrainedModel, stack: object, **options: int) -> TokenEngine:

@@ -137,7 +137,7 @@ def test_what_cannot_be_served_is_refused_by_name(llama: PreTrainedModel, option
         llama(**named)
 
 
-def test_figures_are_told_per_layer_and_head(llama: PreTrainedModel) -> None:
+def test_figures_are_reported_per_layer_and_head(llama: PreTrainedModel) -> None:
     with loopserve.apply(llama, SPARSE, measure_coverage=True) as state:
         answers(llama, padded(rows()[:1]))
     (turn,) = state.stats[0]

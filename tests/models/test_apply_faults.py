@@ -12,8 +12,8 @@ from loopserve.models.tiny import tiny_model
 from loopserve.policies.decode.full import FullDecode
 from loopserve.policies.prefill.dense import DensePrefill
 from tests.core.acts import COMPRESSOR, SPARSIFIER
-from tests.core.fault_matrix import MARKED, OTHER, prompt
-from tests.core.faulty import Halving, Windowed
+from tests.core.fault_matrix import OTHER, prompt
+from tests.core.faulty import MARKED, Halving, Windowed
 
 
 def answers(stack: PolicyStack, **options: str) -> tuple[list[list[int]], list[float]]:

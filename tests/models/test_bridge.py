@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from loopserve.core.errors import ConfigError, ModelError
-from loopserve.core.policy.interfaces import LayerType
+from loopserve.core.policy.layers import LayerType
 from loopserve.models.bridge import TransformersModel, attention
 from loopserve.models.layers import read_layers
 from loopserve.models.tiny import WINDOW, tiny_model

@@ -9,7 +9,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from loopserve.core.errors import InputError, ModelError
-from loopserve.models.chat import ChatTokenizer, StreamDecoder
+from loopserve.models.answers import StreamDecoder
+from loopserve.models.chat import ChatTokenizer
 from loopserve.models.messages import as_messages
 
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]

@@ -10,7 +10,7 @@ import torch
 
 from loopserve.models.bridge import TransformersModel
 from loopserve.models.tiny import FAMILIES, RECURRENT, tiny_model
-from tests.models.conftest import engine_for, told_by_engine, told_by_one_pass, told_by_transformers
+from tests.models.conftest import engine_for, steps_by_engine, steps_by_one_pass, steps_by_transformers
 
 # Linear attention is computed in blocks from the first token of a pass on, so its floats depend on where a pass begins.
 TOLERANCE = 1e-4
@@ -32,8 +32,8 @@ def test_the_readme_names_the_families_tested_here() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_dense_engine_equals_one_pass_without_a_cache(family: str) -> None:
-    ours = told_by_engine(engine_for(tiny_model(family), "dense", chunk_tokens=17))
-    whole = told_by_one_pass(tiny_model(family), ours.tokens)
+    ours = steps_by_engine(engine_for(tiny_model(family), "dense", chunk_tokens=17))
+    whole = steps_by_one_pass(tiny_model(family), ours.tokens)
     assert ours.tokens == whole.tokens
     assert ours.difference(whole) < TOLERANCE
 
@@ -41,8 +41,8 @@ def test_dense_engine_equals_one_pass_without_a_cache(family: str) -> None:
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family not in DROPPED])
 def test_dense_engine_equals_transformers(family: str) -> None:
     model = tiny_model(family)
-    plain = told_by_transformers(model)
-    ours = told_by_engine(engine_for(model, "dense"))
+    plain = steps_by_transformers(model)
+    ours = steps_by_engine(engine_for(model, "dense"))
     assert ours.tokens == plain.tokens
     assert ours.difference(plain) < (1e-4 if family in RECURRENT else 1e-5)
 
@@ -52,12 +52,12 @@ def test_dense_engine_equals_transformers(family: str) -> None:
 )  # all its layers slide
 def test_a_stack_that_leaves_nothing_out_is_bit_equal_to_dense(family: str) -> None:
     model = tiny_model(family)
-    dense = told_by_engine(engine_for(model, "dense"))
+    dense = steps_by_engine(engine_for(model, "dense"))
     repeatable = all(spec.repeatable for spec in TransformersModel(model).layers)
     stack = (
         EVERYTHING if repeatable else {**EVERYTHING, "decode": {**EVERYTHING["decode"], "first_block": "last_window"}}
     )
-    ours = told_by_engine(engine_for(model, stack))
+    ours = steps_by_engine(engine_for(model, stack))
     assert ours.tokens == dense.tokens
     assert ours.difference(dense) == 0.0
 
@@ -65,8 +65,8 @@ def test_a_stack_that_leaves_nothing_out_is_bit_equal_to_dense(family: str) -> N
 @pytest.mark.parametrize("family", FAMILIES)
 def test_chunked_prefill_equals_one_shot(family: str) -> None:
     model = tiny_model(family)
-    whole = told_by_engine(engine_for(model, "dense"))
-    chunked = told_by_engine(engine_for(model, "dense", chunk_tokens=17))
+    whole = steps_by_engine(engine_for(model, "dense"))
+    chunked = steps_by_engine(engine_for(model, "dense", chunk_tokens=17))
     assert chunked.tokens == whole.tokens
     assert chunked.difference(whole) < (TOLERANCE if family in RECURRENT else 1e-5)
 
@@ -78,7 +78,7 @@ def test_chunked_prefill_equals_one_shot(family: str) -> None:
     ("mistral_window", "sliding_window", None),
 ])  # fmt: skip
 def test_the_tiny_models_would_expose_an_ignored_keyword(family: str, field: str, value: object) -> None:
-    told = told_by_transformers(tiny_model(family))
+    steps = steps_by_transformers(tiny_model(family))
     changed = tiny_model(family)
     if field == "sinks":
         for layer in changed.model.layers:
@@ -91,4 +91,4 @@ def test_the_tiny_models_would_expose_an_ignored_keyword(family: str, field: str
     else:
         for layer in changed.model.layers:
             layer.self_attn.attn_logit_softcapping = value
-    assert told_by_transformers(changed).difference(told) > 1e-3
+    assert steps_by_transformers(changed).difference(steps) > 1e-3

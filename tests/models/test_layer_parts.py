@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-from loopserve.core.policy.interfaces import AttentionInputs, Need, PrefillSparsifier
+from loopserve.core.policy.interfaces import AttentionInputs, PrefillSparsifier
+from loopserve.core.policy.layers import Need
 from loopserve.core.policy.patterns import AttentionPattern, DensePattern
 from loopserve.core.stack.stack import PolicyStack
 from loopserve.models.bridge import TransformersModel

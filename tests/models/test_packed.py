@@ -10,7 +10,7 @@ from loopserve.core.engine.engine import TokenEngine
 from loopserve.core.engine.session import Session
 from loopserve.core.engine.turn import Turn
 from loopserve.models.tiny import FAMILIES, VOCABULARY, tiny_model
-from tests.models.conftest import engine_for
+from tests.models.conftest import GreedySteps, engine_for
 
 STACKS = {
     "dense": "dense",
@@ -23,17 +23,6 @@ LENGTHS = ((61, 9), (23, 40), (7, 3))  # per session: tokens of its two turns
 ANSWER = 6
 
 
-class Recorded:
-    """Choose greedily and keep the logits."""
-
-    def __init__(self) -> None:
-        self.logits: list[torch.Tensor] = []
-
-    def __call__(self, logits: torch.Tensor) -> int:
-        self.logits.append(logits)
-        return int(logits.argmax())
-
-
 def prompt(session: int, turn: int) -> list[int]:
     generator = torch.Generator().manual_seed(10 * session + turn)
     return torch.randint(3, VOCABULARY, (LENGTHS[session][turn],), generator=generator).tolist()
@@ -43,7 +32,7 @@ def alone(engine: TokenEngine) -> list[torch.Tensor]:
     """Per session, the logits of its two turns, each run by itself."""
     found = []
     for number in range(len(LENGTHS)):
-        session, seen = engine.session(), Recorded()
+        session, seen = engine.session(), GreedySteps()
         for turn in range(2):
             list(engine.generate(session, prompt(number, turn), seen, max_new_tokens=ANSWER))
         found.append(torch.stack(seen.logits))
@@ -53,7 +42,7 @@ def alone(engine: TokenEngine) -> list[torch.Tensor]:
 def together(engine: TokenEngine) -> tuple[list[torch.Tensor], int]:
     """The same turns, prefill pieces of some in the passes of others' decode steps. Returns the passes with more than one phase."""
     sessions: list[Session] = [engine.session() for _ in LENGTHS]
-    seen = [Recorded() for _ in LENGTHS]
+    seen = [GreedySteps() for _ in LENGTHS]
     running: dict[int, Turn] = {}
     begun = [0] * len(LENGTHS)
     mixed = passes = 0
@@ -97,7 +86,7 @@ def in_pieces(engine: TokenEngine) -> list[torch.Tensor]:
     """Per session, the logits of its turns alone, with prefill pieces of at most 30 tokens."""
     found = []
     for number in range(len(LENGTHS)):
-        session, seen = engine.session(), Recorded()
+        session, seen = engine.session(), GreedySteps()
         for turn in range(2):
             running = engine.begin(session, prompt(number, turn), seen, max_new_tokens=ANSWER)
             while not running.finished:

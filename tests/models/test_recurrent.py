@@ -17,13 +17,14 @@ from loopserve.core.engine.policy_states import RECURRENT as RECURRENT_STATES
 from loopserve.core.engine.session import Session
 from loopserve.core.errors import ConfigError, ModelError
 from loopserve.core.kv.cache import bytes_of_states
-from loopserve.core.policy.interfaces import Capabilities, DecodeCompressor, Observation, Phase
+from loopserve.core.policy.base import Capabilities
+from loopserve.core.policy.interfaces import DecodeCompressor, Observation, Phase
 from loopserve.core.stack.stack import PolicyStack
 from loopserve.models.carried import Carried
 from loopserve.models.tiny import RECURRENT, VOCABULARY, tiny_model
 from loopserve.policies.prefill.dense import DensePrefill
 from loopserve.serve.kv_files import LoadedPairs
-from tests.models.conftest import engine_for
+from tests.models.conftest import GreedySteps, engine_for
 
 pytestmark = pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")
 
@@ -54,19 +55,8 @@ def tokens(seed: int, count: int) -> list[int]:
 FIRST, SECOND, THIRD = tokens(1, 33), tokens(2, 12), tokens(3, 19)
 
 
-class Recorded:
-    """Choose greedily and keep the logits."""
-
-    def __init__(self) -> None:
-        self.logits: list[torch.Tensor] = []
-
-    def __call__(self, logits: torch.Tensor) -> int:
-        self.logits.append(logits)
-        return int(logits.argmax())
-
-
 def turn(engine: TokenEngine, session: Session, prompt: list[int]) -> torch.Tensor:
-    seen = Recorded()
+    seen = GreedySteps()
     list(engine.generate(session, prompt, seen, max_new_tokens=5))
     return torch.stack(seen.logits)
 
@@ -118,14 +108,14 @@ def test_an_undo_beyond_the_depth_computes_anew() -> None:
 
 
 def leaves(engine: TokenEngine, session: Session) -> None:
-    answer = engine.generate(session, SECOND, Recorded(), max_new_tokens=5)
+    answer = engine.generate(session, SECOND, GreedySteps(), max_new_tokens=5)
     next(answer)
     next(answer)
     answer.close()
 
 
 def cancels_its_prefill(engine: TokenEngine, session: Session) -> None:
-    running = engine.begin(session, SECOND, Recorded(), max_new_tokens=5)
+    running = engine.begin(session, SECOND, GreedySteps(), max_new_tokens=5)
     engine.run_pass([running], [5])
     running.close()
 
@@ -162,7 +152,7 @@ def test_a_turn_that_ends_early_leaves_no_trace(family: str, way: Callable[[Toke
 def test_an_error_of_one_session_ends_no_other() -> None:
     engine = engine_for(tiny_model("bamba"), "dense")
     sessions = [engine.session() for _ in range(3)]
-    seen = [Recorded() for _ in sessions]
+    seen = [GreedySteps() for _ in sessions]
     turns = [engine.begin(each, FIRST, chosen, max_new_tokens=5) for each, chosen in zip(sessions, seen, strict=True)]
     engine.run_pass(turns)
     sessions[1].cache.recurrent.clear()  # as a defect elsewhere would

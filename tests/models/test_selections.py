@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 
 from loopserve.core.engine.engine import TokenEngine
 from loopserve.core.errors import PolicyError
-from loopserve.core.policy.interfaces import DecodeCompressor, KVSelection, Observation, Retention, Step
+from loopserve.core.kv.selection import KVSelection, Retention
+from loopserve.core.policy.interfaces import DecodeCompressor, Observation, Step
 from loopserve.core.stack.stack import PolicyStack
 from loopserve.models.bridge import IMPLEMENTATION, TransformersModel
 from loopserve.models.layers import set_implementation

@@ -12,7 +12,7 @@ from loopserve.core.engine.engine import TokenEngine
 from loopserve.core.engine.sampling import Dictation, Sampler, SamplingConfig
 from loopserve.core.engine.session import Session
 from loopserve.core.errors import InputError, ModelError
-from tests.models.conftest import ANSWER, engine_for, prompts, told_by_engine
+from tests.models.conftest import ANSWER, engine_for, prompts, steps_by_engine
 
 NO_STOP: frozenset[int] = frozenset()
 STACKS: dict[str, dict[str, Any]] = {
@@ -73,8 +73,8 @@ def test_reading_and_answering_is_generating(llama: PreTrainedModel, name: str) 
         whole = list(engine.generate(one, prompt, SamplingConfig(max_new_tokens=ANSWER), NO_STOP))
         logits = engine.prefill(two, prompt, max_new_tokens=ANSWER)
         assert answer(engine, two, logits, Sampler(SamplingConfig())) == whole
-    told, (first, second) = told_by_engine(engine).tokens, prompts()
-    assert one.tokens == two.tokens == [*first, *told[:ANSWER], *second, *told[ANSWER:]]
+    steps, (first, second) = steps_by_engine(engine).tokens, prompts()
+    assert one.tokens == two.tokens == [*first, *steps[:ANSWER], *second, *steps[ANSWER:]]
 
 
 def test_a_dictated_answer_is_what_later_turns_build_on(llama: PreTrainedModel) -> None:
@@ -122,13 +122,13 @@ def test_an_answer_needs_a_turn_that_waits_for_it(llama: PreTrainedModel) -> Non
 def test_steps_with_another_selection_are_counted(llama: PreTrainedModel) -> None:
     found = {}
     for name in ("dense", "kept", "every step", "loopserve"):
-        session = told_of(engine_for(llama, STACKS[name]))
+        session = session_after_turns(engine_for(llama, STACKS[name]))
         found[name] = session.stats.reselected_steps
     steps = ANSWER - 1
     assert found == {"dense": 0, "kept": 0, "every step": steps, "loopserve": steps // 3}
 
 
-def told_of(engine: TokenEngine) -> Session:
+def session_after_turns(engine: TokenEngine) -> Session:
     session = engine.session()
-    told_by_engine(engine, session)
+    steps_by_engine(engine, session)
     return session

@@ -17,7 +17,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from loopserve.core.policy.interfaces import AttentionInputs, KVSelection, LayerSpec, LayerType, Phase
+from loopserve.core.kv.selection import KVSelection
+from loopserve.core.policy.interfaces import AttentionInputs, Phase
+from loopserve.core.policy.layers import LayerSpec, LayerType
 from loopserve.core.policy.scoring import ScoredCompressor
 from loopserve.policies.decode.adakv import AdaKVDecode
 from loopserve.policies.decode.chunkkv import ChunkKVDecode

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from loopserve.core.policy.interfaces import Retention
+from loopserve.core.kv.selection import Retention
 from loopserve.core.policy.registry import Kind, Registration, Registry
 from loopserve.core.stack.stack import resolve_stack
 from loopserve.policies import loopserve_register_policies

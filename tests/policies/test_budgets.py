@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loopserve.core.policy.interfaces import AttentionInputs, Retention
+from loopserve.core.kv.selection import Retention
+from loopserve.core.policy.interfaces import AttentionInputs
 from loopserve.core.policy.registry import Kind, Registration
 from loopserve.core.policy.scoring import ScoredCompressor
 from loopserve.policies.decode.adakv import AdaKVDecode

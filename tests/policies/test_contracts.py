@@ -13,7 +13,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from loopserve.core.policy.interfaces import PrefillSparsifier, Retention
+from loopserve.core.kv.selection import Retention
+from loopserve.core.policy.interfaces import PrefillSparsifier
 from loopserve.core.policy.registry import Kind, Registration
 from loopserve.policies.decode.snapkv import SnapKVDecode
 from loopserve.testing.assertions import assert_pattern, unchanged

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from loopserve.core.policy.interfaces import AttentionInputs, Phase, Retention
+from loopserve.core.kv.selection import Retention
+from loopserve.core.policy.interfaces import AttentionInputs, Phase
 from loopserve.policies.attended import attention_over
 from loopserve.policies.decode.chunkkv import ChunkKVDecode
 from loopserve.policies.decode.expected_attention import ExpectedAttentionDecode

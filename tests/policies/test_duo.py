@@ -12,7 +12,8 @@ from torch import Tensor
 
 from loopserve.core.engine.sampling import SamplingConfig
 from loopserve.core.errors import ConfigError
-from loopserve.core.policy.interfaces import AttentionInputs, Retention
+from loopserve.core.kv.selection import Retention
+from loopserve.core.policy.interfaces import AttentionInputs
 from loopserve.core.policy.patterns import DensePattern
 from loopserve.policies.decode.duo import DuoDecode
 from loopserve.policies.head_split import best_share, far_mass, read_scores, write_scores

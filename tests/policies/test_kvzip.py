@@ -11,14 +11,8 @@ from torch import Tensor
 
 from loopserve.core.engine.engine import TokenEngine
 from loopserve.core.errors import InputError, PolicyError
-from loopserve.core.policy.interfaces import (
-    AttentionInputs,
-    DecodeCompressor,
-    Observation,
-    Phase,
-    Retention,
-    Step,
-)
+from loopserve.core.kv.selection import Retention
+from loopserve.core.policy.interfaces import AttentionInputs, DecodeCompressor, Observation, Phase, Step
 from loopserve.core.policy.registry import Kind
 from loopserve.core.stack.stack import PolicyStack, resolve_stack
 from loopserve.models.bridge import TransformersModel

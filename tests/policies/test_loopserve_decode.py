@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from loopserve import Engine
-from loopserve.core.policy.interfaces import AttentionInputs, DecodeCompressor, KVSelection
+from loopserve.core.kv.selection import KVSelection
+from loopserve.core.policy.interfaces import AttentionInputs, DecodeCompressor
 from loopserve.policies.decode.loopserve.policy import LoopServeDecode
 from loopserve.policies.decode.snapkv import SnapKVDecode
 from loopserve.testing.scripted import ScriptedConversation

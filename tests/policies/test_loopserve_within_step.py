@@ -148,7 +148,7 @@ def test_best_pages_are_exact(heads: int, total: int, page: int, budget: int, se
 
 
 def test_rescoring_by_codes_follows_the_answer_and_reads_no_keys() -> None:
-    """What each output looked at, the codes told as it came: the next selection needs no other reading."""
+    """What each output looked at, the codes seen as it came: the next selection needs no other reading."""
     by = {}
     for rescore in ("keys", "codes"):
         talk = converse(
@@ -171,7 +171,7 @@ def test_a_selection_that_changes_each_step_is_attended_in_place() -> None:
     assert talk.cache.active_bytes == 0
 
 
-def test_codes_need_the_reading_that_they_are_told_by() -> None:
+def test_codes_need_the_reading_that_they_are_seen_by() -> None:
     for fields in ({"rescore": "codes"}, {"rescore": "codes", "key_bits": 2, "page_budget": 6, "trigger": "drift"}):
         with pytest.raises(ValueError, match="rescore: codes needs"):
             loopserve(**fields)

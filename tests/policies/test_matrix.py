@@ -9,7 +9,7 @@ import torch
 
 from loopserve.core.engine.engine import TokenEngine
 from loopserve.core.engine.session import Session
-from loopserve.core.policy.interfaces import Retention
+from loopserve.core.kv.selection import Retention
 from loopserve.core.policy.registry import Kind, Registration
 from loopserve.core.stack.stack import pairs
 from tests.policies.conversations import ANSWER, DENSE, FAMILIES, FULL, TURNS, answers, conversation, engine
@@ -57,11 +57,11 @@ def assert_two_at_once_equal_two_alone(served: TokenEngine) -> list[Session]:
     alone = [conversation(served, seed=seed) for seed in (0, 1)]
     sessions = [served.session() for _ in alone]
     talks = [answers(served, session, seed) for seed, session in enumerate(sessions)]
-    told: list[list[torch.Tensor]] = [[], []]
+    outputs: list[list[torch.Tensor]] = [[], []]
     for _ in TURNS:
-        for turns, talk in zip(told, talks, strict=True):
+        for turns, talk in zip(outputs, talks, strict=True):
             turns.append(next(talk))
-    for solo, turns in zip(alone, told, strict=True):
+    for solo, turns in zip(alone, outputs, strict=True):
         assert torch.isfinite(solo).all()
         assert torch.equal(solo, torch.cat(turns))
     return sessions
@@ -111,5 +111,5 @@ def test_every_pair_holds_three_turns(prefill: str, family: str) -> None:
     for pair in [each for each in PAIRS if each.prefill == prefill]:
         first, second = written[Kind.PREFILL, prefill], written[Kind.DECODE, pair.decode]
         served = engine(family, spec(first), spec(second, pair.retention))
-        told = torch.cat(list(answers(served, served.session(), turns=(33, 2, 13), answer=3)))
-        assert torch.isfinite(told).all(), f"{prefill} x {pair.decode} ({pair.retention})"
+        outputs = torch.cat(list(answers(served, served.session(), turns=(33, 2, 13), answer=3)))
+        assert torch.isfinite(outputs).all(), f"{prefill} x {pair.decode} ({pair.retention})"

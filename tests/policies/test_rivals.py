@@ -10,7 +10,8 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from loopserve.core.policy.interfaces import LayerSpec, LayerType, Retention
+from loopserve.core.kv.selection import Retention
+from loopserve.core.policy.layers import LayerSpec, LayerType
 from loopserve.policies.decode.flowkv import FlowKVDecode
 from loopserve.policies.decode.full import FullDecode
 from loopserve.policies.decode.knorm import KnormDecode

@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loopserve.core.policy.interfaces import AttentionInputs, Phase, Retention, Step
+from loopserve.core.kv.selection import Retention
+from loopserve.core.policy.interfaces import AttentionInputs, Phase, Step
 from loopserve.core.policy.scoring import ScoredCompressor
 from loopserve.policies.decode.random import RandomDecode
 from loopserve.policies.decode.snapkv import SnapKVDecode
@@ -115,7 +116,7 @@ def test_scored_selections_are_exact_and_forced_pairs_are_kept(
             assert forced <= set(selection.head(head).tolist())
 
 
-def test_snapkv_is_recomputed_every_turn_and_evicts_for_good_only_when_told() -> None:
+def test_snapkv_is_recomputed_every_turn_and_evicts_for_good_only_when_set_to() -> None:
     source = torch.Generator().manual_seed(0)
     queries = torch.randn(2, 4, 200, 16, generator=source)
     keys = torch.randn(2, 2, 200, 16, generator=source)

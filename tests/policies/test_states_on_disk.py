@@ -15,7 +15,8 @@ from loopserve_star import StarPrefill
 from loopserve.core.engine.engine import TokenEngine
 from loopserve.core.engine.sampling import SamplingConfig
 from loopserve.core.engine.session import Session
-from loopserve.core.policy.interfaces import AttentionInputs, DecodeCompressor, PrefillSparsifier, Retention
+from loopserve.core.kv.selection import Retention
+from loopserve.core.policy.interfaces import AttentionInputs, DecodeCompressor, PrefillSparsifier
 from loopserve.core.stack.stack import PolicyStack
 from loopserve.models.bridge import TransformersModel
 from loopserve.policies.decode.full import FullDecode

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from loopserve.core.policy.interfaces import Retention
+from loopserve.core.kv.selection import Retention
 from loopserve.policies.decode.full import FullDecode
 from loopserve.policies.decode.streaming_llm import StreamingLLMDecode
 from loopserve.testing.scripted import ScriptedConversation

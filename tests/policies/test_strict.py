@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from loopserve.core.policy.interfaces import Retention
+from loopserve.core.kv.selection import Retention
 from loopserve.core.policy.registry import Kind, Registration
 from tests.policies.conversations import DENSE, FULL, answers, engine
 from tests.policies.small import COMPRESSORS, POLICIES, label, spec

@@ -63,7 +63,7 @@ def test_two_turns_are_taken_back_and_held_again() -> None:
 
 
 class Counting(DecodeCompressor[dict[str, int]]):
-    """Counts the turns it reads and those it is told are over."""
+    """Counts the turns it reads and those that were reported as over."""
 
     name: ClassVar[str] = "counting"
     paper: ClassVar[str] = ""

@@ -14,8 +14,8 @@ from loopserve.bench.budget import budget_for, uncounted_outputs_of, with_budget
 from loopserve.bench.quality.conversation import Distributions
 from loopserve.core.engine.sampling import Dictation
 
-CONTEXT, TOLD = 2400, 48
-# Largest mean KL(dense || stack) in nats and smallest share of equal likeliest tokens, with room for a few of 48 tokens.
+CONTEXT, GIVEN = 2400, 48
+# Largest mean KL(dense || stack) in nats and smallest share of equal likeliest tokens, with a margin of a few of 48 tokens.
 # Measured: .0357 / .896, .0914 / .812, .1217 / .833, .4665 / .583, .0821 / .812, .1130 / .812.
 BOUNDS = {
     "loopserve": (0.055, 0.83),
@@ -59,11 +59,11 @@ class _Watch:
 
 def predictions(served: Any, stack: Any, ids: list[int]) -> list[torch.Tensor]:
     engine = Engine(*served, stack).token_engine
-    told = ids[CONTEXT : CONTEXT + TOLD]
-    watch = _Watch(told)
+    given = ids[CONTEXT : CONTEXT + GIVEN]
+    watch = _Watch(given)
     with closing(engine.session()) as session:
-        logits = engine.prefill(session, ids[:CONTEXT], max_new_tokens=len(told))
-        for _ in engine.decode(session, logits, watch, frozenset(), len(told)):
+        logits = engine.prefill(session, ids[:CONTEXT], max_new_tokens=len(given))
+        for _ in engine.decode(session, logits, watch, frozenset(), len(given)):
             pass
     return watch.seen
 
@@ -81,9 +81,9 @@ def dense(served: Any, ids: list[int]) -> list[torch.Tensor]:
 @pytest.mark.parametrize("name", BOUNDS)
 def test_agreement_with_dense(served: Any, ids: list[int], dense: list[torch.Tensor], name: str) -> None:
     stack = load_stack(name)
-    budget = budget_for(0.05, CONTEXT + TOLD / 2, uncounted_outputs_of(stack, TOLD / 2))
+    budget = budget_for(0.05, CONTEXT + GIVEN / 2, uncounted_outputs_of(stack, GIVEN / 2))
     own = predictions(served, with_budget(stack, budget), ids)
-    kl = sum(Distributions.of(dense).divergences(own)) / TOLD
-    same = sum(int(one.argmax() == other.argmax()) for one, other in zip(dense, own, strict=True)) / TOLD
+    kl = sum(Distributions.of(dense).divergences(own)) / GIVEN
+    same = sum(int(one.argmax() == other.argmax()) for one, other in zip(dense, own, strict=True)) / GIVEN
     most, least = BOUNDS[name]
     assert kl <= most and same >= least, f"{name}: KL {kl:.4f} (at most {most}), top-1 {same:.3f} (at least {least})"

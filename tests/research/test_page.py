@@ -91,7 +91,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     return page.render(rows_with(windows_fail), Pictures(place / "evidence", place / "evidence.md"), place), place
 
 
-def test_every_section_is_told_and_every_picture_is_there(whole: tuple[str, Path]) -> None:
+def test_every_section_is_there_and_every_picture_is_there(whole: tuple[str, Path]) -> None:
     text, place = whole
     assert text.count("\n## ") == 10
     assert "Not run" not in text
@@ -153,7 +153,7 @@ def test_the_bar_is_met_or_not(tmp_path: Path) -> None:
     assert "| yes |" not in missed
 
 
-def test_eviction_that_costs_answers_is_told(tmp_path: Path) -> None:
+def test_eviction_that_costs_answers_is_reported(tmp_path: Path) -> None:
     def forgetful(spec: dict[str, Any]) -> float:
         return 0.25 if spec.get("kept") == "evict" else 1.0
 

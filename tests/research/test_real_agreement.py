@@ -13,9 +13,11 @@ from loopserve.models.bridge import IMPLEMENTATION, TransformersModel
 from loopserve.models.layers import set_implementation
 from loopserve.models.tiny import VOCABULARY, tiny_model
 from research.evidence.units import Row, Unit
-from research.evidence_real import agreement
-from research.evidence_real.agreement import BLOCK, Agreement, Case, at_share, with_options
+from research.evidence_real.case import Case
+from research.evidence_real.comparison import BLOCK
 from research.evidence_real.ledger import Ledger
+from research.evidence_real.stacks import at_share, with_options
+from research.evidence_real.summary import Agreement, standard_error
 from research.evidence_real.texts import KINDS, TEXTS, text
 
 DENSE = {"policy": "dense"}
@@ -135,9 +137,9 @@ def test_options_of_the_command_line_reach_the_policies() -> None:
 def test_errors_are_those_of_blocks() -> None:
     flat = {"tokens": 3 * BLOCK, "kl": [BLOCK * 0.5] * 3, "same": [8, 8, 8], "loss": [0.0] * 3}
     assert Agreement([flat]).kl == 0.5
-    assert agreement.standard_error([flat], "kl") == 0.0
+    assert standard_error([flat], "kl") == 0.0
     uneven = flat | {"kl": [0.0, BLOCK * 1.0, BLOCK * 0.5]}
-    assert agreement.standard_error([uneven], "kl") == pytest.approx((0.25 / 3) ** 0.5)
+    assert standard_error([uneven], "kl") == pytest.approx((0.25 / 3) ** 0.5)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -11,7 +11,8 @@ from loopserve.models.bridge import IMPLEMENTATION, TransformersModel
 from loopserve.models.layers import set_implementation
 from loopserve.models.tiny import tiny_model
 from research.evidence_real import claims, dialogues
-from research.evidence_real.agreement import Agreement
+from research.evidence_real.summary import Agreement
+from research.evidence_real.texts import text
 from tests.research.test_real_needles import Words
 
 TOKENS = 700
@@ -29,21 +30,21 @@ def windowed(retention: str) -> Any:
     return load_stack({"prefill": {"policy": "dense"}, "decode": decode})
 
 
-def test_a_text_is_told_piece_by_piece_without_gaps() -> None:
+def test_a_text_is_given_piece_by_piece_without_gaps() -> None:
     class Numbered(Words):
         def encode(self, text: str, **options: Any) -> list[int]:
             return list(range(1000, 3000)) if text == "numbers" else super().encode(text)
 
     turns = dialogues.turns_of(Numbered(), "numbers", TOKENS)
-    told = [token for given, answer in turns for token in (*given, *answer) if token >= 1000]
-    assert told == list(range(1000, 1000 + len(told)))
+    whole = [token for given, answer in turns for token in (*given, *answer) if token >= 1000]
+    assert whole == list(range(1000, 1000 + len(whole)))
     assert [len(answer) for _, answer in turns] == [dialogues.ANSWER] * dialogues.TURNS
     assert TOKENS - 60 <= sum(len(given) + len(answer) for given, answer in turns) <= TOKENS + 60
 
 
 def test_every_turn_agrees_without_a_policy_and_less_with_one(model: TransformersModel) -> None:
     stacks = {"dense": load_stack("dense"), "kept": windowed("keep"), "evicting": windowed("evict")}
-    found = dialogues.measure(model, Words(), "prose", 0, TOKENS, stacks)
+    found = dialogues.measure(model, Words(), text("prose", 0), TOKENS, stacks)
     assert all(len(turns) == dialogues.TURNS for turns in found.values())
     assert all(Agreement([each]).kl < 1e-6 for each in found["dense"])
     assert all(Agreement([each]).kl > 1e-5 for each in found["kept"][1:])

@@ -1,4 +1,4 @@
-"""Numbers are told in every turn, asked for at every place, and dense attention is the same as no policy at all."""
+"""Numbers are stated in every turn, asked for at every place, and dense attention is the same as no policy at all."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from loopserve.models.bridge import IMPLEMENTATION, TransformersModel
 from loopserve.models.layers import set_implementation
 from loopserve.models.tiny import tiny_model
 from research.evidence_real import needles
-from research.evidence_real.needles import POSITIONS, dialogue, last_message
+from research.evidence_real.needles import POSITIONS, last_message, make_dialogue
 
 
 class Words:
     """A tokenizer with one token per word, digit or mark."""
+
+    chat_template: str | None = "roles in brackets"
 
     def encode(self, text: str, **options: Any) -> list[int]:
         parts = re.findall(r"\d|[a-z]+|[^\sa-z]", text.lower())
@@ -30,22 +32,22 @@ class Words:
 
 
 def test_every_turn_tells_numbers_and_every_place_asks_for_them() -> None:
-    told = dialogue(Words(), 2000, 3)
-    whole = [*told.messages, told.last]
-    assert {question.position for question in told.questions} == set(POSITIONS)
-    for question in told.questions:
+    dialogue = make_dialogue(Words(), 2000, 3)
+    whole = [*dialogue.messages, dialogue.last]
+    assert {question.position for question in dialogue.questions} == set(POSITIONS)
+    for question in dialogue.questions:
         text = whole[len(whole) - 1 - question.back]
         assert f"The magic number of the {question.thing} is {question.number}." in text
-        message = last_message(told, question)
+        message = last_message(dialogue, question)
         asked = message.index(f"What is the magic number of the {question.thing}?") / len(message)
         low, high = {"begin": (0.0, 0.1), "middle": (0.2, 0.8), "end": (0.8, 1.0)}[question.position]
         assert low <= asked <= high
         assert question.number in message or question.back > 0
 
 
-def test_the_same_seed_tells_the_same_dialogue_and_another_one_another() -> None:
-    assert dialogue(Words(), 1500, 1) == dialogue(Words(), 1500, 1)
-    assert dialogue(Words(), 1500, 1) != dialogue(Words(), 1500, 3)
+def test_the_same_seed_gives_the_same_dialogue_and_another_one_another() -> None:
+    assert make_dialogue(Words(), 1500, 1) == make_dialogue(Words(), 1500, 1)
+    assert make_dialogue(Words(), 1500, 1) != make_dialogue(Words(), 1500, 3)
 
 
 def test_every_question_is_answered_under_every_stack() -> None:

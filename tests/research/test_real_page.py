@@ -12,7 +12,7 @@ import pytest
 from research.evidence.units import Row, Unit
 from research.evidence_real import work
 from research.evidence_real.__main__ import main
-from research.evidence_real.agreement import BLOCK
+from research.evidence_real.comparison import BLOCK
 from research.evidence_real.dialogues import TURNS
 from research.evidence_real.ledger import Ledger
 from research.evidence_real.page import LAST, current, render
@@ -85,7 +85,7 @@ def verdict(text: str, claim: str) -> str:
     return line.split("|")[2].strip()
 
 
-def test_every_section_is_told_and_nothing_is_missing(tmp_path: Path) -> None:
+def test_every_section_is_there_and_nothing_is_missing(tmp_path: Path) -> None:
     units = units_of(FULL)
     text = render(written(tmp_path, units, ours_is_best), units)
     assert text.count("\n## ") == 10
@@ -96,7 +96,7 @@ def test_every_section_is_told_and_nothing_is_missing(tmp_path: Path) -> None:
         assert len({line.count("|") for line in block.splitlines()}) == 1, block
     for experiment in {unit.experiment for unit in units}:
         assert f"| {experiment} |" in text
-    assert verdict(text, "Numbers told turns before") == "yes"
+    assert verdict(text, "Numbers stated turns before") == "yes"
     assert "too few" not in text
 
 
@@ -107,7 +107,7 @@ def test_verdicts_turn_with_the_figures(tmp_path: Path) -> None:
     for claim in ("Decoding under `loopserve` is at dense's level", "No other preset"):
         assert verdict(good, claim) == "yes"
         assert verdict(bad, claim) == "no"
-    assert verdict(good, "Numbers told turns before") == "too few to tell"
+    assert verdict(good, "Numbers stated turns before") == "too few to tell"
     assert verdict(good, "Sparse prefill is at dense's level") == "not measured"
 
 

@@ -1,4 +1,4 @@
-"""Tools: what the model is told of them, calls in answers and streams, calls and results in a history."""
+"""Tools: how the model is informed of them, calls in answers and streams, calls and results in a history."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 import openai
 import pytest
 
-from loopserve.models.chat import TOOLS, ChatTokenizer
+from loopserve.models.chat import ChatTokenizer
+from loopserve.models.messages import TOOLS
 from loopserve.models.tool_calls import GENERIC, LLAMA, MISTRAL, CallReader, ToolFormat, tool_format
 from loopserve.models.tool_calls import HERMES as HERMES_FORMAT
 from loopserve.serve.settings import ServerSettings
@@ -189,9 +190,9 @@ def test_chat_that_goes_on_from_a_response_has_tools_of_its_own(tiny: Running) -
     more: Any = {"extra_body": {"previous_response_id": first.id}}
     plain = client.chat.completions.create(**options, **more)
     assert plain.usage.prompt_tokens_details.cached_tokens >= first.usage.total_tokens - 1
-    told = client.chat.completions.create(**options, **more, tools=CHAT_TOOLS, tool_choice="required")
-    assert told.choices[0].message.tool_calls
-    assert told.usage.prompt_tokens > plain.usage.prompt_tokens + 100
+    required = client.chat.completions.create(**options, **more, tools=CHAT_TOOLS, tool_choice="required")
+    assert required.choices[0].message.tool_calls
+    assert required.usage.prompt_tokens > plain.usage.prompt_tokens + 100
 
 
 TWO = (

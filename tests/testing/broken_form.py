@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from pydantic import ConfigDict, Field, field_validator
 
-from loopserve.core.policy.interfaces import AttentionInputs, Capabilities, LayerType, PolicyConfig
+from loopserve.core.policy.base import Capabilities, PolicyConfig
+from loopserve.core.policy.interfaces import AttentionInputs
+from loopserve.core.policy.layers import LayerType
 from loopserve.core.policy.patterns import AttentionPattern
 from tests.testing.honest import EveryOtherKey
 

@@ -7,7 +7,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from loopserve.core.policy.interfaces import AttentionInputs, KVSelection, Phase, Retention, Selections, Step
+from loopserve.core.kv.selection import KVSelection, Retention
+from loopserve.core.policy.interfaces import AttentionInputs, Phase, Selections, Step
 from loopserve.core.policy.scoring import ScoredState, best_held, from_columns, to_positions
 from tests.testing.honest import LargestKeys
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loopserve.core.policy.interfaces import AttentionInputs, Phase, Retention, Selections, Step
+from loopserve.core.kv.selection import Retention
+from loopserve.core.policy.interfaces import AttentionInputs, Phase, Selections, Step
 from loopserve.core.policy.scoring import ScoredState
 from tests.testing.honest import LargestKeys
 

@@ -9,16 +9,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from loopserve.core.policy.interfaces import (
-    AttentionInputs,
-    Capabilities,
-    KVSelection,
-    PolicyConfig,
-    PrefillSparsifier,
-    Retention,
-    Selections,
-    Step,
-)
+from loopserve.core.kv.selection import KVSelection, Retention
+from loopserve.core.policy.base import Capabilities, PolicyConfig
+from loopserve.core.policy.interfaces import AttentionInputs, PrefillSparsifier, Selections, Step
 from loopserve.core.policy.patterns import AttentionPattern
 from loopserve.core.policy.scoring import ScoredCompressor, ScoredState
 from loopserve.kernels.masked import masked_attention

@@ -9,7 +9,7 @@ import pytest
 import torch
 from loopserve_keydiff import BareKeyDiffDecode
 
-from loopserve.core.policy.interfaces import Retention
+from loopserve.core.kv.selection import Retention
 from loopserve.core.policy.registry import Kind
 from loopserve.testing import parametrize_with_policy_checks
 from loopserve.testing.scripted import held

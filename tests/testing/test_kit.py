@@ -12,7 +12,7 @@ import pytest
 from pydantic import Field
 
 from loopserve.core.errors import ConfigError
-from loopserve.core.policy.interfaces import PolicyConfig
+from loopserve.core.policy.base import PolicyConfig
 from loopserve.testing import (
     MissingExtra,
     NotConforming,

@@ -10,7 +10,8 @@ from hypothesis import find, given
 from hypothesis import strategies as st
 
 from loopserve.core.kv.layer_cache import LayerCache
-from loopserve.core.policy.interfaces import AttentionInputs, KVSelection
+from loopserve.core.kv.selection import KVSelection
+from loopserve.core.policy.interfaces import AttentionInputs
 from loopserve.core.policy.patterns import AttentionPattern, BlockPattern, DensePattern, LinePattern, RowGroups
 from loopserve.kernels.masked import masked_attention
 from loopserve.testing import assert_pattern, attention_inputs, patterns, selections

@@ -17,7 +17,8 @@ from loopserve.api import load_stack
 from loopserve.bench.heads import Heads
 from loopserve.bench.rows import Row
 from loopserve.core.engine.stats import TurnStats
-from loopserve.core.policy.interfaces import AttentionInputs, LayerSpec, LayerType, Phase
+from loopserve.core.policy.interfaces import AttentionInputs, Phase
+from loopserve.core.policy.layers import LayerSpec, LayerType
 from loopserve.core.policy.patterns import TILE, AttentionPattern, BlockPattern, LinePattern
 from loopserve.kernels import backend
 from loopserve.kernels.backend import Operation

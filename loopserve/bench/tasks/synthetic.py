@@ -20,13 +20,13 @@ from loopserve.bench.samples import POSITIONS, AskedTurn, OneOrMore, Places, Pos
 from loopserve.bench.vocabulary import PLACES
 from loopserve.core.stack.config import mistake
 
-VERSION = "1"
+VERSION = "2"
 SEEDS = 1_000_000  # dialogues of one seed; the next seed's begin after them
 LONG_ANSWER = 128  # words
 
 _FORM = "Answer with one sentence for each place and nothing else, in this form: <place> is <code>."
 _KEPT = "If the code is kept in another place, say so and go on with that place: <place> is kept in <place>. <place> is <code>."
-_LISTED = "The new codes are those told in this message; answer in the order told, in this form: <place> is <code>."
+_LISTED = "The new codes are those stated in this message; answer in the order stated, in this form: <place> is <code>."
 
 
 class RecallOptions(TaskOptions):

@@ -20,7 +20,8 @@ from loopserve.core.engine.stats import LayerRecord
 from loopserve.core.errors import Fault, ModelError
 from loopserve.core.guard.faults import FAULTS
 from loopserve.core.guard.guard import check_output, check_pattern, check_selection
-from loopserve.core.policy.interfaces import AttentionInputs, LayerType, Phase
+from loopserve.core.policy.interfaces import AttentionInputs, Phase
+from loopserve.core.policy.layers import LayerType
 from loopserve.core.policy.patterns import AttentionPattern, DensePattern
 from loopserve.kernels.decode_attention import DecodeRequest, decode_attention_batch
 from loopserve.kernels.dense_attention import dense_attention

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Unpack
@@ -26,6 +28,8 @@ from loopserve.core.stack.stack import PolicyStack
 CHUNK_TOKENS = 4096
 
 Progress = Callable[[int, int], None]  # prompt tokens computed so far, and of the whole turn
+
+_streams: weakref.WeakSet[Turn] = weakref.WeakSet()  # turns whose tokens are handed out one by one
 
 
 class TokenEngine:
@@ -284,6 +288,7 @@ class TokenEngine:
         """
         given = 0
         total = turn.waiting
+        _streams.add(turn)
         try:
             while True:
                 if turn.error is not None:
@@ -305,6 +310,13 @@ class TokenEngine:
     def _own(self, session: Session) -> None:
         if session.slots is not self.slots and not any(session.slots is each for each, _ in self._others.values()):
             raise InputError("this session belongs to another engine: open one with this engine's session()")
+
+
+@atexit.register
+def _end_streams() -> None:
+    """Take back the turns of streams that the program leaves open. Their generators end when torch is gone already."""
+    for turn in list(_streams):
+        turn.close()
 
 
 def _require_repeatable(session: Session, why: str) -> None:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from loopserve.core.engine.session import Session
 from loopserve.core.kv.recording import plain_tensors
-from loopserve.core.policy.interfaces import LayerSpec, Observation, Phase
+from loopserve.core.policy.interfaces import Observation, Phase
+from loopserve.core.policy.layers import LayerSpec
 
 
 @dataclass(eq=False)

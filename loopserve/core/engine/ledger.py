@@ -9,7 +9,7 @@ from loopserve.core.engine.session import Session
 from loopserve.core.errors import ConfigError
 from loopserve.core.kv.buffers import ACTIVE_SLACK
 from loopserve.core.kv.layer_cache import FIRST_CAPACITY
-from loopserve.core.policy.interfaces import Retention
+from loopserve.core.kv.selection import Retention
 
 _STATE_SHARE = 0.5  # bytes of policy states beside those of the store: an upper bound for key codes of up to 8 bits
 

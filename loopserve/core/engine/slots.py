@@ -13,7 +13,9 @@ from weakref import WeakSet
 
 from loopserve.core.guard.faults import Owners, Policy, blamed
 from loopserve.core.kv.cache import KVCache
-from loopserve.core.policy.interfaces import DecodeCompressor, LayerSpec, LayerType, PrefillSparsifier, Retention
+from loopserve.core.kv.selection import Retention
+from loopserve.core.policy.interfaces import DecodeCompressor, PrefillSparsifier
+from loopserve.core.policy.layers import LayerSpec, LayerType
 from loopserve.core.stack.stack import PolicyStack
 
 _CALLED = ("before_attention", "after_attention", "after_forward")  # the methods that a pass calls

@@ -26,7 +26,8 @@ from loopserve.core.errors import (
 from loopserve.core.guard.faults import FAULTS, Owners, Policy, kind_of, policy_fault
 from loopserve.core.guard.strict_checks import Inspection
 from loopserve.core.kv.layer_cache import LayerCache
-from loopserve.core.policy.interfaces import AttentionInputs, KVSelection, Observation, Retention
+from loopserve.core.kv.selection import KVSelection, Retention
+from loopserve.core.policy.interfaces import AttentionInputs, Observation
 from loopserve.core.policy.patterns import AttentionPattern, BlockPattern, DensePattern, LinePattern, RowGroups
 
 BREAKER_FAULTS = 3  # a policy with this many faults in one engine within

@@ -16,16 +16,9 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from loopserve.core.kv.selection import KVSelection as KVSelection
-from loopserve.core.kv.selection import Retention as Retention
-from loopserve.core.policy.base import API_VERSION as API_VERSION
-from loopserve.core.policy.base import Capabilities as Capabilities
-from loopserve.core.policy.base import Policy as Policy
-from loopserve.core.policy.base import PolicyConfig as PolicyConfig
-from loopserve.core.policy.layers import LayerParts as LayerParts
-from loopserve.core.policy.layers import LayerSpec as LayerSpec
-from loopserve.core.policy.layers import LayerType as LayerType
-from loopserve.core.policy.layers import Need as Need
+from loopserve.core.kv.selection import KVSelection, Retention
+from loopserve.core.policy.base import Policy
+from loopserve.core.policy.layers import LayerSpec
 from loopserve.core.policy.patterns import AttentionPattern
 from loopserve.kernels.choose_lines import choose_lines
 from loopserve.kernels.line_scores import LineScores, line_scores
@@ -295,7 +288,7 @@ class DecodeCompressor(Policy, Generic[State]):
 
     @property
     def reads_again(self) -> int:
-        """Return the most tokens that one observation with ``again`` reads. Room is reserved for them."""
+        """Return the most tokens that one observation with ``again`` reads. Memory is reserved for them."""
         return 0
 
     @abstractmethod

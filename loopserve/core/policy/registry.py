@@ -14,8 +14,8 @@ from enum import StrEnum
 from typing import Any
 
 from loopserve.core.errors import ConfigError, PluginError, did_you_mean
-from loopserve.core.policy.base import require_api
-from loopserve.core.policy.interfaces import Capabilities, DecodeCompressor, PolicyConfig, PrefillSparsifier
+from loopserve.core.policy.base import Capabilities, PolicyConfig, require_api
+from loopserve.core.policy.interfaces import DecodeCompressor, PrefillSparsifier
 
 PolicyClass = type[PrefillSparsifier] | type[DecodeCompressor[Any]]
 

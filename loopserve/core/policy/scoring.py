@@ -15,17 +15,9 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from loopserve.core.errors import Fault, PolicyError
-from loopserve.core.policy.interfaces import (
-    AttentionInputs,
-    DecodeCompressor,
-    KVSelection,
-    Observation,
-    Phase,
-    PolicyConfig,
-    Retention,
-    Selections,
-    Step,
-)
+from loopserve.core.kv.selection import KVSelection, Retention
+from loopserve.core.policy.base import PolicyConfig
+from loopserve.core.policy.interfaces import AttentionInputs, DecodeCompressor, Observation, Phase, Selections, Step
 from loopserve.kernels.top_columns import top_columns
 
 

@@ -7,22 +7,15 @@ has access to the registry. In Python, a policy object is used as it is.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, ClassVar, Protocol
 
 from pydantic import Field, PlainSerializer, PlainValidator, ValidationInfo, WithJsonSchema, model_validator
 from torch import Tensor
 
-from loopserve.core.policy.interfaces import (
-    AttentionInputs,
-    Capabilities,
-    DecodeCompressor,
-    KVSelection,
-    LayerSpec,
-    Observation,
-    PolicyConfig,
-    Retention,
-    Step,
-)
+from loopserve.core.kv.selection import KVSelection, Retention
+from loopserve.core.policy.base import Capabilities, PolicyConfig
+from loopserve.core.policy.interfaces import AttentionInputs, DecodeCompressor, Observation, Step
+from loopserve.core.policy.layers import LayerSpec
 from loopserve.core.policy.scoring import ScoredCompressor, ScoredConfig, ScoredState
 from loopserve.core.stack.config import mistake, mistake_at
 
@@ -115,7 +108,42 @@ def joint_capabilities(own: Capabilities, within: Capabilities) -> Capabilities:
     )
 
 
-class ScoredWrapper(ScoredCompressor):
+class Wrapping:
+    """Answer as the policy inside, ``config.inner``, where a wrapper changes nothing. Precedes the policy's class among the bases."""
+
+    config: Any
+    capabilities: ClassVar[Capabilities]
+    state_types: ClassVar[tuple[type, ...]]
+
+    @property
+    def inner(self) -> Any:
+        return self.config.inner
+
+    @property
+    def effective_capabilities(self) -> Capabilities:
+        """Return the capabilities that both policies have, with the needs of either."""
+        return joint_capabilities(self.capabilities, self.inner.effective_capabilities)
+
+    @property
+    def effective_state_types(self) -> tuple[type, ...]:
+        """Return the types in a state that holds the inner policy's beside its own."""
+        return (*self.state_types, type(self.inner.init_state()), *self.inner.effective_state_types)
+
+    @property
+    def retention(self) -> Retention:
+        found: Retention = self.inner.retention
+        return found
+
+    @property
+    def reads_again(self) -> int:
+        return int(self.inner.reads_again)
+
+    def refuses(self, layer: LayerSpec) -> str | None:
+        reason: str | None = self.inner.refuses(layer)
+        return reason
+
+
+class ScoredWrapper(Wrapping, ScoredCompressor):
     """Wrap a scored policy. Each step is that of the inner policy unless a wrapper changes it.
 
     Budget, sinks, recent window and retention are those of the innermost policy, so wrappers can be nested in any order. Outputs
@@ -140,28 +168,12 @@ class ScoredWrapper(ScoredCompressor):
         return self.inner.limits
 
     @property
-    def retention(self) -> Retention:
-        return self.inner.retention
-
-    @property
     def most_pairs(self) -> int | None:
         return self.inner.most_pairs
 
     @property
-    def effective_capabilities(self) -> Capabilities:
-        """Return the capabilities that both policies have, with the needs of either."""
-        return joint_capabilities(self.capabilities, self.inner.effective_capabilities)
-
-    @property
     def effective_state_types(self) -> tuple[type, ...]:
         return (*self.state_types, *self.inner.effective_state_types)
-
-    def refuses(self, layer: LayerSpec) -> str | None:
-        return self.inner.refuses(layer)
-
-    @property
-    def reads_again(self) -> int:
-        return self.inner.reads_again
 
     def init_state(self) -> ScoredState:
         return self.inner.init_state()

@@ -16,7 +16,9 @@ from typing import Any
 
 from loopserve.core.errors import ConfigError, did_you_mean
 from loopserve.core.guard.faults import Owners, blamed
-from loopserve.core.policy.interfaces import DecodeCompressor, LayerSpec, LayerType, Need, PrefillSparsifier, Retention
+from loopserve.core.kv.selection import Retention
+from loopserve.core.policy.interfaces import DecodeCompressor, PrefillSparsifier
+from loopserve.core.policy.layers import LayerSpec, LayerType, Need
 from loopserve.core.policy.registry import Kind, Registration, Registry
 from loopserve.core.policy.wrappers import written
 from loopserve.core.stack.config import Document, parse_yaml, read_yaml

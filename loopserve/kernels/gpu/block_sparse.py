@@ -10,13 +10,21 @@ from torch import Tensor
 from loopserve.kernels.gpu.launch import (
     attention_tile,
     launch,
-    padded,
-    precision,
     readable,
+    row_strides,
     score_factors,
+    tile_options,
 )
-from loopserve.kernels.gpu.tiles import finished, load_rows, merge_parts, scored, store_rows, taken_in
-from loopserve.kernels.gpu.work import compacted, work_list
+from loopserve.kernels.gpu.tiles import (
+    empty_result,
+    empty_softmax,
+    load_rows,
+    merge_parts,
+    scored,
+    store_item,
+    taken_in,
+)
+from loopserve.kernels.gpu.work import compacted, load_item, work_list
 
 
 @triton.jit(do_not_specialize=["rows", "total", "tiles", "group"])
@@ -63,10 +71,7 @@ def block_sparse_kernel(
     row = tl.arange(0, ROWS)
     key = tl.arange(0, KEYS)
     for item in range(tl.program_id(0), tl.load(item_count), tl.num_programs(0)):
-        row_tile = tl.load(items + item * 4)
-        begin = tl.load(items + item * 4 + 1)
-        end = tl.load(items + item * 4 + 2)
-        part = tl.load(items + item * 4 + 3)
+        row_tile, begin, end, part = load_item(items, item)
         head = (row_tile // tiles).to(tl.int64)
         start = row_tile % tiles * ROWS
         inside = start + row < rows
@@ -77,9 +82,7 @@ def block_sparse_kernel(
             oldest = tl.load(first_valid + head // group).to(tl.int32)
         blocks_per_head = (rows + TILE - 1) // TILE
         listed = blocks + tl.load(block_starts + head * blocks_per_head + start // TILE)
-        peak = tl.full([ROWS], float("-inf"), tl.float32)
-        sums = tl.zeros([ROWS], tl.float32)
-        acc = tl.zeros([ROWS, VALUE_PADDED], tl.float32)
+        acc, sums, peak = empty_softmax(ROWS, VALUE_PADDED)
         for step in range(begin, end):
             block = tl.load(listed + step // (TILE // KEYS))
             keys = block * TILE + step % (TILE // KEYS) * KEYS + key
@@ -89,30 +92,10 @@ def block_sparse_kernel(
             scores = scored(q_tile, k_tile, inner, outer, SOFTCAP, PRECISION)
             seen = held[None, :] & (keys[None, :] <= column[:, None])
             acc, sums, peak = taken_in(acc, sums, peak, tl.where(seen, scores, float("-inf")), v_tile, PRECISION)
-        found, found_lse = finished(acc, sums, peak)
-        if part < 0:
-            store_rows(
-                output + head * rows * VALUE_CHANNELS,
-                start + row,
-                VALUE_CHANNELS,
-                inside,
-                found,
-                VALUE_CHANNELS,
-                VALUE_PADDED,
-            )
-            tl.store(lse + head * rows + start + row, found_lse, mask=inside)
-        else:
-            place = part.to(tl.int64) * ROWS
-            store_rows(
-                part_output + place * VALUE_CHANNELS,
-                row,
-                VALUE_CHANNELS,
-                row >= 0,
-                found,
-                VALUE_CHANNELS,
-                VALUE_PADDED,
-            )
-            tl.store(part_lse + place + row, found_lse)
+        store_item(
+            output, lse, part_output, part_lse, acc, sums, peak, head, start, rows, part,
+            ROWS, VALUE_CHANNELS, VALUE_PADDED,
+        )  # fmt: skip
 
 
 def block_sparse(
@@ -128,7 +111,7 @@ def block_sparse(
 ) -> tuple[Tensor, Tensor]:
     """See the operation."""
     queries, keys, values = readable(queries), readable(keys), readable(values)
-    heads, rows, channels = queries.shape
+    heads, rows = queries.shape[:2]
     total, value_channels, group = keys.shape[1], values.shape[2], heads // keys.shape[0]
     shape = attention_tile(queries, value_channels)
     tile_rows, tile_keys = min(shape.rows, tile), min(shape.keys, tile)
@@ -142,10 +125,10 @@ def block_sparse(
     # A block of rows may consist of several tiles. The last block may have fewer rows.
     steps = steps[:, :, None].expand(-1, -1, tile // tile_rows).reshape(heads, -1)[:, :tiles].reshape(-1)
     work = work_list(steps)
-    output = queries.new_empty(heads, rows, value_channels)
-    lse = torch.empty(heads, rows, dtype=torch.float32, device=queries.device)
-    part_output = torch.empty(work.parts, tile_rows, value_channels, dtype=torch.float32, device=queries.device)
-    part_lse = torch.empty(work.parts, tile_rows, dtype=torch.float32, device=queries.device)
+    output, lse = empty_result(heads, rows, value_channels, dtype=queries.dtype, device=queries.device)
+    part_output, part_lse = empty_result(
+        work.parts, tile_rows, value_channels, dtype=torch.float32, device=queries.device
+    )
     launch(
         block_sparse_kernel,
         (work.programs,),
@@ -161,12 +144,7 @@ def block_sparse(
         work.items,
         work.count,
         lse if first_valid is None else first_valid,
-        queries.stride(0),
-        queries.stride(1),
-        keys.stride(0),
-        keys.stride(1),
-        values.stride(0),
-        values.stride(1),
+        *row_strides(queries, keys, values),
         rows,
         total,
         tiles,
@@ -175,15 +153,8 @@ def block_sparse(
         ROWS=tile_rows,
         KEYS=tile_keys,
         TILE=tile,
-        CHANNELS=channels,
-        PADDED=padded(channels),
-        VALUE_CHANNELS=value_channels,
-        VALUE_PADDED=padded(value_channels),
-        SOFTCAP=bool(softcap),
-        PRECISION=precision(queries.dtype),
         HAS_FILLER=first_valid is not None,
-        num_warps=shape.warps,
-        num_stages=shape.stages,
+        **tile_options(queries, value_channels, shape, softcap),
     )
     merge_parts(
         part_output,

@@ -23,12 +23,23 @@ from loopserve.kernels.gpu.launch import (
     attention_tile,
     launch,
     padded,
-    precision,
     processors,
     readable,
+    row_strides,
     score_factors,
+    tile_options,
 )
-from loopserve.kernels.gpu.tiles import finished, load_rows, merge_parts, scored, spans, store_rows, taken_in
+from loopserve.kernels.gpu.tiles import (
+    empty_result,
+    empty_softmax,
+    finished,
+    load_rows,
+    merge_parts,
+    scored,
+    spans,
+    store_rows,
+    taken_in,
+)
 
 _LEAST_KEYS = 256  # per part
 
@@ -74,9 +85,7 @@ def attend_slots(
     is the query of column ``total - rows + row[i] % rows``.
     """
     column = total - rows + row % rows
-    peak = tl.full([ROWS], float("-inf"), tl.float32)
-    sums = tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([ROWS, VALUE_PADDED], tl.float32)
+    acc, sums, peak = empty_softmax(ROWS, VALUE_PADDED)
     end = tl.minimum(begin + part_slots, chosen + total - tail)
     if HAS_COLUMNS:
         last = tl.minimum(end, chosen)
@@ -187,7 +196,7 @@ def decode_attention(
     need_lse: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """See the operation."""
-    heads, rows, channels = queries.shape
+    heads, rows = queries.shape[:2]
     owners, total, value_channels = values.shape
     group = heads // owners
     shape = attention_tile(queries, value_channels)
@@ -201,14 +210,12 @@ def decode_attention(
     chosen = 0 if columns is None else columns.shape[1]
     slots = chosen + total - tail
     parts, part_slots = split(slots, owners * tiles, shape, queries.device)
-    output = queries.new_empty(owners, group * rows, value_channels)
-    lse = torch.empty(owners, group * rows, dtype=torch.float32, device=queries.device)
+    output, lse = empty_result(owners, group * rows, value_channels, dtype=queries.dtype, device=queries.device)
     found, found_lse = output, lse
     if parts > 1:
-        found = torch.empty(
+        found, found_lse = empty_result(
             owners * tiles * parts, shape.rows, value_channels, dtype=torch.float32, device=queries.device
         )
-        found_lse = torch.empty(owners * tiles * parts, shape.rows, dtype=torch.float32, device=queries.device)
     launch(
         decode_kernel,
         (parts, owners, tiles),
@@ -219,10 +226,7 @@ def decode_attention(
         found_lse,
         lse if first_valid is None else first_valid.contiguous(),
         lse if columns is None else columns.contiguous(),
-        keys.stride(0),
-        keys.stride(1),
-        values.stride(0),
-        values.stride(1),
+        *row_strides(keys, values),
         rows,
         total,
         chosen,
@@ -232,17 +236,10 @@ def decode_attention(
         ROWS=shape.rows,
         KEYS=shape.keys,
         GROUP=group,
-        CHANNELS=channels,
-        PADDED=padded(channels),
-        VALUE_CHANNELS=value_channels,
-        VALUE_PADDED=padded(value_channels),
-        SOFTCAP=bool(softcap),
-        PRECISION=precision(queries.dtype),
         HAS_FILLER=first_valid is not None,
         HAS_COLUMNS=columns is not None,
         SPLIT=parts > 1,
-        num_warps=shape.warps,
-        num_stages=shape.stages,
+        **tile_options(queries, value_channels, shape, softcap),
     )
     if parts > 1:
         merge_parts(found, found_lse, output, lse, tile_rows=shape.rows, parts=parts)

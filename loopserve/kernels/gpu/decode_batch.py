@@ -20,11 +20,12 @@ from loopserve.kernels.gpu.launch import (
     attention_tile,
     launch,
     padded,
-    precision,
     readable,
+    row_strides,
     score_factors,
+    tile_options,
 )
-from loopserve.kernels.gpu.tiles import merge_parts, store_rows
+from loopserve.kernels.gpu.tiles import empty_result, merge_parts, store_rows
 
 _MOST_ROWS = 32  # of a tile, at most: with 64, the values loaded for a session exceed the registers
 _ALIGNED = 16  # bytes that are read at once
@@ -167,9 +168,7 @@ def _fields(request: DecodeRequest, parts: Split, first_part: int) -> list[int]:
         _place("values", values, kind, device),
         0 if first_valid is None else _place("first_valid", first_valid, torch.long, device),
         0 if columns is None else _place("columns", columns, torch.long, device),
-        *queries.stride()[:2],
-        *keys.stride()[:2],
-        *values.stride()[:2],
+        *row_strides(queries, keys, values),
         queries.shape[1],
         keys.shape[1],
         0 if columns is None else columns.shape[1],
@@ -216,7 +215,7 @@ def decode_attention_batch(
         )
         return [found_alone]
     requests = [_read_by_place(each) for each in requests]
-    (heads, _rows, channels), (owners, _total, value_channels) = requests[0].queries.shape, requests[0].values.shape
+    (heads, _rows, _channels), (owners, _total, value_channels) = requests[0].queries.shape, requests[0].values.shape
     group, like = heads // owners, requests[0].queries
     most_rows = max(each.queries.shape[1] for each in requests)
     shape = attention_tile(like, value_channels)
@@ -236,10 +235,10 @@ def decode_attention_batch(
     most_parts = max(counts)
     parts = parts if most_parts > 1 else 0
     numbers = _uploaded([number for fields in table for number in fields] + first_parts + counts, like.device)
-    output = like.new_empty(len(requests) * owners, group * most_rows, value_channels)
-    lse = torch.empty(len(requests) * owners, group * most_rows, dtype=torch.float32, device=like.device)
-    found = torch.empty(parts, shape.rows, value_channels, dtype=torch.float32, device=like.device)
-    found_lse = torch.empty(parts, shape.rows, dtype=torch.float32, device=like.device)
+    output, lse = empty_result(
+        len(requests) * owners, group * most_rows, value_channels, dtype=like.dtype, device=like.device
+    )
+    found, found_lse = empty_result(parts, shape.rows, value_channels, dtype=torch.float32, device=like.device)
     launch(
         decode_batch_kernel,
         (most_parts, len(requests) * owners, tiles),
@@ -256,17 +255,10 @@ def decode_attention_batch(
         ROWS=shape.rows,
         KEYS=shape.keys,
         GROUP=group,
-        CHANNELS=channels,
-        PADDED=padded(channels),
-        VALUE_CHANNELS=value_channels,
-        VALUE_PADDED=padded(value_channels),
-        SOFTCAP=bool(softcap),
-        PRECISION=precision(like.dtype),
         HAS_FILLER=any(each.first_valid is not None for each in requests),
         HAS_COLUMNS=any(each.columns is not None for each in requests),
         ALIGNED=_aligned(table, slice(0, 3), slice(5, 11), like.element_size()),
-        num_warps=shape.warps,
-        num_stages=shape.stages,
+        **tile_options(like, value_channels, shape, softcap),
     )
     if parts:
         fields_in_all, tiles_in_all = len(requests) * _FIELDS, len(counts)

@@ -14,12 +14,12 @@ from torch.nn.functional import scaled_dot_product_attention
 from loopserve.kernels.gpu.launch import (
     attention_tile,
     launch,
-    padded,
-    precision,
     readable,
+    row_strides,
     score_factors,
+    tile_options,
 )
-from loopserve.kernels.gpu.tiles import finished, load_rows, spans, store_rows
+from loopserve.kernels.gpu.tiles import empty_result, empty_softmax, finished, load_rows, spans, store_rows
 
 
 @triton.jit(do_not_specialize=["rows", "total", "group", "window"])
@@ -85,9 +85,7 @@ def dense_kernel(
     q_tile = load_rows(q + head * q_head, row, q_row, inside, CHANNELS, PADDED)
     keys_at = k + head // group * k_head
     values_at = v + head // group * v_head
-    peak = tl.full([ROWS], float("-inf"), tl.float32)
-    sums = tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([ROWS, VALUE_PADDED], tl.float32)
+    acc, sums, peak = empty_softmax(ROWS, VALUE_PADDED)
     whole = clear + tl.maximum(lowest + 1 - clear, 0) // KEYS * KEYS
     if WINDOWED:
         acc, sums, peak = spans(
@@ -144,11 +142,10 @@ def _tiled(
     first_valid: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     queries, keys, values = readable(queries), readable(keys), readable(values)
-    heads, rows, channels = queries.shape
+    heads, rows = queries.shape[:2]
     total, value_channels = keys.shape[1], values.shape[2]
     shape = attention_tile(queries, value_channels)
-    output = queries.new_empty(heads, rows, value_channels)
-    lse = torch.empty(heads, rows, dtype=torch.float32, device=queries.device)
+    output, lse = empty_result(heads, rows, value_channels, dtype=queries.dtype, device=queries.device)
     launch(
         dense_kernel,
         (-(-rows // shape.rows), heads),
@@ -159,12 +156,7 @@ def _tiled(
         lse,
         lse if columns is None else columns.contiguous(),
         lse if first_valid is None else first_valid.contiguous(),
-        queries.stride(0),
-        queries.stride(1),
-        keys.stride(0),
-        keys.stride(1),
-        values.stride(0),
-        values.stride(1),
+        *row_strides(queries, keys, values),
         rows,
         total,
         heads // keys.shape[0],
@@ -172,16 +164,9 @@ def _tiled(
         *score_factors(scaling, softcap),
         ROWS=shape.rows,
         KEYS=shape.keys,
-        CHANNELS=channels,
-        PADDED=padded(channels),
-        VALUE_CHANNELS=value_channels,
-        VALUE_PADDED=padded(value_channels),
-        SOFTCAP=bool(softcap),
-        PRECISION=precision(queries.dtype),
         HAS_FILLER=first_valid is not None,
         WINDOWED=window is not None,
         ANYWHERE=columns is not None,
-        num_warps=shape.warps,
-        num_stages=shape.stages,
+        **tile_options(queries, value_channels, shape, softcap),
     )
     return output, lse

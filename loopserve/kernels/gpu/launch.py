@@ -69,6 +69,26 @@ def attention_tile(queries: Tensor, value_channels: int) -> Tile:
     return Tile(64, 64, 4, 3 if hopper else 2) if width <= 128 else Tile(64, 32, 8, 2)
 
 
+def tile_options(queries: Tensor, value_channels: int, shape: Tile, softcap: float | None) -> dict[str, Any]:
+    """Return the options that every attention kernel has: channels, products, warps and stages."""
+    channels = queries.shape[2]
+    return {
+        "CHANNELS": channels,
+        "PADDED": padded(channels),
+        "VALUE_CHANNELS": value_channels,
+        "VALUE_PADDED": padded(value_channels),
+        "SOFTCAP": bool(softcap),
+        "PRECISION": precision(queries.dtype),
+        "num_warps": shape.warps,
+        "num_stages": shape.stages,
+    }
+
+
+def row_strides(*tensors: Tensor) -> tuple[int, ...]:
+    """Return the strides of heads and of rows of each tensor ``[H, T, D]``."""
+    return tuple(stride for each in tensors for stride in each.stride()[:2])
+
+
 def precision(dtype: torch.dtype) -> str:
     """Return how float32 is multiplied: as three TensorFloat-32 products with the error of float32.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -55,6 +56,15 @@ def scored(
             1.0 - 2.0 / (tl.exp(2.0 * scores) + 1.0)
         )  # tanh in a form that saturates instead of overflowing
     return scores
+
+
+@triton.jit
+def empty_softmax(ROWS: tl.constexpr, CHANNELS: tl.constexpr) -> tl.tensor:
+    """Return a running softmax that has seen no key: sums ``[ROWS, CHANNELS]`` and ``[ROWS]``, maxima ``[ROWS]``."""
+    acc = tl.zeros([ROWS, CHANNELS], tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    peak = tl.full([ROWS], float("-inf"), tl.float32)
+    return acc, total, peak
 
 
 @triton.jit
@@ -122,6 +132,40 @@ def spans(
     return acc, total, peak
 
 
+@triton.jit
+def store_item(
+    output: tl.tensor,
+    lse: tl.tensor,
+    part_output: tl.tensor,
+    part_lse: tl.tensor,
+    acc: tl.tensor,
+    total: tl.tensor,
+    peak: tl.tensor,
+    head: tl.tensor,
+    start: tl.tensor,
+    rows: tl.tensor,
+    part: tl.tensor,
+    ROWS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    PADDED: tl.constexpr,
+) -> None:
+    """Store the running softmax of an item of a work list: as the rows from ``start`` on of a head, or as a part.
+
+    part: number of the part, or -1 for the result.
+    """
+    found, found_lse = finished(acc, total, peak)
+    row = tl.arange(0, ROWS)
+    inside = start + row < rows
+    if part < 0:
+        first = head * rows
+        store_rows(output + first * CHANNELS, start + row, CHANNELS, inside, found, CHANNELS, PADDED)
+        tl.store(lse + first + start + row, found_lse, mask=inside)
+    else:
+        place = part.to(tl.int64) * ROWS
+        store_rows(part_output + place * CHANNELS, row, CHANNELS, row >= 0, found, CHANNELS, PADDED)
+        tl.store(part_lse + place + row, found_lse)
+
+
 @triton.jit(do_not_specialize=["rows", "tiles"])
 def merge_kernel(
     part_output: tl.tensor,
@@ -169,6 +213,14 @@ def merge_kernel(
         start = head.to(tl.int64) * rows
         store_rows(output + start * CHANNELS, row, CHANNELS, inside, acc / divisor[:, None], CHANNELS, PADDED)
         tl.store(lse + start + row, tl.where(empty, float("-inf"), peak + tl.log(divisor)), mask=inside)
+
+
+def empty_result(
+    heads: int, rows: int, channels: int, *, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Return an output ``[heads, rows, channels]`` and a log-sum-exp float32 ``[heads, rows]`` for a kernel to write."""
+    output = torch.empty(heads, rows, channels, dtype=dtype, device=device)
+    return output, torch.empty(heads, rows, dtype=torch.float32, device=device)
 
 
 def merge_parts(

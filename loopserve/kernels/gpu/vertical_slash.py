@@ -24,13 +24,21 @@ from loopserve.kernels.gpu.gather_kv import packed_columns
 from loopserve.kernels.gpu.launch import (
     attention_tile,
     launch,
-    padded,
-    precision,
     readable,
+    row_strides,
     score_factors,
+    tile_options,
 )
-from loopserve.kernels.gpu.tiles import finished, load_rows, merge_parts, scored, store_rows, taken_in
-from loopserve.kernels.gpu.work import WORD_PADDING, WorkList, compacted_rows, flag_words, window, work_list
+from loopserve.kernels.gpu.tiles import (
+    empty_result,
+    empty_softmax,
+    load_rows,
+    merge_parts,
+    scored,
+    store_item,
+    taken_in,
+)
+from loopserve.kernels.gpu.work import WORD_PADDING, WorkList, compacted_rows, flag_words, load_item, window, work_list
 
 LENGTH_BITS = 8  # a chunk is encoded as its distance, with the number of keys it owns in the low bits
 _NEVER = 1 << 30
@@ -94,10 +102,7 @@ def vertical_slash_kernel(
     row = tl.arange(0, ROWS)
     key = tl.arange(0, KEYS)
     for item in range(tl.program_id(0), tl.load(item_count), tl.num_programs(0)):
-        row_tile = tl.load(items + item * 4)
-        begin = tl.load(items + item * 4 + 1)
-        end = tl.load(items + item * 4 + 2)
-        part = tl.load(items + item * 4 + 3)
+        row_tile, begin, end, part = load_item(items, item)
         head = (row_tile // tiles).to(tl.int64)
         start = row_tile % tiles * ROWS
         inside = start + row < rows
@@ -112,9 +117,7 @@ def vertical_slash_kernel(
         cut_end = plain_end + tl.load(counts + row_tiles + row_tile)
         column_count = tl.load(counts + 2 * row_tiles + row_tile)
         taken = vertical_words + head * word_count
-        peak = tl.full([ROWS], float("-inf"), tl.float32)
-        sums = tl.zeros([ROWS], tl.float32)
-        acc = tl.zeros([ROWS, VALUE_PADDED], tl.float32)
+        acc, sums, peak = empty_softmax(ROWS, VALUE_PADDED)
 
         for step in range(begin, tl.minimum(end, plain_end)):
             distance = tl.load(plain_chunks + head * chunk_capacity + step) >> LENGTH
@@ -176,24 +179,10 @@ def vertical_slash_kernel(
                 seen = position[None, :] <= (column0 + row)[:, None]
                 acc, sums, peak = taken_in(acc, sums, peak, tl.where(seen, scores, float("-inf")), v_tile, PRECISION)
 
-        found, found_lse = finished(acc, sums, peak)
-        if part < 0:
-            store_rows(
-                output + head * rows * VALUE_CHANNELS,
-                start + row,
-                VALUE_CHANNELS,
-                inside,
-                found,
-                VALUE_CHANNELS,
-                VALUE_PADDED,
-            )
-            tl.store(lse + head * rows + start + row, found_lse, mask=inside)
-        else:
-            place = part.to(tl.int64) * ROWS
-            store_rows(
-                part_output + place * VALUE_CHANNELS, row, VALUE_CHANNELS, row >= 0, found, VALUE_CHANNELS, VALUE_PADDED
-            )
-            tl.store(part_lse + place + row, found_lse)
+        store_item(
+            output, lse, part_output, part_lse, acc, sums, peak, head, start, rows, part,
+            ROWS, VALUE_CHANNELS, VALUE_PADDED,
+        )  # fmt: skip
 
 
 def vertical_slash(
@@ -209,28 +198,21 @@ def vertical_slash(
 ) -> tuple[Tensor, Tensor]:
     """See the operation."""
     queries, keys, values = readable(queries), readable(keys), readable(values)
-    heads, rows, channels = queries.shape
+    heads, rows = queries.shape[:2]
     total, value_channels, group = keys.shape[1], values.shape[2], heads // keys.shape[0]
     shape = attention_tile(queries, value_channels)
     per_head = None if first_valid is None else first_valid.repeat_interleave(group, output_size=heads)
     made = plan(verticals, slashes, per_head, rows, tile_rows=shape.rows, tile_keys=shape.keys)
     capacity = min(total, max(_LEAST_PACKED, total // _PACKED_SHARE))
     capacity = -(-capacity // shape.keys) * shape.keys
-    sizes = {
-        "CHANNELS": channels,
-        "PADDED": padded(channels),
-        "VALUE_CHANNELS": value_channels,
-        "VALUE_PADDED": padded(value_channels),
-    }
-    strides = keys.stride(0), keys.stride(1), values.stride(0), values.stride(1)
     tiles = -(-rows // shape.rows)
     packed_keys, packed_values = packed_columns(
         keys, values, made.columns, made.counts[2].view(heads, -1)[:, -1], capacity, block=shape.keys
     )
-    output = queries.new_empty(heads, rows, value_channels)
-    lse = torch.empty(heads, rows, dtype=torch.float32, device=queries.device)
-    part_output = torch.empty(made.work.parts, shape.rows, value_channels, dtype=torch.float32, device=queries.device)
-    part_lse = torch.empty(made.work.parts, shape.rows, dtype=torch.float32, device=queries.device)
+    output, lse = empty_result(heads, rows, value_channels, dtype=queries.dtype, device=queries.device)
+    part_output, part_lse = empty_result(
+        made.work.parts, shape.rows, value_channels, dtype=torch.float32, device=queries.device
+    )
     launch(
         vertical_slash_kernel,
         (made.work.programs,),
@@ -252,9 +234,7 @@ def vertical_slash(
         made.work.items,
         made.work.count,
         lse if first_valid is None else first_valid,
-        queries.stride(0),
-        queries.stride(1),
-        *strides,
+        *row_strides(queries, keys, values),
         rows,
         total,
         tiles,
@@ -264,17 +244,13 @@ def vertical_slash(
         made.slash_words.shape[1],
         capacity,
         *score_factors(scaling, softcap),
-        **sizes,
         ROWS=shape.rows,
         KEYS=shape.keys,
         PADDING=WORD_PADDING,
         LENGTH=LENGTH_BITS,
-        SOFTCAP=bool(softcap),
-        PRECISION=precision(queries.dtype),
         HAS_FILLER=first_valid is not None,
         GATHERS=capacity < total,
-        num_warps=shape.warps,
-        num_stages=shape.stages,
+        **tile_options(queries, value_channels, shape, softcap),
     )
     merge_parts(
         part_output,

@@ -37,6 +37,13 @@ class WorkList:
     programs: int
 
 
+@triton.jit
+def load_item(items: tl.tensor, item: tl.tensor) -> tl.tensor:
+    """Return tile of rows, first and end step, and the part to write or -1 for the result."""
+    entry = items + item * 4
+    return tl.load(entry), tl.load(entry + 1), tl.load(entry + 2), tl.load(entry + 3)
+
+
 def work_list(steps: Tensor) -> WorkList:
     """Build a list for ``steps`` int32 ``[R]``, the number of tiles that each tile of rows computes.
 

@@ -8,7 +8,10 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from loopserve.core.policy.interfaces import AttentionInputs, Capabilities, Need, Retention
+from loopserve.core.kv.selection import Retention
+from loopserve.core.policy.base import Capabilities
+from loopserve.core.policy.interfaces import AttentionInputs
+from loopserve.core.policy.layers import Need
 from loopserve.core.policy.scoring import ScoredState, best_held
 from loopserve.core.policy.wrappers import ScoredWrapper, WrapperConfig
 

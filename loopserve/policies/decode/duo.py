@@ -9,18 +9,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from loopserve.core.policy.interfaces import (
-    AttentionInputs,
-    Capabilities,
-    DecodeCompressor,
-    KVSelection,
-    LayerSpec,
-    Phase,
-    PolicyConfig,
-    Retention,
-    Selections,
-    Step,
-)
+from loopserve.core.kv.selection import KVSelection, Retention
+from loopserve.core.policy.base import Capabilities, PolicyConfig
+from loopserve.core.policy.interfaces import AttentionInputs, DecodeCompressor, Phase, Selections, Step
+from loopserve.core.policy.layers import LayerSpec
 from loopserve.policies.head_split import HeadSplit, SplitConfig, measurable, measured_split
 
 

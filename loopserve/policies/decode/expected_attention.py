@@ -9,7 +9,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from loopserve.core.policy.interfaces import AttentionInputs, Capabilities, LayerParts, Need, Phase, Retention
+from loopserve.core.kv.selection import Retention
+from loopserve.core.policy.base import Capabilities
+from loopserve.core.policy.interfaces import AttentionInputs, Phase
+from loopserve.core.policy.layers import LayerParts, Need
 from loopserve.core.policy.scoring import ScoredCompressor, ScoredConfig, ScoredState
 
 _POSITIONS = 128  # future positions whose rotation matrices are in memory at once

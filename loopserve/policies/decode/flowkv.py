@@ -8,19 +8,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from loopserve.core.policy.interfaces import (
-    AttentionInputs,
-    Capabilities,
-    DecodeCompressor,
-    KVSelection,
-    LayerSpec,
-    Observation,
-    Retention,
-    Selections,
-    Step,
-)
+from loopserve.core.kv.selection import KVSelection, Retention
+from loopserve.core.policy.base import Capabilities
+from loopserve.core.policy.interfaces import AttentionInputs, DecodeCompressor, Observation, Selections, Step
 from loopserve.core.policy.scoring import ScoredCompressor, ScoredConfig, ScoredState, sound
-from loopserve.core.policy.wrappers import WrapperConfig, joint_capabilities
+from loopserve.core.policy.wrappers import WrapperConfig, Wrapping
 
 
 @dataclass
@@ -34,7 +26,7 @@ class FlowKVState:
     pending: dict[int, KVSelection] = field(default_factory=dict)
 
 
-class FlowKVDecode(DecodeCompressor[FlowKVState]):
+class FlowKVDecode(Wrapping, DecodeCompressor[FlowKVState]):
     """Let another policy compress the newest turn's pairs only, and keep what it kept of the turns before (FlowKV).
 
     Paper: https://arxiv.org/abs/2505.15347. Variant: at the end of a turn's prefill the pairs that no earlier turn has compressed, the
@@ -68,29 +60,9 @@ class FlowKVDecode(DecodeCompressor[FlowKVState]):
         return self.inner.limits
 
     @property
-    def retention(self) -> Retention:
-        return self.inner.retention
-
-    @property
     def most_pairs(self) -> int | None:
         """Set no limit, since the pairs of all turns add up."""
         return None
-
-    @property
-    def effective_capabilities(self) -> Capabilities:
-        """Return the capabilities that both policies have, with the needs of either."""
-        return joint_capabilities(self.capabilities, self.inner.effective_capabilities)
-
-    @property
-    def effective_state_types(self) -> tuple[type, ...]:
-        return (*self.state_types, type(self.inner.init_state()), *self.inner.effective_state_types)
-
-    @property
-    def reads_again(self) -> int:
-        return self.inner.reads_again
-
-    def refuses(self, layer: LayerSpec) -> str | None:
-        return self.inner.refuses(layer)
 
     def init_state(self) -> FlowKVState:
         return FlowKVState(self.inner.init_state())

@@ -10,7 +10,9 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import pad
 
-from loopserve.core.policy.interfaces import AttentionInputs, Capabilities, Phase, Retention
+from loopserve.core.kv.selection import Retention
+from loopserve.core.policy.base import Capabilities
+from loopserve.core.policy.interfaces import AttentionInputs, Phase
 from loopserve.core.policy.scoring import ScoredState
 from loopserve.policies.attended import attention_over, received
 from loopserve.policies.decode.rolling import RollingCompressor, RollingConfig

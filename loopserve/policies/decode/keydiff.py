@@ -7,7 +7,9 @@ from typing import ClassVar
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
-from loopserve.core.policy.interfaces import AttentionInputs, Capabilities, Retention
+from loopserve.core.kv.selection import Retention
+from loopserve.core.policy.base import Capabilities
+from loopserve.core.policy.interfaces import AttentionInputs
 from loopserve.core.policy.scoring import ScoredCompressor
 
 

@@ -10,7 +10,9 @@ from pydantic import Field, field_validator
 from torch import Tensor
 from torch.nn.functional import pad
 
-from loopserve.core.policy.interfaces import AttentionInputs, Capabilities, Observation, Phase, Retention, Step
+from loopserve.core.kv.selection import Retention
+from loopserve.core.policy.base import Capabilities
+from loopserve.core.policy.interfaces import AttentionInputs, Observation, Phase, Step
 from loopserve.core.policy.scoring import ScoredCompressor, ScoredConfig, ScoredState
 
 _ROWS = 256  # rows whose attention over a chunk is in memory at once

@@ -8,7 +8,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from loopserve.core.policy.interfaces import AttentionInputs, Capabilities, Retention
+from loopserve.core.kv.selection import Retention
+from loopserve.core.policy.base import Capabilities
+from loopserve.core.policy.interfaces import AttentionInputs
 from loopserve.core.policy.scoring import ScoredCompressor, ScoredConfig
 
 

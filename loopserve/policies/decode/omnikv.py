@@ -9,7 +9,10 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from loopserve.core.policy.interfaces import AttentionInputs, DecodeCompressor, KVSelection, LayerSpec, PolicyConfig
+from loopserve.core.kv.selection import KVSelection
+from loopserve.core.policy.base import PolicyConfig
+from loopserve.core.policy.interfaces import AttentionInputs, DecodeCompressor
+from loopserve.core.policy.layers import LayerSpec
 from loopserve.kernels.top_columns import top_columns
 
 _DEPTHS = (1 / 16, 1 / 4, 9 / 16)  # of the authors' filter layers 2, 8 and 18 in a model of 32 layers

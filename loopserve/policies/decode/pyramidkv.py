@@ -7,7 +7,9 @@ from typing import ClassVar
 from pydantic import Field
 from torch import Tensor
 
-from loopserve.core.policy.interfaces import AttentionInputs, Capabilities, KVSelection, Retention
+from loopserve.core.kv.selection import KVSelection, Retention
+from loopserve.core.policy.base import Capabilities
+from loopserve.core.policy.interfaces import AttentionInputs
 from loopserve.core.policy.scoring import ScoredState
 from loopserve.core.policy.wrappers import ScoredWrapper, WrapperConfig
 

@@ -9,7 +9,9 @@ import torch
 from pydantic import Field, model_validator
 
 from loopserve.core.kv.key_summaries import KeySummaries, best_pages
-from loopserve.core.policy.interfaces import AttentionInputs, DecodeCompressor, KVSelection, PolicyConfig
+from loopserve.core.kv.selection import KVSelection
+from loopserve.core.policy.base import PolicyConfig
+from loopserve.core.policy.interfaces import AttentionInputs, DecodeCompressor
 
 
 @dataclass

@@ -9,15 +9,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from loopserve.core.policy.interfaces import (
-    AttentionInputs,
-    DecodeCompressor,
-    KVSelection,
-    Phase,
-    PolicyConfig,
-    Selections,
-    Step,
-)
+from loopserve.core.kv.selection import KVSelection
+from loopserve.core.policy.base import PolicyConfig
+from loopserve.core.policy.interfaces import AttentionInputs, DecodeCompressor, Phase, Selections, Step
 
 
 @dataclass

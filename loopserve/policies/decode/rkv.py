@@ -5,12 +5,15 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import max_pool1d, normalize
 
-from loopserve.core.policy.interfaces import AttentionInputs, Capabilities, Phase, Retention
-from loopserve.core.policy.scoring import ScoredCompressor, ScoredConfig, ScoredState, sound
+from loopserve.core.kv.selection import Retention
+from loopserve.core.policy.base import Capabilities
+from loopserve.core.policy.interfaces import AttentionInputs, Phase
+from loopserve.core.policy.scoring import ScoredCompressor, ScoredState, sound
+from loopserve.policies.decode.observation_window import ObservationWindowConfig
 from loopserve.policies.decode.rolling import among
 
 _ROWS = 512  # keys whose similarity to all keys of a head is in memory at once
@@ -38,28 +41,12 @@ class RKVDecode(ScoredCompressor):
     capabilities: ClassVar[Capabilities] = Capabilities(retentions=frozenset(Retention))
     signed: ClassVar[bool] = True
 
-    class Config(ScoredConfig):
+    class Config(ObservationWindowConfig):
         window: int = Field(8, gt=0, description="Last queries that observe; their own pairs are always kept.")
         interval: int = Field(128, ge=0, description="Outputs between two choices; 0 = once per turn.")
         mix: float = Field(0.1, ge=0, le=1, description="Weight of importance; the rest is the weight of redundancy.")
         threshold: float = Field(0.5, ge=0, le=1, description="Cosine similarity above which two keys are similar.")
         kernel: int = Field(7, gt=0, description="Width of the maximum pooling of importance; odd, 1 = none.")
-        sink_tokens: int = Field(0, ge=0, description="First tokens of the conversation that are always kept.")
-        recent_window: int = Field(0, ge=0, description="Last tokens kept even where the window is shorter.")
-
-        @model_validator(mode="after")
-        def _window_fits(self) -> RKVDecode.Config:
-            if self.kernel % 2 == 0:
-                raise ValueError(f"kernel must be odd, got {self.kernel}")
-            if self.always_kept > self.budget:
-                raise ValueError(
-                    f"sink_tokens + window ({self.sink_tokens} + {self.window}) exceed the budget ({self.budget})"
-                )
-            return self
-
-        @property
-        def always_kept(self) -> int:
-            return self.sink_tokens + max(self.window, self.recent_window)
 
     config: Config
 

@@ -11,7 +11,9 @@ from torch import Tensor
 from torch.nn.functional import max_pool1d
 
 from loopserve.core.kv.key_summaries import best_pages
-from loopserve.core.policy.interfaces import AttentionInputs, DecodeCompressor, KVSelection, Phase, PolicyConfig
+from loopserve.core.kv.selection import KVSelection
+from loopserve.core.policy.base import PolicyConfig
+from loopserve.core.policy.interfaces import AttentionInputs, DecodeCompressor, Phase
 from loopserve.kernels.key_codes import page_bounds
 from loopserve.kernels.top_columns import top_columns
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pydantic import Field
 from torch import Tensor
 
-from loopserve.core.policy.interfaces import AttentionInputs, KVSelection, Phase, Retention
+from loopserve.core.kv.selection import KVSelection, Retention
+from loopserve.core.policy.interfaces import AttentionInputs, Phase
 from loopserve.core.policy.scoring import ScoredCompressor, ScoredConfig, ScoredState, from_columns, sound
 from loopserve.kernels.top_columns import top_columns
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import avg_pool1d, pad
 
-from loopserve.core.policy.interfaces import AttentionInputs, Capabilities, Retention
-from loopserve.core.policy.scoring import ScoredCompressor, ScoredConfig
+from loopserve.core.kv.selection import Retention
+from loopserve.core.policy.base import Capabilities
+from loopserve.core.policy.interfaces import AttentionInputs
+from loopserve.core.policy.scoring import ScoredCompressor
+from loopserve.policies.decode.observation_window import ObservationWindowConfig
 
 
 class SnapKVDecode(ScoredCompressor):
@@ -31,27 +34,11 @@ class SnapKVDecode(ScoredCompressor):
     paper: ClassVar[str] = "https://arxiv.org/abs/2404.14469"
     capabilities: ClassVar[Capabilities] = Capabilities(retentions=frozenset(Retention))
 
-    class Config(ScoredConfig):
+    class Config(ObservationWindowConfig):
         window: int = Field(
             32, gt=0, description="Last queries of the prompt that observe; their own pairs are always kept."
         )
         kernel: int = Field(5, gt=0, description="Width of the average pooling over neighbouring keys; odd, 1 = none.")
-        sink_tokens: int = Field(0, ge=0, description="First tokens of the conversation that are always kept.")
-        recent_window: int = Field(0, ge=0, description="Last tokens kept even where the window is shorter.")
-
-        @model_validator(mode="after")
-        def _window_fits(self) -> SnapKVDecode.Config:
-            if self.kernel % 2 == 0:
-                raise ValueError(f"kernel must be odd, got {self.kernel}")
-            if self.sink_tokens + max(self.window, self.recent_window) > self.budget:
-                raise ValueError(
-                    f"sink_tokens + window ({self.sink_tokens} + {self.window}) exceed the budget ({self.budget})"
-                )
-            return self
-
-        @property
-        def always_kept(self) -> int:
-            return self.sink_tokens + max(self.window, self.recent_window)
 
     config: Config
 

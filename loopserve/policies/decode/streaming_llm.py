@@ -8,17 +8,9 @@ from typing import ClassVar
 import torch
 from pydantic import Field, model_validator
 
-from loopserve.core.policy.interfaces import (
-    AttentionInputs,
-    Capabilities,
-    DecodeCompressor,
-    KVSelection,
-    Phase,
-    PolicyConfig,
-    Retention,
-    Selections,
-    Step,
-)
+from loopserve.core.kv.selection import KVSelection, Retention
+from loopserve.core.policy.base import Capabilities, PolicyConfig
+from loopserve.core.policy.interfaces import AttentionInputs, DecodeCompressor, Phase, Selections, Step
 
 
 @dataclass

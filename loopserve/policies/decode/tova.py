@@ -7,7 +7,9 @@ from typing import ClassVar
 from pydantic import Field
 from torch import Tensor
 
-from loopserve.core.policy.interfaces import AttentionInputs, Capabilities, Phase, Retention
+from loopserve.core.kv.selection import Retention
+from loopserve.core.policy.base import Capabilities
+from loopserve.core.policy.interfaces import AttentionInputs, Phase
 from loopserve.core.policy.scoring import ScoredState
 from loopserve.policies.attended import attention_over
 from loopserve.policies.decode.rolling import RollingCompressor, RollingConfig

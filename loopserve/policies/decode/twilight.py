@@ -10,19 +10,9 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from loopserve.core.kv.key_summaries import KeySummaries
-from loopserve.core.policy.interfaces import (
-    AttentionInputs,
-    Capabilities,
-    DecodeCompressor,
-    KVSelection,
-    LayerSpec,
-    Observation,
-    Phase,
-    Retention,
-    Selections,
-    Step,
-)
-from loopserve.core.policy.wrappers import AnyInner, InnerConfig, joint_capabilities
+from loopserve.core.kv.selection import KVSelection, Retention
+from loopserve.core.policy.interfaces import AttentionInputs, DecodeCompressor, Observation, Phase, Selections, Step
+from loopserve.core.policy.wrappers import AnyInner, InnerConfig, Wrapping
 
 
 @dataclass
@@ -34,7 +24,7 @@ class TwilightState:
     key_summaries: dict[int, KeySummaries] = field(default_factory=dict)
 
 
-class TwilightDecode(DecodeCompressor[TwilightState]):
+class TwilightDecode(Wrapping, DecodeCompressor[TwilightState]):
     """Attend in each step to the fewest of another policy's pairs that hold a share ``top_p`` of the current query's attention
     (Twilight).
 
@@ -79,16 +69,6 @@ class TwilightDecode(DecodeCompressor[TwilightState]):
         return self.config.inner
 
     @property
-    def effective_capabilities(self) -> Capabilities:
-        """Return the capabilities that both policies have, with the needs of either."""
-        return joint_capabilities(self.capabilities, self.inner.effective_capabilities)
-
-    @property
-    def effective_state_types(self) -> tuple[type, ...]:
-        inside = type(self.inner.init_state())
-        return (*self.state_types, inside, *self.inner.effective_state_types)
-
-    @property
     def most_pairs(self) -> int | None:
         """Set no limit, since the share decides."""
         return None
@@ -100,13 +80,6 @@ class TwilightDecode(DecodeCompressor[TwilightState]):
     @property
     def dense_below_tokens(self) -> int:
         return self.inner.dense_below_tokens
-
-    @property
-    def reads_again(self) -> int:
-        return self.inner.reads_again
-
-    def refuses(self, layer: LayerSpec) -> str | None:
-        return self.inner.refuses(layer)
 
     def init_state(self) -> TwilightState:
         return TwilightState(self.inner.init_state())

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from pydantic import Field
-
-from loopserve.core.policy.interfaces import AttentionInputs, PolicyConfig, PrefillSparsifier
+from loopserve.core.policy.interfaces import AttentionInputs, PrefillSparsifier
 from loopserve.core.policy.patterns import AttentionPattern, DensePattern, LinePattern
-from loopserve.policies.lines import scaled_count, sink_lines
+from loopserve.policies.lines import sink_lines
+from loopserve.policies.prefill.local_window import LocalWindowConfig
 
 
 class AShapePrefill(PrefillSparsifier):
@@ -29,26 +28,14 @@ class AShapePrefill(PrefillSparsifier):
     name: ClassVar[str] = "a_shape"
     paper: ClassVar[str] = "https://arxiv.org/abs/2309.17453"
 
-    class Config(PolicyConfig):
-        sink_tokens: int = Field(
-            128, ge=0, description="First tokens of the conversation that every new token attends to."
-        )
-        local_window: int = Field(
-            1024, gt=0, description="Last tokens up to and including itself that every new token attends to."
-        )
-        local_share: float | None = Field(
-            None,
-            gt=0,
-            le=1,
-            description="Window as a share of the stored pairs, at most `local_window`; none by default.",
-        )
-        min_local_window: int = Field(64, gt=0, description="Smallest window that `local_share` gives.")
+    class Config(LocalWindowConfig):
+        """Take sinks and window."""
 
     config: Config
 
     def sparsify(self, inputs: AttentionInputs) -> AttentionPattern:
         config, heads = self.config, inputs.queries.shape[0]
-        local = scaled_count(config.local_window, config.local_share, config.min_local_window, inputs.total_tokens)
+        local = config.window(inputs.total_tokens)
         if config.sink_tokens + local >= inputs.total_tokens:
             return DensePattern(heads, inputs.new_tokens, inputs.total_tokens)
         sinks = sink_lines(inputs, config.sink_tokens)

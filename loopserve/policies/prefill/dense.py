@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from loopserve.core.policy.interfaces import AttentionInputs, Capabilities, PrefillSparsifier
+from loopserve.core.policy.base import Capabilities
+from loopserve.core.policy.interfaces import AttentionInputs, PrefillSparsifier
 from loopserve.core.policy.patterns import AttentionPattern, DensePattern
 
 

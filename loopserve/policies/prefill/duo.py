@@ -6,7 +6,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from loopserve.core.policy.interfaces import AttentionInputs, LayerSpec, PolicyConfig, PrefillSparsifier
+from loopserve.core.policy.base import PolicyConfig
+from loopserve.core.policy.interfaces import AttentionInputs, PrefillSparsifier
+from loopserve.core.policy.layers import LayerSpec
 from loopserve.core.policy.patterns import AttentionPattern, DensePattern, LinePattern
 from loopserve.policies.head_split import HeadSplit, SplitConfig, measurable, measured_split
 from loopserve.policies.lines import sink_lines

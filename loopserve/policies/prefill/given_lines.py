@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt
 
-from loopserve.core.errors import ConfigError
-from loopserve.core.stack.config import read_yaml
+from loopserve.policies.head_files import read_head_file
 
 
 class HeadLines(BaseModel):
@@ -31,14 +29,5 @@ GivenLines = Mapping[int, Sequence[HeadLines]]
 
 def read_lines(path: str) -> GivenLines:
     """Return lines per head by layer. Raises ConfigError, with the place, for a file that has another form."""
-    document = read_yaml(Path(path))  # JSON is YAML
-    if document.problems:
-        raise ConfigError("\n".join(map(str, document.problems)))
-    try:
-        return _LinesFile.model_validate(document.data).layers
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise ConfigError(
-            f"{path}: {where}: {first['msg']}; a lines file says layers: {{0: [{{verticals: [0], slashes: [0, 1]}}, ...]}}"
-        ) from error
+    example = "a lines file says layers: {0: [{verticals: [0], slashes: [0, 1]}, ...]}"
+    return read_head_file(path, _LinesFile, example).layers

@@ -9,7 +9,8 @@ from pydantic import Field
 from torch import Tensor
 
 from loopserve.core.errors import ConfigError
-from loopserve.core.policy.interfaces import AttentionInputs, PolicyConfig, PrefillSparsifier
+from loopserve.core.policy.base import PolicyConfig
+from loopserve.core.policy.interfaces import AttentionInputs, PrefillSparsifier
 from loopserve.core.policy.patterns import DensePattern
 from loopserve.policies.head_split import HeadScores, far_mass
 

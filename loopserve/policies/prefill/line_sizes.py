@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 from torch import Tensor
 
 from loopserve.core.errors import ConfigError
-from loopserve.core.policy.interfaces import AttentionInputs, PolicyConfig, PrefillSparsifier
+from loopserve.core.policy.base import PolicyConfig
+from loopserve.core.policy.interfaces import AttentionInputs, PrefillSparsifier
 from loopserve.core.policy.patterns import DensePattern, LinePattern
-from loopserve.core.stack.config import read_yaml
 from loopserve.kernels.line_scores import LineScores
+from loopserve.policies.head_files import read_head_file, write_head_file
 from loopserve.policies.lines import heaviest, sink_lines
 
 LineSizes = Mapping[int, Sequence[tuple[int, int]]]
@@ -34,26 +33,12 @@ class _SizesFile(BaseModel):
 
 def read_sizes(path: str) -> LineSizes:
     """Return sizes per head by layer. Raises ConfigError, with the place, for a file that has another form."""
-    document = read_yaml(Path(path))  # JSON is YAML
-    if document.problems:
-        raise ConfigError("\n".join(map(str, document.problems)))
-    try:
-        return _SizesFile.model_validate(document.data).layers
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise ConfigError(
-            f"{path}: {where}: {first['msg']}; a sizes file says layers: {{0: [[1000, 6096], ...]}}"
-        ) from error
+    return read_head_file(path, _SizesFile, "a sizes file says layers: {0: [[1000, 6096], ...]}").layers
 
 
 def write_sizes(path: str, sizes: LineSizes, model: str) -> None:
     """Write sizes per head by layer. Raises ConfigError if the file cannot be written."""
-    body = {"model": model, "layers": {str(layer): [list(each) for each in heads] for layer, heads in sizes.items()}}
-    try:
-        Path(path).write_text(json.dumps(body) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be written: {error.strerror or error}") from error
+    write_head_file(path, sizes, model)
 
 
 class SizeSearch(PrefillSparsifier):

@@ -10,7 +10,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from loopserve.core.policy.interfaces import AttentionInputs, PolicyConfig, PrefillSparsifier
+from loopserve.core.policy.base import PolicyConfig
+from loopserve.core.policy.interfaces import AttentionInputs, PrefillSparsifier
 from loopserve.core.policy.patterns import AttentionPattern, DensePattern, LinePattern
 from loopserve.kernels.select_lines import MOST_TILE, select_lines
 from loopserve.policies.draws import SAMPLED_ROWS, Sampling, generator, sample_rows, uniform_rows

@@ -7,8 +7,11 @@ from typing import ClassVar
 import torch
 from pydantic import Field
 
-from loopserve.core.policy.interfaces import AttentionInputs, LayerSpec, PolicyConfig, PrefillSparsifier
+from loopserve.core.policy.base import PolicyConfig
+from loopserve.core.policy.interfaces import AttentionInputs, PrefillSparsifier
+from loopserve.core.policy.layers import LayerSpec
 from loopserve.core.policy.patterns import AttentionPattern, LinePattern
+from loopserve.policies.head_files import misfit
 from loopserve.policies.lines import heaviest, scaled_count, sink_lines
 from loopserve.policies.prefill.line_sizes import LineSizes, read_sizes
 
@@ -65,12 +68,9 @@ class MInferencePrefill(PrefillSparsifier):
         self.sizes: LineSizes = read_sizes(self.config.sizes) if self.config.sizes else {}
 
     def refuses(self, layer: LayerSpec) -> str | None:
-        given = self.sizes.get(layer.index)
-        if given is not None and len(given) != layer.query_heads:
-            return f"has sizes for {len(given)} heads in {self.config.sizes}, the layer has {layer.query_heads}"
-        if self.sizes and given is None:
-            return f"has no sizes for it in {self.config.sizes}: search them on this model"
-        return None
+        if not self.sizes:
+            return None
+        return misfit(self.sizes, layer.index, layer.query_heads, self.config.sizes, kind="sizes", searched=True)
 
     def sparsify(self, inputs: AttentionInputs) -> AttentionPattern:
         config, heads = self.config, inputs.queries.shape[0]

@@ -9,17 +9,13 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import pad
 
-from loopserve.core.policy.interfaces import (
-    AttentionInputs,
-    Capabilities,
-    LayerSpec,
-    Need,
-    PolicyConfig,
-    PrefillSparsifier,
-)
+from loopserve.core.policy.base import Capabilities, PolicyConfig
+from loopserve.core.policy.interfaces import AttentionInputs, PrefillSparsifier
+from loopserve.core.policy.layers import LayerSpec, Need
 from loopserve.core.policy.patterns import AttentionPattern, LinePattern
 from loopserve.kernels.select_lines import select_lines
 from loopserve.policies.draws import Sampling, generator, sample_rows
+from loopserve.policies.head_files import misfit
 from loopserve.policies.lines import sink_lines
 from loopserve.policies.prefill.given_lines import GivenLines, read_lines
 
@@ -68,12 +64,7 @@ class StaticLinesPrefill(PrefillSparsifier):
     def refuses(self, layer: LayerSpec) -> str | None:
         if not self.given:
             return None
-        heads = self.given.get(layer.index)
-        if heads is None:
-            return f"has no lines for it in {self.config.lines}"
-        if len(heads) != layer.query_heads:
-            return f"has lines for {len(heads)} heads in {self.config.lines}, the layer has {layer.query_heads}"
-        return None
+        return misfit(self.given, layer.index, layer.query_heads, self.config.lines, kind="lines")
 
     def sparsify(self, inputs: AttentionInputs) -> AttentionPattern:
         total = inputs.total_tokens

@@ -6,9 +6,10 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from loopserve.core.policy.interfaces import AttentionInputs, PolicyConfig, PrefillSparsifier
+from loopserve.core.policy.interfaces import AttentionInputs, PrefillSparsifier
 from loopserve.core.policy.patterns import AttentionPattern, DensePattern, LinePattern, RowGroups
-from loopserve.policies.lines import scaled_count, sink_lines
+from loopserve.policies.lines import sink_lines
+from loopserve.policies.prefill.local_window import LocalWindowConfig
 
 
 class TriShapePrefill(PrefillSparsifier):
@@ -28,20 +29,7 @@ class TriShapePrefill(PrefillSparsifier):
     name: ClassVar[str] = "tri_shape"
     paper: ClassVar[str] = "https://arxiv.org/abs/2412.10319"
 
-    class Config(PolicyConfig):
-        sink_tokens: int = Field(
-            128, ge=0, description="First tokens of the conversation that every new token attends to."
-        )
-        local_window: int = Field(
-            1024, gt=0, description="Last tokens up to and including itself that every new token attends to."
-        )
-        local_share: float | None = Field(
-            None,
-            gt=0,
-            le=1,
-            description="Window as a share of the stored pairs, at most `local_window`; none by default.",
-        )
-        min_local_window: int = Field(64, gt=0, description="Smallest window that `local_share` gives.")
+    class Config(LocalWindowConfig):
         last_rows: int = Field(100, gt=0, description="Last rows of a turn that attend to everything.")
 
     config: Config
@@ -50,7 +38,7 @@ class TriShapePrefill(PrefillSparsifier):
         config, heads = self.config, inputs.queries.shape[0]
         new, total = inputs.new_tokens, inputs.total_tokens
         whole = min(config.last_rows, new) if inputs.final else 0
-        local = scaled_count(config.local_window, config.local_share, config.min_local_window, total)
+        local = config.window(total)
         if whole == new or config.sink_tokens + local >= total:
             return DensePattern(heads, new, total)
         sinks = sink_lines(inputs, config.sink_tokens)[:, : total - whole]

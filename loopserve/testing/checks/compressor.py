@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loopserve.core.policy.interfaces import DecodeCompressor, KVSelection, Observation, Phase, Policy, Retention, Step
+from loopserve.core.kv.selection import KVSelection, Retention
+from loopserve.core.policy.base import Policy
+from loopserve.core.policy.interfaces import DecodeCompressor, Observation, Phase, Step
 from loopserve.core.policy.scoring import ScoredCompressor
 from loopserve.testing.inputs import make_inputs
 from loopserve.testing.scripted import RecordedConversation, difference, held

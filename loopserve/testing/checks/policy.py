@@ -14,15 +14,9 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from loopserve.core.policy.interfaces import (
-    AttentionInputs,
-    Capabilities,
-    DecodeCompressor,
-    KVSelection,
-    Observation,
-    Selections,
-    Step,
-)
+from loopserve.core.kv.selection import KVSelection
+from loopserve.core.policy.base import Capabilities
+from loopserve.core.policy.interfaces import AttentionInputs, DecodeCompressor, Observation, Selections, Step
 from loopserve.core.policy.wrappers import written
 from loopserve.core.stack.config import parse_strictly, parse_yaml, to_yaml
 from loopserve.testing.assertions import unchanged

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loopserve.core.policy.interfaces import AttentionInputs, Need
+from loopserve.core.policy.interfaces import AttentionInputs
+from loopserve.core.policy.layers import Need
 from loopserve.core.policy.patterns import AttentionPattern
 from loopserve.testing.checks.compressor import written_and_read
 from loopserve.testing.inputs import make_inputs

@@ -1,9 +1,8 @@
 import torch
 from loopserve_keydiff import BareKeyDiffDecode, loopserve_register_policies
 
+from loopserve import AttentionInputs, LayerSpec, LayerType, Phase, Registry
 from loopserve.core.engine.stats import TurnStats
-from loopserve.core.policy.interfaces import AttentionInputs, LayerSpec, LayerType, Phase
-from loopserve.core.policy.registry import Registry
 from loopserve.testing import parametrize_with_policy_checks
 
 

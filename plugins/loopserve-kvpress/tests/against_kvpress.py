@@ -14,8 +14,7 @@ import kvpress
 import torch
 from loopserve_kvpress import KVPressDecode
 
-from loopserve.core.errors import LoopServeError
-from loopserve.core.policy.interfaces import AttentionInputs, LayerSpec, LayerType, Phase
+from loopserve import AttentionInputs, LayerSpec, LayerType, LoopServeError, Phase
 from loopserve.testing.inputs import FakeRecord, PlainParts
 from tests.oracle.make_fixtures import LAYER, MODELS, SEED, capture, queries_of, tiny
 

@@ -14,8 +14,7 @@ from loopserve_kvpress import KVPressDecode, ScorerDecode, loopserve_register_po
 from loopserve_kvpress.stand_in import StandInModule, cos_and_sin
 from safetensors.torch import load_file
 
-from loopserve.core.errors import ConfigError, PolicyError
-from loopserve.core.policy.interfaces import AttentionInputs, LayerSpec, LayerType, Need, Phase
+from loopserve import AttentionInputs, ConfigError, LayerSpec, LayerType, Need, Phase, PolicyError
 from loopserve.core.policy.registry import Kind, Registry
 from loopserve.core.stack.stack import resolve_stack
 from loopserve.policies import loopserve_register_policies as built_in

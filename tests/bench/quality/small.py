@@ -41,7 +41,7 @@ def random_model() -> tuple[Any, Any]:
 
 @dataclass
 class Words:
-    """Dialogues of random words; the answer repeats some. One row is broken, one is longer than the window, as told."""
+    """Dialogues of random words; the answer repeats some. One row is broken, one is longer than the window, as its fields say."""
 
     name: str = "words"
     version: str = "1"

@@ -1,4 +1,4 @@
-"""``loopserve bench run|report|compare|ls`` on a tiny random model with the shipped sample, and what a wrong command is told."""
+"""``loopserve bench run|report|compare|ls`` on a tiny random model with the shipped sample, and the errors of wrong commands."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_the_commands_for_a_real_model_run_on_a_small_one(
     assert ("published: configs:" in err) == (suite == "published")
 
 
-def test_data_that_are_not_there_are_told_with_the_command_that_gets_them(cli: Cli, tmp_path: Path) -> None:
+def test_data_that_are_not_there_come_with_the_command_that_gets_them(cli: Cli, tmp_path: Path) -> None:
     code, _, err = cli("run", "--suite", "longbench", "--source", tmp_path / "none", "--output-dir", tmp_path / "run")
     assert code == 2 and "hf download THUDM/LongBench" in err and not (tmp_path / "run").exists()
     code, _, err = cli("run", "--suite", "synthetic-small", "--source", "hub", "--output-dir", tmp_path / "run")
@@ -140,7 +140,7 @@ def test_a_mistake_in_a_suite_is_one_clear_line(cli: Cli, tmp_path: Path, text: 
     assert not (tmp_path / "run").exists()
 
 
-def test_wrong_commands_are_told_what_is_known(cli: Cli, tmp_path: Path) -> None:
+def test_wrong_commands_are_answered_with_what_is_known(cli: Cli, tmp_path: Path) -> None:
     assert (
         "unknown suite 'sintetic-small'; did you mean 'synthetic-small'?" in cli("run", "--suite", "sintetic-small")[2]
     )

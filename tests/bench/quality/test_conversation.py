@@ -24,35 +24,35 @@ def talk(stack: object = "dense") -> Conversation:
 
 def test_the_history_is_what_a_template_makes_of_gold_answers() -> None:
     _, tokenizer = random_model()
-    told = talk()
+    dialogue = talk()
     for text, gold in zip(TEXTS, GOLD, strict=True):
-        told.ask(text, gold, 5)
+        dialogue.ask(text, gold, 5)
     messages = [
         {"role": role, "content": content}
         for pair in zip(TEXTS, GOLD, strict=True)
         for role, content in zip(("user", "assistant"), pair, strict=True)
     ]
     rendered = tokenizer.apply_chat_template(messages, tokenize=False)
-    assert told.session.tokens == tokenizer(rendered, add_special_tokens=False)["input_ids"]
+    assert dialogue.session.tokens == tokenizer(rendered, add_special_tokens=False)["input_ids"]
 
 
 def test_predictions_are_the_models_own_along_the_gold_answer() -> None:
     model, _ = random_model()
-    told = talk()
-    answers = [told.ask(text, gold, 5) for text, gold in zip(TEXTS, GOLD, strict=True)]
-    ids = torch.tensor([told.session.tokens])
+    dialogue = talk()
+    answers = [dialogue.ask(text, gold, 5) for text, gold in zip(TEXTS, GOLD, strict=True)]
+    ids = torch.tensor([dialogue.session.tokens])
     set_implementation(model, "eager")
     with torch.no_grad():
         logits = model(ids).logits[0]
     for answered, gold in zip(answers, GOLD, strict=True):
-        said = told.gold_tokens(gold)
-        before = _find(told.session.tokens, said) - 1
+        said = dialogue.gold_tokens(gold)
+        before = _find(dialogue.session.tokens, said) - 1
         wanted = logits[before : before + len(said)]
         torch.testing.assert_close(torch.stack(answered.predictions), wanted, atol=1e-4, rtol=1e-4)
 
 
 def _find(tokens: list[int], part: list[int]) -> int:
-    """Where an answer begins: the last place, since the first message tells a code too."""
+    """Where an answer begins: the last place, since the first message states a code too."""
     return max(at for at in range(len(tokens)) if tokens[at : at + len(part)] == part)
 
 
@@ -64,10 +64,10 @@ def test_the_models_own_answer_is_the_same_whatever_gold_says() -> None:
 
 
 def test_an_empty_gold_answer_leaves_only_its_end() -> None:
-    told = talk()
-    answered = told.ask(TEXTS[0], "", 5)
-    assert len(answered.predictions) == 1 and told.session.tokens[-1] in told.stop_ids
-    told.ask(TEXTS[1], GOLD[1], 5)
+    dialogue = talk()
+    answered = dialogue.ask(TEXTS[0], "", 5)
+    assert len(answered.predictions) == 1 and dialogue.session.tokens[-1] in dialogue.stop_ids
+    dialogue.ask(TEXTS[1], GOLD[1], 5)
 
 
 def test_divergence_is_zero_to_itself_and_what_torch_says_to_others() -> None:

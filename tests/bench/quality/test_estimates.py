@@ -70,7 +70,7 @@ def by_group(differences: list[Difference]) -> dict[str, Difference]:
     return {each.group: each for each in differences}
 
 
-def test_a_difference_is_told_from_noise() -> None:
+def test_a_difference_is_separated_from_noise() -> None:
     worse, better = [[0.0, 1.0]] * 12, [[1.0, 1.0]] * 12
     found = by_group(compare_stacks(run(a={"t": worse}, b={"t": better}), "a", "b"))
     assert (

@@ -54,7 +54,7 @@ def runs() -> Iterator[Runs]:
         process.stdin.close()
 
 
-def told(directory: Path) -> tuple[str, str]:
+def answers_and_page(directory: Path) -> tuple[str, str]:
     """Tables and records of a run, all but its times."""
     run = open_run(directory)
     records = [{name: value for name, value in record.items() if name not in TIMES} for record in run.records]
@@ -82,8 +82,8 @@ def test_a_run_killed_twenty_times_loses_and_repeats_nothing(runs: Runs, tmp_pat
         if held(directory) == before:
             longest *= 1.1  # the machine is busier than it was
         if code == 0:  # it came to its end before the signal: the rest of the kills go to a new one
-            assert told(directory) == told(tmp_path / "whole")
+            assert answers_and_page(directory) == answers_and_page(tmp_path / "whole")
             shutil.rmtree(directory)
     assert runs.ask(directory) == 0
-    assert told(directory) == told(tmp_path / "whole")
+    assert answers_and_page(directory) == answers_and_page(tmp_path / "whole")
     assert fruitful > 5, "the kills came before anything was recorded"

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from loopserve.api import load_stack
+from loopserve.api import Engine, load_stack
+from loopserve.bench import metrics
 from loopserve.bench.budget import budget_of
-from loopserve.bench.quality import runner
-from loopserve.bench.quality.records import key_of, open_run
+from loopserve.bench.quality.records import Run, key_of, open_run
 from loopserve.bench.quality.runner import Examiner, Settings, Step, run_suite
 from loopserve.bench.quality.suite import QualitySuite, contestants
 from loopserve.bench.quality.summary import summarise
@@ -75,7 +75,7 @@ def test_history_is_gold_or_what_the_model_said() -> None:
     assert generated[-1]["agreement"].keys() == {"first_token", "answer"}
 
 
-def test_a_turn_that_asks_nothing_is_told_and_not_scored() -> None:
+def test_a_turn_that_asks_nothing_is_given_and_not_scored() -> None:
     records = ask(Words(dialogues=1, turns=3, unanswered=[1]))
     assert [record["score"] is None for record in records if record["stack"] == "dense"] == [False, True, False]
     assert all(row["turns"] == 2 for row in summarise(records, "stack"))
@@ -84,14 +84,14 @@ def test_a_turn_that_asks_nothing_is_told_and_not_scored() -> None:
 
 def test_what_goes_wrong_is_recorded_and_the_run_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     once = iter([RuntimeError("out of memory\nat some place")])
-    real = runner.metrics.score
+    real = metrics.score
 
     def fails_once(*arguments: Any) -> float:
         for error in once:
             raise error
         return real(*arguments)
 
-    monkeypatch.setattr(runner.metrics, "score", fails_once)
+    monkeypatch.setattr(metrics, "score", fails_once)
     task = Words(dialogues=4, broken=[1], too_long=[2])
     found = run_words(task, [SNAPKV, BAD_LAYER])
     errors = {key_of(r): r["error"] for r in found.records if "error" in r}
@@ -110,7 +110,7 @@ def test_what_goes_wrong_is_recorded_and_the_run_goes_on(monkeypatch: pytest.Mon
 
 def run_words(task: Words, stacks: list[Any]) -> Any:
     records = ask(task, stacks=stacks)
-    return runner.Run({"lineup": []}, [{}], records)
+    return Run({"lineup": []}, [{}], records)
 
 
 def test_unknown_names_are_refused_before_anything_is_asked() -> None:
@@ -170,7 +170,7 @@ def test_stacks_that_do_the_same_under_two_names_keep_their_answers_apart(tmp_pa
     assert again.records == found.records and {r["stack"] for r in again.records} == {"dense", "snapkv", "twin"}
 
 
-def test_a_told_turn_is_acknowledged_in_either_kind_of_history() -> None:
+def test_a_turn_that_asks_nothing_is_acknowledged_in_either_kind_of_history() -> None:
     found = [ask(Words(dialogues=1, unanswered=[0]), history=history) for history in ("gold", "generated")]
     gold, generated = ([r for r in records if r["stack"] == "dense"] for records in found)
     assert gold[0]["answer"] == generated[0]["answer"] == ""
@@ -179,7 +179,7 @@ def test_a_told_turn_is_acknowledged_in_either_kind_of_history() -> None:
 
 
 def test_progress_counts_what_this_start_has_to_do() -> None:
-    engine = runner.Engine(*random_model(), "dense")
+    engine = Engine(*random_model(), "dense")
     examiner = Examiner(engine, contestants([load_stack(SNAPKV)]), Settings())
     steps: list[Step] = []
     task = Words(dialogues=3, broken=[1])
@@ -192,7 +192,7 @@ def test_progress_counts_what_this_start_has_to_do() -> None:
 
 
 def test_a_dialogue_left_in_the_middle_of_its_stacks_still_agrees_with_dense() -> None:
-    engine = runner.Engine(*random_model(), "dense")
+    engine = Engine(*random_model(), "dense")
     examiner = Examiner(engine, contestants([load_stack(SNAPKV)]), Settings())
     groups = list(examiner.run([Words(dialogues=1)]))
     rest = list(examiner.run([Words(dialogues=1)], {key_of(groups[0][0])}))

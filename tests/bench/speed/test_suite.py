@@ -20,7 +20,7 @@ def test_shipped_suites_load(name: str) -> None:
     assert load_suite(name).name == name == load_suite(str(SUITES / f"{name}.yaml")).name
 
 
-def test_the_two_kinds_of_suites_are_told_apart() -> None:
+def test_the_two_kinds_of_suites_are_distinguished() -> None:
     shipped = {path.stem for path in SUITES.glob("*.yaml")}
     speed, quality = (set(suite_files(kind)) for kind in SuiteKind)
     assert speed | quality == shipped and not speed & quality and "cpu" in speed and "synthetic-small" in quality

@@ -115,7 +115,7 @@ def test_the_cross_turn_variant_asks_of_an_earlier_context(tmp_path: Path, dista
                 asked = numbers[index - distance]
                 assert turn.answers == (f"red{asked}",) and f"What is thing {asked}?" in turn.question
                 assert f"in my message number {index - distance + 1}." in turn.question
-                assert f"Thing {asked} is red" not in turn.text  # only the earlier turn tells it
+                assert f"Thing {asked} is red" not in turn.text  # only the earlier turn states it
                 assert f"Thing {asked} is red" in sample.turns[index - distance].text
                 assert turn.labels["distance"] == distance and turn.labels["item"] == f"id{asked}"
             numbers.append(turn.text.split("Thing ")[1].split()[0])
@@ -127,7 +127,7 @@ def test_distances_and_positions_multiply(tmp_path: Path) -> None:
     assert {sample.id[:4] for sample in made[:6]} == {"0000"}
 
 
-def test_broken_rows_are_told_with_their_reason_and_the_others_go_on(tmp_path: Path) -> None:
+def test_broken_rows_are_reported_with_their_reason_and_the_others_go_on(tmp_path: Path) -> None:
     rows: list[Any] = items(9)
     del rows[0]["answers"]
     rows[1]["answers"] = []

@@ -92,7 +92,7 @@ def test_the_seed_orders_the_rows(tmp_path: Path) -> None:
     assert one == {sample.id: sample for sample in made.samples(None, 1)}  # an id means one dialogue, whatever the seed
 
 
-def test_broken_rows_are_told_and_the_others_go_on(tmp_path: Path) -> None:
+def test_broken_rows_are_reported_and_the_others_go_on(tmp_path: Path) -> None:
     lines = rows(9)
     del lines[1]["multi_turn"][1]["question_at_back"]
     lines[2]["multi_turn"][2]["answer"] = []

@@ -31,8 +31,8 @@ def made(kind: str, limit: int | None = 12, seed: int = 0, **options: Any) -> li
     return [sample for sample in found if isinstance(sample, Sample)]
 
 
-def told(sample: Sample, turn: int) -> dict[str, tuple[int, str]]:
-    """Facts told up to a turn: place -> (turn, what is said of it)."""
+def stated(sample: Sample, turn: int) -> dict[str, tuple[int, str]]:
+    """Facts stated up to a turn: place -> (turn, what is said of it)."""
     facts = {}
     for number, each in enumerate(sample.turns[: turn + 1]):
         for part in each.text.replace(each.question, "").split("the code of ")[1:]:
@@ -62,10 +62,10 @@ def test_no_dialogue_is_one_that_training_could_draw(kind: str) -> None:
 
 
 @EACH
-def test_answers_are_told_where_the_labels_say(kind: str) -> None:
+def test_answers_are_stated_where_the_labels_say(kind: str) -> None:
     for sample in made(kind):
         for number, turn in enumerate(sample.turns):
-            facts = told(sample, number)
+            facts = stated(sample, number)
             expected = []
             for place, distance in zip(turn.labels["places"], turn.labels["distances"], strict=True):
                 where, value = facts[place]
@@ -117,14 +117,14 @@ def test_every_distance_is_asked_for() -> None:
         assert all(f"-distance{distance}-" in sample.id for sample in made("recall", distance=distance))
 
 
-def test_long_answers_are_long_and_list_all_lists_everything_the_turn_told() -> None:
+def test_long_answers_are_long_and_list_all_lists_everything_the_turn_states() -> None:
     for sample in made("long_answers"):
         assert all(len(turn.answers[0].split()) >= 128 for turn in sample.turns)
     for kind in ("list_all", "list_all unnamed"):
         for sample in made(kind):
             for number, turn in enumerate(sample.turns):
-                fresh = [place for place, (where, _) in told(sample, number).items() if where == number]
-                assert turn.labels["places"] == fresh and len(fresh) == turn.labels["keys"]  # in the order told
+                fresh = [place for place, (where, _) in stated(sample, number).items() if where == number]
+                assert turn.labels["places"] == fresh and len(fresh) == turn.labels["keys"]  # in the order stated
                 assert all((place in turn.question.split()) == (kind == "list_all") for place in fresh)
 
 
@@ -145,8 +145,8 @@ def test_plain_dialogues_use_words_that_the_bundled_model_knows(kind: str) -> No
 
 @EACH
 def test_instructions_stand_beside_the_question_and_nowhere_else(kind: str) -> None:
-    for plain, told_how in zip(made(kind), made(kind, form="instructed"), strict=True):
-        for bare, turn in zip(plain.turns, told_how.turns, strict=True):
+    for plain, instructed in zip(made(kind), made(kind, form="instructed"), strict=True):
+        for bare, turn in zip(plain.turns, instructed.turns, strict=True):
             assert turn.question.startswith(bare.question + " ")
             assert turn.text == bare.text.replace(bare.question, turn.question)
             assert turn.answers == bare.answers and turn.max_new_tokens > bare.max_new_tokens

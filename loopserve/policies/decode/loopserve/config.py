@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from loopserve.core.policy.interfaces import PolicyConfig
+from loopserve.core.policy.base import PolicyConfig
 
 
 class Scope(StrEnum):

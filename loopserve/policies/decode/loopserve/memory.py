@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool1d, max_pool1d, pad
 
-from loopserve.core.policy.interfaces import AttentionInputs, KVSelection, Retention
+from loopserve.core.kv.selection import KVSelection, Retention
+from loopserve.core.policy.interfaces import AttentionInputs
 from loopserve.kernels.top_columns import top_columns
 from loopserve.policies.decode.loopserve.config import LoopServeDecodeConfig, Pool, PoolingKind, Share
 

@@ -12,17 +12,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from loopserve.core.kv.key_summaries import KeySummaries
-from loopserve.core.policy.interfaces import (
-    AttentionInputs,
-    Capabilities,
-    DecodeCompressor,
-    KVSelection,
-    Observation,
-    Phase,
-    Retention,
-    Selections,
-    Step,
-)
+from loopserve.core.kv.selection import KVSelection, Retention
+from loopserve.core.policy.base import Capabilities
+from loopserve.core.policy.interfaces import AttentionInputs, DecodeCompressor, Observation, Phase, Selections, Step
 from loopserve.kernels.key_codes import log_weights
 from loopserve.policies.decode.loopserve.config import (
     FirstBlock,

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from loopserve.core.kv.key_summaries import KeySummaries, best_pages
-from loopserve.core.policy.interfaces import AttentionInputs, KVSelection
+from loopserve.core.kv.selection import KVSelection
+from loopserve.core.policy.interfaces import AttentionInputs
 
 _SURE = 1e-4  # captured shares are clamped this far from 0 and 1, where log-odds are infinite
 

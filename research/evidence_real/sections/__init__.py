@@ -1,0 +1,1 @@
+"""The sections of the page, one file each: ``section`` gives the text and the verdicts from the rows."""

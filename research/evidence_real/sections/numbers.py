@@ -1,0 +1,121 @@
+"""Numbers stated in a conversation of three turns, asked for in the last one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from research.evidence.units import Row
+from research.evidence.words import percent, table
+from research.evidence_real.needles import POSITIONS, TURNS
+from research.evidence_real.sections.rows import Rows
+from research.evidence_real.sections.verdict import Verdict
+
+_ENOUGH = 60
+"""Answers below which nothing is said of a difference."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """Count answers: digits right and asked, and whole answers right."""
+
+    answers: list[Row]
+
+    @property
+    def digits(self) -> float:
+        return sum(each["right"] for each in self.answers) / sum(each["of"] for each in self.answers)
+
+    @property
+    def whole(self) -> float:
+        return sum(each["right"] == each["of"] for each in self.answers) / len(self.answers)
+
+    @property
+    def error(self) -> float:
+        """Return the standard error of ``digits``, between answers."""
+        shares = [each["right"] / each["of"] for each in self.answers]
+        middle = sum(shares) / len(shares)
+        spread = sum((each - middle) ** 2 for each in shares) / max(len(shares) - 1, 1)
+        return float((spread / len(shares)) ** 0.5)
+
+    def where(self, name: str, value: object) -> Found:
+        return Found([each for each in self.answers if each[name] == value])
+
+    @property
+    def attended(self) -> float | None:
+        values = [each["attended"] for each in self.answers if each["attended"] is not None]
+        return sum(values) / len(values) if values else None
+
+
+def section(rows: Rows) -> tuple[str, list[Verdict]]:
+    """Return the text and the verdicts."""
+    mine = [row for row in rows.get("needles", []) if "error" not in row["found"]]
+    if not mine:
+        return "Not measured.", [Verdict("Facts of earlier turns are found again", None, "-")]
+    found: dict[str, list[Row]] = {}
+    for row in mine:
+        found.setdefault(row["unit"]["label"], []).extend(row["found"]["answers"])
+    results = {label: Found(answers) for label, answers in found.items()}
+    tokens, share = mine[0]["unit"]["tokens"], mine[0]["unit"]["share"]
+    lines = [
+        [
+            label,
+            f"{100 * each.digits:.0f} ± {100 * each.error:.0f} %",
+            percent(each.whole, 0),
+            " / ".join(percent(each.where("position", place).digits, 0) for place in POSITIONS),
+            " / ".join(percent(each.where("back", back).digits, 0) for back in range(TURNS)),
+            percent(each.attended),
+        ]
+        for label, each in sorted(results.items(), key=lambda item: -item[1].digits)
+    ]
+    counts = sorted({len(each.answers) for each in results.values()})
+    text = (
+        f"A novel of {tokens:,} tokens is read over {TURNS} turns; two sentences in each turn's part state a number (`The magic "
+        "number of the harbour is 48213.`). The last turn's message asks for one of them, at its begin, in its middle or at its "
+        f"end. Answers are teacher-forced, a digit is right if it is the likeliest token. {counts[0]} answers per stack"
+        f"{'' if len(counts) == 1 else f' to {counts[-1]}'}, dense prefill, {percent(share, 0)} of the pairs.\n\n"
+        + table(
+            [
+                "stack",
+                "digits right",
+                "whole numbers right",
+                "digits: begin / middle / end",
+                "digits: stated in the last turn / one before / two before",
+                "attended",
+            ],
+            lines,
+        )
+    )
+    verdicts = []
+    if {"dense", "loopserve"} <= set(results):
+        dense, ours = results["dense"], results["loopserve"]
+        rivals = {label: each for label, each in results.items() if not label.startswith(("dense", "loopserve"))}
+        best = max(rivals.items(), key=lambda item: item[1].digits) if rivals else None
+        said = f"digits right: {percent(ours.digits, 0)} beside dense's {percent(dense.digits, 0)}" + (
+            f"; `{best[0]}` {percent(best[1].digits, 0)}" if best else ""
+        )
+        verdicts.append(
+            Verdict(
+                f"Numbers stated turns before are found as under dense attention (within 3 points), {tokens:,} tokens, "
+                f"{percent(share, 0)} of the pairs",
+                ours.digits >= dense.digits - 0.03,
+                f"{said} ({len(ours.answers)} answers)",
+                few=len(ours.answers) < _ENOUGH,
+            )
+        )
+        windows = {label: results[label] for label in ("snapkv", "adakv") if label in results}
+        if windows:
+            verdicts.append(
+                Verdict(
+                    "Policies that watch the end of the prompt lose answers when the question stands earlier",
+                    all(
+                        each.where("position", "begin").digits < each.where("position", "end").digits
+                        for each in windows.values()
+                    ),
+                    "digits right, question at begin / middle / end: "
+                    + "; ".join(
+                        f"`{label}` {' / '.join(percent(each.where('position', place).digits, 0) for place in POSITIONS)}"
+                        for label, each in windows.items()
+                    ),
+                    few=len(ours.answers) < _ENOUGH,
+                )
+            )
+    return text, verdicts
