@@ -13,7 +13,7 @@ PLUGINS := plugins/loopserve-keydiff plugins/loopserve-star plugins/loopserve-kv
 NAME ?= cpu
 RESULTS = benchmarks/results/$(NAME).jsonl
 
-.PHONY: demo test test-real check test-oldest test-compiled test-gpu oracle oracle-check check-wheel sanitize bench bench-gpu bench-engine evidence evidence-real clean
+.PHONY: demo test test-real check test-oldest test-compiled test-gpu oracle oracle-check check-wheel sanitize bench bench-gpu bench-engine evidence evidence-real soak clean
 
 $(VENV)/ready: pyproject.toml constraints.txt $(PLUGINS:=/pyproject.toml)
 	$(PYTHON) -m venv $(VENV)
@@ -125,6 +125,11 @@ evidence: $(VENV)/ready
 # instead. A run that was broken off goes on where it was; ARGS=--render writes the page from the rows that are there.
 evidence-real: $(VENV)/ready
 	$(BIN)/python -m research.evidence_real $(ARGS)
+
+# The promises of docs/reliability.md in their full forms; rows go to benchmarks/results/soak.jsonl. Each takes at most 30 minutes on
+# two cores: `make soak ARGS=R3` runs one of them.
+soak: $(VENV)/ready
+	$(BIN)/python -W ignore -m tests.soak $(ARGS)
 
 clean:
 	rm -rf $(VENV) $(OLDEST) $(ORACLE) $(WHEEL) .sanitize build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -47,6 +47,13 @@ def chat(
     load: Annotated[
         Path | None, typer.Option("--load", metavar="FILE", help="Go on with a conversation that /save wrote.")
     ] = None,
+    url: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL", help="Talk to an OpenAI-compatible server instead; MODEL is then one that it serves."
+        ),
+    ] = None,
+    api_key: Annotated[str | None, typer.Option(envvar="OPENAI_API_KEY", help="Key of that server.")] = None,
     log: Annotated[
         bool, typer.Option("--log/--no-log", envvar="LOOPSERVE_LOG", help="Log the conversation as it goes.")
     ] = True,
@@ -58,6 +65,10 @@ def chat(
     settings: Settings = context.obj
     if sum((last, number is not None, load is not None)) > 1:
         raise typer.BadParameter("--continue, --id and --load name different conversations: give one of them")
+    if url is not None:
+        if last or number is not None or load is not None:
+            raise typer.BadParameter("--url begins a new conversation: leave --continue, --id and --load out")
+        raise typer.Exit(_remote(url, model, api_key, options, verbose=options.verbose or settings.verbose))
     goes_on = last or number is not None
     if options.system is not None and (goes_on or load is not None):
         raise typer.BadParameter("a conversation that goes on keeps its own system message: leave --system out")
@@ -93,6 +104,27 @@ def chat(
         if person and (farewell := recorder.farewell()):
             print(farewell)
         raise typer.Exit(code)
+
+
+def _remote(url: str, model: str | None, api_key: str | None, options: ModelOptions, *, verbose: bool) -> int:
+    """Talk to a server; return the exit code. The server keeps the conversation, so that it is not logged here."""
+    from loopserve.cli.remote import RemoteConversation
+    from loopserve.cli.repl import Repl
+
+    conversation, person = RemoteConversation(url, model, api_key=api_key, system=options.system), at_terminal()
+    if person:
+        print(f"{conversation.model} at {url}; /help lists the commands, /exit leaves")
+    repl = Repl(
+        conversation,
+        stack="the policies are the server's",
+        read=reader(),
+        write=lambda piece: print(piece, end="", flush=True),
+        sampling=options.sampling,
+        verbose=verbose,
+        interactive=person,
+        warn=None if person else lambda line: print(line, end="", file=sys.stderr, flush=True),
+    )
+    return repl.run()
 
 
 def _conversation(

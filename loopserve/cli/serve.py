@@ -77,14 +77,29 @@ def serve(
     session_dir: Annotated[
         Path | None, typer.Option(help="Where conversations and their caches are kept. Not given: in memory.")
     ] = None,
+    session_key_file: Annotated[
+        Path | None, typer.Option(help="Key that encrypts the session directory: 32 bytes, plain, hex or base64.")
+    ] = None,
     session_ttl: Annotated[str, typer.Option(help="Forget conversations that rest this long; 0 = never.")] = "24h",
+    session_disk: Annotated[
+        str | None, typer.Option(help="Bytes that caches may take on disk; the oldest make way. [default: any]")
+    ] = None,
+    session_disk_per_key: Annotated[
+        str | None, typer.Option(help="The same for the caches of one key. [default: any]")
+    ] = None,
     kv_cache_memory: Annotated[str, typer.Option(help="Bytes that the caches of all conversations may take.")] = "4GiB",
     max_num_seqs: Annotated[int, typer.Option(min=1, help="Answers that are written at once.")] = 16,
     max_num_batched_tokens: Annotated[int, typer.Option(min=1, help="Tokens of one forward pass.")] = 512,
     max_queued: Annotated[int, typer.Option(min=0, help="Requests that may wait; more are answered 503.")] = 256,
+    max_requests_per_key: Annotated[
+        int | None, typer.Option(min=1, help="Requests of one key at once; more are answered 429. [default: any]")
+    ] = None,
     shutdown_timeout: Annotated[
         float, typer.Option(min=0.0, help="Seconds that running answers get at the end.")
     ] = 30.0,
+    restart: Annotated[
+        bool, typer.Option(help="Start the server again if its process crashes, on the same port.")
+    ] = True,
     served_model_name: Annotated[
         str | None, typer.Option(help="Name of the model in the API. [default: MODEL]")
     ] = None,
@@ -97,13 +112,10 @@ def serve(
     policy_timeout: TimeoutOption = POLICY_TIMEOUT_S,
 ) -> None:
     """An OpenAI-compatible server for one model, whose conversations branch and survive restarts."""
-    try:
-        from loopserve.serve.run import run_server
-        from loopserve.serve.settings import ServerSettings
-    except ModuleNotFoundError as error:
-        raise ConfigError(f"the server needs {error.name}: pip install 'loopserve[serve]'") from error
-    from loopserve.api import Engine
-    from loopserve.models.quiet import quiet_libraries
+    from loopserve.serve.listening import listen
+    from loopserve.serve.sealing import read_key
+    from loopserve.serve.settings import ServerSettings
+    from loopserve.serve.supervising import supervise
 
     settings = ServerSettings(
         model_name=served_model_name or model,
@@ -112,6 +124,10 @@ def serve(
         api_keys=(*(api_key or ()), *(read_keys(api_key_file) if api_key_file is not None else ())),
         insecure=insecure,
         session_dir=session_dir,
+        session_disk=None if session_disk is None else read_bytes(session_disk),
+        session_disk_per_key=None if session_disk_per_key is None else read_bytes(session_disk_per_key),
+        max_requests_per_key=max_requests_per_key,
+        session_key=None if session_key_file is None else read_key(session_key_file),
         session_ttl_s=read_seconds(session_ttl) or None,
         kv_cache_memory=read_bytes(kv_cache_memory),
         max_num_seqs=max_num_seqs,
@@ -120,6 +136,16 @@ def serve(
         shutdown_timeout_s=shutdown_timeout,
     )
     settings.check()
+    listener = listen(settings)
+    try:  # before the fork: most of the time of a start is spent here
+        from loopserve.serve.run import run_server
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"the server needs {error.name}: pip install 'loopserve[serve]'") from error
+    from loopserve.api import Engine
+    from loopserve.models.quiet import quiet_libraries
+
+    if restart:
+        supervise(listener.close)  # else connections would wait while the child finishes its last answers
     chosen, *others = context.obj.stacks([stack, *(allow_stack or ())])
     with quiet_libraries():
         engine = Engine.from_pretrained(
@@ -133,7 +159,7 @@ def serve(
             on_policy_fault=on_policy_fault,
             policy_timeout_s=policy_timeout or None,
         )
-        sys.exit(run_server(engine, settings, {each.name: each for each in others}))
+        sys.exit(run_server(engine, settings, {each.name: each for each in others}, listener))
 
 
 __all__ = ["Settings", "read_bytes", "read_keys", "read_seconds", "serve"]

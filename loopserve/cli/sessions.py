@@ -25,16 +25,20 @@ def _remember(wanted: bool) -> bool:
 
 
 DirOption = Annotated[Path, typer.Option("--session-dir", help="The directory that was given to `loopserve serve`.")]
+KeyOption = Annotated[
+    Path | None, typer.Option("--session-key-file", help="The key that was given to `loopserve serve`.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", callback=_remember, help="Print JSON.")]
 IdArgument = Annotated[str, typer.Argument(metavar="ID", help="A session, or the beginning of its id.")]
 
 
-def _open(directory: Path) -> Store:
+def _open(directory: Path, key: Path | None) -> Store:
+    from loopserve.serve.sealing import Sealer, read_key
     from loopserve.serve.store import Store
 
     if not (directory / "index.sqlite").is_file():
         raise ConfigError(f"--session-dir {directory}: no sessions there; give the directory that the server was given")
-    return Store(directory)
+    return Store(directory, Sealer(None if key is None else read_key(key)))
 
 
 def _find(store: Store, name: str) -> StoredSession:
@@ -55,9 +59,9 @@ def _as_json(store: Store, session: StoredSession) -> dict[str, Any]:
 
 
 @app.command("ls")
-def list_sessions(session_dir: DirOption, json: JsonOption = False) -> None:
+def list_sessions(session_dir: DirOption, session_key_file: KeyOption = None, json: JsonOption = False) -> None:
     """All sessions, latest first."""
-    store = _open(session_dir)
+    store = _open(session_dir, session_key_file)
     found = [_as_json(store, each) for each in store.sessions()]
     if json:
         print_json(found)
@@ -78,9 +82,11 @@ def list_sessions(session_dir: DirOption, json: JsonOption = False) -> None:
 
 
 @app.command()
-def show(name: IdArgument, session_dir: DirOption, json: JsonOption = False) -> None:
+def show(
+    name: IdArgument, session_dir: DirOption, session_key_file: KeyOption = None, json: JsonOption = False
+) -> None:
     """One session with its messages."""
-    store = _open(session_dir)
+    store = _open(session_dir, session_key_file)
     found = _as_json(store, _find(store, name))
     if json:
         print_json(found)
@@ -92,11 +98,11 @@ def show(name: IdArgument, session_dir: DirOption, json: JsonOption = False) -> 
 
 
 @app.command()
-def verify(session_dir: DirOption, json: JsonOption = False) -> None:
+def verify(session_dir: DirOption, session_key_file: KeyOption = None, json: JsonOption = False) -> None:
     """Compare every cache file with its checksums; exit with 1 if one is damaged. A server computes such a cache again by itself."""
     from loopserve.serve.kv_files import damaged_files
 
-    store = _open(session_dir)
+    store = _open(session_dir, session_key_file)
     rows, found = store.every_kv(), damaged_files(store)
     if json:
         print_json({"files": len(rows), "damaged": {row.file: reason for row, reason in found}})
@@ -109,9 +115,9 @@ def verify(session_dir: DirOption, json: JsonOption = False) -> None:
 
 
 @app.command()
-def export(name: IdArgument, session_dir: DirOption) -> None:
+def export(name: IdArgument, session_dir: DirOption, session_key_file: KeyOption = None) -> None:
     """One session as JSON, in the form that `Engine.load_session` reads."""
-    store = _open(session_dir)
+    store = _open(session_dir, session_key_file)
     session = _find(store, name)
     path = store.path(session.tenant, session.head) if session.head is not None else None
     messages: list[dict[str, Any]] = []
@@ -125,11 +131,12 @@ def export(name: IdArgument, session_dir: DirOption) -> None:
 def remove(
     names: Annotated[list[str], typer.Argument(metavar="ID...", help="Sessions, or the beginnings of their ids.")],
     session_dir: DirOption,
+    session_key_file: KeyOption = None,
 ) -> None:
     """Delete sessions with their caches; this cannot be undone."""
     from loopserve.serve.kv_files import remove_files
 
-    store = _open(session_dir)
+    store = _open(session_dir, session_key_file)
     for session in [_find(store, each) for each in names]:
         remove_files(store, store.remove_session(session.tenant, session.id))
         print(f"deleted {session.id}")

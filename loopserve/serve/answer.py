@@ -23,6 +23,8 @@ from loopserve.serve.ask import Ask, Match
 from loopserve.serve.attention import AttendedParts
 from loopserve.serve.records import StoredTurn
 
+# What happens to the answers to a request, in order; an error belongs to none of them alone.
+Events = asyncio.Queue[tuple["Choice | None", "Delta | BaseException"]]
 FIRST_S = 10.0  # headers of a stream wait so long for the first token, to say what was reused
 
 
@@ -67,7 +69,7 @@ class Choice:
         opened: Prompt,
         stop: Sequence[str],
         loop: asyncio.AbstractEventLoop,
-        events: asyncio.Queue[tuple[Choice, Delta | BaseException]],
+        events: Events,
         *,
         most_calls: int | None = 0,
     ) -> None:
@@ -101,9 +103,6 @@ class Choice:
 
     def progressed(self, request: Request) -> None:
         """Give the event loop what a pass added."""
-        if request.error is not None:
-            self.send(request.error)
-            return
         if request.turn is None:
             return
         over = request.done.is_set()
@@ -183,12 +182,12 @@ class Answer:
     commit: Callable[[Answer, Choice, Reply], Coroutine[Any, Any, None]] = field(repr=False)
     created: float = field(default_factory=time.time)
     choices: list[Choice] = field(default_factory=list)
-    events: asyncio.Queue[tuple[Choice, Delta | BaseException]] = field(default_factory=asyncio.Queue)
+    events: Events = field(default_factory=asyncio.Queue)
     prefill: Request | None = None  # of the prompt, where several answers are asked for
     turns: dict[int, StoredTurn] = field(default_factory=dict)  # committed, by index of the answer
     cached_tokens: int = 0  # of the prompt, that were not computed for this request
     closed: bool = False
-    _first: asyncio.Task[tuple[Choice, Delta | BaseException]] | None = None
+    _first: asyncio.Task[tuple[Choice | None, Delta | BaseException]] | None = None
 
     @property
     def prompt_tokens(self) -> int:
@@ -209,7 +208,7 @@ class Answer:
         if done and isinstance(error := self._first.result()[1], BaseException):
             raise error
 
-    async def _next(self) -> tuple[Choice, Delta | BaseException]:
+    async def _next(self) -> tuple[Choice | None, Delta | BaseException]:
         first, self._first = self._first, None
         return await (first if first is not None else self.events.get())
 
@@ -221,13 +220,13 @@ class Answer:
                 raise event
             if event.reply is not None:
                 left -= 1
+                assert choice is not None
                 await self.commit(self, choice, event.reply)
             yield event
 
     def abort(self, error: BaseException) -> None:
         """End the answers with an error, which whoever reads them gets."""
-        if self.choices:
-            self.events.put_nowait((self.choices[0], error))
+        self.events.put_nowait((None, error))
 
     async def replies(self) -> list[Reply]:
         """Read every delta; return the answers in their order."""

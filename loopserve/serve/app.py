@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
@@ -17,7 +18,7 @@ from loopserve.core.errors import LoopServeError
 from loopserve.core.stack.stack import PolicyStack
 from loopserve.serve import chat, completions, conversation_routes, info_routes, page, responses, session_routes
 from loopserve.serve.conversations import Conversations
-from loopserve.serve.errors import ApiError, as_api_error
+from loopserve.serve.errors import ApiError, as_api_error, invalid
 from loopserve.serve.metrics import Metrics
 from loopserve.serve.security import Security
 from loopserve.serve.server import Server
@@ -56,7 +57,7 @@ def create_app(engine: Engine, settings: ServerSettings, stacks: Mapping[str, Po
     for module in (chat, completions, responses, conversation_routes, session_routes, info_routes, page):
         app.include_router(module.router)
     app.add_middleware(Security, settings=settings)
-    for kind in (Exception, HTTPException, ApiError, LoopServeError, Disconnected):
+    for kind in (Exception, HTTPException, RequestValidationError, ApiError, LoopServeError, Disconnected):
         app.add_exception_handler(kind, _answer_error)
     return app
 
@@ -76,5 +77,9 @@ async def _answer_error(request: Request, error: Exception) -> Response:
         return Response(status_code=_CLIENT_LEFT)
     if isinstance(error, HTTPException):
         error = ApiError(error.status_code, f"{request.method} {request.url.path[:200]}: {error.detail}")
+    if isinstance(error, RequestValidationError):
+        first = error.errors()[0]
+        place = ".".join(str(each) for each in first["loc"][1:])[:200]
+        error = invalid(f"{place}: {first['msg']}", place or None)
     found = as_api_error(error)
     return JSONResponse(found.body, found.status, found.headers)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import re
+from collections.abc import AsyncIterator
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -14,6 +17,7 @@ from loopserve.serve.errors import ApiError, invalid
 
 MAX_DEPTH = 64
 MAX_DIGITS = 40  # of a number; none that a field allows is longer
+_DISCARDED_BYTES, _DISCARDING_S = 64 << 20, 5.0  # of a body that is too long
 _BRACKETS = re.compile(r"[\[\]{}]")
 T = TypeVar("T", bound=BaseModel)
 
@@ -59,14 +63,29 @@ async def _read(request: Request, max_bytes: int) -> bytes:
     if kind != "application/json" and not kind.endswith("+json"):
         raise ApiError(415, f"the body must be application/json, not {kind[:80]!r}")
     stated = request.headers.get("content-length", "")
-    if stated.isdigit() and int(stated) > max_bytes:
+    data, too_long = bytearray(), stated.isdigit() and int(stated) > max_bytes
+    chunks = request.stream()
+    if not too_long:
+        async for chunk in chunks:
+            data += chunk
+            if len(data) > max_bytes:
+                too_long = True
+                break
+    if too_long:
+        await _discard(chunks)
         raise _too_long(max_bytes)
-    data = bytearray()
-    async for chunk in request.stream():
-        data += chunk
-        if len(data) > max_bytes:
-            raise _too_long(max_bytes)
     return bytes(data)
+
+
+async def _discard(chunks: AsyncIterator[bytes]) -> None:
+    """Read on for a while: a connection that is closed while its client still sends loses the answer on the way."""
+    left = _DISCARDED_BYTES
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_DISCARDING_S):
+            async for chunk in chunks:
+                left -= len(chunk)
+                if left < 0:
+                    return
 
 
 def _too_long(max_bytes: int) -> ApiError:

@@ -28,6 +28,7 @@ from loopserve.serve.answer import Answer, Delta, Reply
 from loopserve.serve.answering import answered
 from loopserve.serve.ask import Ask
 from loopserve.serve.continuing import continued
+from loopserve.serve.openapi import body_of
 from loopserve.serve.protocol import ChatRequest
 from loopserve.serve.rendering import chat_logprobs, figures, usage
 from loopserve.serve.server import Server, identity, server_of, tenant_of_request
@@ -37,7 +38,7 @@ router = APIRouter()
 _FORMAT = "response_format"
 
 
-@router.post("/v1/chat/completions")
+@router.post("/v1/chat/completions", **body_of(ChatRequest))
 async def chat_completions(request: Request) -> Response:
     """Answer the last message of a conversation."""
     server = server_of(request)

@@ -13,6 +13,7 @@ from loopserve.serve.answer import Answer, Reply
 from loopserve.serve.answering import answered
 from loopserve.serve.ask import Ask
 from loopserve.serve.errors import invalid
+from loopserve.serve.openapi import body_of
 from loopserve.serve.protocol import CompletionRequest
 from loopserve.serve.rendering import completion_logprobs, figures, usage
 from loopserve.serve.server import Server, server_of, tenant_of_request
@@ -20,7 +21,7 @@ from loopserve.serve.server import Server, server_of, tenant_of_request
 router = APIRouter()
 
 
-@router.post("/v1/completions")
+@router.post("/v1/completions", **body_of(CompletionRequest))
 async def completions(request: Request) -> Response:
     """Continue a prompt."""
     server = server_of(request)

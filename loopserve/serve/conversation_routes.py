@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Query, Request
 from pydantic import BaseModel, ConfigDict, Field
 
+from loopserve.serve.openapi import body_of
 from loopserve.serve.protocol import MAX_MESSAGES
 from loopserve.serve.records import StoredSession, new_id
 from loopserve.serve.response_items import as_items, items_of, messages_of
@@ -42,7 +43,7 @@ def _shown(session: StoredSession, kept: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-@router.post("/v1/conversations")
+@router.post("/v1/conversations", **body_of(ConversationRequest, required=False))
 async def create_conversation(request: Request) -> dict[str, Any]:
     """Begin a conversation; the responses that name it follow each other."""
     server, tenant, now = server_of(request), tenant_of_request(request), time.time()
@@ -79,7 +80,7 @@ async def show_conversation(request: Request, conversation: str) -> dict[str, An
     return _shown(session, kept)
 
 
-@router.post("/v1/conversations/{conversation}")
+@router.post("/v1/conversations/{conversation}", **body_of(MetadataRequest))
 async def update_conversation(request: Request, conversation: str) -> dict[str, Any]:
     """Replace the metadata of a conversation."""
     server, tenant = server_of(request), tenant_of_request(request)

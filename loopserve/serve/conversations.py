@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sqlite3
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,12 +21,15 @@ from loopserve.models.messages import Message
 from loopserve.models.tool_calls import calls_text
 from loopserve.serve.answer import Answer, Choice, Reply
 from loopserve.serve.ask import Ask, Match
-from loopserve.serve.errors import not_found
-from loopserve.serve.finding import find
+from loopserve.serve.directory import SharedDirectory
+from loopserve.serve.errors import EngineFailure, not_found
+from loopserve.serve.finding import find, nothing
 from loopserve.serve.kv_files import KVFiles, remove_orphans
 from loopserve.serve.live import LiveSessions
 from loopserve.serve.matching import ROOT, extend
 from loopserve.serve.records import Path, StoredTurn, new_id
+from loopserve.serve.schema import refused
+from loopserve.serve.sealing import Sealer
 from loopserve.serve.settings import ServerSettings
 from loopserve.serve.store import Store
 from loopserve.serve.submission import Submissions
@@ -48,18 +52,45 @@ class Conversations:
             engine.token_engine.session(stack).close()  # refused at start, not at the first request
         self.model = model_digest(engine.model, engine.tokenizer.tokenizer)
         self.worker = Worker(engine, settings)
-        self.live = LiveSessions(engine.token_engine, self.worker.scheduler.ledger)
+        self.live = LiveSessions(engine.token_engine, lambda: self.worker.scheduler.ledger)
+        self.worker.on_restart = self._restarted
+        self._answers: set[Answer] = set()  # under way; touched in the event loop only
+        self._loop: asyncio.AbstractEventLoop | None = None
         self.submissions = Submissions(engine, self.worker, self.live, settings)
-        self.store = Store(settings.session_dir)
-        remove_orphans(self.store)
-        self.files = KVFiles(self.store, self.model, engine.token_engine)
+        self.store = Store(settings.session_dir, Sealer(settings.session_key))
+        self.directory = SharedDirectory(settings.session_dir)
+        if self.directory.alone:
+            remove_orphans(self.store)
+            self.directory.share()
+        self.files = KVFiles(
+            self.store, self.model, engine.token_engine, settings.session_disk, settings.session_disk_per_key
+        )
         self._disk = ThreadPoolExecutor(1, "loopserve store")
         self._text = ThreadPoolExecutor(1, "loopserve text")
         self._writing: set[asyncio.Future[Any]] = set()
 
     def start(self) -> None:
-        """Start the model's thread."""
+        """Start the model's thread. Call it in the event loop."""
+        self._loop = asyncio.get_running_loop()
         self.worker.start()
+
+    @property
+    def busy_sessions(self) -> set[str]:
+        """Return the ids of the sessions that an answer is under way for, or that it goes on from."""
+        matches = [answer.match for answer in self._answers]
+        return {match.session.id for match in matches} | {
+            turn.session for match in matches for turn in match.path.turns
+        }
+
+    def _restarted(self) -> None:
+        """Drop what the engine held before a failure. Its scheduler may have lost requests, so every answer under way is ended here."""
+        self.live.close()
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._end_answers)
+
+    def _end_answers(self) -> None:
+        for answer in self._answers:
+            answer.abort(EngineFailure())
 
     async def close(self) -> None:
         """Stop answering; write what is still to be written. May be called twice."""
@@ -69,6 +100,7 @@ class Conversations:
         self._text.shutdown()
         self._disk.shutdown()
         self.store.close()
+        self.directory.close()
         self.live.close()
 
     # Answering.
@@ -80,22 +112,34 @@ class Conversations:
         Raises CapacityError at once if too many are waiting, InputError for what can never be answered, ApiError for ids that are
         not known.
         """
-        self.worker.admit(ask.n)
+        self.worker.admit(ask.n, ask.tenant)
         answer: Answer | None = None
         try:
             stack = self._stack(ask.stack)
-            match = await self.on_disk(lambda: find(self.store, self.model, ask))
+            match = await self.on_disk(lambda: self._find(ask))
             match, prompt = await self._prompt(ask, match)
             answer = Answer(new_id(), ask, match, prompt, stack, self._commit)
+            self._answers.add(answer)
             await self._submit(answer)
             await answer.wait_for_first()
             yield answer
         finally:
-            self.worker.leave(ask.n)
+            self.worker.leave(ask.n, ask.tenant)
             if answer is not None:
                 closing = answer
                 closing.closed = True
+                self._answers.discard(closing)
                 self.worker.call(lambda: self.submissions.cancel(closing))
+
+    def _find(self, ask: Ask) -> Match:
+        """Return what a request goes on from. Where the disk cannot be read, a conversation is computed from its messages."""
+        try:
+            return find(self.store, self.model, ask)
+        except sqlite3.DatabaseError as error:
+            if not refused(error) or ask.previous is not None or ask.session is not None:
+                raise
+            _log.error("the session directory cannot be read (%s): a conversation is computed anew", error)
+            return nothing(ask, "the session directory cannot be read")
 
     def _stack(self, name: str | None) -> PolicyStack:
         if name is None or name == self.engine.stack.name:
@@ -175,7 +219,7 @@ class Conversations:
             tenant=answer.ask.tenant,
             model=self.model,
             stack=answer.stack.digest,
-            digest=extend(path.head.digest if path.head else ROOT, [*messages, message]),
+            digest=extend(ROOT, [*path.messages, *messages, message]),
             messages=tuple(messages),
             answer=message,
             prompt_tokens=answer.prompt.tokens,

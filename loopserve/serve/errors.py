@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import sqlite3
 from typing import Any
 
 from loopserve.core.errors import CapacityError, ConfigError, InputError, LoopServeError, ModelError
+from loopserve.serve.schema import refused
 
 _log = logging.getLogger("loopserve.serve")
 RETRY_AFTER_S = 1
@@ -39,6 +41,18 @@ class ApiError(Exception):
         return json.dumps(self.body)
 
 
+class EngineFailure(LoopServeError):
+    """Report a turn that ended with an error of the engine, not of the request. It was taken back whole."""
+
+    def __init__(self) -> None:
+        super().__init__("the engine failed and was restarted; the turn is taken back: send the request again")
+
+
+def unexpected(error: BaseException) -> bool:
+    """Return whether an error of a turn is one that nobody raises on purpose."""
+    return not isinstance(error, LoopServeError | ApiError)
+
+
 def _type(status: int) -> str:
     if status >= 500:
         return "server_error"
@@ -61,12 +75,29 @@ def overloaded(message: str) -> ApiError:
     return ApiError(503, message, code="server_overloaded", headers={"Retry-After": str(RETRY_AFTER_S)})
 
 
+def too_many(message: str) -> ApiError:
+    """Return the error for a key that asks for more than its share (429 with Retry-After)."""
+    return ApiError(429, message, code="rate_limit_exceeded", headers={"Retry-After": str(RETRY_AFTER_S)})
+
+
+def stopping() -> ApiError:
+    """Return the error for a server that ends (503 with Retry-After)."""
+    return ApiError(503, "the server is stopping", code="server_stopping", headers={"Retry-After": "5"})
+
+
 def as_api_error(error: BaseException) -> ApiError:
     """Return what to answer for any exception. What nobody expected is logged; its text is not shown."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, CapacityError):
         return overloaded(str(error))
+    if isinstance(error, sqlite3.DatabaseError) and refused(error):
+        _log.error("the session directory cannot be used (%s)", error)
+        again = {"Retry-After": str(RETRY_AFTER_S)}
+        return ApiError(503, "the session directory cannot be used now", code="storage_unavailable", headers=again)
+    if isinstance(error, EngineFailure):
+        again = {"Retry-After": str(RETRY_AFTER_S)}
+        return ApiError(503, str(error), code="engine_restarted", headers=again)
     if isinstance(error, InputError):
         text = str(error)
         too_long = "tokens long, the model takes" in text or "does not fit: " in text

@@ -22,7 +22,7 @@ def find(store: Store, model: str, ask: Ask) -> Match:
     """
     messages = list(ask.messages)
     if ask.tokens is not None:
-        return Match(Path(), [], _new_session(ask.tenant), "a prompt without a conversation")
+        return nothing(ask, "a prompt without a conversation")
     if ask.previous is not None:
         return _after(store, model, ask, messages)
     named = _named(store, ask)
@@ -36,6 +36,11 @@ def find(store: Store, model: str, ask: Ask) -> Match:
             session = None  # the conversation went on otherwise: a branch is a session of its own
         return Match(path, messages[size:], session or _new_session(ask.tenant))
     return Match(Path(), messages, named or _new_session(ask.tenant), _difference(store, ask, named, messages))
+
+
+def nothing(ask: Ask, reason: str) -> Match:
+    """Return the match of a request that goes on from nothing. reason: why."""
+    return Match(Path(), [] if ask.tokens is not None else list(ask.messages), _new_session(ask.tenant), reason)
 
 
 def _after(store: Store, model: str, ask: Ask, messages: list[Message]) -> Match:

@@ -9,6 +9,7 @@ from starlette.responses import JSONResponse, Response
 
 import loopserve
 from loopserve.models.messages import as_messages
+from loopserve.serve.openapi import body_of
 from loopserve.serve.protocol import TokenizeRequest
 from loopserve.serve.server import Server, server_of
 
@@ -45,7 +46,7 @@ def _model(server: Server) -> dict[str, Any]:
     }
 
 
-@router.post("/tokenize")
+@router.post("/tokenize", **body_of(TokenizeRequest))
 async def tokenize(request: Request) -> dict[str, Any]:
     """Return the tokens of a prompt, or of messages with the generation prompt."""
     server = server_of(request)
@@ -62,8 +63,8 @@ async def tokenize(request: Request) -> dict[str, Any]:
 
 @router.get("/health")
 async def health(request: Request) -> Response:
-    """Say whether the model's thread runs."""
-    alive = server_of(request).conversations.worker.alive
+    """Say whether the model's thread runs, and its last passes did not all fail."""
+    alive = server_of(request).conversations.worker.healthy
     return JSONResponse({"status": "ok" if alive else "dead"}, 200 if alive else 503)
 
 
@@ -71,7 +72,7 @@ async def health(request: Request) -> Response:
 async def ready(request: Request) -> Response:
     """Say whether requests are taken."""
     server = server_of(request)
-    state = "draining" if server.draining else "ready" if server.conversations.worker.alive else "dead"
+    state = "draining" if server.draining else "ready" if server.conversations.worker.healthy else "dead"
     return JSONResponse({"status": state}, 200 if state == "ready" else 503)
 
 

@@ -10,6 +10,7 @@ import hashlib
 import logging
 import os
 import zlib
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -28,10 +29,11 @@ from loopserve.core.kv.buffers import PairBuffer
 from loopserve.core.policy.state import PackedState
 from loopserve.core.stack.stack import PolicyStack
 from loopserve.serve.records import KVRow, Path, pack_tokens
+from loopserve.serve.sealing import Sealer
 from loopserve.serve.store import Store
 
 _log = logging.getLogger("loopserve.serve")
-LAYOUT = 1
+LAYOUT = 2
 
 
 @dataclass
@@ -59,12 +61,20 @@ class LoadedPairs:
 class KVFiles:
     """Write and read the files below a session directory. Counts what it did; without a directory it does nothing."""
 
-    def __init__(self, store: Store, model: str, engine: TokenEngine) -> None:
-        """model: fingerprint of weights, tokenizer and template."""
+    def __init__(
+        self,
+        store: Store,
+        model: str,
+        engine: TokenEngine,
+        most_bytes: int | None = None,
+        most_bytes_per_tenant: int | None = None,
+    ) -> None:
+        """model: fingerprint of weights, tokenizer and template. most_bytes: of all files, and of those of a tenant; None = any."""
+        self._most, self._most_per_tenant = most_bytes, most_bytes_per_tenant
         self._store, self._engine = store, engine
         self._model = f"{model} {engine.model.dtype} layout {LAYOUT}"
         self._known: set[str] = set()  # files whose sha256 was compared since the start
-        self.written = self.restored = self.quarantined = self.failed = 0
+        self.written = self.restored = self.quarantined = self.failed = self.evicted = 0
 
     def prepare(self, session: Session, path: Path, stack: PolicyStack) -> Callable[[], None]:
         """Return the work of writing the last turn of a path. Call this in the model's thread, the work in the store's.
@@ -99,28 +109,52 @@ class KVFiles:
             trees[slot] = [tree, len(parts)]
             tensors |= {f"state.{slot}.{number}": part.contiguous().cpu() for number, part in enumerate(parts)}
         data = save(tensors, {"format": "pt", "loopserve": f"kv layout {LAYOUT}"})
-        sha = hashlib.sha256(data).hexdigest()
+        sealed = self._store.sealer.seal(data, f"{turn.id} pairs")
+        sha = hashlib.sha256(sealed).hexdigest()
         manifest = {
             "start": start,
             "end": held.tokens,
             "rotation": held.rotation,
             "fingerprint": self._fingerprint(stack),
             "tokens": _tokens_digest(path, held.tokens),
+            "header": _header(data),
             "checksums": {name: _checksum(each) for name, each in tensors.items()},
             "states": trees,
         }
         file = f"{turn.tenant}/{turn.session}/gen-{len(path.turns)}-{sha[:16]}.safetensors"
         try:
             target = self._place(file)
-            target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            write_atomically(target, data, mode=0o600)
-            self._store.put_kv(turn.id, file, len(data), sha, manifest)
+            for each in (
+                target.parent.parent,
+                target.parent,
+            ):  # not parents=True, which makes the first for everybody to read
+                each.mkdir(exist_ok=True, mode=0o700)
+            write_atomically(target, sealed, mode=0o600)
+            self._store.put_kv(turn.id, file, len(sealed), sha, manifest)
         except Exception as error:  # a full disk, for example: the conversation itself is committed already
             self.failed += 1
             _log.warning("the cache of a turn was not written (%s): it will be computed again after a restart", error)
             return
         self._known.add(file)
+        if self._most is not None or self._most_per_tenant is not None:
+            self._keep_within_limits()
         self.written += 1
+
+    def _keep_within_limits(self) -> None:
+        """Remove the files of whole sessions, least recently written first, until tenants and directory are within their limits."""
+        held: dict[tuple[str, str], list[tuple[str, int]]] = {}
+        for turn, file, size in self._store.kv_sizes():
+            tenant, session, _ = file.split("/")
+            held[tenant, session] = [*held.pop((tenant, session), []), (turn, size)]
+        tenants: Counter[str] = Counter()
+        for (tenant, _), turns in held.items():
+            tenants[tenant] += sum(size for _, size in turns)
+        for (tenant, _), turns in held.items():
+            too_much = self._most is not None and tenants.total() > self._most
+            if too_much or (self._most_per_tenant is not None and tenants[tenant] > self._most_per_tenant):
+                self.remove([turn for turn, _ in turns])
+                tenants[tenant] -= sum(size for _, size in turns)
+                self.evicted += len(turns)
 
     def load(self, path: Path, stack: PolicyStack, more_than: int = 0) -> LoadedPairs | None:
         """Return what the files hold of a path; None if that is no more than ``more_than`` tokens. Damaged files are put away."""
@@ -171,7 +205,7 @@ class KVFiles:
 
     def _read(self, row: KVRow) -> dict[str, Tensor] | None:
         try:
-            tensors = checked(self._place(row.file), row, whole=row.file not in self._known)
+            tensors = checked(self._place(row.file), row, whole=row.file not in self._known, sealer=self._store.sealer)
         except (OSError, ValueError, SafetensorError) as error:
             _log.error("%s is put away and computed again: %s", row.file, error)
             self.quarantined += 1
@@ -219,16 +253,25 @@ def _checksum(tensor: Tensor) -> int:
     return zlib.crc32(flat.view(torch.uint8).numpy().data) if flat.numel() else 0
 
 
-def checked(place: FilePath, row: KVRow, whole: bool = True) -> dict[str, Tensor]:
+def _header(data: bytes) -> str:
+    """Return a checksum of what says how the bytes of the tensors are read: their names, types, shapes and places."""
+    return hashlib.sha256(data[: 8 + int.from_bytes(data[:8], "little")]).hexdigest()
+
+
+def checked(place: FilePath, row: KVRow, whole: bool = True, sealer: Sealer | None = None) -> dict[str, Tensor]:
     """Return the tensors of a file. Raises OSError, ValueError or SafetensorError if anything differs from its row.
 
-    whole: compare the sha256 of the file too, and not only size and checksums of the tensors.
+    whole: compare the sha256 of the file too, and not only size, header and checksums of the tensors.
     """
     data = place.read_bytes()
     if len(data) != row.bytes:
         raise ValueError(f"it has {len(data)} bytes instead of {row.bytes}")
     if whole and hashlib.sha256(data).hexdigest() != row.sha256:
         raise ValueError("its sha256 is another one")
+    if sealer is not None:
+        data = sealer.open(data, f"{row.turn} pairs")
+    if _header(data) != row.manifest["header"]:
+        raise ValueError("its header is another one")
     tensors = load(data)
     sums = row.manifest["checksums"]
     if tensors.keys() != sums.keys() or any(_checksum(each) != sums[name] for name, each in tensors.items()):
@@ -241,7 +284,7 @@ def damaged_files(store: Store) -> list[tuple[KVRow, str]]:
     found = []
     for row in store.every_kv() if store.directory is not None else ():
         try:
-            checked(store.directory / row.file, row)  # type: ignore[operator]
+            checked(store.directory / row.file, row, sealer=store.sealer)  # type: ignore[operator]
         except (OSError, ValueError, SafetensorError) as error:
             found.append((row, str(error)))
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from loopserve.core.engine.engine import TokenEngine
@@ -35,7 +36,8 @@ class Resting:
 class LiveSessions:
     """Give sessions for paths and take them back."""
 
-    def __init__(self, engine: TokenEngine, ledger: Ledger) -> None:
+    def __init__(self, engine: TokenEngine, ledger: Callable[[], Ledger]) -> None:
+        """ledger: gives the one in force, which a restart of the engine replaces."""
         self._engine, self._ledger = engine, ledger
         self._resting: list[Resting] = []
 
@@ -62,7 +64,7 @@ class LiveSessions:
         held = best.shared(path) if best is not None else 0
         if loaded is not None and loaded.tokens > held:
             session = self._open(path, stack)
-            if self._ledger.make_space(loaded.nbytes * 3 // 2, session):
+            if self._ledger().make_space(loaded.nbytes * 3 // 2, session):
                 loaded.restore(session, self._engine.model.device)
             return session
         if best is None or held == 0:
@@ -71,7 +73,7 @@ class LiveSessions:
             self._resting.remove(best)
             return best.session
         size = best.session.allocated_bytes
-        if not self._ledger.make_space(2 * size, best.session):
+        if not self._ledger().make_space(2 * size, best.session):
             return self._open(path, stack)
         session = best.session.fork()
         session.go_back(held)

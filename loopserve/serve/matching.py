@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 
 from loopserve.models.messages import Message
 
+_REASONING = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)
 ROOT = hashlib.sha256(b"loopserve conversation 1").digest()
 
 
 def canonical(message: Message) -> dict[str, str]:
     """Return what counts when messages are compared: role, content and tool calls, without reasoning and outer white space.
 
-    Clients strip the reasoning of earlier answers, and many trim white space or write the JSON of calls anew.
+    Clients strip the reasoning of earlier answers or put it into the content, and many trim white space, end lines with CR LF or
+    write the JSON of calls anew.
     """
-    found = {"role": message["role"], "content": message["content"].strip()}
+    content = message["content"].replace("\r\n", "\n")
+    if message["role"] == "assistant":
+        content = _REASONING.sub("", content, count=1)
+    found = {"role": message["role"], "content": content.strip()}
     if "tool_calls" in message:
         calls = [each["function"] for each in json.loads(message["tool_calls"])]
         found["tool_calls"] = json.dumps(calls, sort_keys=True)

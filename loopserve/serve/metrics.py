@@ -29,10 +29,12 @@ class Metrics:
             "kv_cache_usage_perc": ("Share of --kv-cache-memory that is taken.", self._kv_share(conversations)),
             "sessions_in_memory": ("Sessions at rest with their pairs in memory.", lambda: len(conversations.live)),
             "admission_rejections": ("Requests that were answered 503.", lambda: worker.rejected),
+            "engine_restarts": ("Times that the engine was restarted after a failure.", lambda: worker.restarts),
             "kv_files_written": ("Files of pairs written.", lambda: files.written),
             "kv_files_restored": ("Conversations restored from files.", lambda: files.restored),
             "kv_files_quarantined": ("Files that were damaged.", lambda: files.quarantined),
             "kv_files_failed": ("Files that could not be written.", lambda: files.failed),
+            "kv_files_evicted": ("Files removed for a limit on the disk.", lambda: files.evicted),
             "turns_in_memory_only": ("Turns that the disk refused.", lambda: store.spare_turns),
         }
         for name, (text, value) in gauges.items():

@@ -26,6 +26,36 @@ _INCLUDED = frozenset(
 Name = Annotated[str, Field(min_length=1, max_length=255)]
 Seed = Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)]
 
+# How the OpenAPI document shows a message; the core reads messages, and says what is wrong with one.
+_MESSAGE = {
+    "type": "object",
+    "required": ["role"],
+    "properties": {
+        "role": {"enum": ["system", "developer", "user", "assistant", "tool"]},
+        "content": {
+            "anyOf": [
+                {"type": "string"},
+                {
+                    "type": "array",
+                    "items": {
+                        "type": "object",
+                        "required": ["type", "text"],
+                        "properties": {"type": {"enum": ["text"]}, "text": {"type": "string"}},
+                    },
+                },
+                {"type": "null"},
+            ]
+        },
+        "reasoning_content": {"type": ["string", "null"]},
+        "tool_calls": {"type": ["array", "null"], "items": {"type": "object"}},
+        "tool_call_id": {"type": "string"},
+    },
+}
+Messages = Annotated[
+    list[dict[str, Any]],
+    Field(min_length=1, max_length=MAX_MESSAGES, json_schema_extra={"items": _MESSAGE}),
+]
+
 # Fields of OpenAI's API that ask for nothing here, or for bookkeeping at OpenAI.
 _WITHOUT_EFFECT = frozenset(
     {
@@ -157,7 +187,7 @@ class GenerationRequest(BaseModel):
 class ChatRequest(GenerationRequest):
     """Hold a request to ``/v1/chat/completions``. Messages are read by the core, see ``models.messages.as_messages``."""
 
-    messages: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=MAX_MESSAGES)]
+    messages: Messages
     max_completion_tokens: Annotated[int, Field(ge=1, le=1 << 31)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -283,7 +313,7 @@ class TokenizeRequest(BaseModel):
 
     model: Annotated[str, Field(max_length=512)] | None = None
     prompt: str | None = None
-    messages: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
+    messages: Messages | None = None
     add_special_tokens: bool = True
 
     @model_validator(mode="after")

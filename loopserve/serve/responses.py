@@ -18,6 +18,7 @@ from loopserve.serve.answer import Answer, Reply
 from loopserve.serve.ask import Ask
 from loopserve.serve.continuing import continued
 from loopserve.serve.errors import ApiError, as_api_error, invalid, not_found
+from loopserve.serve.openapi import body_of
 from loopserve.serve.protocol import CompactRequest, ResponsesRequest
 from loopserve.serve.records import new_id
 from loopserve.serve.rendering import figures, headers, usage
@@ -50,7 +51,7 @@ class Asked:
     tooling: Tooling
 
 
-@router.post("/v1/responses")
+@router.post("/v1/responses", **body_of(ResponsesRequest))
 async def create_response(request: Request) -> Response:
     """Answer the input, after the response or conversation that it goes on from."""
     server = server_of(request)
@@ -308,7 +309,7 @@ def listed(items: Sequence[dict[str, Any]], limit: int, order: str, after: str |
     }
 
 
-@router.post("/v1/responses/compact")
+@router.post("/v1/responses/compact", **body_of(CompactRequest))
 async def compact(request: Request) -> Response:
     """Have the model summarise a conversation; the item that is returned stands for it as input of other requests."""
     server = server_of(request)

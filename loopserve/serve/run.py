@@ -11,10 +11,12 @@ from collections.abc import Mapping
 import uvicorn
 
 from loopserve.api import Engine
-from loopserve.core.errors import ConfigError
 from loopserve.core.stack.stack import PolicyStack
 from loopserve.serve.app import create_app
 from loopserve.serve.settings import ServerSettings
+from loopserve.serve.supervising import BROKEN
+
+_LOOK_EVERY_S = 0.5
 
 
 class _Server(uvicorn.Server):
@@ -26,13 +28,14 @@ class _Server(uvicorn.Server):
         self._captured_signals.clear()  # else uvicorn raises the signal again, and a clean end would not exit with 0
 
 
-def run_server(engine: Engine, settings: ServerSettings, stacks: Mapping[str, PolicyStack]) -> int:
-    """Serve until SIGTERM or Ctrl-C; return the exit status. Prints one line once requests are taken.
+def run_server(
+    engine: Engine, settings: ServerSettings, stacks: Mapping[str, PolicyStack], listener: socket.socket
+) -> int:
+    """Serve until SIGTERM or Ctrl-C; return the exit status, BROKEN if the device failed for good.
 
-    Raises ConfigError if the address cannot be used.
+    Prints one line once requests are taken. listener: see ``listening``. Raises ConfigError for settings that are refused.
     """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
-    listener = _listen(settings)
     app = create_app(engine, settings, stacks)
     config = uvicorn.Config(
         app,
@@ -45,7 +48,7 @@ def run_server(engine: Engine, settings: ServerSettings, stacks: Mapping[str, Po
     )
     server = _Server(config)
     asyncio.run(_serve(server, listener, settings, engine.stack.name))
-    return 0
+    return BROKEN if app.state.server.conversations.worker.beyond_repair else 0
 
 
 async def _serve(server: uvicorn.Server, listener: socket.socket, settings: ServerSettings, stack: str) -> None:
@@ -56,21 +59,10 @@ async def _serve(server: uvicorn.Server, listener: socket.socket, settings: Serv
         host, port = listener.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         print(f"serving {settings.model_name} under the stack {stack} at http://{shown}:{port} (API: /v1)", flush=True)
+    worker = server.config.app.state.server.conversations.worker  # type: ignore[union-attr]
+    while not running.done():
+        await asyncio.wait({running}, timeout=_LOOK_EVERY_S)
+        if worker.beyond_repair and not server.should_exit:
+            print("error: the device does not work any more; the server ends", file=sys.stderr, flush=True)
+            server.should_exit = True
     await running
-
-
-def _listen(settings: ServerSettings) -> socket.socket:
-    """Return a socket that listens on the address. It is opened first, so that a port in use is known before the model is."""
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((settings.host, settings.port))
-        listener.listen(2048)
-    except OSError as error:
-        listener.close()
-        raise ConfigError(
-            f"--host {settings.host} --port {settings.port}: cannot listen there ({error.strerror}); choose another port"
-        ) from error
-    listener.set_inheritable(False)
-    return listener

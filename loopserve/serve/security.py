@@ -72,5 +72,6 @@ class Security:
 def _host(header: str) -> str:
     """Return the name of a Host header without its port."""
     if header.startswith("["):
-        return header.partition("]")[0] + "]"
+        name, _, port = header.partition("]")
+        return name + "]" + port.partition(":")[0]
     return header.partition(":")[0].lower()

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from loopserve.serve.answer import Answer
 from loopserve.serve.body import read_body
 from loopserve.serve.conversations import Conversations
-from loopserve.serve.errors import ApiError, invalid
+from loopserve.serve.errors import ApiError, invalid, stopping
 from loopserve.serve.metrics import Metrics
 from loopserve.serve.protocol import ChatRequest, GenerationRequest, ResponsesRequest
 from loopserve.serve.sessions import Sessions
@@ -46,9 +46,11 @@ class Server:
 
         empty: no body at all stands for an empty object.
         """
+        if issubclass(model, GenerationRequest):
+            self.conversations.worker.check_space()  # before the body is read: overload is to cost as little as it can
         body = await read_body(request, model, self.settings.max_body_bytes, empty=empty)
         if self.draining:
-            raise ApiError(503, "the server is stopping", code="server_stopping", headers={"Retry-After": "5"})
+            raise stopping()
         if isinstance(body, GenerationRequest):
             self.check_model(body.model)
             if body.n > self.settings.max_n:

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Request
 from pydantic import BaseModel, ConfigDict
 
+from loopserve.serve.openapi import body_of
 from loopserve.serve.protocol import Name
 from loopserve.serve.server import plain_id, server_of, tenant_of_request
 from loopserve.serve.sessions import as_json
@@ -35,7 +36,7 @@ async def show_session(request: Request, session: str) -> dict[str, Any]:
     return as_json(*await server_of(request).sessions.show(tenant_of_request(request), session))
 
 
-@router.post("/v1/sessions/{session}/fork")
+@router.post("/v1/sessions/{session}/fork", **body_of(ForkRequest, required=False))
 async def fork_session(request: Request, session: str) -> dict[str, Any]:
     """Make another session that goes on from the same turn; both are independent then."""
     server = server_of(request)

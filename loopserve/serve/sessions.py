@@ -90,6 +90,7 @@ class Sessions:
         if limit is None:
             return 0
         expired = await self._conversations.on_disk(lambda: self._store.expired(limit))
+        expired = [each for each in expired if each.id not in self._conversations.busy_sessions]
         for each in expired:
             await self.remove(each.tenant, each.id)
         return len(expired)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from loopserve.core.errors import ConfigError
@@ -20,10 +20,14 @@ class ServerSettings:
     api_keys: tuple[str, ...] = ()  # none: everybody may ask, as the tenant ``anonymous``
     insecure: bool = False  # serve other machines without a key
     session_dir: Path | None = None  # None: conversations are kept in memory only
+    session_key: bytes | None = field(default=None, repr=False)  # 32 bytes: what is in the directory is encrypted
     kv_cache_memory: int | None = 4 << 30
     max_num_seqs: int = 16
     max_num_batched_tokens: int = 512
     max_queued: int = 256
+    session_disk: int | None = None  # bytes that the caches of all conversations may take on disk; None: any
+    session_disk_per_key: int | None = None  # the same for those of one key
+    max_requests_per_key: int | None = None  # answers under way or waiting; None: as many as the server takes
     session_ttl_s: float | None = 24 * 3600.0  # None: conversations are kept for ever
     shutdown_timeout_s: float = 30.0
     max_body_bytes: int = 8 << 20
@@ -35,6 +39,8 @@ class ServerSettings:
         """Raise ConfigError for settings that are not safe or contradict each other."""
         if any(not key.strip() or not key.isascii() for key in self.api_keys):
             raise ConfigError("--api-key: a key is empty or holds characters that no HTTP header can carry")
+        if self.session_key is not None and self.session_dir is None:
+            raise ConfigError("--session-key-file: there is no --session-dir that it could encrypt")
         if self.host not in LOOPBACK and not self.api_keys and not self.insecure:
             raise ConfigError(
                 f"--host {self.host}: other machines could use the model and read every conversation; give --api-key or "

@@ -10,46 +10,22 @@ import logging
 import os
 import sqlite3
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path as FilePath
 from typing import Any
 
 from loopserve.core.errors import ConfigError
-from loopserve.serve.records import KVRow, Path, StoredSession, StoredTurn, pack_tokens, unpack_tokens
+from loopserve.serve.records import KVRow, Path, StoredSession, StoredTurn
+from loopserve.serve.rows import KV, TURN, Rows
+from loopserve.serve.schema import KV_TABLE, OBJECTS, SCHEMA_VERSION, TABLES, refused
+from loopserve.serve.sealing import Sealer
 
 _log = logging.getLogger("loopserve.serve")
-SCHEMA_VERSION = 1
 _IN_MEMORY = ("spare", "volatile")  # what the disk does not take; what is not to be kept
-_WAIT_S = 10.0
-_TABLES = """
-CREATE TABLE IF NOT EXISTS {db}.sessions (
-    id TEXT PRIMARY KEY, tenant TEXT NOT NULL, key TEXT, head TEXT, created REAL NOT NULL, updated REAL NOT NULL
-);
-CREATE TABLE IF NOT EXISTS {db}.turns (
-    id TEXT PRIMARY KEY, session TEXT NOT NULL, parent TEXT, tenant TEXT NOT NULL, model TEXT NOT NULL, stack TEXT NOT NULL,
-    digest BLOB NOT NULL, messages TEXT NOT NULL, answer TEXT NOT NULL, prompt_tokens BLOB NOT NULL, output_tokens BLOB NOT NULL,
-    created REAL NOT NULL, finish_reason TEXT NOT NULL, figures TEXT NOT NULL
-);
-CREATE INDEX IF NOT EXISTS {db}.turns_by_digest ON turns (tenant, digest);
-CREATE INDEX IF NOT EXISTS {db}.turns_by_parent ON turns (parent);
-CREATE INDEX IF NOT EXISTS {db}.turns_by_session ON turns (session);
-CREATE INDEX IF NOT EXISTS {db}.sessions_by_key ON sessions (tenant, key);
-"""
-_KV_TABLE = """
-CREATE TABLE IF NOT EXISTS main.kv (
-    turn TEXT PRIMARY KEY, file TEXT NOT NULL, bytes INTEGER NOT NULL, sha256 TEXT NOT NULL, manifest TEXT NOT NULL,
-    created REAL NOT NULL
-);
-"""
-# What the API keeps beside turns and sessions, by their ids: responses as they were given, conversations with their metadata.
-_OBJECTS = """
-CREATE TABLE IF NOT EXISTS {db}.objects (id TEXT PRIMARY KEY, tenant TEXT NOT NULL, body TEXT NOT NULL);
-"""
-_TURN = (
-    "id, session, parent, tenant, model, stack, digest, messages, answer, prompt_tokens, output_tokens, created, finish_reason, "
-    "figures"
-)
-_FULL = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN)
+_MARK = "loopserve sealed"  # id of the object that tells whether a directory has a key, and which
+_DIGEST = TURN.split(", ").index("digest")
+_WAIT_S = 5.0  # for another process that writes
 
 
 class Store:
@@ -59,9 +35,13 @@ class Store:
     what its client does not want to have kept.
     """
 
-    def __init__(self, directory: FilePath | None) -> None:
-        """Open or create the database of a session directory. Raises ConfigError if that cannot be done."""
-        self.directory = directory
+    def __init__(self, directory: FilePath | None, sealer: Sealer | None = None) -> None:
+        """Open or create the database of a session directory. Raises ConfigError if that cannot be done.
+
+        sealer: encrypts what people wrote; a directory that was begun with a key is used with this key only.
+        """
+        self.directory, self.sealer = directory, sealer or Sealer()
+        self._rows = Rows(self.sealer)
         self.spare_turns = 0  # committed in memory only, since the disk refused them
         try:
             if directory is not None:
@@ -80,10 +60,10 @@ class Store:
                     f"{name}: written by another version of loopserve (schema {version}); use another directory"
                 )
             for db in ("main", *_IN_MEMORY):
-                self._db.executescript(_TABLES.format(db=db))
-            self._db.executescript(_KV_TABLE)
+                self._db.executescript(TABLES.format(db=db))
+            self._db.executescript(KV_TABLE)
             for db in ("main", "spare"):
-                self._db.executescript(_OBJECTS.format(db=db))
+                self._db.executescript(OBJECTS.format(db=db))
             self._db.execute(f"PRAGMA main.user_version={SCHEMA_VERSION}")
             for table in ("sessions", "turns"):
                 parts = [f"SELECT * FROM main.{table}"]
@@ -94,9 +74,29 @@ class Store:
                     ]
                     parts.append(f"SELECT * FROM {db}.{table}")
                 self._db.execute(f"CREATE TEMP VIEW every_{table} AS {' UNION ALL '.join(parts)}")
+            self._check_key()
         except (OSError, sqlite3.Error) as error:
             raise ConfigError(
                 f"--session-dir {directory}: cannot be used ({error}); give a directory that this user may write to"
+            ) from error
+
+    def _check_key(self) -> None:
+        """Raise ConfigError if what is in the database does not open with the key that was given, or with none."""
+        row = self._db.execute("SELECT body FROM main.objects WHERE id=?", (_MARK,)).fetchone()
+        if row is None:
+            if self.sealer.active and self._db.execute("SELECT 1 FROM main.sessions").fetchone() is not None:
+                raise ConfigError(f"--session-dir {self.directory}: it was begun without a key; give another directory")
+            if self.sealer.active:
+                mark = (_MARK, "", self.sealer.seal_text(_MARK, _MARK))
+                self._db.execute("INSERT INTO main.objects VALUES (?, ?, ?)", mark)
+            return
+        if not self.sealer.active:
+            raise ConfigError(f"--session-dir {self.directory}: it is encrypted; give its key by --session-key-file")
+        try:
+            self.sealer.open_text(row[0], _MARK)
+        except ValueError as error:
+            raise ConfigError(
+                f"--session-dir {self.directory}: the key of --session-key-file is not its key"
             ) from error
 
     def close(self) -> None:
@@ -115,17 +115,17 @@ class Store:
             self._write("volatile", [path.turns[-1]], [session])
             return False
         self._settle()
-        before = [turn for turn in path.turns[:-1] if self._is_volatile(turn.id)]
+        before = [turn.id for turn in path.turns[:-1] if self._is_volatile(turn.id)]
         try:
-            self._write("main", [*before, path.turns[-1]], [session])
-        except sqlite3.OperationalError as error:
-            if getattr(error, "sqlite_errorcode", 0) & 0xFF not in _FULL:
+            self._write("main", [path.turns[-1]], [session], before)
+        except sqlite3.DatabaseError as error:
+            if not refused(error):
                 raise
             _log.error("a turn is kept in memory only: the session directory takes nothing (%s)", error)
-            self._write("spare", [*before, path.turns[-1]], [session])
+            self._write("spare", [path.turns[-1]], [session], before)
             self.spare_turns += 1
             return False
-        self._db.executemany("DELETE FROM volatile.turns WHERE id=?", [(turn.id,) for turn in before])
+        self._db.executemany("DELETE FROM volatile.turns WHERE id=?", [(turn,) for turn in before])
         self._db.execute("DELETE FROM volatile.sessions WHERE id=?", (session.id,))
         return True
 
@@ -140,26 +140,40 @@ class Store:
         """Move what the disk did not take to it, if it takes it now."""
         if not self.spare_turns:
             return
-        turns = [_turn(row) for row in self._db.execute(f"SELECT {_TURN} FROM spare.turns ORDER BY created")]
-        sessions = [StoredSession(*row) for row in self._db.execute("SELECT * FROM spare.sessions")]
         try:
-            self._write("main", turns, sessions)
-        except sqlite3.OperationalError:
+            with self._transaction():
+                for table in ("turns", "sessions", "objects"):
+                    self._db.execute(f"INSERT OR REPLACE INTO main.{table} SELECT * FROM spare.{table}")
+        except sqlite3.DatabaseError as error:
+            if not refused(error):
+                raise
             return
-        self._db.execute("DELETE FROM spare.turns")
-        self._db.execute("DELETE FROM spare.sessions")
+        with self._transaction("spare"):
+            for table in ("turns", "sessions", "objects"):
+                self._db.execute(f"DELETE FROM spare.{table}")
         self.spare_turns = 0
 
-    def _write(self, db: str, turns: Iterable[StoredTurn], sessions: Iterable[StoredSession]) -> None:
-        self._db.execute("BEGIN IMMEDIATE")
+    def _write(
+        self, db: str, turns: Iterable[StoredTurn], sessions: Iterable[StoredSession], volatile: Iterable[str] = ()
+    ) -> None:
+        """volatile: ids of turns that lie in the database of this name so far."""
+        with self._transaction(db):
+            for each in volatile:
+                self._db.execute(f"INSERT OR REPLACE INTO {db}.turns SELECT * FROM volatile.turns WHERE id=?", (each,))
+            self._db.executemany(
+                f"INSERT OR REPLACE INTO {db}.turns ({TURN}) VALUES ({', '.join('?' * 14)})",
+                map(self._rows.of_turn, turns),
+            )
+            self._db.executemany(
+                f"INSERT OR REPLACE INTO {db}.sessions VALUES (?, ?, ?, ?, ?, ?)", map(self._rows.of_session, sessions)
+            )
+
+    @contextmanager
+    def _transaction(self, db: str = "main") -> Iterator[None]:
+        """Commit what the block does, or nothing of it. A transaction of the databases in memory does not lock the one on disk."""
+        self._db.execute("BEGIN IMMEDIATE" if db == "main" else "BEGIN")
         try:
-            self._db.executemany(
-                f"INSERT OR REPLACE INTO {db}.turns ({_TURN}) VALUES ({', '.join('?' * 14)})", map(_row, turns)
-            )
-            self._db.executemany(
-                f"INSERT OR REPLACE INTO {db}.sessions VALUES (?, ?, ?, ?, ?, ?)",
-                [(s.id, s.tenant, s.key, s.head, s.created, s.updated) for s in sessions],
-            )
+            yield
             self._db.execute("COMMIT")
         except BaseException:
             if self._db.in_transaction:
@@ -168,8 +182,16 @@ class Store:
 
     def turn(self, tenant: str, turn: str) -> StoredTurn | None:
         """Return a turn of a tenant by its id."""
-        row = self._db.execute(f"SELECT {_TURN} FROM every_turns WHERE id=? AND tenant=?", (turn, tenant)).fetchone()
-        return None if row is None else _turn(row)
+        row = self._db.execute(f"SELECT {TURN} FROM every_turns WHERE id=? AND tenant=?", (turn, tenant)).fetchone()
+        return None if row is None else self._turn(row)
+
+    def _turn(self, row: Sequence[Any], digest: bytes | None = None) -> StoredTurn | None:
+        """Return the turn of a row; None for a damaged one, whose conversation is computed from the messages of its client."""
+        try:
+            return self._rows.turn(row, digest)
+        except ValueError as error:
+            _log.error("turn %s cannot be read: %s", row[0], error)
+            return None
 
     def path(self, tenant: str, turn: str) -> Path | None:
         """Return the turns from the root to a turn. None if the turn, or one before it, is not there."""
@@ -186,15 +208,19 @@ class Store:
     def find(self, tenant: str, model: str, digests: Sequence[bytes], session: str | None = None) -> list[StoredTurn]:
         """Return the latest turn for each digest that is known, those of ``session`` first, longest conversations first."""
         order = {digest: number for number, digest in enumerate(digests)}
+        kept = {self.sealer.index(digest): digest for digest in digests}
         found: dict[bytes, StoredTurn] = {}
         for start in range(0, len(digests), 500):
-            part = digests[start : start + 500]
+            part = list(kept)[start : start + 500]
             rows = self._db.execute(
-                f"SELECT {_TURN} FROM every_turns WHERE tenant=? AND model=? AND digest IN ({', '.join('?' * len(part))}) "
+                f"SELECT {TURN} FROM every_turns WHERE tenant=? AND model=? AND digest IN ({', '.join('?' * len(part))}) "
                 "ORDER BY (session = ?), created",
                 (tenant, model, *part, session),
             )
-            found |= {turn.digest: turn for turn in map(_turn, rows)}
+            for row in rows:
+                turn = self._turn(row, kept[bytes(row[_DIGEST])])
+                if turn is not None:
+                    found[turn.digest] = turn
         return sorted(found.values(), key=lambda turn: order[turn.digest])
 
     # Sessions.
@@ -202,74 +228,104 @@ class Store:
     def session(self, tenant: str, session: str) -> StoredSession | None:
         """Return a session of a tenant by its id."""
         row = self._db.execute("SELECT * FROM every_sessions WHERE id=? AND tenant=?", (session, tenant)).fetchone()
-        return None if row is None else StoredSession(*row)
+        return None if row is None else self._rows.session(row)
 
     def session_by_key(self, tenant: str, key: str) -> StoredSession | None:
         """Return the latest session that a client named so."""
         row = self._db.execute(
             "SELECT * FROM every_sessions WHERE tenant=? AND key=? ORDER BY updated DESC LIMIT 1", (tenant, key)
         ).fetchone()
-        return None if row is None else StoredSession(*row)
+        return None if row is None else self._rows.session(row)
 
     def sessions(self, tenant: str | None = None, limit: int = -1) -> list[StoredSession]:
         """Return the sessions of a tenant, or of all (None), latest first."""
         rows = self._db.execute(
             "SELECT * FROM every_sessions WHERE ?1 IS NULL OR tenant=?1 ORDER BY updated DESC LIMIT ?2", (tenant, limit)
         )
-        return [StoredSession(*row) for row in rows]
+        return [self._rows.session(row) for row in rows]
 
     def title(self, tenant: str, turn: str) -> tuple[str, int]:
         """Return the first message of a user on the path to a turn, and the number of turns of the path."""
-        number, first, at = 0, "[]", turn
+        number, first, at = 0, None, turn
         while at is not None:  # sqlite scans whole tables for a recursive query over the view
             row = self._db.execute(
-                "SELECT messages, parent FROM every_turns WHERE id=? AND tenant=?", (at, tenant)
+                "SELECT messages, parent, id FROM every_turns WHERE id=? AND tenant=?", (at, tenant)
             ).fetchone()
             if row is None:
                 break
-            number, (first, at) = number + 1, row
-        questions = [each["content"] for each in json.loads(first) if each["role"] == "user"]
+            number, first, at = number + 1, row, row[1]
+        try:
+            messages = [] if first is None else self._rows.messages(first[2], first[0])
+        except ValueError:  # damaged: the session is listed without a title
+            messages = []
+        questions = [each["content"] for each in messages if each["role"] == "user"]
         return (questions[0] if questions else ""), number
 
     def put_session(self, session: StoredSession) -> None:
         """Write a session."""
-        self._write("spare" if self.spare_turns else "main", [], [session])
+        if not self.spare_turns:
+            try:
+                self._write("main", [], [session])
+                return
+            except sqlite3.DatabaseError as error:
+                if not refused(error):
+                    raise
+                _log.error("a session is kept in memory only: the session directory takes nothing (%s)", error)
+        self._write("spare", [], [session])
+        self.spare_turns += 1
 
     def remove_session(self, tenant: str, session: str) -> list[str]:
-        """Remove a session, with the turns that no other session goes through. Return the ids of these turns."""
+        """Remove a session, with the turns that nothing else goes on from or is at. Return the ids of these turns."""
         found = self.session(tenant, session)
         if found is None:
             return []
-        kept = {
-            turn.id
-            for each in self.sessions(tenant)
-            if each.id != session and each.head is not None
-            for turn in (self.path(tenant, each.head) or Path()).turns
-        }
-        own = [row[0] for row in self._db.execute("SELECT id FROM every_turns WHERE session=?", (session,))]
+        own = self._db.execute("SELECT id FROM every_turns WHERE session=? ORDER BY created DESC", (session,))
         through = self.path(tenant, found.head) if found.head is not None else None
-        gone = sorted({*own, *(through.ids if through is not None else ())} - kept)
-        self._db.execute("BEGIN IMMEDIATE")
-        for db in ("main", *_IN_MEMORY):
-            self._db.execute(f"DELETE FROM {db}.sessions WHERE id=?", (session,))
-            self._db.executemany(f"DELETE FROM {db}.turns WHERE id=?", [(each,) for each in gone])
-        for db in ("main", "spare"):
-            self._db.executemany(f"DELETE FROM {db}.objects WHERE id=?", [(each,) for each in (session, *gone)])
-        self._db.execute("COMMIT")
-        return gone
+        waiting = [*(row[0] for row in own), *(reversed(through.ids) if through is not None else ())]
+        gone: dict[str, None] = {}
+        while waiting:
+            turn = waiting.pop(0)
+            if turn in gone or self._is_needed(turn, session, gone):
+                continue
+            gone[turn] = None
+            waiting += self._left_behind(turn, session)
+        with self._transaction():
+            for db in ("main", *_IN_MEMORY):
+                self._db.execute(f"DELETE FROM {db}.sessions WHERE id=?", (session,))
+                self._db.executemany(f"DELETE FROM {db}.turns WHERE id=?", [(each,) for each in gone])
+            for db in ("main", "spare"):
+                self._db.executemany(f"DELETE FROM {db}.objects WHERE id=?", [(each,) for each in (session, *gone)])
+        return sorted(gone)
+
+    def _is_needed(self, turn: str, session: str, gone: Container[str]) -> bool:
+        """Return whether another session is at a turn, or a turn that stays goes on from it."""
+        at = self._db.execute("SELECT 1 FROM every_sessions WHERE head=? AND id<>?", (turn, session)).fetchone()
+        children = self._db.execute("SELECT id FROM every_turns WHERE parent=?", (turn,))
+        return at is not None or any(child not in gone for (child,) in children)
+
+    def _left_behind(self, turn: str, session: str) -> list[str]:
+        """Return the turn before a removed one, if only that one kept it: its own session is removed as well, or was."""
+        row = self._db.execute("SELECT parent FROM every_turns WHERE id=?", (turn,)).fetchone()
+        if row is None or row[0] is None:
+            return []
+        before = self._db.execute("SELECT session FROM every_turns WHERE id=?", (row[0],)).fetchone()
+        if before is None:
+            return []
+        alive = self._db.execute("SELECT 1 FROM every_sessions WHERE id=?", before).fetchone() is not None
+        return [] if alive and before[0] != session else [row[0]]
 
     def remove_turn(self, tenant: str, turn: str) -> bool:
         """Remove a turn that no other turn goes on from; the sessions at it move back by one. Return False if one goes on from it."""
         found = self.turn(tenant, turn)
         if found is None or self._db.execute("SELECT 1 FROM every_turns WHERE parent=?", (turn,)).fetchone():
             return False
-        self._db.execute("BEGIN IMMEDIATE")
-        for db in ("main", *_IN_MEMORY):
-            self._db.execute(f"UPDATE {db}.sessions SET head=? WHERE head=? AND tenant=?", (found.parent, turn, tenant))
-            self._db.execute(f"DELETE FROM {db}.turns WHERE id=?", (turn,))
-        for db in ("main", "spare"):
-            self._db.execute(f"DELETE FROM {db}.objects WHERE id=?", (turn,))
-        self._db.execute("COMMIT")
+        with self._transaction():
+            for db in ("main", *_IN_MEMORY):
+                moved = (found.parent, turn, tenant)
+                self._db.execute(f"UPDATE {db}.sessions SET head=? WHERE head=? AND tenant=?", moved)
+                self._db.execute(f"DELETE FROM {db}.turns WHERE id=?", (turn,))
+            for db in ("main", "spare"):
+                self._db.execute(f"DELETE FROM {db}.objects WHERE id=?", (turn,))
         return True
 
     # What the API keeps beside them.
@@ -278,12 +334,11 @@ class Store:
         """Keep a JSON object under the id of a turn or session."""
         for db in ("main", "spare"):
             try:
-                self._db.execute(
-                    f"INSERT OR REPLACE INTO {db}.objects VALUES (?, ?, ?)", (name, tenant, json.dumps(body))
-                )
+                kept = self.sealer.seal_text(json.dumps(body), f"{name} object")
+                self._db.execute(f"INSERT OR REPLACE INTO {db}.objects VALUES (?, ?, ?)", (name, tenant, kept))
                 return
-            except sqlite3.OperationalError as error:
-                if getattr(error, "sqlite_errorcode", 0) & 0xFF not in _FULL or db == "spare":
+            except sqlite3.DatabaseError as error:
+                if not refused(error) or db == "spare":
                     raise
                 _log.error("a response is kept in memory only: the session directory takes nothing (%s)", error)
 
@@ -292,14 +347,14 @@ class Store:
         for db in ("spare", "main"):
             row = self._db.execute(f"SELECT body FROM {db}.objects WHERE id=? AND tenant=?", (name, tenant)).fetchone()
             if row is not None:
-                found: dict[str, Any] = json.loads(row[0])
+                found: dict[str, Any] = json.loads(self.sealer.open_text(row[0], f"{name} object"))
                 return found
         return None
 
     def expired(self, older_than_s: float) -> list[StoredSession]:
         """Return the sessions that were last used longer ago than that."""
         rows = self._db.execute("SELECT * FROM every_sessions WHERE updated < ?", (time.time() - older_than_s,))
-        return [StoredSession(*row) for row in rows]
+        return [self._rows.session(row) for row in rows]
 
     # Manifest of the KV files.
 
@@ -307,67 +362,23 @@ class Store:
         """Say that a file holds the pairs of a turn: from here on it counts."""
         self._db.execute(
             "INSERT OR REPLACE INTO main.kv VALUES (?, ?, ?, ?, ?, ?)",
-            (turn, file, size, sha256, json.dumps(manifest), time.time()),
+            (turn, file, size, sha256, self.sealer.seal_text(json.dumps(manifest), f"{turn} manifest"), time.time()),
         )
 
     def kv(self, turn: str) -> KVRow | None:
         """Return the row of the file that holds a turn's pairs; None if there is none."""
-        row = self._db.execute(
-            "SELECT turn, file, bytes, sha256, manifest FROM main.kv WHERE turn=?", (turn,)
-        ).fetchone()
-        return None if row is None else _kv_row(row)
+        row = self._db.execute(f"SELECT {KV} FROM main.kv WHERE turn=?", (turn,)).fetchone()
+        return None if row is None else self._rows.kv(row)
 
     def every_kv(self) -> list[KVRow]:
         """Return the rows of all files, oldest first."""
-        rows = self._db.execute("SELECT turn, file, bytes, sha256, manifest FROM main.kv ORDER BY created")
-        return [_kv_row(row) for row in rows]
+        rows = self._db.execute(f"SELECT {KV} FROM main.kv ORDER BY created")
+        return [self._rows.kv(row) for row in rows]
+
+    def kv_sizes(self) -> list[tuple[str, str, int]]:
+        """Return turn, file and bytes of all files, oldest first."""
+        return list(self._db.execute("SELECT turn, file, bytes FROM main.kv ORDER BY created"))
 
     def drop_kv(self, turns: Iterable[str]) -> None:
         """Forget the files of turns."""
         self._db.executemany("DELETE FROM main.kv WHERE turn=?", [(each,) for each in turns])
-
-
-def _row(turn: StoredTurn) -> tuple[Any, ...]:
-    return (
-        turn.id,
-        turn.session,
-        turn.parent,
-        turn.tenant,
-        turn.model,
-        turn.stack,
-        turn.digest,
-        json.dumps(turn.messages),
-        json.dumps(turn.answer),
-        pack_tokens(turn.prompt_tokens),
-        pack_tokens(turn.output_tokens),
-        turn.created,
-        turn.finish_reason,
-        json.dumps(turn.figures),
-    )
-
-
-def _turn(row: Sequence[Any]) -> StoredTurn:
-    (id_, session, parent, tenant, model, stack, digest, messages, answer, prompt, output, created, finish, figures) = (
-        row
-    )
-    return StoredTurn(
-        id_,
-        session,
-        parent,
-        tenant,
-        model,
-        stack,
-        bytes(digest),
-        tuple(json.loads(messages)),
-        json.loads(answer),
-        unpack_tokens(prompt),
-        unpack_tokens(output),
-        created,
-        finish,
-        json.loads(figures),
-    )
-
-
-def _kv_row(row: Sequence[Any]) -> KVRow:
-    turn, file, size, sha256, manifest = row
-    return KVRow(turn, file, size, sha256, json.loads(manifest))

@@ -9,9 +9,10 @@ from loopserve.api import Engine
 from loopserve.core.engine.sampling import LogitsProcessor
 from loopserve.core.engine.scheduler import Request
 from loopserve.core.engine.session import Session
-from loopserve.core.errors import CapacityError, InputError
+from loopserve.core.errors import CancelledTurn, CapacityError, InputError
 from loopserve.serve.answer import Answer, Choice
 from loopserve.serve.attention import AttendedParts
+from loopserve.serve.errors import EngineFailure, stopping, unexpected
 from loopserve.serve.kv_files import LoadedPairs
 from loopserve.serve.live import LiveSessions
 from loopserve.serve.records import Path
@@ -38,7 +39,7 @@ class Submissions:
             return
 
         def prefilled(request: Request) -> None:
-            error = request.error
+            error = self._noted(request, session)
             if error is None and not answer.closed:
                 answer.cached_tokens = session.turn_start
                 try:
@@ -92,9 +93,12 @@ class Submissions:
             sampling = sampling.model_copy(update={"seed": (sampling.seed + choice.index) % (1 << 63)})
 
         def progressed(request: Request) -> None:
-            if request.error is not None:
+            error = self._noted(request, choice.session)
+            if error is not None:
                 self._rest(answer, choice.session)
-            elif not choice.started:
+                choice.send(error)
+                return
+            if not choice.started:
                 choice.started = True
                 if prefill is None:
                     answer.cached_tokens = (
@@ -119,6 +123,20 @@ class Submissions:
             if prefill is None:
                 self._rest(answer, choice.session)
             raise
+
+    def _noted(self, request: Request, session: Session) -> BaseException | None:
+        """Return what ended a request, for its client. After an error that nobody expected, the session's pairs are not used again."""
+        error = request.error
+        if isinstance(error, CancelledTurn):  # not by its client, who reads nothing any more
+            return EngineFailure() if self._worker.alive else stopping()
+        if error is not None and unexpected(error):
+            _log.error("a turn failed and is taken back", exc_info=error)
+            self._worker.passed(error)
+            session.close()
+            return EngineFailure()
+        if error is None:
+            self._worker.passed(None)
+        return error
 
     def _grammar(self, answer: Answer) -> list[LogitsProcessor]:
         """Return the processor of one answer that must be of a form. It has a state, so each answer has its own."""

@@ -5,39 +5,56 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
+import torch
+
 from loopserve.api import Engine
 from loopserve.core.engine.scheduler import Scheduler
 from loopserve.core.errors import CapacityError
+from loopserve.serve.errors import EngineFailure, stopping, too_many
 from loopserve.serve.settings import ServerSettings
 
 _log = logging.getLogger("loopserve.serve")
 T = TypeVar("T")
+_MOST_FAILURES = 3  # passes that may fail one after another before the engine counts as broken
 
 
 class Worker:
-    """Run one engine in a thread of its own. Sessions are touched in that thread only, through ``call``."""
+    """Run one engine in a thread of its own. Sessions are touched in that thread only, through ``call``.
+
+    An error that nobody expected, whatever its kind, ends all requests with EngineFailure. The scheduler is replaced then, and the
+    thread goes on.
+    """
 
     def __init__(self, engine: Engine, settings: ServerSettings) -> None:
         self.engine = engine
-        self.scheduler = Scheduler(
-            engine.token_engine,
-            max_sessions=settings.max_num_seqs,
-            max_num_batched_tokens=settings.max_num_batched_tokens,
-            max_queued=settings.max_queued,
-            kv_memory=settings.kv_cache_memory,
-        )
+        self._settings = settings
+        self.scheduler = self._new_scheduler()
+        self.on_restart: Callable[[], None] = lambda: None  # drops what is left of sessions and answers
+        self.restarts = 0
+        self.beyond_repair = False  # the device is in a state that only another process gets it out of
+        self.failures = 0  # passes that failed since one succeeded
         self._most = settings.max_num_seqs + settings.max_queued
         self._calls: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
         self._changed = threading.Condition()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="loopserve model", daemon=True)
         self.admitted = 0  # answers that were let in and are not over
+        self._by_tenant: Counter[str] = Counter()
         self.rejected = 0
+
+    def _new_scheduler(self) -> Scheduler:
+        return Scheduler(
+            self.engine.token_engine,
+            max_sessions=self._settings.max_num_seqs,
+            max_num_batched_tokens=self._settings.max_num_batched_tokens,
+            max_queued=self._settings.max_queued,
+            kv_memory=self._settings.kv_cache_memory,
+        )
 
     def start(self) -> None:
         """Start the thread."""
@@ -56,23 +73,43 @@ class Worker:
         """Return whether the model can be asked."""
         return self._thread.is_alive() and not self._stopping
 
-    def admit(self, answers: int) -> None:
-        """Let answers in, to be given back with ``leave``. Raises CapacityError at once if as many as allowed are waiting."""
+    @property
+    def healthy(self) -> bool:
+        """Return whether the model can be asked and its last passes did not all fail."""
+        return self.alive and not self.beyond_repair and self.failures < _MOST_FAILURES
+
+    def admit(self, answers: int, tenant: str) -> None:
+        """Let answers in, to be given back with ``leave``.
+
+        Raises CapacityError at once if as many as allowed are waiting, ApiError (429) if the tenant alone has too many.
+        """
+        most = self._settings.max_requests_per_key
+        if most is not None and self._by_tenant[tenant] + answers > most:
+            self.rejected += 1
+            raise too_many(f"{self._by_tenant[tenant]} requests of this key are under way or waiting already")
+        self.check_space(answers)
+        self.admitted += answers
+        self._by_tenant[tenant] += answers
+
+    def check_space(self, answers: int = 1) -> None:
+        """Raise CapacityError if so many answers would not be let in now."""
         if self.admitted + answers > self._most:
             self.rejected += 1
             raise CapacityError(f"{self.admitted} requests are under way or waiting already: try again later")
-        self.admitted += answers
 
-    def leave(self, answers: int) -> None:
+    def leave(self, answers: int, tenant: str) -> None:
         """Say that answers are over."""
         self.admitted -= answers
+        self._by_tenant[tenant] -= answers
+        if not self._by_tenant[tenant]:
+            del self._by_tenant[tenant]
 
     def call(self, work: Callable[[], T]) -> Future[T]:
         """Have ``work`` done by the model's thread, between two passes."""
         future: Future[T] = Future()
         with self._changed:
             if not self.alive:
-                future.set_exception(CapacityError("the server is stopping"))
+                future.set_exception(stopping())
                 return future
             self._calls.append((future, work))
             self._changed.notify()
@@ -83,22 +120,59 @@ class Worker:
         return await asyncio.shield(asyncio.wrap_future(self.call(work)))
 
     def _run(self) -> None:
+        broken = False
+        while True:  # an error may come from anywhere, a restart included
+            try:
+                if broken:
+                    self._restart()
+                    broken = False
+                self._serve()
+                return
+            except BaseException as error:
+                broken = True
+                self._look_at(error)
+                _log.critical("the model's thread failed: the engine is restarted", exc_info=error)
+
+    def _serve(self) -> None:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._calls or self._stopping or self._busy)
-                calls = list(self._calls)
-                self._calls.clear()
                 stopping = self._stopping
-            for future, work in calls:
-                _do(future, work)
+            for _ in range(len(self._calls)):  # one by one: those behind a failure are done afterwards
+                _do(*self._calls[0])
+                self._calls.popleft()
             if stopping:
                 self.scheduler.close()
                 return
             if self._busy:
-                try:
-                    self.scheduler.step()
-                except Exception:
-                    _log.exception("a pass failed; the turns in it were taken back")
+                self.scheduler.step()
+
+    def _restart(self) -> None:
+        """End every request, drop every session in memory, and begin with a scheduler of its own."""
+        self.restarts += 1
+        self.failures += 1
+        if self._calls and (self._calls[0][0].done() or self._calls[0][0].running()):
+            future, _ = self._calls.popleft()  # the failure came in the midst of it
+            if not future.done():
+                future.set_exception(EngineFailure())
+        broken, self.scheduler = self.scheduler, self._new_scheduler()
+        try:
+            broken.abandon(EngineFailure)
+            self.on_restart()
+        except Exception:
+            _log.exception("some requests were not ended after a failure")
+
+    def passed(self, error: BaseException | None) -> None:
+        """Take note of how the pass of a request ended: None, or an error that nobody expected."""
+        self.failures = 0 if error is None else self.failures + 1
+        if error is not None:
+            self._look_at(error)
+
+    def _look_at(self, error: BaseException) -> None:
+        """Note an error after which every later call of the device fails too. Running out of its memory is none."""
+        self.beyond_repair |= isinstance(error, torch.AcceleratorError) and not isinstance(
+            error, torch.OutOfMemoryError
+        )
 
     @property
     def _busy(self) -> bool:
@@ -110,5 +184,8 @@ def _do(future: Future[Any], work: Callable[[], Any]) -> None:
         return
     try:
         future.set_result(work())
-    except BaseException as error:
+    except Exception as error:
         future.set_exception(error)
+    except BaseException:
+        future.set_exception(EngineFailure())
+        raise

@@ -39,17 +39,21 @@ class Running:
         self._socket = socket.create_server(("127.0.0.1", 0))
         self.port = self._socket.getsockname()[1]
         self._thread = threading.Thread(target=self._run, daemon=True)
-        self._clients: list[openai.OpenAI] = []
+        self._clients: dict[str, openai.OpenAI] = {}
 
     def _run(self) -> None:
-        asyncio.run(self._uvicorn.serve([self._socket]))
+        asyncio.run(self._serve())
+
+    async def _serve(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        await self._uvicorn.serve([self._socket])
 
     def start(self) -> None:
         self._thread.start()
         until(lambda: self._uvicorn.started)
 
     def stop(self) -> None:
-        for client in self._clients:
+        for client in self._clients.values():
             client.close()
         self._uvicorn.should_exit = True
         self._thread.join()
@@ -59,10 +63,11 @@ class Running:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
-    def client(self, key: str = "none", **options: Any) -> openai.OpenAI:
-        client = openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, **options)
-        self._clients.append(client)
-        return client
+    def client(self, key: str = "none") -> openai.OpenAI:
+        """The client of a key; making one takes longer than many requests."""
+        if key not in self._clients:
+            self._clients[key] = openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0)
+        return self._clients[key]
 
     @contextmanager
     def connection(self, path: str, body: object, headers: dict[str, str] | None = None) -> Iterator[socket.socket]:

@@ -6,12 +6,13 @@ import http.client
 import json
 from typing import Any
 
+import openai
 import pytest
 
 from tests.serve.conftest import FACT, Running
 from tests.serve.test_chat_completions import ask, said
 
-CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+CHAT, TEXT, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
 OK: dict[str, Any] = {"model": "demo", "messages": [FACT]}
 BAD: list[tuple[str, str, Any, int]] = [
     ("no JSON", CHAT, b"{", 400),
@@ -59,7 +60,39 @@ BAD: list[tuple[str, str, Any, int]] = [
     ("40 MiB", CHAT, b" " * (40 << 20), 413),
     ("no such path", "/v1/nothing", {}, 404),
     ("both", "/tokenize", {"prompt": "x", "messages": [FACT]}, 400),
+    ("model of a number", CHAT, OK | {"model": 7}, 400),
+    ("messages of a string", CHAT, OK | {"messages": "hello"}, 400),
+    ("content of a number", CHAT, OK | {"messages": [{"role": "user", "content": 7}]}, 400),
+    ("role null", CHAT, OK | {"messages": [{"role": None, "content": "x"}]}, 400),
+    ("stream yes", CHAT, OK | {"stream": "yes"}, 400),
+    ("stream 1", CHAT, OK | {"stream": 1}, 400),
+    ("temperature below zero", CHAT, OK | {"temperature": -0.1}, 400),
+    ("max_tokens beyond", CHAT, OK | {"max_tokens": 1 << 60}, 400),
+    ("seed beyond", CHAT, OK | {"seed": 1 << 63}, 400),
+    ("17 stops", CHAT, OK | {"stop": ["x"] * 17}, 400),
+    ("21 logprobs", CHAT, OK | {"logprobs": True, "top_logprobs": 21}, 400),
+    ("bias of 101", CHAT, OK | {"logit_bias": {"1": 101}}, 400),
+    ("long name of a session", CHAT, OK | {"session_id": "x" * 256}, 400),
+    ("penalty of zero", CHAT, OK | {"repetition_penalty": 0}, 400),
+    (
+        "a schema that is none",
+        CHAT,
+        OK | {"response_format": {"type": "json_schema", "json_schema": {"schema": 3}}},
+        400,
+    ),
+    ("a URL", CHAT, OK | {"messages": [{"role": "user", "content": [{"type": "file", "file_id": "x"}]}]}, 400),
+    ("calls that are no JSON", CHAT, OK | {"messages": [{"role": "assistant", "tool_calls": "x"}, FACT]}, 400),
+    ("background", RESPONSES, {"model": "demo", "input": "x", "background": True}, 400),
+    ("truncation", RESPONSES, {"model": "demo", "input": "x", "truncation": "auto"}, 400),
+    ("two origins", RESPONSES, {"model": "demo", "input": "x", "previous_response_id": "a", "conversation": "b"}, 400),
+    ("unknown include", RESPONSES, {"model": "demo", "input": "x", "include": ["everything"]}, 400),
+    ("unknown item", RESPONSES, {"model": "demo", "input": [{"type": "item_reference", "id": "x"}]}, 400),
+    ("no input", RESPONSES, {"model": "demo", "input": []}, 400),
+    ("unknown response", RESPONSES, {"model": "demo", "input": "x", "previous_response_id": "resp_x"}, 404),
+    ("prompt of floats", TEXT, {"model": "demo", "prompt": [1.5]}, 400),
+    ("suffix", TEXT, {"model": "demo", "prompt": "x", "suffix": "y"}, 400),
 ]
+CLASSES = {400: openai.BadRequestError, 404: openai.NotFoundError, 413: openai.APIStatusError}
 
 
 def post(server: Running, path: str, body: object) -> tuple[int, Any]:
@@ -86,7 +119,24 @@ def test_bad_requests_are_refused_by_name(shared: Running, path: str, body: obje
     assert found == status, answer
     assert answer["error"].keys() == {"message", "type", "param", "code"} and answer["error"]["message"]
     assert "Traceback" not in answer["error"]["message"]
+    if isinstance(body, dict) and path.startswith("/v1/"):
+        with pytest.raises(CLASSES[status]):
+            shared.client().post(path.removeprefix("/v1"), body=body, cast_to=object)
     assert said(ask(shared, [FACT]))["content"] == "ok ."
+
+
+@pytest.mark.parametrize("query", ["limit=x", "limit=0", "limit=1001", "limit=1&limit=y", "limit=9" + "9" * 5000])
+def test_bad_queries_get_an_error_object_too(shared: Running, query: str) -> None:
+    response = shared.client()._client.get(f"{shared.url}/v1/sessions?{query}")
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "limit"
+
+
+@pytest.mark.parametrize("value", [5e-324, 1e-300, 100.0])
+@pytest.mark.parametrize("temperature", [0, 5e-324, 1])
+def test_extreme_penalties_are_answered(shared: Running, value: float, temperature: float) -> None:
+    reply = ask(shared, [FACT], temperature=temperature, extra_body={"repetition_penalty": value}, max_tokens=4)
+    assert reply.usage.completion_tokens >= 1
 
 
 def test_a_refused_request_leaves_its_connection_open(server: Running) -> None:

@@ -4,56 +4,72 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
 
+from loopserve.serve.kv_files import damaged_files
+from loopserve.serve.store import Store
 from tests.serve.conftest import FACT, QUESTION, Running, until
+from tests.serve.processes import started
 from tests.serve.test_chat_completions import ask, cached, said
 
-SERVE = (
-    "import sys; from loopserve.cli import main; main(['serve', 'demo', '--port', '0', '--session-dir', sys.argv[1]])"
-)
+ANSWER = "lisbon is amber falcon river ."
 
-
-def started(directory: Path) -> tuple[subprocess.Popen[str], openai.OpenAI]:
-    process = subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-c", SERVE, str(directory)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
-    assert process.stdout is not None
-    line = process.stdout.readline()
-    url = next(word for word in line.split() if word.startswith("http://"))
-    return process, openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+SEGFAULT = """
+import ctypes, loopserve.serve.worker as worker
+step = worker.Scheduler.step
+def failing(self):
+    if any(len(each.output) == 6 and each.max_new_tokens == 666 for each in self._running):
+        ctypes.string_at(0)
+    return step(self)
+worker.Scheduler.step = failing
+"""
 
 
 def test_a_killed_server_goes_on_from_its_files(tmp_path: Path) -> None:
-    process, client = started(tmp_path)
-    try:
+    with started(tmp_path) as (process, client):
         first = client.chat.completions.create(model="demo", messages=[FACT], temperature=0)
         until(lambda: list(tmp_path.glob("anonymous/*/gen-1-*.safetensors")))
         os.kill(process.pid, signal.SIGKILL)
-    finally:
-        process.kill()
-        process.communicate()
-    process, client = started(tmp_path)
-    try:
+    with started(tmp_path) as (_, client):
         messages = [FACT, said(first), QUESTION]
         second = client.chat.completions.create(model="demo", messages=messages, temperature=0)
-        assert said(second)["content"] == "lisbon is amber falcon river ."
+        assert said(second)["content"] == ANSWER
         assert second.loopserve["session_id"] == first.loopserve["session_id"]
+
+
+def test_a_crashed_process_is_replaced_and_a_stopped_one_finishes(tmp_path: Path) -> None:
+    """A segmentation fault in mid-answer, then SIGTERM while one answer is written and another waits."""
+    with started(tmp_path, ["--max-num-seqs", "1", "--shutdown-timeout", "600"], SEGFAULT) as (process, client):
+        create = client.chat.completions.create
+        first = create(model="demo", messages=[FACT], temperature=0)
+        with pytest.raises(openai.APIConnectionError):
+            create(model="demo", messages=[FACT], max_tokens=666, extra_body={"ignore_eos": True})
+        messages = [FACT, said(first), QUESTION]
+        assert said(create(model="demo", messages=messages, temperature=0))["content"] == ANSWER
+        found: list[Any] = []
+        long = {"model": "demo", "messages": messages, "extra_body": {"ignore_eos": True}, "max_tokens": 150}
+        stream = iter(create(**long, stream=True))
+        next(stream)
+        waiting = threading.Thread(target=lambda: found.append(create(**long)))
+        waiting.start()
+        metrics = str(client.base_url).replace("/v1/", "/metrics")
+        until(lambda: "num_requests_waiting 1.0" in client._client.get(metrics).text)
         process.terminate()
-        process.communicate(timeout=60)
-        assert process.returncode == 0
-    finally:
-        process.kill()
-        process.communicate()
+        assert list(stream)[-1].choices[0].finish_reason == "length"
+        waiting.join()
+        assert found[0].usage.completion_tokens == 150
+        assert process.wait(60) == 0
+    store = Store(tmp_path)
+    turns = [turn for each in store.sessions() for turn in store.path(each.tenant, each.head).turns]
+    assert {turn.answer["content"] for turn in turns} >= {said(first)["content"], ANSWER, said(found[0])["content"]}
+    assert len(store.every_kv()) == 4 and not damaged_files(store)
+    store.close()
 
 
 def written(server: Running, directory: Path, count: int) -> list[Path]:
@@ -90,5 +106,21 @@ def test_a_damaged_file_is_put_away_and_computed_again(
         file.unlink()
     other = serve(session_dir=tmp_path)
     second = ask(other, [FACT, said(first), QUESTION])
-    assert cached(second) == 0 and said(second)["content"] == "lisbon is amber falcon river ."
+    assert cached(second) == 0 and said(second)["content"] == ANSWER
     assert other.conversations.files.quarantined == 1
+
+
+def test_a_header_that_reads_the_same_bytes_otherwise_is_refused(serve: Callable[..., Running], tmp_path: Path) -> None:
+    """Also in a file whose sha256 was compared before."""
+    server = serve(session_dir=tmp_path)
+    ask(server, [FACT])
+    (file,) = written(server, tmp_path, 1)
+    conversations = server.conversations
+    (row,) = conversations.store.every_kv()
+    path = conversations.store.path("anonymous", row.turn)
+    assert path is not None and conversations.files.load(path, conversations.engine.stack) is not None
+    data = file.read_bytes()
+    assert data.count(b'"F32"') > 1
+    file.write_bytes(data.replace(b'"F32"', b'"I32"', 1))
+    assert conversations.files.load(path, conversations.engine.stack) is None
+    assert conversations.files.quarantined == 1

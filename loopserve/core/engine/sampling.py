@@ -217,6 +217,7 @@ class Sampler:
             if config.repetition_penalty != 1.0:
                 penalty = config.repetition_penalty
                 scores = torch.where(seen, torch.where(scores > 0, scores / penalty, scores * penalty), scores)
+                scores = scores.clamp(max=torch.finfo(scores.dtype).max)  # a tiny penalty overflows
             scores -= config.frequency_penalty * counts + config.presence_penalty * (counts > 0)
         return scores
 

@@ -216,6 +216,24 @@ class Scheduler:
             request.cancelled = True
         self._drop_cancelled()
 
+    def abandon(self, error: Callable[[], BaseException]) -> None:
+        """End every request with an error of its own, also after a failure in the midst of ``step``. Use another scheduler then.
+
+        A session whose turn cannot be taken back is closed.
+        """
+        for request in [*self._waiting, *self._running]:
+            try:
+                if request.turn is not None:
+                    request.turn.close()
+            except Exception:
+                _log.exception("a turn could not be taken back: its session is closed")
+                request.session.close()
+            self.ledger.settle(request.session)
+            request.finish(error())
+            request.notify()
+        self._waiting.clear()
+        self._running.clear()
+
     def _drop_cancelled(self) -> None:
         with self._changed:
             gone = [each for each in [*self._waiting, *self._running] if each.cancelled]

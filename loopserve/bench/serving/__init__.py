@@ -1,0 +1,1 @@
+"""Measure an OpenAI-compatible server from outside: conversations of several turns, many at once."""

@@ -1,0 +1,94 @@
+"""Limits by bytes on disk, in all and per key; requests per key; conversations that rest too long."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+
+import openai
+import pytest
+
+from loopserve.serve.kv_files import damaged_files
+from tests.serve.conftest import FACT, QUESTION, Running, until
+from tests.serve.test_chat_completions import ask, cached, said
+
+
+def on_disk(directory: Path) -> dict[str, int]:
+    """Bytes of cache files by tenant."""
+    found: dict[str, int] = {}
+    for each in directory.glob("*/*/*.safetensors"):
+        tenant = each.parent.parent.name
+        found[tenant] = found.get(tenant, 0) + each.stat().st_size
+    return found
+
+
+def fact(number: int) -> dict[str, str]:
+    return {"role": "user", "content": f"the code of oslo is {'is ' * number} ember ."}
+
+
+def test_the_oldest_caches_make_way_on_disk(serve: Callable[..., Running], tmp_path: Path) -> None:
+    server = serve(session_dir=tmp_path, session_disk=400_000)
+    first = ask(server, [FACT])
+    for number in range(12):
+        ask(server, [fact(number)])
+        until(lambda number=number: server.conversations.files.written == number + 2)
+        assert sum(on_disk(tmp_path).values()) <= 400_000
+    files = server.conversations.files
+    assert files.evicted and not damaged_files(server.conversations.store)
+    other = serve(session_dir=tmp_path)
+    again = ask(other, [FACT, said(first), QUESTION])
+    assert cached(again) == 0 and said(again)["content"] == "lisbon is amber falcon river ."
+    assert len(other.client()._client.get(f"{other.url}/v1/sessions").json()["data"]) == 13
+
+
+def test_a_key_cannot_push_out_the_caches_of_another(serve: Callable[..., Running], tmp_path: Path) -> None:
+    server = serve(session_dir=tmp_path, api_keys=("one", "two"), session_disk_per_key=300_000)
+    create = server.client("one").chat.completions.create
+    first = create(model="demo", messages=[FACT], temperature=0)
+    for number in range(10):
+        server.client("two").chat.completions.create(model="demo", messages=[fact(number)], temperature=0)
+    until(lambda: server.conversations.files.written == 11)
+    assert all(size <= 300_000 for size in on_disk(tmp_path).values()) and len(on_disk(tmp_path)) == 2
+    other = serve(session_dir=tmp_path, api_keys=("one", "two"))
+    create = other.client("one").chat.completions.create
+    assert cached(create(model="demo", messages=[FACT, said(first), QUESTION], temperature=0)) > 0
+
+
+def test_a_key_has_its_share_of_requests(serve: Callable[..., Running]) -> None:
+    server = serve(api_keys=("one", "two"), max_requests_per_key=1)
+    body = {"model": "demo", "messages": [FACT], "max_tokens": 4000, "ignore_eos": True}
+    with server.connection("/v1/chat/completions", body, {"Authorization": "Bearer one"}):
+        until(lambda: server.conversations.worker.scheduler.running)
+        with pytest.raises(openai.RateLimitError) as caught:
+            server.client("one").chat.completions.create(model="demo", messages=[FACT])
+        assert int(caught.value.response.headers["retry-after"]) >= 1
+        assert server.client("two").chat.completions.create(model="demo", messages=[FACT]).choices
+    until(lambda: not server.conversations.worker.admitted)
+    assert server.client("one").chat.completions.create(model="demo", messages=[FACT]).choices
+    with pytest.raises(openai.RateLimitError):
+        server.client("one").chat.completions.create(model="demo", messages=[FACT], n=2)
+
+
+def test_conversations_that_rest_too_long_are_forgotten(serve: Callable[..., Running], tmp_path: Path) -> None:
+    server = serve(session_dir=tmp_path, session_ttl_s=1e-6)
+    ask(server, [FACT])
+    until(lambda: server.conversations.files.written == 1)
+    removed = asyncio.run_coroutine_threadsafe(server.server.sessions.expire(), server.loop).result(30)
+    assert removed == 1 and not on_disk(tmp_path)
+    assert server.client()._client.get(f"{server.url}/v1/sessions").json()["data"] == []
+
+
+def test_a_conversation_with_an_answer_under_way_is_not_forgotten(serve: Callable[..., Running]) -> None:
+    server = serve(session_ttl_s=1e-6)
+    first = ask(server, [FACT])
+    body = {"model": "demo", "messages": [FACT, said(first), QUESTION], "max_tokens": 4000, "ignore_eos": True}
+
+    def expire() -> int:
+        return asyncio.run_coroutine_threadsafe(server.server.sessions.expire(), server.loop).result(30)
+
+    with server.connection("/v1/chat/completions", body):
+        until(lambda: server.conversations.worker.scheduler.running)
+        assert expire() == 0
+    until(lambda: not server.conversations.worker.admitted)
+    assert expire() == 1

@@ -1,0 +1,53 @@
+"""Trees of turns: whatever sessions are forked, moved back and removed, what others are at stays, and nothing is left at the end."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+
+from loopserve.serve.records import Path, StoredSession, new_id
+from loopserve.serve.store import Store
+from tests.soak.kills import turn_of
+
+TENANT = "anonymous"
+
+
+def grown(store: Store, draw: random.Random, count: int) -> list[StoredSession]:
+    """Commit a random tree of turns, with sessions at some of them."""
+    sessions: list[StoredSession] = []
+    paths: list[Path] = [Path()]
+    for number in range(count):
+        before = draw.choice(paths)
+        path, session = turn_of(number, before)
+        at = draw.choice(sessions) if sessions and draw.random() < 0.5 else replace(session, id=new_id())
+        path = Path((*before.turns, replace(path.turns[-1], session=at.id)))
+        at = replace(at, head=path.ids[-1])
+        store.commit(path, at)
+        sessions = [each for each in sessions if each.id != at.id] + [at]
+        paths.append(path)
+        if draw.random() < 0.3:
+            moved = draw.choice(sessions)
+            there = store.path(TENANT, moved.head) if moved.head is not None else None
+            moved_back = replace(moved, head=there.turns[-1].parent if there is not None else None)
+            store.put_session(moved_back)
+            sessions = [each for each in sessions if each.id != moved.id] + [moved_back]
+    return sessions
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_removed_sessions_take_only_their_own_along(seed: int) -> None:
+    store, draw = Store(None), random.Random(seed)
+    sessions = grown(store, draw, 25)
+    draw.shuffle(sessions)
+    for number, session in enumerate(sessions):
+        store.remove_session(TENANT, session.id)
+        left = sessions[number + 1 :]
+        assert {each.id for each in store.sessions()} == {each.id for each in left}
+        for each in left:
+            assert each.head is None or store.path(TENANT, each.head) is not None
+        turns = [row[0] for row in store._db.execute("SELECT id FROM every_turns")]
+        assert all(store.path(TENANT, each) is not None for each in turns)
+    assert store._db.execute("SELECT count(*) FROM every_turns").fetchone() == (0,)
+    store.close()
