@@ -23,6 +23,7 @@ STACKS = ("dense", "loopserve", "loopserve-paper", "snapkv", "streaming_llm")
 POSITIONS: tuple[Position, ...] = ("begin", "middle", "end")
 ATTENDED = 0.10
 _LONGEST_ANSWER = 96
+_SHORT = 256  # tokens of a conversation from which on a stack's sparse prefill begins at the latest
 _UNCOUNTED_OUTPUTS = 12  # outputs attended besides the budget, mean over a short answer
 
 Progress = Callable[[str, int, int], None]
@@ -61,12 +62,20 @@ def demo_dialogues(seed: int, tokens: int, turns: int, dialogues: int, keys: Seq
 
 
 def equal_budget(stack: PolicyStack, tokens: int, turns: int) -> PolicyStack:
-    """Return the stack with its decode budget set so that a tenth of dense attention's pairs are attended."""
+    """Return the stack with its decode budget set so that a tenth of dense attention's pairs are attended.
+
+    Conversations of these lengths are read sparsely, whatever the stack's lower limit for it is.
+    """
     average = tokens * (turns + 1) / (2 * turns)  # length of the conversation at each answer, for turns of equal length
     try:
-        return with_budget(stack, budget_for(ATTENDED, average, uncounted_outputs_of(stack, _UNCOUNTED_OUTPUTS)))
+        budgeted = with_budget(stack, budget_for(ATTENDED, average, uncounted_outputs_of(stack, _UNCOUNTED_OUTPUTS)))
     except ConfigError as error:
         raise ConfigError(f"a tenth of {tokens} tokens is too small a budget ({error}): raise --tokens") from error
+    described = budgeted.describe()
+    for each in (described, *described.get("layers", [])):
+        if "min_total_tokens" in each.get("prefill", {}):
+            each["prefill"]["min_total_tokens"] = min(each["prefill"]["min_total_tokens"], _SHORT)
+    return load_stack(described)
 
 
 def run_demo(

@@ -1,12 +1,14 @@
 """Encode keys with a few bits per channel between the bounds of their page, and estimate logits from the codes.
 
-A page is a run of adjacent columns. Per channel, key = low + code * (high - low) / (2^bits - 1). The codes give
+A page is a run of adjacent columns. Per channel, key = low + code * (high - low) / (2^bits - 1). The bounds are the
+smallest and the largest key; beside codes of 2 bits those of a whole page are narrower, since a few keys off the range
+cost less than large steps for all. The codes give
 approximate logits of all keys and rank the columns for a query, while reading a fraction of the keys' bytes.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,6 +40,13 @@ _JUMPS = backend.operation(
     cpu="native.key_codes",
     triton="gpu.key_codes",
     limits={"cpu": native.limit, "triton": limits.jumps},
+)
+_THRESHOLD = backend.operation(
+    "code_threshold",
+    reference="key_codes",
+    cpu="native.key_codes",
+    triton="gpu.key_codes",
+    limits={"cpu": native.limit_threshold, "triton": limits.codes},
 )
 
 
@@ -116,27 +125,63 @@ def code_jumps(
     is added to it. Raises ValueError for arguments that do not fit together.
     """
     _check("code_jumps", queries, of)
+    _check_choice("code_jumps", queries, of, base, tail, budget, observed)
+    found: Tensor = _JUMPS(queries, of, base, tail, budget, scaling=scaling, observed=observed)
+    return found
+
+
+def code_threshold(
+    queries: Tensor,
+    of: KeyCodes,
+    base: Tensor,
+    tail: int,
+    threshold: float,
+    least: int,
+    most: int,
+    *,
+    scaling: float,
+    softcap: float | None = None,
+    observed: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return the base columns and the other columns before ``tail`` that some query attends to enough, sorted: int64
+    ``[Hkv, S + longest]``, left-padded with -1 where a head has fewer, and how many each head has: int64 ``[Hkv]``.
+
+    A column is ranked by its weight: the largest log-softmax over all coded columns of any query ``[Hq, r, D]`` of the
+    group. Those of at least ``threshold`` are taken, but at least the ``least`` and at most the ``most`` best per head.
+    Of equal ones the lowest column wins. base, observed and errors: see ``code_jumps``; at least ``most`` other columns
+    must exist.
+    """
+    _check("code_threshold", queries, of)
+    _check_choice("code_threshold", queries, of, base, tail, most, observed)
+    if not 0 <= least <= most:
+        raise ValueError(f"code_threshold: at least {least} and at most {most} columns do not fit together")
+    found: tuple[Tensor, Tensor] = _THRESHOLD(
+        queries, of, base, tail, threshold, least, most, scaling=scaling, softcap=softcap, observed=observed
+    )
+    return found
+
+
+def log_weights(logits: Tensor) -> Tensor:
+    """Return the weight of each column by logits ``[Hkv, rows, n]``: the largest log-softmax of the rows ``[Hkv, n]``."""
+    return (logits - logits.logsumexp(-1, keepdim=True)).amax(1)
+
+
+def _check_choice(
+    op: str, queries: Tensor, of: KeyCodes, base: Tensor, tail: int, most: int, observed: Tensor | None
+) -> None:
+    """Raise ValueError unless ``most`` columns before ``tail`` can be chosen beside the base."""
     heads, width = base.shape
-    if (
-        heads != len(of.low)
-        or base.dtype != torch.long
-        or not 0 <= tail <= of.columns
-        or not 0 <= budget <= tail - width
-    ):
+    if heads != len(of.low) or base.dtype != torch.long or not 0 <= tail <= of.columns or not 0 <= most <= tail - width:
         raise ValueError(
-            f"code_jumps: {budget} more than {base.dtype} {list(base.shape)} before column {tail} of {of.columns} do not fit"
+            f"{op}: {most} more than {base.dtype} {list(base.shape)} before column {tail} of {of.columns} do not fit"
         )
     if observed is not None:
         if observed.shape != (heads, tail) or observed.dtype != torch.float32 or not observed.is_contiguous():
-            raise ValueError(
-                f"code_jumps: observed {list(observed.shape)} must be float32 [{heads}, {tail}], contiguous"
-            )
-        check_device("code_jumps", "observed", observed, queries.device)
-    check_device("code_jumps", "base", base, queries.device)
+            raise ValueError(f"{op}: observed {list(observed.shape)} must be float32 [{heads}, {tail}], contiguous")
+        check_device(op, "observed", observed, queries.device)
+    check_device(op, "base", base, queries.device)
     if base.device.type == "cpu":  # the compiled kernel writes at these columns
-        check_range("code_jumps: base", base, tail)
-    found: Tensor = _JUMPS(queries, of, base, tail, budget, scaling=scaling, observed=observed)
-    return found
+        check_range(f"{op}: base", base, tail)
 
 
 def _check(op: str, queries: Tensor, of: KeyCodes) -> None:
@@ -159,10 +204,37 @@ def summarise_pages_reference(
     """Define bounds and codes."""
     fresh = keys[:, first * page :]
     bounds = page_bounds(fresh, page)
+    if codes is not None and bits == 2:
+        bounds = fitted(fresh, *bounds, page, bits)
     end = first + bounds[0].shape[1]
     low[:, first:end], high[:, first:end] = bounds
     if codes is not None:
         codes[:, first:end] = encode(fresh, *bounds, page, bits)
+
+
+def fitted(keys: Tensor, low: Tensor, high: Tensor, page: int, bits: int) -> tuple[Tensor, Tensor]:
+    """Return bounds ``[Hkv, P, D]`` narrowed to the part of their range, in eighths from 1 to 1 / 2, whose codes have the
+    least squared error. Those of a last page that may still grow stay.
+    """
+    whole = keys.shape[1] // page
+    paged = keys[:, : whole * page].float().view(keys.shape[0], whole, page, keys.shape[2])
+    lowest, highest = low[:, :whole, None].float(), high[:, :whole, None].float()
+    middle, reach = (lowest + highest) * 0.5, (highest - lowest) * 0.5
+    low, high, least = low.clone(), high.clone(), None
+    eighth, half = reach * 0.125, reach * 0.5  # exact, so that every implementation rounds alike
+    for part in (reach, reach - eighth, reach - 2 * eighth, half + eighth, half):
+        if least is None:
+            a, b = low[:, :whole, None].clone(), high[:, :whole, None].clone()
+        else:
+            a, b = (middle - part).to(low.dtype), (middle + part).to(low.dtype)
+        step = ((b.float() - a.float()) / (2**bits - 1)).clamp(min=torch.finfo(torch.float32).tiny)
+        steps = ((paged - a.float()) / step).round().clamp(0, 2**bits - 1)
+        error = (steps * step + a.float() - paged).square().sum(2)
+        better = torch.ones_like(error, dtype=torch.bool) if least is None else error < least
+        least = error if least is None else torch.where(better, error, least)
+        low[:, :whole] = torch.where(better, a[:, :, 0], low[:, :whole])
+        high[:, :whole] = torch.where(better, b[:, :, 0], high[:, :whole])
+    return low, high
 
 
 def encode(keys: Tensor, low: Tensor, high: Tensor, page: int, bits: int) -> Tensor:
@@ -208,6 +280,39 @@ def code_jumps_reference(
     ranked = logits.amax(1)[:, :tail].scatter(1, base, float("-inf"))
     best = ranked.argsort(dim=1, descending=True, stable=True)[:, :budget]
     return torch.cat([base, best], dim=1).sort(dim=1).values
+
+
+def code_threshold_reference(
+    queries: Tensor, of: KeyCodes, base: Tensor, tail: int, threshold: float, least: int, most: int, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """Define the choice of columns: sort by weight."""
+    logits = code_logits_reference(queries, of, scaling=options.pop("scaling"))
+    return heavy_columns(logits, base, tail, threshold, least, most, **options)
+
+
+def heavy_columns(
+    logits: Tensor,
+    base: Tensor,
+    tail: int,
+    threshold: float,
+    least: int,
+    most: int,
+    *,
+    softcap: float | None,
+    observed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Return the result of ``code_threshold`` from coded logits ``[Hkv, rows, columns]``."""
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    if observed is not None:
+        observed += logits.softmax(-1).mean(1)[:, :tail]
+    weights = log_weights(logits)[:, :tail].nan_to_num(nan=float("-inf"), neginf=float("-inf"))
+    weights = weights.scatter(1, base, float("-inf"))
+    counts = (weights >= threshold).sum(1, keepdim=True).clamp(least, most)
+    longest = int(counts.max())
+    best = weights.argsort(dim=1, descending=True, stable=True)[:, :longest]
+    best = best.masked_fill(torch.arange(longest, device=best.device) >= counts, -1)
+    return torch.cat([base, best], dim=1).sort(dim=1).values, counts[:, 0] + base.shape[1]
 
 
 def page_bounds(keys: Tensor, page: int) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ from loopserve.core.policy.patterns import LinePattern
 from research.evidence.coverage import call_of
 from research.evidence.lines import softmax_rows
 from research.evidence.pictures import Pictures
+from research.evidence.recipes import FULL, short_prefill
 from research.evidence.recording import record
 from research.evidence.units import Found, Row, Spec, Unit
 from research.evidence.words import percent
@@ -34,7 +35,7 @@ def measure(spec: Spec) -> Found:
     the largest weight), its lines, and what they hold.
     """
     recording = record(spec["model"], RecallTask(**spec["task"]), HELD_OUT_SEED + spec["seed"])
-    sparsifier = load_stack("loopserve").prefill
+    sparsifier = load_stack({"prefill": short_prefill("loopserve"), "decode": FULL}).prefill
     turn = recording.turns - 1
     best: tuple[int, int, int, LinePattern] | None = None
     for layer in recording.layers:

@@ -14,6 +14,7 @@ from research.evidence.recipes import (
     decode_preset,
     prefill_policies,
     preset,
+    short_prefill,
 )
 from research.evidence.talks import POSITIONS, at_positions, tallies
 from research.evidence.tally import Tally
@@ -35,7 +36,7 @@ def stacks(tokens: int, turns: int = 3) -> dict[str, Recipe]:
     context = average_context(tokens, turns)
     budget, whole = max(round(SHARE * context) - 6, 48), round(SHARE * context)
     prefills = prefill_policies(tokens)
-    ours = preset("loopserve")["prefill"]
+    ours = short_prefill("loopserve")
     quest: Recipe = preset("quest") | {"decode": {"policy": "quest", "budget": whole, "page": 16}}
     minference = prefills["minference"]["200 + 0 lines"]
 
@@ -44,9 +45,9 @@ def stacks(tokens: int, turns: int = 3) -> dict[str, Recipe]:
 
     return {
         "dense": {"prefill": DENSE, "decode": FULL},
-        "loopserve": {"prefill": ours, "decode": decode_preset("loopserve", budget)},
+        "loopserve": {"prefill": ours, "decode": decode_preset("loopserve", whole)},  # counts its outputs
         "loopserve, prefill only": {"prefill": ours, "decode": FULL},
-        "loopserve, decoding only": decoding("loopserve"),
+        "loopserve, decoding only": {"prefill": DENSE, "decode": decode_preset("loopserve", whole)},
         "loopserve-paper": {
             "prefill": preset("loopserve-paper")["prefill"],
             "decode": decode_preset("loopserve-paper", budget),

@@ -22,6 +22,13 @@ def preset(name: str) -> Recipe:
     return copy.deepcopy({part: data[part] for part in ("prefill", "decode", "layers") if part in data})
 
 
+def short_prefill(name: str) -> Policy:
+    """A preset's prefill without its lower limit on the length of a conversation: the bundled model's are short."""
+    prefill: Policy = preset(name)["prefill"]
+    prefill.pop("min_total_tokens", None)
+    return prefill
+
+
 def average_context(tokens: int, turns: int) -> float:
     """Length of the conversation at an answer, on average over equally long turns."""
     return tokens * (turns + 1) / (2 * turns)
@@ -32,7 +39,8 @@ def decode_preset(name: str, budget: int, **changes: Any) -> Policy:
     decode: Policy = preset(name)["decode"]
     inner = innermost(decode)
     if "page_budget" in inner:
-        inner["page_budget"] = budget * inner["page_budget"] // inner["budget"]
+        forced = inner.get("sink_tokens", 0) + inner.get("recent_window", 0)
+        inner["page_budget"] = min(budget * inner["page_budget"] // inner["budget"], budget - forced - 1)
     if "budget" in inner:
         inner["budget"] = budget
     inner |= changes
@@ -41,7 +49,16 @@ def decode_preset(name: str, budget: int, **changes: Any) -> Policy:
 
 TWO_HOP: Policy = {"first_block": "two_hop", "second_hop": "kept", "hop_rows": 16}
 
-_OBSERVING = {"page_budget": 0, "key_bits": 0, "rescore": "keys", "page": 16, "dense_below": 1, **TWO_HOP}
+_OBSERVING = {
+    "scope": "inputs",
+    "page_budget": 0,
+    "page_budget_rule": "top_k",
+    "key_bits": 0,
+    "rescore": "keys",
+    "page": 16,
+    "dense_below": 1,
+    **TWO_HOP,
+}
 """What makes the preset's decoding observe the past only, as well as that can."""
 
 
@@ -60,8 +77,8 @@ def decode_policies(share: float, context: float, outputs: float) -> dict[str, P
     budget = max(round(share * context - outputs), 48)
     alpha = {0.05: 0.9, 0.1: 0.95, 0.15: 0.98, 0.2: 0.99}.get(share, 0.95)
     return {
-        "loopserve": decode_preset("loopserve", budget, dense_below=1),
-        "loopserve, two hops": decode_preset("loopserve", budget, dense_below=1, **TWO_HOP),
+        "loopserve": decode_preset("loopserve", max(whole, 48), dense_below=1),
+        "loopserve, two hops": decode_preset("loopserve", max(whole, 48), dense_below=1, **TWO_HOP),
         "observing, every 2": observing(budget, 2),
         "observing, every 4": observing(budget, 4),
         "loopserve-paper": decode_preset("loopserve-paper", budget),
@@ -90,7 +107,7 @@ def decode_policies(share: float, context: float, outputs: float) -> dict[str, P
 
 def prefill_policies(tokens: int) -> dict[str, dict[str, Policy]]:
     """By family and setting, every prefill policy at sizes that fit conversations of about ``tokens`` tokens."""
-    ours = preset("loopserve")["prefill"]
+    ours = short_prefill("loopserve")
     scale = tokens / 2000
     sizes = [(50, 0), (100, 0), (200, 0), (100, 32), (200, 64), (400, 128)]  # slashes beside the 64 nearest
     windows = [64, 128, 256, 512]

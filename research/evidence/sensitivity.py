@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from loopserve.bench.figures import series_style
 from research.evidence.pictures import Pictures, dressed
-from research.evidence.recipes import DENSE, FULL, Recipe, average_context, decode_preset, preset
+from research.evidence.recipes import DENSE, FULL, Recipe, average_context, decode_preset, preset, short_prefill
 from research.evidence.talks import at_positions, tallies
 from research.evidence.tally import Tally
 from research.evidence.units import Row, Unit
@@ -40,7 +40,7 @@ def units(tokens: int, dialogues: int) -> list[Unit]:
 def _stacks(tokens: int) -> dict[str, dict[float, Recipe]]:
     """By what is moved and its value."""
     context = average_context(tokens, 3)
-    ours, papers = preset("loopserve")["prefill"], preset("loopserve-paper")["prefill"]
+    ours, papers = short_prefill("loopserve"), preset("loopserve-paper")["prefill"]
     budgets = {share: max(round(share * context) - 6, 28) for share in BUDGETS}
     tenth = max(round(0.1 * context) - 6, 48)
     return {

@@ -59,7 +59,7 @@ def decode_ablations(share: float, tokens: int, forced: int) -> dict[str, Recipe
     given = base["decode"]
     variants: dict[str, Recipe] = {"as it is": base}
     for bits in (0, 2, 4, 8):
-        pages = {"page": 16, "rescore": "keys"} if not bits else {}
+        pages = {"page": 16, "rescore": "keys", "page_budget_rule": "top_k"} if not bits else {}
         variants[f"key_bits {bits}" + (", pages of 16" if not bits else "")] = one(key_bits=bits, **pages)
     for page in (16, 128):
         variants[f"page {page}"] = one(page=page)
@@ -67,7 +67,7 @@ def decode_ablations(share: float, tokens: int, forced: int) -> dict[str, Recipe
         forced_pairs = given["sink_tokens"] + given["recent_window"]
         taken = min(round(part * budget), budget - forced_pairs - 1)
         variants[f"page_budget {part:g} of the budget"] = one(
-            page_budget=taken, **({} if taken else {"rescore": "keys"})
+            page_budget=taken, **({} if taken else {"rescore": "keys", "page_budget_rule": "top_k"})
         )
     for each in ("none", "heads", "layer_groups"):
         variants[f"share {each}"] = one(share=each)

@@ -45,6 +45,7 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "sparse prefill": (SPARSE, FULL),
     "keep": (DENSE, SNAP),
     "keep with summaries": (SPARSE, CODES | {"rescore": "codes"}),
+    "keep by a threshold": (DENSE, CODES | {"rescore": "codes", "page_budget_rule": "threshold", "scope": "all"}),
     "evict": (DENSE, SNAP | {"retention": "evict"}),
     "evict within the answer": (DENSE, {"policy": "tova", "budget": 24, "retention": "evict"}),
     "state carried": (DENSE, {"policy": "h2o", "budget": 24}),

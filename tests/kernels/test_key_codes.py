@@ -10,7 +10,7 @@ from torch import Tensor
 
 from loopserve.core.kv.key_summaries import KeySummaries
 from loopserve.kernels import backend
-from loopserve.kernels.key_codes import code_jumps
+from loopserve.kernels.key_codes import code_jumps, code_threshold, log_weights, unpack
 from tests.kernels.cases import IMPLEMENTATIONS
 
 
@@ -59,7 +59,30 @@ def test_every_implementation_says_nearly_the_same(
         torch.testing.assert_close(logits, wanted[2], atol=tolerance, rtol=0)
         torch.testing.assert_close(observed.sum(1), torch.ones(2), atol=1e-4, rtol=0)
     step = float((wanted[1].float() - wanted[0].float()).max()) / (2**bits - 1)
+    if bits == 2 and total >= page > 1:  # bounds are fitted: keys beyond them are off by at most half of the range
+        step *= 3
     assert (wanted[2] - exact).abs().max() <= 0.3 * step * float(queries.float().abs().sum(-1).max()) / 2 + 1e-3
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_whole_pages_of_two_bits_are_fitted(implementation: str, dtype: torch.dtype) -> None:
+    """A page with an odd key codes the others by smaller steps; one that may still grow keeps its whole range."""
+    generator = torch.Generator().manual_seed(0)
+    keys = torch.randn(2, 80, 32, generator=generator).to(dtype)
+    keys[:, 5] *= 6.0
+    errors, ranges = {}, {}
+    for bits in (2, 4):
+        with backend.use(implementation):
+            pages = coded(keys, 32, bits)
+        low, high = pages.low.float(), pages.high.float()
+        step = (high - low)[:, :, None] / (2**bits - 1)
+        decoded = (unpack(pages.codes, bits) * step + low[:, :, None]).flatten(1, 2)[:, :80]
+        errors[bits], ranges[bits] = (decoded - keys.float()).square(), high - low
+    whole = ranges[4][:, :2].square() / 9 / 12  # mean squared error of steps over the whole range
+    assert errors[2][:, :64].mean() < 0.75 * whole.mean()
+    assert (ranges[2][:, :2] <= ranges[4][:, :2]).all() and (ranges[2][:, 0] < ranges[4][:, 0]).float().mean() > 0.5
+    assert torch.equal(ranges[2][:, 2], ranges[4][:, 2])  # 16 keys of the third page: whole later
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -79,12 +102,78 @@ def test_jumps_are_the_best_free_columns_before_the_tail(implementation: str) ->
         assert pages.jumps(query, base[:, :0], 5, 0, 1.0).tolist() == [[]]
 
 
+@given(
+    total=st.sampled_from([40, 64, 200]),
+    page=st.sampled_from([1, 16, 32]),
+    bits=st.sampled_from([2, 4, 8]),
+    group=st.sampled_from([1, 3, 5]),
+    threshold=st.sampled_from([-20.0, -6.0, -4.0, 0.0]),
+    bounds=st.sampled_from([(0, 0), (0, 20), (3, 9), (5, 5)]),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=60)
+def test_heavy_columns_reach_the_weight_within_the_bounds(
+    total: int, page: int, bits: int, group: int, threshold: float, bounds: tuple[int, int], seed: int
+) -> None:
+    """By the weights of the same implementation: those of at least the threshold, the best first, and the base."""
+    generator = torch.Generator().manual_seed(seed)
+    keys, queries = torch.randn(2, total, 32, generator=generator), torch.randn(2 * group, 1, 32, generator=generator)
+    base = torch.stack([torch.randperm(total - 5, generator=generator)[:10].sort().values for _ in range(2)])
+    tail, (least, most) = total - 5, bounds
+    for name in IMPLEMENTATIONS:
+        with backend.use(name):
+            pages, observed, jumped = coded(keys, page, bits), torch.zeros(2, tail), torch.zeros(2, tail)
+            found, counts = pages.heavy(
+                queries, base, tail, threshold, least, most, scaling=0.5, softcap=None, observed=observed
+            )
+            pages.jumps(queries, base, tail, 1, 0.5, jumped)
+            weights = log_weights(pages.logits(queries, 0.5))[:, :tail]
+        torch.testing.assert_close(observed, jumped)
+        assert torch.equal(counts, (found >= 0).sum(1))
+        assert found.shape[1] == int(counts.max())  # no wider than its longest head
+        for head, row in enumerate(found.tolist()):
+            chosen = [column for column in row if column >= 0]
+            assert row == [-1] * (len(row) - len(chosen)) + sorted(set(chosen))
+            others = set(chosen) - set(base[head].tolist())
+            assert set(base[head].tolist()) <= set(chosen) and least <= len(others) <= most
+            left = set(range(tail)) - set(chosen)
+            lightest = min((float(weights[head, column]) for column in others), default=float("inf"))
+            heaviest = max((float(weights[head, column]) for column in left), default=-float("inf"))
+            assert lightest >= heaviest - 1e-4
+            assert len(others) == least or lightest >= threshold - 1e-4
+            assert len(others) == most or heaviest < threshold + 1e-4
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_heavy_columns_are_of_one_softmax_per_query(implementation: str) -> None:
+    """One query head looks at one key, the other at all alike: only the first has a pair of more than an eighth."""
+    keys = torch.zeros(1, 16, 16)
+    keys[0, 5, 0] = 1.0
+    queries = torch.zeros(2, 1, 16)
+    queries[0, 0, 0] = 8.0
+    with backend.use(implementation):
+        pages = KeySummaries(1, 2)  # pages of one key: codes are exact
+        pages.update(keys)
+        base, options = torch.tensor([[3]]), {"scaling": 1.0}
+        eighth = -2.0794
+        assert pages.heavy(queries, base, 15, eighth, 0, 9, **options)[0].tolist() == [[3, 5]]
+        assert pages.heavy(queries, base, 15, eighth, 2, 9, **options)[0].tolist() == [[0, 3, 5]]  # of equals the first
+        assert pages.heavy(queries, base, 15, -9.0, 0, 3, **options)[0].tolist() == [[0, 1, 3, 5]]
+        assert pages.heavy(queries, base[:, :0], 15, -9.0, 0, 0, **options)[0].tolist() == [[]]
+        capped, _ = pages.heavy(queries, base, 15, eighth, 0, 9, softcap=0.1, **options)
+        assert capped.tolist() == [[3]]
+
+
 def test_what_does_not_fit_is_named() -> None:
     pages = KeySummaries(4, 2)
     pages.update(torch.randn(1, 6, 16))
     codes, query = pages._codes(), torch.zeros(1, 1, 16)
     with pytest.raises(ValueError, match="6 more than"):
         code_jumps(query, codes, torch.tensor([[0]]), 6, 6, scaling=1.0)
+    with pytest.raises(ValueError, match="code_threshold: 6 more than"):
+        code_threshold(query, codes, torch.tensor([[0]]), 6, -3.0, 0, 6, scaling=1.0)
+    with pytest.raises(ValueError, match="at least 3 and at most 2"):
+        code_threshold(query, codes, torch.tensor([[0]]), 6, -3.0, 3, 2, scaling=1.0)
     with pytest.raises(ValueError, match="observed"):
         code_jumps(query, codes, torch.tensor([[0]]), 6, 1, scaling=1.0, observed=torch.zeros(1, 5))
     with pytest.raises(ValueError, match="queries"):

@@ -13,7 +13,7 @@ from loopserve.kernels.block_sparse import block_sparse
 from loopserve.kernels.decode_attention import decode_attention
 from loopserve.kernels.dense_attention import dense_attention
 from loopserve.kernels.gather_kv import gather_kv
-from loopserve.kernels.key_codes import code_jumps
+from loopserve.kernels.key_codes import code_jumps, code_threshold
 from loopserve.kernels.select_lines import select_lines
 from loopserve.kernels.token_scores import token_scores
 from loopserve.kernels.top_columns import top_columns
@@ -36,6 +36,10 @@ def codes() -> Any:
 
 def jumps(base: torch.Tensor, **options: Any) -> torch.Tensor:
     return code_jumps(torch.randn(2, 1, 64), codes(), base, 32, 2, scaling=0.1, **options)
+
+
+def heavy(base: torch.Tensor, **options: Any) -> object:
+    return code_threshold(torch.randn(2, 1, 64), codes(), base, 32, -3.0, 0, 2, scaling=0.1, **options)
 
 
 @pytest.mark.parametrize(
@@ -65,6 +69,8 @@ def jumps(base: torch.Tensor, **options: Any) -> torch.Tensor:
         lambda: jumps(torch.tensor([[FAR]])),
         lambda: jumps(torch.tensor([[-1]])),
         lambda: jumps(torch.tensor([[0]], device="meta")),
+        lambda: heavy(torch.tensor([[FAR]])),
+        lambda: heavy(torch.tensor([[0]], device="meta")),
         lambda: jumps(torch.tensor([[0]]), observed=torch.zeros(1, 1).expand(1, 32)),
     ],
 )

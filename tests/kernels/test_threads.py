@@ -48,7 +48,8 @@ def operations(seed: int) -> dict[str, Callable[[], Any]]:
         pages.update(keys)
         observed = torch.zeros(2, 100, dtype=torch.float32)
         jumps = pages.jumps(queries[:, :1], few[:, :9].contiguous(), 100, 20, 0.2, observed)
-        return pages.low, pages.high, pages.logits(queries[:, :1], 0.2), jumps, observed
+        heavy = pages.heavy(queries[:, :1], few[:, :9].contiguous(), 100, -4.0, 2, 20, scaling=0.2, observed=observed)
+        return pages.low, pages.high, pages.logits(queries[:, :1], 0.2), jumps, *heavy, observed
 
     options = {"scaling": 0.2}
     return {
@@ -81,7 +82,7 @@ def operations(seed: int) -> dict[str, Callable[[], Any]]:
 
 
 def test_every_operation_is_called() -> None:
-    on_codes = {"summarise_pages", "code_logits", "code_jumps"}
+    on_codes = {"summarise_pages", "code_logits", "code_jumps", "code_threshold"}
     assert set(operations(0)) - {"key_codes"} | on_codes == set(backend.operations())
 
 

@@ -29,6 +29,7 @@ LOOPSERVE = next(each for each in COMPRESSORS if each.name == "loopserve")
 OTHER_OPTIONS: list[dict[str, Any]] = [
     {"trigger": "drift", "page_budget": 6, "key_bits": 4, "page": 8, "drift_threshold": 0.95},
     {"page_budget": 6, "key_bits": 8, "page": 8, "rescore": "codes"},
+    {"page_budget": 6, "key_bits": 8, "page": 8, "page_budget_rule": "threshold", "scope": "all"},
     {"second_hop": "kept", "share": "none", "scope": "all"},
     {"first_block": "dense", "share": "layer_groups", "layer_group": 1},
     {"dense_below": 2.0, "scope": "all"},

@@ -37,7 +37,6 @@ def test_dense_answers_every_question_of_the_demonstration(result: dict[str, Any
     assert dense["right"] == dense["asked"] == 6
 
 
-@pytest.mark.xfail(strict=True, reason="a known loss: 0 of 6 answers are dense's, 2 are right (demo-smollm2.json)")
 def test_loopserve_answers_what_dense_answers(result: dict[str, Any]) -> None:
     own = result["stacks"]["loopserve"]
     assert own["same"] == own["asked"], [turn["answer"] for turn in own["turns"]]

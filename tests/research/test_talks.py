@@ -124,5 +124,5 @@ def test_every_prefill_policy_is_a_stack() -> None:
 
 def test_a_preset_keeps_its_share_for_the_current_query() -> None:
     decode = decode_preset("loopserve", 100)
-    assert (decode["budget"], decode["page_budget"]) == (100, 50)
+    assert (decode["budget"], decode["page_budget"]) == (100, 87)
     assert decode_preset("adakv", 100)["inner"]["budget"] == 100

@@ -12,7 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loopserve.kernels.key_codes import BITS, KeyCodes, code_jumps, code_logits, page_scores, summarise_pages
+from loopserve.kernels.key_codes import (
+    BITS,
+    KeyCodes,
+    code_jumps,
+    code_logits,
+    code_threshold,
+    page_scores,
+    summarise_pages,
+)
 
 CODE_BITS = (0, *BITS)
 
@@ -151,6 +159,14 @@ class KeySummaries:
     ) -> Tensor:
         """Return base columns ``[Hkv, S]`` and the ``budget`` best others before ``tail``, by the codes; see ``code_jumps``."""
         return code_jumps(queries, self._codes(), base, tail, budget, scaling=scaling, observed=observed)
+
+    def heavy(
+        self, queries: Tensor, base: Tensor, tail: int, threshold: float, least: int, most: int, **options: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Return base columns and all others before ``tail`` of at least a weight, and how many per head; see
+        ``code_threshold``.
+        """
+        return code_threshold(queries, self._codes(), base, tail, threshold, least, most, **options)
 
     def _codes(self) -> KeyCodes:
         return KeyCodes(self.low, self.high, self.codes, self.bits, self.columns)

@@ -8,7 +8,7 @@ same order.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -18,12 +18,9 @@ from torch import Tensor
 from loopserve.kernels.gpu.launch import launch, padded, readable
 from loopserve.kernels.gpu.limits import MOST_ROWS
 from loopserve.kernels.gpu.top_columns import FORCED, best_columns, ordered
+from loopserve.kernels.key_codes import KeyCodes, heavy_columns
 
-if TYPE_CHECKING:
-    from loopserve.kernels.key_codes import KeyCodes
-
-
-__all__ = ["code_jumps", "code_logits", "summarise_pages"]
+__all__ = ["code_jumps", "code_logits", "code_threshold", "summarise_pages"]
 
 _KEYS = 64  # columns of a tile
 _BYTES = 64  # bytes of a code per step of a tile
@@ -225,6 +222,14 @@ def code_jumps(
     # The base is ranked above all others, so that one selection returns base and best others in order.
     numbers = found.numbers.scatter_(1, base, FORCED)
     return best_columns(numbers, base.shape[1] + budget)
+
+
+def code_threshold(
+    queries: Tensor, of: KeyCodes, base: Tensor, tail: int, threshold: float, least: int, most: int, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """See the operation. The codes are read by a kernel; how many columns the longest head has is waited for."""
+    logits = code_logits(queries, of, scaling=options.pop("scaling"))
+    return heavy_columns(logits, base, tail, threshold, least, most, **options)
 
 
 _CHANNELS = 128  # bytes of a key that a program summarises

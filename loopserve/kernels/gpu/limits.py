@@ -59,9 +59,11 @@ def choice(queries: Tensor, keys: Tensor, *args: object, **options: Any) -> str 
 
 
 def summaries(
-    keys: Tensor, _page: int, _first: int, low: Tensor, high: Tensor, codes: Tensor | None, *_: object
+    keys: Tensor, page: int, first: int, low: Tensor, high: Tensor, codes: Tensor | None, bits: int
 ) -> str | None:
     """Check ``summarise_pages``."""
+    if bits == 2 and codes is not None and keys.shape[1] >= (first + 1) * page:
+        return "whole pages of 2 bits, whose bounds are fitted"
     return _pages(low, high, low if codes is None else codes)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ctypes import POINTER, Structure, byref, c_float, c_int64, c_void_p
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,13 +22,17 @@ class _KeyCodes(Structure):
     """Mirror the struct ``KeyCodes`` of key_codes.c."""
 
     _fields_ = [  # ctypes requires a list
-        *((name, c_void_p) for name in ("queries", "low", "high", "codes", "logits", "base", "chosen", "observed")),
+        *(
+            (name, c_void_p)
+            for name in ("queries", "low", "high", "codes", "logits", "base", "chosen", "observed", "counts")
+        ),
         *(
             (name, c_int64)
             for name in ("bounds_head", "codes_head", "heads", "rows", "dim", "page", "bits", "columns", "half")
         ),
-        *((name, c_int64) for name in ("base_count", "tail", "budget", "threads")),
+        *((name, c_int64) for name in ("base_count", "tail", "budget", "least", "threads")),
         ("scaling", c_float),
+        ("threshold", c_float),
     ]
 
 
@@ -37,6 +41,11 @@ def limit(queries: Tensor, of: KeyCodes, *_: object, **__: object) -> str | None
     if of.low.dtype not in (torch.float32, torch.bfloat16):
         return f"bounds in {of.low.dtype}"
     return _channels(queries.shape[-1]) or _pages(of.low, of.high, of.codes)
+
+
+def limit_threshold(queries: Tensor, of: KeyCodes, *_: object, softcap: float | None, **__: object) -> str | None:
+    """Return why ``code_threshold`` cannot serve these arguments, or None."""
+    return limit(queries, of) if softcap is None else "logits under a softcap"
 
 
 def limit_pages(
@@ -108,6 +117,50 @@ def code_jumps(
     queries: Tensor, of: KeyCodes, base: Tensor, tail: int, budget: int, *, scaling: float, observed: Tensor | None
 ) -> Tensor:
     """See the operation."""
+    return _select("code_jumps", queries, of, base, tail, budget, scaling=scaling, observed=observed)
+
+
+def code_threshold(
+    queries: Tensor,
+    of: KeyCodes,
+    base: Tensor,
+    tail: int,
+    threshold: float,
+    least: int,
+    most: int,
+    *,
+    scaling: float,
+    softcap: float | None,
+    observed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """See the operation. The result has the width of the longest head."""
+    counts = torch.empty(len(of.low), dtype=torch.long, device="cpu")
+    place = address("counts", counts, torch.long, (len(of.low),))
+    options: dict[str, Any] = {
+        "scaling": scaling,
+        "observed": observed,
+        "least": least,
+        "threshold": threshold,
+        "counts": place,
+    }
+    chosen = _select("code_threshold", queries, of, base, tail, most, **options)
+    longest = int(counts.max())
+    return chosen[:, chosen.shape[1] - longest :].contiguous(), counts
+
+
+def _select(
+    name: str,
+    queries: Tensor,
+    of: KeyCodes,
+    base: Tensor,
+    tail: int,
+    budget: int,
+    *,
+    scaling: float,
+    observed: Tensor | None,
+    **more: Any,
+) -> Tensor:
+    """Call a kernel that selects columns: int64 ``[Hkv, S + budget]``. more: further fields of the struct."""
     call, kept = _call(queries, of, scaling)
     base = base.contiguous()
     chosen = torch.empty(call.heads, base.shape[1] + budget, dtype=torch.long, device="cpu")
@@ -115,7 +168,9 @@ def code_jumps(
     call.chosen = address("chosen", chosen, torch.long, (call.heads, base.shape[1] + budget))
     call.tail, call.budget = tail, budget
     call.observed = optional("observed", observed, torch.float32, (call.heads, tail))
-    library.call("code_jumps", POINTER(_KeyCodes))(byref(call))
+    for field, value in more.items():
+        setattr(call, field, value)
+    library.call(name, POINTER(_KeyCodes))(byref(call))
     del kept
     return chosen
 

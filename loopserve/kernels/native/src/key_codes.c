@@ -16,11 +16,12 @@ typedef struct {
     const uint8_t *codes;     // [heads][pages][page][width]; byte j holds channels j, j + width, ..., the first lowest
     float *logits;            // [heads][rows][columns]
     const int64_t *base;      // [heads][base_count]: sorted columns that are always chosen, all below `tail`
-    int64_t *chosen;          // [heads][base_count + budget]: those and the best others, sorted
+    int64_t *chosen;          // [heads][base_count + budget]: those and the best others, sorted; -1 first where a head has fewer
     float *observed;          // [heads][tail]: the rows' softmax is added, mean over the rows; or NULL
+    int64_t *counts;          // [heads]: columns that `code_threshold` chose, the base included
     int64_t bounds_head, codes_head;  // strides: in numbers, in bytes
-    int64_t heads, rows, dim, page, bits, columns, half, base_count, tail, budget, threads;
-    float scaling;
+    int64_t heads, rows, dim, page, bits, columns, half, base_count, tail, budget, least, threads;
+    float scaling, threshold;  // of `code_threshold`: `least` to `budget` others whose log of a row's softmax reaches the threshold
 } KeyCodes;
 
 enum { TOGETHER = 4 };  // queries of a group per pass: bounds are read and codes unpacked once for all of them
@@ -228,8 +229,8 @@ int LS(code_logits)(const KeyCodes *k) {
     return failed;
 }
 
-// Add the softmax of the row over all columns, for columns below `tail`.
-static void observe(const float *logits, int64_t columns, int64_t tail, float share, float *weights, float *observed) {
+// Return the log of the sum of a row's exponentials over all columns, and write them, relative to the largest, to `weights`.
+static float exponentials(const float *logits, int64_t columns, float *weights, float *total) {
     float most = -INFINITY;
     int64_t c = 0;
     vf mosts = splat(-INFINITY), sums = {};
@@ -243,12 +244,20 @@ static void observe(const float *logits, int64_t columns, int64_t tail, float sh
         store(weights + c, weight);
     }
     for (; c < columns; c++) sum += weights[c] = exp2f((logits[c] - most) * LOG2E);
-    share /= sum + sum_of(sums);
-    for (c = 0; c + VW <= tail; c += VW) store(observed + c, load(observed + c) + load(weights + c) * share);
+    *total = sum + sum_of(sums);
+    return most + logf(*total);
+}
+
+// Add the softmax of a row, given its exponentials, for columns below `tail`.
+static void observe(const float *weights, float total, int64_t tail, float share, float *observed) {
+    int64_t c = 0;
+    share /= total;
+    for (; c + VW <= tail; c += VW) store(observed + c, load(observed + c) + load(weights + c) * share);
     for (; c < tail; c++) observed[c] += weights[c] * share;
 }
 
-static void jumps_of(const KeyCodes *k, Desk *d, int64_t head) {
+// Write for each column the largest logit of a row to d->best. relative: of the log of the row's softmax instead.
+static void best_of_rows(const KeyCodes *k, Desk *d, int64_t head, int relative) {
     int64_t columns = k->columns;
     for (int64_t first = 0; first < k->rows; first += TOGETHER) {
         int rows = (int)(k->rows - first < TOGETHER ? k->rows - first : TOGETHER);
@@ -256,22 +265,56 @@ static void jumps_of(const KeyCodes *k, Desk *d, int64_t head) {
         for (int r = 0; r < rows; r++) logits[r] = first + r ? d->logits + r * d->stride : d->best;
         logits_of(k, d, head, k->queries + (head * k->rows + first) * k->dim, rows, logits);
         for (int r = 0; r < rows; r++) {
-            if (k->observed) observe(logits[r], columns, k->tail, 1.0f / k->rows, (float *)d->kept, k->observed + head * k->tail);
+            float base = 0, total;
+            if (k->observed || relative) {
+                float *weights = (float *)d->kept, log_sum = exponentials(logits[r], columns, weights, &total);
+                if (k->observed) observe(weights, total, k->tail, 1.0f / k->rows, k->observed + head * k->tail);
+                base = relative ? log_sum : 0;
+            }
             if (first + r)
-                for (int64_t c = 0; c < columns; c += VW) store(d->best + c, vmax(load(d->best + c), load(logits[r] + c)));
+                for (int64_t c = 0; c < columns; c += VW) store(d->best + c, vmax(load(d->best + c), load(logits[r] + c) - base));
+            else if (relative)
+                for (int64_t c = 0; c < columns; c += VW) store(d->best + c, load(d->best + c) - base);
         }
     }
+}
+
+// Write the codes of the columns below the tail to d->codes, 0 for the base, which no column is below.
+static void rank(const KeyCodes *k, Desk *d, int64_t head) {
     for (int64_t c = 0; c < k->tail; c += VW) *(vu *)(d->codes + c) = codes_of(load(d->best + c));
     const int64_t *base = k->base + head * k->base_count;
     for (int64_t i = 0; i < k->base_count; i++) d->codes[base[i]] = 0;
-    if (k->budget) best_places(d->codes, k->tail, k->budget, d->places, d->kept, d->jumps, 0);
-    int64_t *out = k->chosen + head * (k->base_count + k->budget), i = 0, j = 0;
-    while (i < k->base_count || j < k->budget)
-        *out++ = j == k->budget || (i < k->base_count && base[i] < d->jumps[j]) ? base[i++] : d->jumps[j++];
 }
 
-// Select columns. Each head must have at least `budget` columns before the tail outside the base. Return 0, or 1 if memory ran out.
-int LS(code_jumps)(const KeyCodes *k) {
+// Write the base and the `wanted` best others, in order.
+static void take(const KeyCodes *k, Desk *d, int64_t head, int64_t wanted, int64_t *out) {
+    const int64_t *base = k->base + head * k->base_count;
+    if (wanted) best_places(d->codes, k->tail, wanted, d->places, d->kept, d->jumps, 0);
+    int64_t i = 0, j = 0;
+    while (i < k->base_count || j < wanted)
+        *out++ = j == wanted || (i < k->base_count && base[i] < d->jumps[j]) ? base[i++] : d->jumps[j++];
+}
+
+static void jumps_of(const KeyCodes *k, Desk *d, int64_t head) {
+    best_of_rows(k, d, head, 0);
+    rank(k, d, head);
+    take(k, d, head, k->budget, k->chosen + head * (k->base_count + k->budget));
+}
+
+static void heavy_of(const KeyCodes *k, Desk *d, int64_t head) {
+    best_of_rows(k, d, head, 1);
+    rank(k, d, head);
+    int64_t wanted = 0, width = k->base_count + k->budget, *out = k->chosen + head * width;
+    uint32_t least = code_of(k->threshold);
+    for (int64_t c = 0; c < k->tail; c++) wanted += d->codes[c] >= least;
+    wanted = wanted < k->least ? k->least : wanted > k->budget ? k->budget : wanted;
+    int64_t filler = k->budget - wanted;
+    k->counts[head] = k->base_count + wanted;
+    for (int64_t i = 0; i < filler; i++) out[i] = -1;
+    take(k, d, head, wanted, out + filler);
+}
+
+static int for_each_head(const KeyCodes *k, void (*of_head)(const KeyCodes *, Desk *, int64_t)) {
     int failed = 0;
 #pragma omp parallel num_threads(k->threads) if (k->threads > 1)
     {
@@ -280,13 +323,60 @@ int LS(code_jumps)(const KeyCodes *k) {
 #pragma omp barrier
 #pragma omp for schedule(dynamic, 1)
         for (int64_t head = 0; head < k->heads; head++)
-            if (!failed) jumps_of(k, &d, head);
+            if (!failed) of_head(k, &d, head);
         desk_close(&d);
     }
     return failed;
 }
 
-// Compute bounds and codes of the pages from `first` on. bits 0: bounds only.
+// Select columns. Each head must have at least `budget` columns before the tail outside the base. Return 0, or 1 if memory ran out.
+int LS(code_jumps)(const KeyCodes *k) { return for_each_head(k, jumps_of); }
+int LS(code_threshold)(const KeyCodes *k) { return for_each_head(k, heavy_of); }
+
+// Rows of `count` keys from channel c on, and their stride.
+typedef struct {
+    const char *rows;
+    int64_t count, row, c, half;
+} Keys;
+
+INLINE vf key(const Keys *k, int64_t i) {
+    return k->half ? load_bf16((const bf16 *)(k->rows + i * k->row * 2) + k->c) : load((const float *)(k->rows + i * k->row * 4) + k->c);
+}
+
+INLINE vf stored(vf x, int64_t half) {
+    if (!half) return x;
+    bf16 rounded[VW];
+    store_bf16(rounded, x);
+    return load_bf16(rounded);
+}
+
+INLINE vf step_of(vf low, vf high, int most) { return vmax((high - low) / (float)most, splat(1.1754943508222875e-38f)); }
+
+INLINE vf code_of_key(vf x, vf low, vf step, int most) {
+    return vmax(-vmax(-((x - low) / step), splat(-most)), (vf){}) + 12582912.0f;  // rounded integer in the low bits
+}
+
+// Narrow bounds to the part of their range, in eighths, that codes the keys with the least squared error. An eighth and a half are
+// exact, so that a fused multiplication rounds like a separate one.
+INLINE void fit(const Keys *k, int most, vf *low, vf *high) {
+    vf lowest = *low, middle = (*low + *high) * 0.5f, reach = (*high - *low) * 0.5f, least = {};
+    vf eighth = reach * 0.125f, half = reach * 0.5f;
+    vf parts[] = {reach, reach - eighth, reach - 2 * eighth, half + eighth, half};
+    for (int p = 0; p < 5; p++) {
+        vf a = p ? stored(middle - parts[p], k->half) : *low, b = p ? stored(middle + parts[p], k->half) : *high;
+        vf step = step_of(a, b, most), error = {};
+        for (int64_t i = 0; i < k->count; i++) {
+            vf x = key(k, i), off = (code_of_key(x, a, step, most) - 12582912.0f) * step + a - x;
+            error += off * off;
+        }
+        if (p == 0) least = error;
+        vi better = error < least;
+        least = where(better, error, least), lowest = where(better, a, lowest), *high = where(better, b, *high);
+    }
+    *low = lowest;
+}
+
+// Compute bounds and codes of the pages from `first` on. bits 0: bounds only. Whole pages of 2 bits are fitted.
 void LS(summarise_pages)(const char *keys, char *low, char *high, uint8_t *codes, int64_t key_head, int64_t key_row,
                          int64_t bounds_head, int64_t codes_head, int64_t heads, int64_t dim, int64_t page, int64_t bits,
                          int64_t first, int64_t columns, int64_t half, int64_t threads) {
@@ -300,27 +390,26 @@ void LS(summarise_pages)(const char *keys, char *low, char *high, uint8_t *codes
             int64_t count = columns - p * page < page ? columns - p * page : page;
             char *lows = low + (head * bounds_head + p * dim) * size, *highs = high + (head * bounds_head + p * dim) * size;
             uint8_t *packed = bits ? codes + head * codes_head + p * page * width : NULL;
-#define KEY(i) (half ? load_bf16((const bf16 *)(rows + (i) * key_row * 2) + c) : load((const float *)(rows + (i) * key_row * 4) + c))
+            Keys k = {rows, count, key_row, 0, half};
             vf bounds[2][dim / VW];
-            for (int64_t c = 0; c < dim; c += VW) {
-                vf a = KEY(0), b = a;
-                for (int64_t i = 1; i < count; i++) a = -vmax(-a, -KEY(i)), b = vmax(b, KEY(i));
+            for (int64_t c = k.c = 0; c < dim; k.c = c += VW) {
+                vf a = key(&k, 0), b = a;
+                for (int64_t i = 1; i < count; i++) a = -vmax(-a, -key(&k, i)), b = vmax(b, key(&k, i));
+                if (bits == 2 && count == page) fit(&k, most, &a, &b);
                 if (half) store_bf16((bf16 *)lows + c, a), store_bf16((bf16 *)highs + c, b);
                 else store((float *)lows + c, a), store((float *)highs + c, b);
                 bounds[0][c / VW] = a;
-                bounds[1][c / VW] = vmax((b - a) / (float)most, splat(1.1754943508222875e-38f));  // a step
+                bounds[1][c / VW] = step_of(a, b, most);
             }
             for (int64_t i = 0; i < count && bits; i++)
                 for (int64_t j = 0; j < width; j += VW) {
                     vi bytes = {};
                     for (int64_t part = 0; part < per; part++) {
-                        int64_t c = part * width + j;
-                        vf x = (KEY(i) - bounds[0][c / VW]) / bounds[1][c / VW];
-                        vi code = (vi)(vmax(-vmax(-x, splat(-most)), (vf){}) + 12582912.0f) & 0xffff;  // rounded integer in the low bits
+                        int64_t c = k.c = part * width + j;
+                        vi code = (vi)code_of_key(key(&k, i), bounds[0][c / VW], bounds[1][c / VW], most) & 0xffff;
                         bytes |= code << (int)(part * bits);
                     }
                     *(vb_loose *)(packed + i * width + j) = __builtin_convertvector(bytes, vb_loose);
                 }
-#undef KEY
         }
 }

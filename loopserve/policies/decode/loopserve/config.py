@@ -49,6 +49,11 @@ class Rescore(StrEnum):
     CODES = "codes"
 
 
+class PageBudgetRule(StrEnum):
+    TOP_K = "top_k"
+    THRESHOLD = "threshold"
+
+
 class PoolingKind(StrEnum):
     AVERAGE = "average"
     MAXIMUM = "maximum"
@@ -131,6 +136,20 @@ class LoopServeDecodeConfig(PolicyConfig):
     page_budget: int = Field(
         0, ge=0, description="Part of the budget that each step gives to what its own query points to; 0 = off."
     )
+    page_budget_rule: PageBudgetRule = Field(
+        PageBudgetRule.TOP_K,
+        description="top_k: each head and step gives exactly page_budget pairs; threshold (needs key_bits): every pair whose "
+        "estimated share of the attention reaches one threshold for all heads, steered so that the mean is page_budget.",
+    )
+    page_budget_least: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Fewest pairs of a head and step under page_budget_rule: threshold, of page_budget.",
+    )
+    page_budget_most: float = Field(
+        4.0, ge=1, description="Most pairs of a head and step under page_budget_rule: threshold, of page_budget."
+    )
     key_bits: Literal[0, 2, 4, 8] = Field(
         0,
         description="What the current query is held against: 0: bounds of pages, and whole pages are taken; else a code "
@@ -143,6 +162,15 @@ class LoopServeDecodeConfig(PolicyConfig):
     )
     page: int = Field(16, gt=0, description="Columns per page of the key summaries (page_budget and drift).")
     seed: int = Field(0, ge=0, description="Seed of first_block: sampled.")
+
+    @property
+    def by_threshold(self) -> bool:
+        return self.page_budget_rule is PageBudgetRule.THRESHOLD
+
+    @property
+    def most_page_pairs(self) -> int:
+        """Return the most pairs that a step gives to the current query of one head under ``page_budget_rule: threshold``."""
+        return int(self.page_budget_most * self.page_budget)
 
     @model_validator(mode="after")
     def _consistent(self) -> LoopServeDecodeConfig:
@@ -157,6 +185,10 @@ class LoopServeDecodeConfig(PolicyConfig):
         if self.drift_max_interval and self.drift_max_interval < self.drift_min_interval:
             raise ValueError(
                 f"drift_max_interval {self.drift_max_interval} is below drift_min_interval {self.drift_min_interval}"
+            )
+        if self.by_threshold and not (self.key_bits and self.page_budget and self.trigger is Trigger.INTERVAL):
+            raise ValueError(
+                "page_budget_rule: threshold needs key_bits, page_budget and trigger: interval, since weights follow from codes"
             )
         if self.rescore is Rescore.CODES and not (
             self.key_bits and self.page_budget and self.trigger is Trigger.INTERVAL

@@ -15,6 +15,7 @@ from loopserve.core.kv.key_summaries import KeySummaries
 from loopserve.core.kv.selection import KVSelection, Retention
 from loopserve.core.policy.base import Capabilities
 from loopserve.core.policy.interfaces import AttentionInputs, DecodeCompressor, Observation, Phase, Selections, Step
+from loopserve.kernels.key_codes import log_weights
 from loopserve.policies.decode.loopserve.config import (
     FirstBlock,
     LoopServeDecodeConfig,
@@ -34,6 +35,7 @@ from loopserve.policies.decode.loopserve.memory import (
     unit_of,
 )
 from loopserve.policies.decode.loopserve.probe import DriftReference, QueryProbe, same, selection_of
+from loopserve.policies.decode.loopserve.threshold import ThresholdController
 from loopserve.policies.draws import generator, uniform_rows
 
 
@@ -58,6 +60,7 @@ class LoopServeState:
     drift_references: dict[int, DriftReference] = field(default_factory=dict)
     output_queries: dict[int, deque[Tensor]] = field(default_factory=dict)
     code_scores: dict[int, Tensor] = field(default_factory=dict)
+    controller: ThresholdController = field(default_factory=ThresholdController)
     key_summaries: dict[int, KeySummaries] = field(default_factory=dict)
     layer_inputs: dict[int, AttentionInputs] = field(default_factory=dict)
 
@@ -107,6 +110,11 @@ class LoopServeDecode(DecodeCompressor[LoopServeState]):
     @property
     def retention(self) -> Retention:
         return Retention.EVICT if self.config.pool is Pool.ACTIVE else Retention.KEEP
+
+    @property
+    def most_pairs(self) -> int:
+        config = self.config
+        return config.budget - config.page_budget + config.most_page_pairs if config.by_threshold else config.budget
 
     @property
     def counts_outputs(self) -> bool:
@@ -162,9 +170,37 @@ class LoopServeDecode(DecodeCompressor[LoopServeState]):
                 shape = base.indices.shape[0], base.boundary
                 observed = torch.zeros(shape, dtype=torch.float32, device=inputs.device)
                 state.code_scores[inputs.layer.index] = observed
-        budget = min(self.config.page_budget, base.boundary - base.indices.shape[1])
-        columns = summaries.jumps(inputs.queries[:, -1:], base.indices, base.boundary, budget, inputs.scaling, observed)
-        return KVSelection.uniform(columns, base.boundary, fleeting=True)
+        heads, width = base.indices.shape
+        config, free, query = self.config, base.boundary - width, inputs.queries[:, -1:]
+        if not config.by_threshold:
+            budget = min(config.page_budget, free)
+            columns = summaries.jumps(query, base.indices, base.boundary, budget, inputs.scaling, observed)
+            return KVSelection.uniform(columns, base.boundary, fleeting=True)
+        assert state.controller.log_threshold is not None
+        columns, lengths = summaries.heavy(
+            query,
+            base.indices,
+            base.boundary,
+            state.controller.log_threshold,
+            min(int(config.page_budget_least * config.page_budget), free),
+            min(config.most_page_pairs, free),
+            scaling=inputs.scaling,
+            softcap=inputs.softcap,
+            observed=observed,
+        )
+        tail = inputs.length - base.boundary if self.counts_outputs else 0
+        selection = KVSelection(columns, lengths, base.boundary, fleeting=True)
+        state.controller.add(selection.pairs + heads * (tail - width), heads)
+        return selection
+
+    def _begin_threshold(self, state: LoopServeState) -> None:
+        """Choose the first threshold by the last query of each layer, which the first output's will resemble."""
+        weights = []
+        for layer, selection in state.selections.items():
+            call = state.layer_inputs[layer]
+            found = log_weights(self._probe(call, state).logits)[:, : selection.boundary]
+            weights.append(found.scatter(1, selection.indices, float("-inf")))
+        state.controller.begin(weights, self.config.page_budget)
 
     def _looks_within_the_step(self) -> bool:
         return bool(self.config.page_budget) or self.config.trigger is Trigger.DRIFT
@@ -282,6 +318,7 @@ class LoopServeDecode(DecodeCompressor[LoopServeState]):
 
     def _after_output(self, step: Step, state: LoopServeState) -> Selections | None:
         selections = None
+        state.controller.end_step(self.config.page_budget)
         if self._due(step, state) and any(self._crowded(call, state) for call in state.layer_inputs.values()):
             for layer, call in state.layer_inputs.items():
                 if layer in state.code_scores:
@@ -333,6 +370,8 @@ class LoopServeDecode(DecodeCompressor[LoopServeState]):
             if self.config.trigger is Trigger.DRIFT:
                 probe = self._probe(call, state)
                 state.drift_references[layer] = probe.calibrated(probe.with_jumps(selection, self.config.page_budget))
+        if self.config.by_threshold and selections and state.controller.log_threshold is None:
+            self._begin_threshold(state)
         state.selected_at, state.drifted = step.output_index, False
         state.layer_scores, state.layer_inputs = {}, {}
         if self.retention is Retention.EVICT:
