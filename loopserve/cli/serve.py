@@ -20,6 +20,8 @@ from loopserve.cli.options import (
     StackOption,
     TimeoutOption,
     TrustOption,
+    Weights,
+    WeightsOption,
 )
 from loopserve.core.errors import POLICY_TIMEOUT_S, ConfigError, OnPolicyFault, PolicyChecks
 
@@ -105,6 +107,7 @@ def serve(
     ] = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
+    weights: WeightsOption = Weights.AUTO,
     revision: RevisionOption = None,
     trust_remote_code: TrustOption = False,
     policy_checks: ChecksOption = PolicyChecks.CHEAP,
@@ -153,6 +156,7 @@ def serve(
             chosen,
             dtype=dtype,
             device=device,
+            weights=weights.value,
             revision=revision,
             trust_remote_code=trust_remote_code,
             policy_checks=policy_checks,
