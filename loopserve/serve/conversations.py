@@ -86,11 +86,13 @@ class Conversations:
         """Drop what the engine held before a failure. Its scheduler may have lost requests, so every answer under way is ended here."""
         self.live.close()
         if self._loop is not None:
-            self._loop.call_soon_threadsafe(self._end_answers)
+            self._loop.call_soon_threadsafe(self._end_answers, self.worker.restarts)
 
-    def _end_answers(self) -> None:
+    def _end_answers(self, restarts: int) -> None:
+        """End the answers that were begun before a restart."""
         for answer in self._answers:
-            answer.abort(EngineFailure())
+            if answer.restarts < restarts:
+                answer.abort(EngineFailure())
 
     async def close(self) -> None:
         """Stop answering; write what is still to be written. May be called twice."""
@@ -119,6 +121,7 @@ class Conversations:
             match = await self.on_disk(lambda: self._find(ask))
             match, prompt = await self._prompt(ask, match)
             answer = Answer(new_id(), ask, match, prompt, stack, self._commit)
+            answer.restarts = self.worker.restarts
             self._answers.add(answer)
             await self._submit(answer)
             await answer.wait_for_first()
