@@ -31,8 +31,8 @@ Made by `make evidence` from the rows in `{results}`: every sentence with a figu
 renews the page. Do not edit it.
 
 The model is the bundled one (`recall`, trained on synthetic recall dialogues, see [demo_model.md](demo_model.md)), the dialogues are
-held out and have three turns unless said otherwise, and the history holds the model's own answers. Figures say which way the wind
-blows; [evidence.md](evidence.md) has the same claims on a pretrained model, and decides where the two disagree.
+held out and have three turns unless said otherwise, and the history holds the model's own answers. Figures show
+tendencies; [evidence.md](evidence.md) has the same claims on a pretrained model, and decides where the two disagree.
 An answer is right if every word is. Standard errors (±) are those of a share with one right
 and one wrong answer added. *Bytes* are KV bytes read per output token as a share of what dense attention reads, scoring and key
 summaries included; *all bytes* includes what is read before the first output, spread over the answer. Attended pairs, cells and

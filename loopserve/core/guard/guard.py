@@ -210,7 +210,7 @@ def check_selection(
     selection.check_form(heads, cache.seen)
     if most is None:
         return
-    chosen = int(selection.lengths.sum()) if selection.ragged else heads * selection.indices.shape[1]
+    chosen = selection.pairs if selection.ragged else heads * selection.indices.shape[1]
     attended = chosen + heads * (cache.seen - selection.boundary - outputs)
     if chosen > heads * most or attended > heads * most:
         raise PolicyError(

@@ -2,7 +2,8 @@
 
 A page is a run of neighbouring columns. Its bounds are the smallest and the largest value of each key channel. They give an upper
 bound of any query's logit with any key of the page (Quest, https://arxiv.org/abs/2406.10774). Within the bounds each key can be
-kept as a code of a few bits per channel. The code gives an approximation of the logit itself.
+kept as a code of a few bits per channel. The code gives an approximation of the logit itself. Bounds of pages with codes of 2 bits
+are narrower, where that makes the codes' squared error smaller: these are no bounds of the logit.
 """
 
 from __future__ import annotations
@@ -61,12 +62,12 @@ class KeySummaries:
 
     @property
     def low(self) -> Tensor:
-        """Return the smallest value per channel ``[Hkv, pages, D]``."""
+        """Return the lower bound per channel ``[Hkv, pages, D]``: the smallest value, or more for codes of 2 bits."""
         return self._part("low")
 
     @property
     def high(self) -> Tensor:
-        """Return the largest value per channel ``[Hkv, pages, D]``."""
+        """Return the upper bound per channel ``[Hkv, pages, D]``: the largest value, or less for codes of 2 bits."""
         return self._part("high")
 
     @property
