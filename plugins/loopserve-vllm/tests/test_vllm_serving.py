@@ -190,7 +190,8 @@ def test_the_bundled_models_answers_are_those_of_loopserves_engine(whole: LLM) -
     same, pairs = beside_own_engine(whole, Engine.from_pretrained("demo", stack, dtype="float32"), dialogues, 96)
     assert all(same)
     for number, (mine, theirs) in enumerate(pairs):
-        assert mine["attended_fraction"] == pytest.approx(theirs["attended_fraction"], abs=1e-9)
+        # How many pairs reach the preset's threshold depends on sums in another order.
+        assert mine["attended_fraction"] == pytest.approx(theirs["attended_fraction"], abs=5e-3)
         # Later turns begin at a block's start, up to 64 tokens before the engine's: other rows, and so other lines.
         within = 0.15 if number % turns else 1e-6
         assert mine["prefill_cell_density"] == pytest.approx(theirs["prefill_cell_density"], abs=within)
