@@ -6,6 +6,7 @@ OLDEST := .venv-oldest
 ORACLE := .venv-oracle
 WHEEL := .venv-wheel
 VLLM := .venv-vllm
+RAY := .venv-ray
 ARGS ?=
 # Installed beside loopserve; their tests are part of the suite.
 PLUGINS := plugins/loopserve-keydiff plugins/loopserve-star plugins/loopserve-kvpress
@@ -14,7 +15,7 @@ PLUGINS := plugins/loopserve-keydiff plugins/loopserve-star plugins/loopserve-kv
 NAME ?= cpu
 RESULTS = benchmarks/results/$(NAME).jsonl
 
-.PHONY: demo test test-real check test-oldest test-compiled test-gpu test-vllm bench-vllm oracle oracle-check check-wheel sanitize bench bench-gpu bench-engine evidence evidence-real soak clean
+.PHONY: demo test test-real check test-oldest test-compiled test-gpu test-vllm bench-vllm test-ray oracle oracle-check check-wheel sanitize bench bench-gpu bench-engine evidence evidence-real soak clean
 
 $(VENV)/ready: pyproject.toml constraints.txt $(PLUGINS:=/pyproject.toml)
 	$(PYTHON) -m venv $(VENV)
@@ -79,6 +80,16 @@ test-vllm: $(VLLM)/ready
 # Throughput and time between tokens beside stock vLLM; every row goes to benchmarks/results/vllm.jsonl.
 bench-vllm: $(VLLM)/ready
 	$(VLLM)/bin/python benchmarks/vllm_beside_stock.py $(ARGS)
+
+# The server on Ray Serve, in an environment of its own: two replicas of the bundled model on this machine, one of which is killed.
+$(RAY)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(RAY)
+	$(RAY)/bin/pip install --quiet -c constraints.txt torch
+	$(RAY)/bin/pip install --quiet -c constraints.txt -e '.[ray,testing]'
+	touch $@
+
+test-ray: $(RAY)/ready
+	$(RAY)/bin/python -m pytest tests/ray $(ARGS)
 
 # What an index would get: source distribution and wheel, built, checked by twine, and the wheel tried in a fresh environment that
 # borrows the packages of $(VENV). `LOOPSERVE_WHEEL=compiled python -m build --wheel` makes a wheel of this platform instead.
@@ -148,4 +159,4 @@ soak: $(VENV)/ready
 	$(BIN)/python -W ignore -m tests.soak $(ARGS)
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(ORACLE) $(WHEEL) $(VLLM) .sanitize build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(ORACLE) $(WHEEL) $(VLLM) $(RAY) .sanitize build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

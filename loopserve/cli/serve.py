@@ -45,18 +45,6 @@ def read_seconds(text: str) -> float:
     return float(match[1]) * _SECONDS[match[2] or ""]
 
 
-def read_keys(path: Path) -> tuple[str, ...]:
-    """Return the keys of a file, one a line; empty lines and lines that begin with # do not count."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--api-key-file {path}: cannot be read ({error})") from error
-    keys = tuple(line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#"))
-    if not keys:
-        raise ConfigError(f"--api-key-file {path}: it holds no key; write one a line")
-    return keys
-
-
 def serve(
     context: typer.Context,
     model: ModelArgument,
@@ -117,7 +105,7 @@ def serve(
     """An OpenAI-compatible server for one model, whose conversations branch and survive restarts."""
     from loopserve.serve.listening import listen
     from loopserve.serve.sealing import read_key
-    from loopserve.serve.settings import ServerSettings
+    from loopserve.serve.settings import ServerSettings, read_keys
     from loopserve.serve.supervising import supervise
 
     settings = ServerSettings(
@@ -166,4 +154,4 @@ def serve(
         sys.exit(run_server(engine, settings, {each.name: each for each in others}, listener))
 
 
-__all__ = ["Settings", "read_bytes", "read_keys", "read_seconds", "serve"]
+__all__ = ["Settings", "read_bytes", "read_seconds", "serve"]

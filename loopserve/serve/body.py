@@ -27,9 +27,12 @@ async def read_body(request: Request, model: type[T], max_bytes: int, *, empty: 
 
     empty: no body at all stands for an empty object.
     """
-    data = await _read(request, max_bytes)
-    if empty and not data:
-        return model()
+    data = await read_bytes(request, max_bytes)
+    return model() if empty and not data else parse_body(data, model)
+
+
+def parse_body(data: bytes, model: type[T]) -> T:
+    """Return the request that bytes hold. Raises ApiError (400) for anything that ``model`` refuses."""
     try:
         text = data.decode()
     except UnicodeDecodeError:
@@ -58,7 +61,8 @@ def _writable(given: Any) -> bool:
     return True
 
 
-async def _read(request: Request, max_bytes: int) -> bytes:
+async def read_bytes(request: Request, max_bytes: int) -> bytes:
+    """Return the body of a request. Raises ApiError: 415 if it says that it is no JSON, 413 for too many bytes."""
     kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     if kind != "application/json" and not kind.endswith("+json"):
         raise ApiError(415, f"the body must be application/json, not {kind[:80]!r}")

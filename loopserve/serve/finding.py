@@ -65,9 +65,14 @@ def _named(store: Store, ask: Ask) -> StoredSession | None:
         return found
     if ask.key is None:
         return None
-    name = hashlib.sha256(f"{ask.tenant}\n{ask.key}".encode()).hexdigest()[:32]  # the same for simultaneous requests
+    name = named_session(ask.tenant, ask.key)
     found = store.session(ask.tenant, ask.key) or store.session(ask.tenant, name)
     return found or _new_session(ask.tenant, name, ask.key)
+
+
+def named_session(tenant: str, key: str) -> str:
+    """Return the id of the session that a client names: the same for simultaneous requests."""
+    return hashlib.sha256(f"{tenant}\n{key}".encode()).hexdigest()[:32]
 
 
 def _new_session(tenant: str, name: str | None = None, key: str | None = None) -> StoredSession:

@@ -42,13 +42,14 @@ class Security:
             await self._app(scope, receive, send)
             return
         try:
-            scope["tenant"] = self._tenant(Headers(scope=scope), scope["path"])
+            scope["tenant"] = self.tenant(Headers(scope=scope), scope["path"])
         except ApiError as error:
             await JSONResponse(error.body, error.status, error.headers)(scope, receive, send)
             return
         await self._app(scope, receive, send)
 
-    def _tenant(self, headers: Headers, path: str) -> str:
+    def tenant(self, headers: Headers, path: str) -> str:
+        """Return the tenant that a request comes from. Raises ApiError (401, 403) if it is not to be answered."""
         if self._hosts is not None and _host(headers.get("host", "")) not in self._hosts:
             raise ApiError(
                 403, "this server answers requests to this machine only: give it an --api-key to serve other names"

@@ -46,3 +46,15 @@ class ServerSettings:
                 f"--host {self.host}: other machines could use the model and read every conversation; give --api-key or "
                 "--api-key-file, or --insecure if that is what you want"
             )
+
+
+def read_keys(path: Path) -> tuple[str, ...]:
+    """Return the keys of a file, one a line; empty lines and lines that begin with # do not count."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--api-key-file {path}: cannot be read ({error})") from error
+    keys = tuple(line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#"))
+    if not keys:
+        raise ConfigError(f"--api-key-file {path}: it holds no key; write one a line")
+    return keys
