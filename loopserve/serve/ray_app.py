@@ -7,7 +7,7 @@ runs the app of ``create_app``. Ray moves requests and answers between processes
 from __future__ import annotations
 
 import asyncio
-import logging
+import re
 import sqlite3
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -32,21 +32,10 @@ from loopserve.serve.security import Security
 from loopserve.serve.settings import ServerSettings, read_keys
 from loopserve.serve.store import Store
 
-_log = logging.getLogger("loopserve.serve")
 _ROUTER = "ray.serve.experimental.consistent_hash_router:ConsistentHashRouter"
 _GATEWAY_REQUESTS = 1000  # that one gateway passes on at once; each is little more than a task
-_SCOPE = (
-    "type",
-    "asgi",
-    "http_version",
-    "method",
-    "scheme",
-    "path",
-    "raw_path",
-    "query_string",
-    "root_path",
-    "headers",
-)
+_UNDER_WAY = re.compile("/v1/responses/[^/]+/cancel")  # what only the replica that answers knows of
+_SCOPE = "type asgi http_version method scheme path raw_path query_string root_path headers".split()
 
 
 class RaySettings(BaseModel):
@@ -159,6 +148,11 @@ class Replica:
         finally:
             gone.set()
 
+    async def whole(self, scope: dict[str, Any], body: bytes) -> tuple[int, bytes]:
+        """Return status and body of the response to a request."""
+        start, *parts = [message async for message in self.answer(scope, body)]
+        return start["status"], b"".join(each.get("body", b"") for each in parts)
+
     async def _start(self) -> None:
         async with self._starting:
             if self._life is None:
@@ -186,10 +180,11 @@ class Gateway:
         try:
             tenant = self._security.tenant(request.headers, request.scope["path"])
             body = await read_bytes(request, self._server.max_body_bytes) if request.method == "POST" else b""
+            scope = {name: request.scope[name] for name in _SCOPE if name in request.scope}
+            if _UNDER_WAY.fullmatch(scope["path"]):
+                return await self._asked_everywhere(scope, body)
             key = await asyncio.get_running_loop().run_in_executor(self._disk, self._key, request, tenant, body)
-            return await self._passed_on(
-                {name: request.scope[name] for name in _SCOPE if name in request.scope}, body, key
-            )
+            return await self._passed_on(scope, body, key)
         except (ApiError, LoopServeError) as error:
             found = as_api_error(error)
             return JSONResponse(found.body, found.status, found.headers)
@@ -203,6 +198,15 @@ class Gateway:
             given = parse_body(body, model)
             return routing_key(self._store, tenant, request, given, messages_in(given))
         return ""
+
+    async def _asked_everywhere(self, scope: dict[str, Any], body: bytes) -> Response:
+        """Return what the replica says that has a response under way; if none has, what any of them says."""
+        found = await self._replicas.broadcast("whole", scope, body).results_async(return_exceptions=True)
+        answers = [each for each in found if not isinstance(each, Exception)]
+        if not answers:
+            raise _failed()
+        status, content = min(answers)
+        return Response(content, status, media_type="application/json")
 
     async def _passed_on(self, scope: dict[str, Any], body: bytes, key: str) -> Response:
         stream = self._replicas.answer.options(stream=True, session_id=key).remote(scope, body)

@@ -18,9 +18,9 @@ import pytest
 
 pytest.importorskip("ray")
 
-import httpx
 import openai
 import ray
+import requests
 from ray import serve
 
 from loopserve import Engine
@@ -214,7 +214,7 @@ def test_a_client_that_leaves_frees_the_replica(cluster: Cluster) -> None:
     metrics = f"http://127.0.0.1:{cluster.port}/metrics"
 
     def running() -> bool:
-        texts = [httpx.get(metrics).text for _ in range(8)]  # any replica answers each
+        texts = [requests.get(metrics, timeout=60).text for _ in range(8)]  # any replica answers each
         return any("num_requests_running 1.0" in text for text in texts)
 
     stream = cluster.client.chat.completions.create(
@@ -228,6 +228,25 @@ def test_a_client_that_leaves_frees_the_replica(cluster: Cluster) -> None:
     until(running)
     stream.close()
     until(lambda: not running())
+
+
+def test_a_response_under_way_is_cancelled_by_its_id(cluster: Cluster) -> None:
+    """Whichever replica answers it: one of each."""
+    client, seen = cluster.client, set()
+    for number in range(32):
+        text = said(PLACES[number % len(PLACES)], 0) + f" {number}"
+        raw = client.responses.with_raw_response.create(
+            model="demo", input=text, stream=True, max_output_tokens=3000, extra_body={"ignore_eos": True}
+        )
+        stream = raw.parse()
+        events = iter(stream)
+        begun = next(events).response.id
+        client.responses.cancel(begun)
+        assert all(each.type != "response.completed" for each in events)
+        seen.add(raw.headers[REPLICA])
+        if len(seen) == 2:
+            return
+    raise AssertionError("every request went to the same replica")
 
 
 def test_a_rolling_restart_loses_nothing(cluster: Cluster, right: Callable[[str, int], str]) -> None:
@@ -266,7 +285,7 @@ def test_overload_is_shed(cluster: Cluster) -> None:
     def ask(number: int) -> None:
         text = said(PLACES[number % len(PLACES)], 0)
         body = {"model": "demo", "messages": [{"role": "user", "content": text}], "max_tokens": 300, "ignore_eos": True}
-        found.append(httpx.post(url, json=body, timeout=120))
+        found.append(requests.post(url, json=body, timeout=120))
 
     asking = [threading.Thread(target=ask, args=(number,)) for number in range(24)]
     for each in asking:
