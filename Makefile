@@ -15,7 +15,7 @@ PLUGINS := plugins/loopserve-keydiff plugins/loopserve-star plugins/loopserve-kv
 NAME ?= cpu
 RESULTS = benchmarks/results/$(NAME).jsonl
 
-.PHONY: demo test test-real check test-oldest test-compiled test-gpu test-vllm bench-vllm test-ray oracle oracle-check check-wheel sanitize bench bench-gpu bench-engine evidence evidence-real soak clean
+.PHONY: demo test test-real check test-oldest test-compiled test-gpu test-vllm bench-vllm test-ray bench-ray oracle oracle-check check-wheel sanitize bench bench-gpu bench-engine evidence evidence-real soak clean
 
 $(VENV)/ready: pyproject.toml constraints.txt $(PLUGINS:=/pyproject.toml)
 	$(PYTHON) -m venv $(VENV)
@@ -89,7 +89,11 @@ $(RAY)/ready: pyproject.toml constraints.txt
 	touch $@
 
 test-ray: $(RAY)/ready
-	$(RAY)/bin/python -m pytest tests/ray $(ARGS)
+	$(RAY)/bin/python -m pytest -o filterwarnings=ignore tests/ray $(ARGS)
+
+# What a cluster takes, and times of requests beside `loopserve serve`: one line of JSON.
+bench-ray: $(RAY)/ready
+	$(RAY)/bin/python benchmarks/ray_beside_serve.py
 
 # What an index would get: source distribution and wheel, built, checked by twine, and the wheel tried in a fresh environment that
 # borrows the packages of $(VENV). `LOOPSERVE_WHEEL=compiled python -m build --wheel` makes a wheel of this platform instead.

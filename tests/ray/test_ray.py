@@ -21,11 +21,13 @@ pytest.importorskip("ray")
 import openai
 import ray
 import requests
+import yaml
 from ray import serve
+from ray.serve.schema import ServeDeploySchema
 
 from loopserve import Engine
 from loopserve.core.errors import ConfigError
-from loopserve.serve.ray_app import build
+from loopserve.serve.ray_app import RaySettings, build
 
 SETTINGS = {"model": "demo", "dtype": "float32", "insecure": True, "num_replicas": 2, "shutdown_timeout_s": 20}
 PLACES = ("lisbon", "oslo", "paris", "rome", "cairo", "delhi", "lima", "kyoto", "perth", "quebec")
@@ -316,3 +318,10 @@ def test_keys_divide_the_tenants(cluster: Cluster, tmp_path: Path) -> None:
 def test_without_keys_it_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="api_key_file"):
         build({"model": "demo", "session_dir": str(tmp_path)})
+
+
+def test_the_sample_configuration_is_valid() -> None:
+    found = ServeDeploySchema.model_validate(yaml.safe_load((Path(__file__).parents[2] / "docs/ray.yaml").read_text()))
+    (application,) = found.applications
+    assert application.import_path == "loopserve.serve.ray_app:build"
+    assert RaySettings.model_validate(application.args).num_replicas == 2
