@@ -13,10 +13,10 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from fastapi import Request
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.config import BackpressureConfig, RequestRouterConfig
@@ -35,7 +35,27 @@ from loopserve.serve.store import Store
 _ROUTER = "ray.serve.experimental.consistent_hash_router:ConsistentHashRouter"
 _GATEWAY_REQUESTS = 1000  # that one gateway passes on at once; each is little more than a task
 _UNDER_WAY = re.compile("/v1/responses/[^/]+/cancel")  # what only the replica that answers knows of
-_SCOPE = "type asgi http_version method scheme path raw_path query_string root_path headers".split()
+_SCOPE = [
+    "type",
+    "asgi",
+    "http_version",
+    "method",
+    "scheme",
+    "path",
+    "raw_path",
+    "query_string",
+    "root_path",
+    "headers",
+]
+
+
+def _absolute(path: Path) -> Path:
+    if not path.is_absolute():
+        raise ValueError("give an absolute path: Ray starts the replicas in folders of its own")
+    return path
+
+
+AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
 
 
 class RaySettings(BaseModel):
@@ -50,10 +70,10 @@ class RaySettings(BaseModel):
     stack: str = "loopserve"
     allow_stack: tuple[str, ...] = ()
     served_model_name: str | None = None
-    session_dir: Path  # on a disk of the machine that all replicas share
-    session_key_file: Path | None = None
+    session_dir: AbsolutePath  # on a disk of the machine that all replicas share
+    session_key_file: AbsolutePath | None = None
     session_ttl_s: float | None = 24 * 3600.0
-    api_key_file: Path | None = None
+    api_key_file: AbsolutePath | None = None
     insecure: bool = False  # answer everybody who reaches Ray's proxy
     kv_cache_memory: int = Field(4 << 30, ge=1)  # bytes, of each replica
     max_num_seqs: int = Field(16, ge=1)  # of each replica

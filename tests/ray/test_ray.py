@@ -315,9 +315,11 @@ def test_keys_divide_the_tenants(cluster: Cluster, tmp_path: Path) -> None:
     assert two.responses.create(model="demo", input=said("lima", 0)).usage.input_tokens_details.cached_tokens == 0
 
 
-def test_without_keys_it_is_refused(tmp_path: Path) -> None:
+def test_without_keys_or_with_relative_paths_it_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="api_key_file"):
         build({"model": "demo", "session_dir": str(tmp_path)})
+    with pytest.raises(ValueError, match="absolute path"):
+        build({"model": "demo", "session_dir": "sessions", "insecure": True})
 
 
 def test_the_sample_configuration_is_valid() -> None:
