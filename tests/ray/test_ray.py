@@ -55,6 +55,11 @@ class Cluster:
         found = [name for name in names if name.startswith("SERVE_REPLICA::default#Replica#")]
         return {name.rsplit("#", 1)[1]: ray.get_actor(name, namespace="serve") for name in found}
 
+    def is_whole(self) -> bool:
+        """Whether both replicas take requests."""
+        states = serve.status().applications["default"].deployments["Replica"].replica_states
+        return len(self.replicas()) == 2 and states == {"RUNNING": 2}
+
     def kill(self, replica: str) -> None:
         ray.kill(self.replicas()[replica], no_restart=True)
 
@@ -187,7 +192,7 @@ def test_after_a_replica_is_killed_every_next_turn_is_right(
     turn(conversations, right, 3)
     assert all(each.replicas[-1] != killed for each in affected)
     assert all(each.cached[-1] > 0 for each in affected)  # read from the files of the session directory
-    until(lambda: len(cluster.replicas()) == 2 and killed not in cluster.replicas())
+    until(lambda: killed not in cluster.replicas() and cluster.is_whole())
     turn(conversations, right, 4)
 
 
@@ -208,11 +213,12 @@ def test_a_replica_killed_in_mid_answer_ends_the_stream_with_an_error(
     cluster.kill(one.replicas[-1])
     with pytest.raises(openai.APIError, match="send the request again"):
         list(stream)
+    until(lambda: one.replicas[-1] not in cluster.replicas())
     assert one.say(said("oslo", 1)).strip() == right("oslo", 1)
 
 
 def test_a_client_that_leaves_frees_the_replica(cluster: Cluster) -> None:
-    until(lambda: len(cluster.replicas()) == 2)
+    until(cluster.is_whole)
     metrics = f"http://127.0.0.1:{cluster.port}/metrics"
 
     def running() -> bool:
@@ -234,6 +240,7 @@ def test_a_client_that_leaves_frees_the_replica(cluster: Cluster) -> None:
 
 def test_a_response_under_way_is_cancelled_by_its_id(cluster: Cluster) -> None:
     """Whichever replica answers it: one of each."""
+    until(cluster.is_whole)
     client, seen = cluster.client, set()
     for number in range(32):
         text = said(PLACES[number % len(PLACES)], 0) + f" {number}"
