@@ -276,7 +276,7 @@ def build(args: dict[str, Any]) -> Any:
     settings.server().check()
     if settings.api_key_file is None and not settings.insecure:
         raise ConfigError(
-            "api_key_file: Ray's proxy listens for other machines by default, which could use the model and read every conversation; "
+            "api_key_file: other machines may reach Ray's proxy, and could use the model and read every conversation; "
             "give a file of keys, or 'insecure: true' if that is what you want"
         )
     deployment: Callable[..., Any] = serve.deployment
