@@ -187,7 +187,7 @@ class Answer:
     turns: dict[int, StoredTurn] = field(default_factory=dict)  # committed, by index of the answer
     cached_tokens: int = 0  # of the prompt, that were not computed for this request
     closed: bool = False
-    restarts: int = 0  # of the engine, when the request began
+    restarts: int | None = None  # of the engine, when the model's thread took the request in
     _first: asyncio.Task[tuple[Choice | None, Delta | BaseException]] | None = None
 
     @property

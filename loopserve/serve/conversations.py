@@ -89,9 +89,9 @@ class Conversations:
             self._loop.call_soon_threadsafe(self._end_answers, self.worker.restarts)
 
     def _end_answers(self, restarts: int) -> None:
-        """End the answers that were begun before a restart."""
+        """End the answers that the engine had before a restart. One that was not taken in yet goes to the new scheduler."""
         for answer in self._answers:
-            if answer.restarts < restarts:
+            if answer.restarts is not None and answer.restarts < restarts:
                 answer.abort(EngineFailure())
 
     async def close(self) -> None:
@@ -121,7 +121,6 @@ class Conversations:
             match = await self.on_disk(lambda: self._find(ask))
             match, prompt = await self._prompt(ask, match)
             answer = Answer(new_id(), ask, match, prompt, stack, self._commit)
-            answer.restarts = self.worker.restarts
             self._answers.add(answer)
             await self._submit(answer)
             await answer.wait_for_first()

@@ -32,6 +32,7 @@ class Submissions:
         """Queue a request: one turn, or for several answers one prefill whose session is forked. loaded: see ``LiveSessions``."""
         if answer.closed:
             return
+        answer.restarts = self._worker.restarts
         session = self._live.take(answer.match.path, answer.stack, loaded)
         answer.cached_tokens = session.cache.seen
         if answer.ask.n == 1:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import subprocess
 import sys
@@ -87,17 +86,27 @@ def test_a_stream_that_the_engine_fails_in_ends_with_an_error(server: Running, f
     assert said(ask(server, [FACT]))["content"] == "ok ."
 
 
-def test_a_thread_that_is_killed_from_outside_goes_on(server: Running) -> None:
-    conversation, worker = begun(server)[0], server.conversations.worker
-    body = {"model": "demo", "messages": [FACT], "ignore_eos": True, "max_tokens": 4000}
-    with server.connection("/v1/chat/completions", body) as connection:
-        until(lambda: worker.scheduler.running and worker.scheduler._running[0].output)
-        (thread,) = [each for each in threading.enumerate() if each.name == "loopserve model" and each.is_alive()][-1:]
-        assert ctypes.pythonapi.PyThreadState_SetAsyncExc(
-            ctypes.c_ulong(thread.ident or 0), ctypes.py_object(SystemExit)
-        )
-        assert b" 503 " in connection.recv(65536).splitlines()[0]
-    assert said(ask(server, [*conversation, QUESTION]))["content"] == ANSWER
+def test_a_request_that_comes_before_the_restart_is_answered_after_it(
+    server: Running, failing: Failing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (conversation, _), worker = begun(server), server.conversations.worker
+    restart, held = worker._restart, threading.Event()
+
+    def later() -> None:
+        held.wait(60)
+        restart()
+
+    monkeypatch.setattr(worker, "_restart", later)
+    failing.fail(SystemExit())
+    with pytest.raises(openai.InternalServerError):
+        ask(server, [*conversation, QUESTION])
+    found: list[str] = []
+    asking = threading.Thread(target=lambda: found.append(said(ask(server, [*conversation, QUESTION]))["content"]))
+    asking.start()
+    until(lambda: server.conversations._answers)
+    held.set()
+    asking.join()
+    assert found == [ANSWER]
 
 
 def test_a_scheduler_that_is_broken_is_replaced(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
