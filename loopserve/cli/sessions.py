@@ -103,13 +103,13 @@ def verify(session_dir: DirOption, session_key_file: KeyOption = None, json: Jso
     from loopserve.serve.kv_files import damaged_files
 
     store = _open(session_dir, session_key_file)
-    rows, found = store.every_kv(), damaged_files(store)
+    count, found = len(store.every_kv()) + len(store.damaged_kv()), damaged_files(store)
     if json:
-        print_json({"files": len(rows), "damaged": {row.file: reason for row, reason in found}})
+        print_json({"files": count, "damaged": dict(found)})
     else:
-        for row, reason in found:
-            print(f"{row.file}: {reason}")
-        print(f"{len(rows)} files, {len(found)} damaged")
+        for file, reason in found:
+            print(f"{file}: {reason}")
+        print(f"{count} files, {len(found)} damaged")
     if found:
         raise typer.Exit(1)
 

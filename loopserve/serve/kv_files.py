@@ -279,14 +279,16 @@ def checked(place: FilePath, row: KVRow, whole: bool = True, sealer: Sealer | No
     return tensors
 
 
-def damaged_files(store: Store) -> list[tuple[KVRow, str]]:
-    """Compare every file with its row; return those that are damaged, with the reason. Nothing is put away."""
-    found = []
-    for row in store.every_kv() if store.directory is not None else ():
+def damaged_files(store: Store) -> list[tuple[str, str]]:
+    """Compare every file with its row; return the names of those that are damaged, or whose row is, with the reason."""
+    if store.directory is None:
+        return []
+    found = [(file, f"its row in the database: {reason}") for _, file, reason in store.damaged_kv()]
+    for row in store.every_kv():
         try:
-            checked(store.directory / row.file, row, sealer=store.sealer)  # type: ignore[operator]
+            checked(store.directory / row.file, row, sealer=store.sealer)
         except (OSError, ValueError, SafetensorError) as error:
-            found.append((row, str(error)))
+            found.append((row.file, str(error)))
     return found
 
 
@@ -301,9 +303,12 @@ def remove_files(store: Store, turns: list[str]) -> None:
 
 
 def remove_orphans(store: Store) -> int:
-    """Remove files that no row names: a writer was killed between the file and its row. Return how many."""
+    """Remove damaged rows, and files that no row names: a writer was killed between the file and its row. Return how many files."""
     if store.directory is None:
         return 0
+    for turn, file, reason in (damaged := store.damaged_kv()):
+        _log.error("the manifest of turn %s (%s) cannot be read and is dropped: %s", turn, file, reason)
+    store.drop_kv([turn for turn, _, _ in damaged])
     known = {row.file for row in store.every_kv()}
     orphans = [
         each

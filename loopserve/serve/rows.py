@@ -3,21 +3,49 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from typing import Any
 
+from loopserve.models.messages import Message
 from loopserve.serve.records import KVRow, StoredSession, StoredTurn, pack_tokens, unpack_tokens
 from loopserve.serve.sealing import Sealer
 
+_log = logging.getLogger("loopserve.serve")
 TURN = (
     "id, session, parent, tenant, model, stack, digest, messages, answer, prompt_tokens, output_tokens, created, finish_reason, "
     "figures"
 )
 KV = "turn, file, bytes, sha256, manifest"
+DAMAGE = (ValueError, TypeError, KeyError)  # what reading a row raises if it is not as it was written
+_MANIFEST = {
+    "start": int,
+    "end": int,
+    "rotation": int,
+    "fingerprint": str,
+    "tokens": str,
+    "header": str,
+    "checksums": dict,
+    "states": dict,
+}
+
+
+def is_cache_file(file: object) -> bool:
+    """Return whether a name is that of a file two folders below the session directory."""
+    parts = file.split("/") if isinstance(file, str) else []
+    return len(parts) == 3 and all(parts) and not {".", ".."} & set(parts)
+
+
+def read_text(data: bytes) -> str | bytes:
+    """Return a text of the database. One that is not UTF-8 stays as it is, so that its row is damaged and not the whole query."""
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return data
 
 
 class Rows:
-    """Write and read rows. Reading raises ValueError for one that does not open."""
+    """Write and read rows. Reading raises one of ``DAMAGE`` for a row that is not as it was written."""
 
     def __init__(self, sealer: Sealer) -> None:
         self.sealer = sealer
@@ -61,6 +89,12 @@ class Rows:
             figures,
         ) = row
         seal = self.sealer
+        said, noted = (
+            json.loads(seal.open_text(each, f"{name} {what}"))
+            for each, what in ((answer, "answer"), (figures, "figures"))
+        )
+        if not _is_message(said) or not isinstance(noted, dict):
+            raise ValueError("its answer or its figures are of another form")
         return StoredTurn(
             name,
             session,
@@ -69,18 +103,20 @@ class Rows:
             model,
             stack,
             digest or bytes(kept),
-            tuple(json.loads(seal.open_text(messages, f"{name} messages"))),
-            json.loads(seal.open_text(answer, f"{name} answer")),
+            tuple(self.messages(name, messages)),
+            said,
             unpack_tokens(seal.open(bytes(prompt), f"{name} prompt")),
             unpack_tokens(seal.open(bytes(output), f"{name} output")),
             created,
             finish,
-            json.loads(seal.open_text(figures, f"{name} figures")),
+            noted,
         )
 
-    def messages(self, turn: str, kept: str | bytes) -> list[dict[str, str]]:
+    def messages(self, turn: str, kept: str | bytes) -> list[Message]:
         """Return the messages in a row of a turn."""
-        found: list[dict[str, str]] = json.loads(self.sealer.open_text(kept, f"{turn} messages"))
+        found: list[Message] = json.loads(self.sealer.open_text(kept, f"{turn} messages"))
+        if not isinstance(found, list) or not all(map(_is_message, found)):
+            raise ValueError("its messages are of another form")
         return found
 
     def of_session(self, session: StoredSession) -> tuple[Any, ...]:
@@ -89,12 +125,25 @@ class Rows:
         return (session.id, session.tenant, key, session.head, session.created, session.updated)
 
     def session(self, row: Sequence[Any]) -> StoredSession:
-        """Return the session of a row."""
+        """Return the session of a row. One whose name cannot be read is without a name: it is still listed, and expires."""
         name, tenant, key, head, created, updated = row
-        opened = None if key is None else self.sealer.open_text(key, f"{name} key")
+        opened = None
+        try:
+            opened = None if key is None else self.sealer.open_text(key, f"{name} key")
+        except DAMAGE as error:
+            _log.error("the name of session %s cannot be read: %s", name, error)
         return StoredSession(name, tenant, opened, head, created, updated)
 
     def kv(self, row: Sequence[Any]) -> KVRow:
         """Return the manifest of a row of ``KV``."""
-        turn, file, size, sha256, manifest = row
-        return KVRow(turn, file, size, sha256, json.loads(self.sealer.open_text(manifest, f"{turn} manifest")))
+        turn, file, size, sha256, kept = row
+        manifest = json.loads(self.sealer.open_text(kept, f"{turn} manifest"))
+        if not is_cache_file(file) or not isinstance(size, int) or not isinstance(sha256, str):
+            raise ValueError("its file, size or sha256 is of another form")
+        if not isinstance(manifest, dict) or any(type(manifest[name]) is not kind for name, kind in _MANIFEST.items()):
+            raise ValueError("its manifest is of another form")
+        return KVRow(turn, file, size, sha256, manifest)
+
+
+def _is_message(found: object) -> bool:
+    return isinstance(found, dict) and isinstance(found.get("role"), str) and isinstance(found.get("content"), str)

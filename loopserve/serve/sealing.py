@@ -68,6 +68,8 @@ class Sealer:
             return self.open(kept, place).decode()
         if self._cipher is not None:
             raise ValueError("it is not sealed")
+        if not isinstance(kept, str):
+            raise ValueError("it is no text")
         return kept
 
     def index(self, digest: bytes) -> bytes:

@@ -17,7 +17,7 @@ from typing import Any
 
 from loopserve.core.errors import ConfigError
 from loopserve.serve.records import KVRow, Path, StoredSession, StoredTurn
-from loopserve.serve.rows import KV, TURN, Rows
+from loopserve.serve.rows import DAMAGE, KV, TURN, Rows, is_cache_file, read_text
 from loopserve.serve.schema import KV_TABLE, OBJECTS, SCHEMA_VERSION, TABLES, refused
 from loopserve.serve.sealing import Sealer
 
@@ -50,6 +50,7 @@ class Store:
                 os.close(created)
             name = ":memory:" if directory is None else str(directory / "index.sqlite")
             self._db = sqlite3.connect(name, timeout=_WAIT_S, check_same_thread=False, isolation_level=None)
+            self._db.text_factory = read_text
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=FULL")
             for db in _IN_MEMORY:
@@ -68,10 +69,8 @@ class Store:
             for table in ("sessions", "turns"):
                 parts = [f"SELECT * FROM main.{table}"]
                 for db in _IN_MEMORY:
-                    parts = [
-                        f"{part} {'AND' if 'WHERE' in part else 'WHERE'} id NOT IN (SELECT id FROM {db}.{table})"
-                        for part in parts
-                    ]
+                    other = f"id NOT IN (SELECT id FROM {db}.{table})"
+                    parts = [f"{part} {'AND' if 'WHERE' in part else 'WHERE'} {other}" for part in parts]
                     parts.append(f"SELECT * FROM {db}.{table}")
                 self._db.execute(f"CREATE TEMP VIEW every_{table} AS {' UNION ALL '.join(parts)}")
             self._check_key()
@@ -132,10 +131,6 @@ class Store:
     def _is_volatile(self, turn: str) -> bool:
         return self._db.execute("SELECT 1 FROM volatile.turns WHERE id=?", (turn,)).fetchone() is not None
 
-    def is_kept(self, turn: str) -> bool:
-        """Return whether a turn was to be kept, and is not in memory only because its request said so."""
-        return not self._is_volatile(turn)
-
     def _settle(self) -> None:
         """Move what the disk did not take to it, if it takes it now."""
         if not self.spare_turns:
@@ -189,7 +184,7 @@ class Store:
         """Return the turn of a row; None for a damaged one, whose conversation is computed from the messages of its client."""
         try:
             return self._rows.turn(row, digest)
-        except ValueError as error:
+        except DAMAGE as error:
             _log.error("turn %s cannot be read: %s", row[0], error)
             return None
 
@@ -230,13 +225,6 @@ class Store:
         row = self._db.execute("SELECT * FROM every_sessions WHERE id=? AND tenant=?", (session, tenant)).fetchone()
         return None if row is None else self._rows.session(row)
 
-    def session_by_key(self, tenant: str, key: str) -> StoredSession | None:
-        """Return the latest session that a client named so."""
-        row = self._db.execute(
-            "SELECT * FROM every_sessions WHERE tenant=? AND key=? ORDER BY updated DESC LIMIT 1", (tenant, key)
-        ).fetchone()
-        return None if row is None else self._rows.session(row)
-
     def sessions(self, tenant: str | None = None, limit: int = -1) -> list[StoredSession]:
         """Return the sessions of a tenant, or of all (None), latest first."""
         rows = self._db.execute(
@@ -256,7 +244,7 @@ class Store:
             number, first, at = number + 1, row, row[1]
         try:
             messages = [] if first is None else self._rows.messages(first[2], first[0])
-        except ValueError:  # damaged: the session is listed without a title
+        except DAMAGE:  # the session is listed without a title
             messages = []
         questions = [each["content"] for each in messages if each["role"] == "user"]
         return (questions[0] if questions else ""), number
@@ -343,12 +331,18 @@ class Store:
                 _log.error("a response is kept in memory only: the session directory takes nothing (%s)", error)
 
     def object(self, tenant: str, name: str) -> dict[str, Any] | None:
-        """Return what was kept under an id; None if nothing was."""
+        """Return what was kept under an id; None if nothing was, or if it is damaged."""
         for db in ("spare", "main"):
             row = self._db.execute(f"SELECT body FROM {db}.objects WHERE id=? AND tenant=?", (name, tenant)).fetchone()
-            if row is not None:
-                found: dict[str, Any] = json.loads(self.sealer.open_text(row[0], f"{name} object"))
-                return found
+            if row is None:
+                continue
+            try:
+                found = json.loads(self.sealer.open_text(row[0], f"{name} object"))
+                if isinstance(found, dict):
+                    return found
+                raise ValueError("it is no object")
+            except DAMAGE as error:
+                _log.error("what was kept under %s cannot be read: %s", name, error)
         return None
 
     def expired(self, older_than_s: float) -> list[StoredSession]:
@@ -366,19 +360,40 @@ class Store:
         )
 
     def kv(self, turn: str) -> KVRow | None:
-        """Return the row of the file that holds a turn's pairs; None if there is none."""
+        """Return the row of the file that holds a turn's pairs; None if there is none. A damaged one is dropped."""
         row = self._db.execute(f"SELECT {KV} FROM main.kv WHERE turn=?", (turn,)).fetchone()
-        return None if row is None else self._rows.kv(row)
+        try:
+            return None if row is None else self._rows.kv(row)
+        except DAMAGE as error:
+            _log.error("the manifest of turn %s cannot be read and is dropped: %s", turn, error)
+            self.drop_kv([turn])
+            return None
 
     def every_kv(self) -> list[KVRow]:
-        """Return the rows of all files, oldest first."""
-        rows = self._db.execute(f"SELECT {KV} FROM main.kv ORDER BY created")
-        return [self._rows.kv(row) for row in rows]
+        """Return the rows of all files, oldest first, without damaged ones."""
+        return [row for _, _, row in self._every_kv() if isinstance(row, KVRow)]
+
+    def damaged_kv(self) -> list[tuple[str, str, str]]:
+        """Return turn, file and reason of every damaged row."""
+        return [(turn, str(file), str(row)) for turn, file, row in self._every_kv() if not isinstance(row, KVRow)]
+
+    def _every_kv(self) -> Iterator[tuple[str, Any, KVRow | Exception]]:
+        for row in self._db.execute(f"SELECT {KV} FROM main.kv ORDER BY created").fetchall():
+            try:
+                yield row[0], row[1], self._rows.kv(row)
+            except DAMAGE as error:
+                yield row[0], row[1], error
 
     def kv_sizes(self) -> list[tuple[str, str, int]]:
         """Return turn, file and bytes of all files, oldest first."""
-        return list(self._db.execute("SELECT turn, file, bytes FROM main.kv ORDER BY created"))
+        rows = self._db.execute("SELECT turn, file, bytes FROM main.kv ORDER BY created")
+        return [row for row in rows if is_cache_file(row[1]) and isinstance(row[2], int)]
 
     def drop_kv(self, turns: Iterable[str]) -> None:
-        """Forget the files of turns."""
-        self._db.executemany("DELETE FROM main.kv WHERE turn=?", [(each,) for each in turns])
+        """Forget the files of turns. Rows that the disk does not let go are harmless: they name a file that is gone."""
+        try:
+            self._db.executemany("DELETE FROM main.kv WHERE turn=?", [(each,) for each in turns])
+        except sqlite3.DatabaseError as error:
+            if not refused(error):
+                raise
+            _log.error("the rows of cache files stay: the session directory takes nothing (%s)", error)

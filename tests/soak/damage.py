@@ -35,6 +35,7 @@ KINDS = (
     "model",
     "stack",
     "manifest",
+    "row",
 )
 
 
@@ -85,14 +86,19 @@ def _check(directory: Path, kind: str, draw: random.Random, model: str, *, opene
             assert row is not None
             fields = ["fingerprint", "tokens", "checksums", "header", "end", "bytes"]
             fields += [] if opened_before else ["sha256"]  # compared once, the checksums every time
+            if kind == "row":
+                length = draw.randrange(len(json.dumps(row.manifest)))
+                store._db.execute(
+                    "UPDATE main.kv SET manifest = substr(manifest, 1, ?) WHERE turn=?", (length, row.turn)
+                )
             _damage(
                 directory / row.file, kind, draw, lambda: _change_manifest(store, row.turn, draw.choice(fields), draw)
             )
         _refused(files.load(path, stack), whole, everything=kind in ("model", "stack"))
-        if kind not in ("model", "stack", "manifest"):
+        if kind not in ("model", "stack", "manifest", "row"):
             assert files.quarantined >= 1
         _refused(files.load(path, stack), whole, everything=False)
-        assert remove_orphans(store) == 0
+        assert remove_orphans(store) == (kind == "row")  # without its row, a file is one of nobody
     finally:
         store.close()
 
@@ -130,6 +136,8 @@ def _damage(file: Path, kind: str, draw: random.Random, change_manifest: Callabl
         data = bytearray(draw.choice(others).read_bytes())
     elif kind == "manifest":
         change_manifest()
+        return
+    elif kind == "row":
         return
     file.unlink()
     if kind == "folder":
