@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
+import shutil
 import zlib
 from collections import Counter
 from collections.abc import Callable
@@ -74,7 +74,7 @@ class KVFiles:
         self._store, self._engine = store, engine
         self._model = f"{model} {engine.model.dtype} layout {LAYOUT}"
         self._known: set[str] = set()  # files whose sha256 was compared since the start
-        self.written = self.restored = self.quarantined = self.failed = self.evicted = 0
+        self.written = self.restored = self.damaged = self.failed = self.evicted = 0
 
     def prepare(self, session: Session, path: Path, stack: PolicyStack) -> Callable[[], None]:
         """Return the work of writing the last turn of a path. Call this in the model's thread, the work in the store's.
@@ -109,7 +109,8 @@ class KVFiles:
             trees[slot] = [tree, len(parts)]
             tensors |= {f"state.{slot}.{number}": part.contiguous().cpu() for number, part in enumerate(parts)}
         data = save(tensors, {"format": "pt", "loopserve": f"kv layout {LAYOUT}"})
-        sealed = self._store.sealer.seal(data, f"{turn.id} pairs")
+        folder = f"{turn.tenant}/{turn.session}"
+        sealed = self._store.sealer.seal(data, f"{folder} {turn.id} pairs")
         sha = hashlib.sha256(sealed).hexdigest()
         manifest = {
             "start": start,
@@ -121,7 +122,7 @@ class KVFiles:
             "checksums": {name: _checksum(each) for name, each in tensors.items()},
             "states": trees,
         }
-        file = f"{turn.tenant}/{turn.session}/gen-{len(path.turns)}-{sha[:16]}.safetensors"
+        file = f"{folder}/gen-{len(path.turns)}-{sha[:16]}.safetensors"
         try:
             target = self._place(file)
             for each in (
@@ -157,7 +158,7 @@ class KVFiles:
                 self.evicted += len(turns)
 
     def load(self, path: Path, stack: PolicyStack, more_than: int = 0) -> LoadedPairs | None:
-        """Return what the files hold of a path; None if that is no more than ``more_than`` tokens. Damaged files are put away."""
+        """Return what the files hold of a path; None if that is no more than ``more_than`` tokens. Damaged files are removed."""
         if self._store.directory is None:
             return None
         while True:
@@ -207,19 +208,21 @@ class KVFiles:
         try:
             tensors = checked(self._place(row.file), row, whole=row.file not in self._known, sealer=self._store.sealer)
         except (OSError, ValueError, SafetensorError) as error:
-            _log.error("%s is put away and computed again: %s", row.file, error)
-            self.quarantined += 1
-            self._quarantine(row)
+            _log.error("%s is damaged: it is removed and computed again (%s)", row.file, error)
+            self.damaged += 1
+            self._remove(row)
             return None
         self._known.add(row.file)
         return tensors
 
-    def _quarantine(self, row: KVRow) -> None:
+    def _remove(self, row: KVRow) -> None:
         self._store.drop_kv([row.turn])
+        place = self._place(row.file)
+        if place.is_dir() and not place.is_symlink():
+            shutil.rmtree(place, ignore_errors=True)  # else no file of this name could be written again
+            return
         with suppress(OSError):
-            away = self._place("quarantine")
-            away.mkdir(exist_ok=True, mode=0o700)
-            os.replace(self._place(row.file), away / row.file.replace("/", "-"))
+            place.unlink()
 
     def _place(self, file: str) -> FilePath:
         assert self._store.directory is not None
@@ -269,7 +272,7 @@ def checked(place: FilePath, row: KVRow, whole: bool = True, sealer: Sealer | No
     if whole and hashlib.sha256(data).hexdigest() != row.sha256:
         raise ValueError("its sha256 is another one")
     if sealer is not None:
-        data = sealer.open(data, f"{row.turn} pairs")
+        data = sealer.open(data, f"{row.file.rpartition('/')[0]} {row.turn} pairs")
     if _header(data) != row.manifest["header"]:
         raise ValueError("its header is another one")
     tensors = load(data)
@@ -313,9 +316,7 @@ def remove_orphans(store: Store) -> int:
     orphans = [
         each
         for each in store.directory.glob("*/*/*")
-        if each.is_file()
-        and str(each.relative_to(store.directory)) not in known
-        and each.parent.parent.name != "quarantine"
+        if each.is_file() and str(each.relative_to(store.directory)) not in known
     ]
     for each in orphans:
         with suppress(OSError):

@@ -32,10 +32,10 @@ class Metrics:
             "engine_restarts": ("Times that the engine was restarted after a failure.", lambda: worker.restarts),
             "kv_files_written": ("Files of pairs written.", lambda: files.written),
             "kv_files_restored": ("Conversations restored from files.", lambda: files.restored),
-            "kv_files_quarantined": ("Files that were damaged.", lambda: files.quarantined),
+            "kv_files_damaged": ("Files that were damaged, and removed.", lambda: files.damaged),
             "kv_files_failed": ("Files that could not be written.", lambda: files.failed),
             "kv_files_evicted": ("Files removed for a limit on the disk.", lambda: files.evicted),
-            "turns_in_memory_only": ("Turns that the disk refused.", lambda: store.spare_turns),
+            "turns_in_memory_only": ("Turns, sessions and responses that the disk refused.", lambda: store.spare_turns),
         }
         for name, (text, value) in gauges.items():
             Gauge(f"loopserve:{name}", text, registry=self._registry).set_function(value)

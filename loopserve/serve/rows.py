@@ -16,6 +16,7 @@ TURN = (
     "id, session, parent, tenant, model, stack, digest, messages, answer, prompt_tokens, output_tokens, created, finish_reason, "
     "figures"
 )
+_MESSAGES = TURN.split(", ").index("messages")
 KV = "turn, file, bytes, sha256, manifest"
 DAMAGE = (ValueError, TypeError, KeyError)  # what reading a row raises if it is not as it was written
 _MANIFEST = {
@@ -53,6 +54,7 @@ class Rows:
     def of_turn(self, turn: StoredTurn) -> tuple[Any, ...]:
         """Return the columns ``TURN``."""
         seal, text = self.sealer.seal, self.sealer.seal_text
+        place = _place(turn.id, turn.session, turn.parent, turn.tenant, turn.model, turn.stack)
         return (
             turn.id,
             turn.session,
@@ -61,13 +63,13 @@ class Rows:
             turn.model,
             turn.stack,
             self.sealer.index(turn.digest),
-            text(json.dumps(turn.messages), f"{turn.id} messages"),
-            text(json.dumps(turn.answer), f"{turn.id} answer"),
-            seal(pack_tokens(turn.prompt_tokens), f"{turn.id} prompt"),
-            seal(pack_tokens(turn.output_tokens), f"{turn.id} output"),
+            text(json.dumps(turn.messages), f"{place} messages"),
+            text(json.dumps(turn.answer), f"{place} answer"),
+            seal(pack_tokens(turn.prompt_tokens), f"{place} prompt"),
+            seal(pack_tokens(turn.output_tokens), f"{place} output"),
             turn.created,
             turn.finish_reason,
-            text(json.dumps(turn.figures), f"{turn.id} figures"),
+            text(json.dumps(turn.figures), f"{place} figures"),
         )
 
     def turn(self, row: Sequence[Any], digest: bytes | None = None) -> StoredTurn:
@@ -80,7 +82,7 @@ class Rows:
             model,
             stack,
             kept,
-            messages,
+            _,
             answer,
             prompt,
             output,
@@ -88,9 +90,9 @@ class Rows:
             finish,
             figures,
         ) = row
-        seal = self.sealer
+        seal, place = self.sealer, _place(*row[:6])
         said, noted = (
-            json.loads(seal.open_text(each, f"{name} {what}"))
+            json.loads(seal.open_text(each, f"{place} {what}"))
             for each, what in ((answer, "answer"), (figures, "figures"))
         )
         if not _is_message(said) or not isinstance(noted, dict):
@@ -103,25 +105,25 @@ class Rows:
             model,
             stack,
             digest or bytes(kept),
-            tuple(self.messages(name, messages)),
+            tuple(self.messages(row)),
             said,
-            unpack_tokens(seal.open(bytes(prompt), f"{name} prompt")),
-            unpack_tokens(seal.open(bytes(output), f"{name} output")),
+            unpack_tokens(seal.open(bytes(prompt), f"{place} prompt")),
+            unpack_tokens(seal.open(bytes(output), f"{place} output")),
             created,
             finish,
             noted,
         )
 
-    def messages(self, turn: str, kept: str | bytes) -> list[Message]:
-        """Return the messages in a row of a turn."""
-        found: list[Message] = json.loads(self.sealer.open_text(kept, f"{turn} messages"))
+    def messages(self, row: Sequence[Any]) -> list[Message]:
+        """Return the messages in a row of ``TURN``."""
+        found: list[Message] = json.loads(self.sealer.open_text(row[_MESSAGES], f"{_place(*row[:6])} messages"))
         if not isinstance(found, list) or not all(map(_is_message, found)):
             raise ValueError("its messages are of another form")
         return found
 
     def of_session(self, session: StoredSession) -> tuple[Any, ...]:
         """Return the columns of a session."""
-        key = None if session.key is None else self.sealer.seal_text(session.key, f"{session.id} key")
+        key = None if session.key is None else self.sealer.seal_text(session.key, f"{session.tenant} {session.id} key")
         return (session.id, session.tenant, key, session.head, session.created, session.updated)
 
     def session(self, row: Sequence[Any]) -> StoredSession:
@@ -129,7 +131,7 @@ class Rows:
         name, tenant, key, head, created, updated = row
         opened = None
         try:
-            opened = None if key is None else self.sealer.open_text(key, f"{name} key")
+            opened = None if key is None else self.sealer.open_text(key, f"{tenant} {name} key")
         except DAMAGE as error:
             _log.error("the name of session %s cannot be read: %s", name, error)
         return StoredSession(name, tenant, opened, head, created, updated)
@@ -137,12 +139,17 @@ class Rows:
     def kv(self, row: Sequence[Any]) -> KVRow:
         """Return the manifest of a row of ``KV``."""
         turn, file, size, sha256, kept = row
-        manifest = json.loads(self.sealer.open_text(kept, f"{turn} manifest"))
+        manifest = json.loads(self.sealer.open_text(kept, f"{file} {turn}"))
         if not is_cache_file(file) or not isinstance(size, int) or not isinstance(sha256, str):
             raise ValueError("its file, size or sha256 is of another form")
         if not isinstance(manifest, dict) or any(type(manifest[name]) is not kind for name, kind in _MANIFEST.items()):
             raise ValueError("its manifest is of another form")
         return KVRow(turn, file, size, sha256, manifest)
+
+
+def _place(turn: str, session: str, parent: str | None, tenant: str, model: str, stack: str) -> str:
+    """Return where the parts of a turn are sealed: its first six columns, so that none of them can be changed."""
+    return f"{tenant} {session} {parent} {turn} {model} {stack}"
 
 
 def _is_message(found: object) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 TABLES = """
 CREATE TABLE IF NOT EXISTS {db}.sessions (
     id TEXT PRIMARY KEY, tenant TEXT NOT NULL, key TEXT, head TEXT, created REAL NOT NULL, updated REAL NOT NULL

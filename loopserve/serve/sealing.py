@@ -88,6 +88,11 @@ def read_key(path: Path) -> bytes:
     except OSError as error:
         raise ConfigError(f"--session-key-file {path}: cannot be read ({error.strerror})") from error
     if len(data) == KEY_BYTES:
+        if all(each in b"0123456789abcdefABCDEF" for each in data):
+            raise ConfigError(
+                f"--session-key-file {path}: it holds {KEY_BYTES} hex digits, which are {KEY_BYTES // 2} bytes and not "
+                f"{KEY_BYTES}; make a key: openssl rand -hex {KEY_BYTES} > {path}"
+            )
         return data
     for decode in (bytes.fromhex, lambda text: base64.b64decode(text, validate=True)):
         try:

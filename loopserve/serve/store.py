@@ -24,7 +24,7 @@ from loopserve.serve.sealing import Sealer
 _log = logging.getLogger("loopserve.serve")
 _IN_MEMORY = ("spare", "volatile")  # what the disk does not take; what is not to be kept
 _MARK = "loopserve sealed"  # id of the object that tells whether a directory has a key, and which
-_DIGEST = TURN.split(", ").index("digest")
+_DIGEST, _PARENT = (TURN.split(", ").index(each) for each in ("digest", "parent"))
 _WAIT_S = 5.0  # for another process that writes
 
 
@@ -42,7 +42,7 @@ class Store:
         """
         self.directory, self.sealer = directory, sealer or Sealer()
         self._rows = Rows(self.sealer)
-        self.spare_turns = 0  # committed in memory only, since the disk refused them
+        self.spare_turns = 0  # turns, sessions and objects in memory only, since the disk refused them
         try:
             if directory is not None:
                 directory.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -125,7 +125,8 @@ class Store:
             self.spare_turns += 1
             return False
         self._db.executemany("DELETE FROM volatile.turns WHERE id=?", [(turn,) for turn in before])
-        self._db.execute("DELETE FROM volatile.sessions WHERE id=?", (session.id,))
+        for db in _IN_MEMORY:
+            self._db.execute(f"DELETE FROM {db}.sessions WHERE id=?", (session.id,))
         return True
 
     def _is_volatile(self, turn: str) -> bool:
@@ -205,8 +206,7 @@ class Store:
         order = {digest: number for number, digest in enumerate(digests)}
         kept = {self.sealer.index(digest): digest for digest in digests}
         found: dict[bytes, StoredTurn] = {}
-        for start in range(0, len(digests), 500):
-            part = list(kept)[start : start + 500]
+        for part in (list(kept)[start : start + 500] for start in range(0, len(digests), 500)):
             rows = self._db.execute(
                 f"SELECT {TURN} FROM every_turns WHERE tenant=? AND model=? AND digest IN ({', '.join('?' * len(part))}) "
                 "ORDER BY (session = ?), created",
@@ -236,14 +236,12 @@ class Store:
         """Return the first message of a user on the path to a turn, and the number of turns of the path."""
         number, first, at = 0, None, turn
         while at is not None:  # sqlite scans whole tables for a recursive query over the view
-            row = self._db.execute(
-                "SELECT messages, parent, id FROM every_turns WHERE id=? AND tenant=?", (at, tenant)
-            ).fetchone()
+            row = self._db.execute(f"SELECT {TURN} FROM every_turns WHERE id=? AND tenant=?", (at, tenant)).fetchone()
             if row is None:
                 break
-            number, first, at = number + 1, row, row[1]
+            number, first, at = number + 1, row, row[_PARENT]
         try:
-            messages = [] if first is None else self._rows.messages(first[2], first[0])
+            messages = [] if first is None else self._rows.messages(first)
         except DAMAGE:  # the session is listed without a title
             messages = []
         questions = [each["content"] for each in messages if each["role"] == "user"]
@@ -320,15 +318,18 @@ class Store:
 
     def put_object(self, tenant: str, name: str, body: dict[str, Any]) -> None:
         """Keep a JSON object under the id of a turn or session."""
-        for db in ("main", "spare"):
-            try:
-                kept = self.sealer.seal_text(json.dumps(body), f"{name} object")
-                self._db.execute(f"INSERT OR REPLACE INTO {db}.objects VALUES (?, ?, ?)", (name, tenant, kept))
-                return
-            except sqlite3.DatabaseError as error:
-                if not refused(error) or db == "spare":
-                    raise
-                _log.error("a response is kept in memory only: the session directory takes nothing (%s)", error)
+        row = (name, tenant, self.sealer.seal_text(json.dumps(body), f"{tenant} {name} object"))
+        self._settle()
+        try:
+            self._db.execute("INSERT OR REPLACE INTO main.objects VALUES (?, ?, ?)", row)
+        except sqlite3.DatabaseError as error:
+            if not refused(error):
+                raise
+            _log.error("a response is kept in memory only: the session directory takes nothing (%s)", error)
+            self._db.execute("INSERT OR REPLACE INTO spare.objects VALUES (?, ?, ?)", row)
+            self.spare_turns += 1
+        else:
+            self._db.execute("DELETE FROM spare.objects WHERE id=?", (name,))
 
     def object(self, tenant: str, name: str) -> dict[str, Any] | None:
         """Return what was kept under an id; None if nothing was, or if it is damaged."""
@@ -337,7 +338,7 @@ class Store:
             if row is None:
                 continue
             try:
-                found = json.loads(self.sealer.open_text(row[0], f"{name} object"))
+                found = json.loads(self.sealer.open_text(row[0], f"{tenant} {name} object"))
                 if isinstance(found, dict):
                     return found
                 raise ValueError("it is no object")
@@ -356,7 +357,7 @@ class Store:
         """Say that a file holds the pairs of a turn: from here on it counts."""
         self._db.execute(
             "INSERT OR REPLACE INTO main.kv VALUES (?, ?, ?, ?, ?, ?)",
-            (turn, file, size, sha256, self.sealer.seal_text(json.dumps(manifest), f"{turn} manifest"), time.time()),
+            (turn, file, size, sha256, self.sealer.seal_text(json.dumps(manifest), f"{file} {turn}"), time.time()),
         )
 
     def kv(self, turn: str) -> KVRow | None:

@@ -126,6 +126,22 @@ def test_a_response_that_the_disk_refuses_is_there_after_a_restart(
     assert other.client().responses.retrieve(first.id).output_text == first.output_text
 
 
+def test_an_object_that_only_memory_took_is_written_later(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    connection = store._db
+    store._db = Refusing(connection, "FULL", 0)  # type: ignore[assignment]
+    store.put_object("me", "one", {"number": 1})
+    store.put_object("me", "two", {"number": 2})
+    store._db = connection
+    assert store.spare_turns == 2 and store.object("me", "one") == {"number": 1}
+    store.put_object("me", "two", {"deleted": True})
+    assert store.object("me", "two") == {"deleted": True}
+    store.close()
+    other = Store(tmp_path)
+    assert other.object("me", "one") == {"number": 1} and other.object("me", "two") == {"deleted": True}
+    other.close()
+
+
 @pytest.mark.parametrize("code", ["IOERR", "CORRUPT"])
 def test_a_database_that_cannot_be_read_costs_its_caches_only(
     serve: Callable[..., Running], tmp_path: Path, code: str

@@ -90,7 +90,7 @@ def test_pairs_are_restored_from_files(serve: Callable[..., Running], tmp_path: 
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "gone"])
-def test_a_damaged_file_is_put_away_and_computed_again(
+def test_a_damaged_file_is_removed_and_computed_again(
     serve: Callable[..., Running], tmp_path: Path, damage: str
 ) -> None:
     one = serve(session_dir=tmp_path)
@@ -107,7 +107,11 @@ def test_a_damaged_file_is_put_away_and_computed_again(
     other = serve(session_dir=tmp_path)
     second = ask(other, [FACT, said(first), QUESTION])
     assert cached(second) == 0 and said(second)["content"] == ANSWER
-    assert other.conversations.files.quarantined == 1
+    assert other.conversations.files.damaged == 1
+    assert "loopserve:kv_files_damaged 1.0" in other.client()._client.get(f"{other.url}/metrics").text
+    until(lambda: other.conversations.files.written == 1)
+    held = [each.name for each in tmp_path.rglob("*.safetensors")]
+    assert len(held) == 1 and held[0].startswith("gen-2")  # the damaged one is gone
 
 
 def test_a_header_that_reads_the_same_bytes_otherwise_is_refused(serve: Callable[..., Running], tmp_path: Path) -> None:
@@ -123,4 +127,4 @@ def test_a_header_that_reads_the_same_bytes_otherwise_is_refused(serve: Callable
     assert data.count(b'"F32"') > 1
     file.write_bytes(data.replace(b'"F32"', b'"I32"', 1))
     assert conversations.files.load(path, conversations.engine.stack) is None
-    assert conversations.files.quarantined == 1
+    assert conversations.files.damaged == 1

@@ -37,7 +37,7 @@ def test_a_conversation_goes_on_after_a_restart(serve: Callable[..., Running], t
     messages = converse(serve(session_dir=tmp_path, session_key=KEY))
     other = serve(session_dir=tmp_path, session_key=KEY)
     again = ask(other, [*messages, {"role": "assistant", "content": ANSWER}, QUESTION])
-    assert cached(again) > 0 and other.conversations.files.restored == 1 and not other.conversations.files.quarantined
+    assert cached(again) > 0 and other.conversations.files.restored == 1 and not other.conversations.files.damaged
     (newest, *_) = other.client()._client.get(f"{other.url}/v1/sessions").json()["data"]
     assert newest["title"] == FACT["content"] and newest["turns"] == 3
 
@@ -100,6 +100,35 @@ def test_the_files_of_two_turns_cannot_be_exchanged(serve: Callable[..., Running
     assert said(ask(other, [*messages, {"role": "assistant", "content": ANSWER}, QUESTION]))["content"] == ANSWER
 
 
+@pytest.mark.parametrize("column", ["tenant", "session", "parent", "model", "stack"])
+def test_a_turn_does_not_open_for_another_tenant_or_elsewhere_in_the_tree(
+    serve: Callable[..., Running], tmp_path: Path, column: str
+) -> None:
+    server = serve(session_dir=tmp_path, session_key=KEY)
+    converse(server)
+    store = server.conversations.store
+    (head,) = [each.head for each in store.sessions() if each.key == "my lisbon session"]
+    assert head is not None and store.turn("anonymous", head) is not None
+    store._db.execute(f"UPDATE main.turns SET {column} = 'other' WHERE id=?", (head,))
+    assert store.turn("other" if column == "tenant" else "anonymous", head) is None
+
+
+def test_responses_names_and_manifests_do_not_open_for_another_tenant(
+    serve: Callable[..., Running], tmp_path: Path
+) -> None:
+    server = serve(session_dir=tmp_path, session_key=KEY)
+    converse(server)
+    store = server.conversations.store
+    (name,) = [each[0] for each in store._db.execute("SELECT id FROM main.objects WHERE tenant <> ''")]
+    assert store.object("anonymous", name) is not None
+    store._db.execute("UPDATE main.objects SET tenant = 'other'")
+    store._db.execute("UPDATE main.sessions SET tenant = 'other'")
+    store._db.execute("UPDATE main.kv SET file = replace(file, 'anonymous/', 'other/')")
+    assert store.object("other", name) is None
+    assert {each.key for each in store.sessions("other")} == {None}
+    assert store.every_kv() == [] and len(store.damaged_kv()) == 3
+
+
 def test_keys_are_read_in_three_forms(tmp_path: Path) -> None:
     import base64
 
@@ -111,6 +140,9 @@ def test_keys_are_read_in_three_forms(tmp_path: Path) -> None:
         file.write_bytes(data)
         with pytest.raises(ConfigError, match="openssl rand"):
             read_key(file)
+    file.write_bytes(secrets.token_hex(16).encode())  # 32 bytes as well, but half of them are no secret
+    with pytest.raises(ConfigError, match="32 hex digits, which are 16 bytes"):
+        read_key(file)
     with pytest.raises(ConfigError, match="cannot be read"):
         read_key(tmp_path / "nothing")
 

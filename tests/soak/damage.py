@@ -1,4 +1,4 @@
-"""R8: a damaged or foreign cache file is refused and put away, however it is damaged; the conversation is computed again."""
+"""R8: a damaged or foreign cache file is refused and removed, however it is damaged; the conversation is computed again."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def _check(directory: Path, kind: str, draw: random.Random, model: str, *, opene
             )
         _refused(files.load(path, stack), whole, everything=kind in ("model", "stack"))
         if kind not in ("model", "stack", "manifest", "row"):
-            assert files.quarantined >= 1
+            assert files.damaged >= 1
         _refused(files.load(path, stack), whole, everything=False)
         assert remove_orphans(store) == (kind == "row")  # without its row, a file is one of nobody
     finally:

@@ -43,7 +43,7 @@ def run(cases: int, seed: int = 0) -> Cases:
                         assert said(reply) == said(ask(never_stopped, [*other, {"role": "user", "content": question}]))
             with found.case("all were restored"):
                 assert again.conversations.files.restored >= cases
-                assert not again.conversations.files.quarantined
+                assert not again.conversations.files.damaged
     return found
 
 
