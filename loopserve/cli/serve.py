@@ -63,6 +63,10 @@ def serve(
         ),
     ] = None,
     api_key_file: Annotated[Path | None, typer.Option(help="File with keys, one a line.")] = None,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(help="A further name, in the Host header, to be served under without a key; may be repeated."),
+    ] = None,
     insecure: Annotated[bool, typer.Option(help="Listen for other machines without a key.")] = False,
     session_dir: Annotated[
         Path | None, typer.Option(help="Where conversations and their caches are kept. Not given: in memory.")
@@ -72,7 +76,7 @@ def serve(
     ] = None,
     session_ttl: Annotated[str, typer.Option(help="Forget conversations that rest this long; 0 = never.")] = "24h",
     session_disk: Annotated[
-        str | None, typer.Option(help="Bytes that caches may take on disk; the oldest make way. [default: any]")
+        str | None, typer.Option(help="Bytes that caches may take on disk; the oldest are removed. [default: any]")
     ] = None,
     session_disk_per_key: Annotated[
         str | None, typer.Option(help="The same for the caches of one key. [default: any]")
@@ -114,6 +118,7 @@ def serve(
         port=port,
         api_keys=(*(api_key or ()), *(read_keys(api_key_file) if api_key_file is not None else ())),
         insecure=insecure,
+        allowed_hosts=tuple(allowed_host or ()),
         session_dir=session_dir,
         session_disk=None if session_disk is None else read_bytes(session_disk),
         session_disk_per_key=None if session_disk_per_key is None else read_bytes(session_disk_per_key),
@@ -135,8 +140,8 @@ def serve(
     from loopserve.api import Engine
     from loopserve.models.quiet import quiet_libraries
 
-    if restart:
-        supervise(listener.close)  # else connections would wait while the child finishes its last answers
+    # The listener is closed in the parent at the end: else connections would wait while the child finishes its last answers.
+    ready = supervise(listener.close) if restart else lambda: None
     chosen, *others = context.obj.stacks([stack, *(allow_stack or ())])
     with quiet_libraries():
         engine = Engine.from_pretrained(
@@ -151,7 +156,7 @@ def serve(
             on_policy_fault=on_policy_fault,
             policy_timeout_s=policy_timeout or None,
         )
-        sys.exit(run_server(engine, settings, {each.name: each for each in others}, listener))
+        sys.exit(run_server(engine, settings, {each.name: each for each in others}, listener, ready))
 
 
 __all__ = ["Settings", "read_bytes", "read_seconds", "serve"]

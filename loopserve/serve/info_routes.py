@@ -70,9 +70,9 @@ async def health(request: Request) -> Response:
 
 @router.get("/ready")
 async def ready(request: Request) -> Response:
-    """Say whether requests are taken."""
+    """Say whether requests are taken. After failed passes, no for some seconds and then yes, so that one is tried again."""
     server = server_of(request)
-    state = "draining" if server.draining else "ready" if server.conversations.worker.healthy else "dead"
+    state = "draining" if server.draining else "ready" if server.conversations.worker.ready else "dead"
     return JSONResponse({"status": state}, 200 if state == "ready" else 503)
 
 

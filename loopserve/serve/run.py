@@ -6,7 +6,7 @@ import asyncio
 import logging
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import uvicorn
 
@@ -29,11 +29,17 @@ class _Server(uvicorn.Server):
 
 
 def run_server(
-    engine: Engine, settings: ServerSettings, stacks: Mapping[str, PolicyStack], listener: socket.socket
+    engine: Engine,
+    settings: ServerSettings,
+    stacks: Mapping[str, PolicyStack],
+    listener: socket.socket,
+    ready: Callable[[], None] = lambda: None,
 ) -> int:
     """Serve until SIGTERM or Ctrl-C; return the exit status, BROKEN if the device failed for good.
 
-    Prints one line once requests are taken. listener: see ``listening``. Raises ConfigError for settings that are refused.
+    Prints one line and calls ``ready`` once requests are taken. listener: see ``listening``.
+
+    Raises ConfigError for settings that are refused.
     """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
     app = create_app(engine, settings, stacks)
@@ -47,11 +53,13 @@ def run_server(
         h11_max_incomplete_event_size=64 << 10,
     )
     server = _Server(config)
-    asyncio.run(_serve(server, listener, settings, engine.stack.name))
+    asyncio.run(_serve(server, listener, settings, engine.stack.name, ready))
     return BROKEN if app.state.server.conversations.worker.beyond_repair else 0
 
 
-async def _serve(server: uvicorn.Server, listener: socket.socket, settings: ServerSettings, stack: str) -> None:
+async def _serve(
+    server: uvicorn.Server, listener: socket.socket, settings: ServerSettings, stack: str, ready: Callable[[], None]
+) -> None:
     running = asyncio.ensure_future(server.serve([listener]))
     while not server.started and not running.done():
         await asyncio.sleep(0.01)
@@ -59,6 +67,7 @@ async def _serve(server: uvicorn.Server, listener: socket.socket, settings: Serv
         host, port = listener.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         print(f"serving {settings.model_name} under the stack {stack} at http://{shown}:{port} (API: /v1)", flush=True)
+        ready()
     worker = server.config.app.state.server.conversations.worker  # type: ignore[union-attr]
     while not running.done():
         await asyncio.wait({running}, timeout=_LOOK_EVERY_S)

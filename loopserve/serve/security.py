@@ -34,7 +34,7 @@ class Security:
         """public: exact paths that need no key."""
         self._app, self._public = app, frozenset(public)
         self._keys = [key.encode() for key in settings.api_keys]
-        names = {*LOOPBACK, "[::1]", settings.host, *settings.allowed_hosts}
+        names = {*LOOPBACK, "[::1]", settings.host, *map(str.lower, settings.allowed_hosts)}
         self._hosts = None if settings.api_keys or settings.insecure else names
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -52,7 +52,8 @@ class Security:
         """Return the tenant that a request comes from. Raises ApiError (401, 403) if it is not to be answered."""
         if self._hosts is not None and _host(headers.get("host", "")) not in self._hosts:
             raise ApiError(
-                403, "this server answers requests to this machine only: give it an --api-key to serve other names"
+                403,
+                "this server answers requests to this machine only: give it --allowed-host or an --api-key to serve other names",
             )
         if not self._keys:
             return ANONYMOUS

@@ -30,6 +30,7 @@ class ServerSettings:
     max_requests_per_key: int | None = None  # answers under way or waiting; None: as many as the server takes
     session_ttl_s: float | None = 24 * 3600.0  # None: conversations are kept for ever
     shutdown_timeout_s: float = 30.0
+    ready_again_s: float = 10.0  # after the last failed pass of an engine that seems broken, /ready answers 200 again
     max_body_bytes: int = 8 << 20
     max_n: int = 16  # answers to one request
     default_max_tokens: int = 1024  # of an answer whose request gives no limit

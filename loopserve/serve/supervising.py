@@ -19,42 +19,53 @@ from contextlib import suppress
 _log = logging.getLogger("loopserve.serve")
 BROKEN = 70  # exit status of a child that only a new process can take the place of
 _MOST_CRASHES, _WITHIN_S = 5, 60.0
+_MOST_UNREADY = 3  # crashes in a row of children that never took a request, however long each of them loads
 _PASSED_ON = (signal.SIGTERM, signal.SIGINT)
 
 
-def supervise(stopping: Callable[[], None] = lambda: None) -> None:
-    """Fork, and return in the child. The parent never returns: it forks again when a signal ended the child, or BROKEN says so.
+def supervise(stopping: Callable[[], None] = lambda: None) -> Callable[[], None]:
+    """Fork, and return in the child what it calls once it takes requests.
 
-    Else it exits as the child did. stopping: called in the parent when it is asked to end.
+    The parent never returns: it forks again when a signal ended the child, or BROKEN says so. Else it exits as the child did.
+    stopping: called in the parent when it is asked to end.
 
-    SIGTERM and Ctrl-C are passed on to the child, which is not restarted then. Five crashes within a minute are the end. A child
-    whose parent is gone exits at once. Does nothing where processes cannot be forked.
+    SIGTERM and Ctrl-C are passed on to the child, which is not restarted then. Five crashes within a minute are the end, and three in
+    a row of children that were never ready. A child whose parent is gone exits at once. Does nothing where processes cannot be
+    forked.
     """
     if not hasattr(os, "fork"):
-        return
+        return lambda: None
+    unready = 0
     crashes: deque[float] = deque(maxlen=_MOST_CRASHES)
     signals = _Signals(stopping)
     while True:
         watched, held = os.pipe()
+        told, telling = os.pipe()
         child = os.fork()
         if child == 0:
             signals.restore()
             os.close(held)
+            os.close(told)
             os.setpgid(0, 0)  # Ctrl-C at a terminal reaches the parent only, so that it is not counted twice
             threading.Thread(target=_exit_with_parent, args=(watched,), daemon=True).start()
-            return
+            return lambda: _tell(telling)
         os.close(watched)
+        os.close(telling)
         signals.pass_on_to(child)
         _, status = os.waitpid(child, 0)
         os.close(held)
+        unready = 0 if _was_told(told) else unready + 1
         code = os.waitstatus_to_exitcode(status)
         if signals.seen or code not in (BROKEN, *range(-64, 0)):
             sys.exit(code if code >= 0 else 128 - code)
         name = signal.Signals(-code).name if code < 0 else "its device failed"
         crashes.append(time.monotonic())
-        if len(crashes) == _MOST_CRASHES and crashes[-1] - crashes[0] < _WITHIN_S:
-            text = f"error: the server crashed {_MOST_CRASHES} times within a minute, at last by {name}"
-            print(text, file=sys.stderr)
+        often = len(crashes) == _MOST_CRASHES and crashes[-1] - crashes[0] < _WITHIN_S
+        if often or unready == _MOST_UNREADY:
+            times = (
+                f"{_MOST_CRASHES} times within a minute" if often else f"{unready} times in a row before it was ready"
+            )
+            print(f"error: the server crashed {times}, at last ({name}); it is not started again", file=sys.stderr)
             sys.exit(code if code >= 0 else 128 - code)
         print(f"warning: the server crashed ({name}) and is restarted", file=sys.stderr, flush=True)
 
@@ -87,6 +98,22 @@ class _Signals:
         if self._child is not None:
             with suppress(ProcessLookupError):
                 os.kill(self._child, number)
+
+
+def _tell(telling: int) -> None:
+    with suppress(OSError):  # the parent is gone
+        os.write(telling, b"r")
+
+
+def _was_told(told: int) -> bool:
+    """Return whether a child that has ended was ready before. Processes that it left behind are not waited for."""
+    os.set_blocking(told, False)
+    try:
+        return bool(os.read(told, 1))
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(told)
 
 
 def _exit_with_parent(watched: int) -> None:

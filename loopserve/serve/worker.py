@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import time
 from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -15,7 +16,7 @@ import torch
 from loopserve.api import Engine
 from loopserve.core.engine.scheduler import Scheduler
 from loopserve.core.errors import CapacityError
-from loopserve.serve.errors import EngineFailure, stopping, too_many
+from loopserve.serve.errors import EngineFailure, invalid, stopping, too_many
 from loopserve.serve.settings import ServerSettings
 
 _log = logging.getLogger("loopserve.serve")
@@ -38,6 +39,8 @@ class Worker:
         self.restarts = 0
         self.beyond_repair = False  # the device is in a state that only another process gets it out of
         self.failures = 0  # passes that failed since one succeeded
+        self._failed_at = 0.0  # by the monotonic clock
+        self._counted = False  # whether the pass under way was counted; it may end many requests
         self._most = settings.max_num_seqs + settings.max_queued
         self._calls: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
         self._changed = threading.Condition()
@@ -78,12 +81,22 @@ class Worker:
         """Return whether the model can be asked and its last passes did not all fail."""
         return self.alive and not self.beyond_repair and self.failures < _MOST_FAILURES
 
+    @property
+    def ready(self) -> bool:
+        """Return whether requests are worth sending: ``healthy``, or broken for so long that one may try whether it still is."""
+        waited = time.monotonic() - self._failed_at >= self._settings.ready_again_s
+        return self.healthy or (waited and self.alive and not self.beyond_repair)
+
     def admit(self, answers: int, tenant: str) -> None:
         """Let answers in, to be given back with ``leave``.
 
-        Raises CapacityError at once if as many as allowed are waiting, ApiError (429) if the tenant alone has too many.
+        Raises CapacityError at once if as many as allowed are waiting, ApiError (429) if the tenant alone has too many, and ApiError
+        (400) for a request of more answers than are ever let in.
         """
         most = self._settings.max_requests_per_key
+        ever = self._most if most is None else min(most, self._most)
+        if answers > ever:
+            raise invalid(f"n: at most {ever} answers at once are let in here", "n")
         if most is not None and self._by_tenant[tenant] + answers > most:
             self.rejected += 1
             raise too_many(f"{self._by_tenant[tenant]} requests of this key are under way or waiting already")
@@ -138,6 +151,7 @@ class Worker:
             with self._changed:
                 self._changed.wait_for(lambda: self._calls or self._stopping or self._busy)
                 stopping = self._stopping
+            self._counted = False
             for _ in range(len(self._calls)):  # one by one: those behind a failure are done afterwards
                 _do(*self._calls[0])
                 self._calls.popleft()
@@ -150,7 +164,7 @@ class Worker:
     def _restart(self) -> None:
         """End every request, drop every session in memory, and begin with a scheduler of its own."""
         self.restarts += 1
-        self.failures += 1
+        self._count(failed=True)
         if self._calls and (self._calls[0][0].done() or self._calls[0][0].running()):
             future, _ = self._calls.popleft()  # the failure came in the midst of it
             if not future.done():
@@ -163,10 +177,21 @@ class Worker:
             _log.exception("some requests were not ended after a failure")
 
     def passed(self, error: BaseException | None) -> None:
-        """Take note of how the pass of a request ended: None, or an error that nobody expected."""
-        self.failures = 0 if error is None else self.failures + 1
+        """Take note of how the pass of a request ended: None, or an error that nobody expected.
+
+        A pass that fails for all its requests is one failure; one that succeeds for any of them is none.
+        """
+        self._count(failed=error is not None)
         if error is not None:
             self._look_at(error)
+
+    def _count(self, *, failed: bool) -> None:
+        if not failed:
+            self.failures = 0
+        elif not self._counted:
+            self.failures += 1
+            self._failed_at = time.monotonic()
+        self._counted = True
 
     def _look_at(self, error: BaseException) -> None:
         """Note an error after which every later call of the device fails too. Running out of its memory is none."""

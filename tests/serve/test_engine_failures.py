@@ -141,16 +141,46 @@ def test_waiting_requests_are_answered_too(serve: Callable[..., Running], monkey
     assert said(ask(server, [FACT]))["content"] == "ok ."
 
 
-def test_an_engine_that_fails_every_time_is_not_healthy(server: Running, failing: Failing) -> None:
+@pytest.mark.parametrize("again_s", [0.0, 3600.0])
+def test_an_engine_that_fails_every_time_is_not_healthy(
+    serve: Callable[..., Running], monkeypatch: pytest.MonkeyPatch, again_s: float
+) -> None:
+    """``/ready`` says so for some time only: a load balancer that waits for it sends nothing that could succeed."""
+    server = serve(ready_again_s=again_s)
+    failing = Failing(server.conversations.engine.token_engine.model)
+    monkeypatch.setattr(failing.model, "forward", failing)
     get = server.client()._client.get
     failing.fail(*(RuntimeError("broken") for _ in range(5)))
     for _ in range(5):
         with pytest.raises(openai.InternalServerError):
             ask(server, [FACT])
     assert get(f"{server.url}/health").status_code == 503
-    assert get(f"{server.url}/ready").json() == {"status": "dead"}
+    assert get(f"{server.url}/ready").json() == {"status": "dead" if again_s else "ready"}
     assert said(ask(server, [FACT]))["content"] == "ok ."
-    assert get(f"{server.url}/health").status_code == 200
+    assert get(f"{server.url}/health").status_code == get(f"{server.url}/ready").status_code == 200
+
+
+@pytest.mark.parametrize("error", [RuntimeError("once"), SystemExit()], ids=lambda each: type(each).__name__)
+def test_a_pass_that_fails_for_many_requests_is_one_failure(
+    server: Running, failing: Failing, error: BaseException
+) -> None:
+    found: list[int] = []
+
+    def send() -> None:
+        with pytest.raises(openai.APIStatusError) as caught:
+            ask(server, [FACT], max_tokens=4000, extra_body={"ignore_eos": True})
+        found.append(caught.value.status_code)
+
+    threads = [threading.Thread(target=send) for _ in range(4)]
+    for each in threads:
+        each.start()
+    worker = server.conversations.worker
+    until(lambda: worker.scheduler.running == 4 and all(each.output for each in worker.scheduler._running))
+    failing.fail(error)
+    for each in threads:
+        each.join()
+    assert found == [503] * 4 and worker.failures == 1
+    assert server.client()._client.get(f"{server.url}/health").status_code == 200
 
 
 @pytest.mark.parametrize("answers", [1, 3])
@@ -206,13 +236,25 @@ def test_a_device_that_failed_for_good_ends_the_process(server: Running, failing
 
 
 @pytest.mark.parametrize(
-    ("ends", "code", "starts"), [("9", 137, 5), ("exit 70", 70, 5), ("exit 2", 2, 1), ("exit 0", 0, 1)]
+    ("ends", "code", "ready", "starts"),
+    [
+        ("9", 137, True, 5),
+        ("exit 70", 70, True, 5),
+        ("9", 137, False, 3),  # it would crash again while it loads, for ever if that takes long
+        ("exit 70", 70, False, 3),
+        ("exit 2", 2, True, 1),
+        ("exit 0", 0, True, 1),
+    ],
 )
-def test_what_is_started_again(ends: str, code: int, starts: int) -> None:
+def test_what_is_started_again(ends: str, code: int, ready: bool, starts: int) -> None:
     ending = f"os.kill(os.getpid(), {ends})" if ends.isdigit() else f"os._exit({ends.split()[1]})"
-    program = f"import os; from loopserve.serve.supervising import supervise; supervise(); os.write(1, b'x'); {ending}"
+    program = (
+        "import os; from loopserve.serve.supervising import supervise; ready = supervise(); os.write(1, b'x')\n"
+        f"{'ready()' if ready else ''}\n{ending}"
+    )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
     assert (done.returncode, done.stdout) == (code, b"x" * starts)
+    assert (b"3 times in a row before it was ready" in done.stderr) == (not ready)
 
 
 def test_the_parent_passes_a_signal_on_and_ends() -> None:

@@ -27,7 +27,7 @@ def fact(number: int) -> dict[str, str]:
     return {"role": "user", "content": f"the code of oslo is {'is ' * number} ember ."}
 
 
-def test_the_oldest_caches_make_way_on_disk(serve: Callable[..., Running], tmp_path: Path) -> None:
+def test_the_oldest_caches_are_removed_from_disk(serve: Callable[..., Running], tmp_path: Path) -> None:
     server = serve(session_dir=tmp_path, session_disk=400_000)
     first = ask(server, [FACT])
     for number in range(12):
@@ -66,8 +66,17 @@ def test_a_key_has_its_share_of_requests(serve: Callable[..., Running]) -> None:
         assert server.client("two").chat.completions.create(model="demo", messages=[FACT]).choices
     until(lambda: not server.conversations.worker.admitted)
     assert server.client("one").chat.completions.create(model="demo", messages=[FACT]).choices
-    with pytest.raises(openai.RateLimitError):
-        server.client("one").chat.completions.create(model="demo", messages=[FACT], n=2)
+
+
+@pytest.mark.parametrize("limits", [{"max_requests_per_key": 2}, {"max_num_seqs": 1, "max_queued": 1}])
+def test_more_answers_than_are_ever_let_in_are_no_matter_of_waiting(
+    serve: Callable[..., Running], limits: dict[str, int]
+) -> None:
+    client = serve(**limits).client()
+    with pytest.raises(openai.BadRequestError, match="n: at most 2") as caught:
+        client.chat.completions.create(model="demo", messages=[FACT], n=3)
+    assert caught.value.param == "n" and "retry-after" not in caught.value.response.headers
+    assert client.chat.completions.create(model="demo", messages=[FACT]).choices
 
 
 def test_conversations_that_rest_too_long_are_forgotten(serve: Callable[..., Running], tmp_path: Path) -> None:

@@ -84,6 +84,13 @@ def test_only_the_names_of_this_machine_are_served_without_a_key(server: Running
     assert asked(server, "GET", "/v1/models", Host=host)[0] == status
 
 
+def test_a_name_that_the_owner_allows_is_served(serve: Callable[..., Running]) -> None:
+    server = serve(allowed_hosts=("Chat.example",))
+    assert asked(server, "GET", "/v1/models", Host="chat.example:8000")[0] == 200
+    assert asked(server, "GET", "/v1/models", Host="evil.example")[0] == 403
+    assert asked(server, "GET", "/v1/models", Host="localhost")[0] == 200
+
+
 def test_no_other_origin_is_let_in(server: Running) -> None:
     connection = http.client.HTTPConnection("127.0.0.1", server.port)
     for method in ("GET", "OPTIONS"):
