@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from loopserve.cli import load, quality
+from loopserve.cli import bench_serve, quality
 from loopserve.cli.options import Format, FormatOption, Settings
 from loopserve.cli.output import print_json, print_table
 from loopserve.core.errors import ConfigError
@@ -21,7 +21,7 @@ app = typer.Typer(help="Measure on this machine: answers and speed.", no_args_is
 app.command()(quality.run)
 app.command()(quality.ls)
 app.command()(quality.compare)
-app.command()(load.serve)
+app.command()(bench_serve.serve)
 
 SuiteOption = Annotated[str, typer.Option(help="A suite by name (loopserve bench ls), or a YAML file.")]
 OutputOption = Annotated[Path | None, typer.Option(help="File of JSON lines that the rows are appended to.")]

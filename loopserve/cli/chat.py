@@ -21,6 +21,17 @@ if TYPE_CHECKING:
     from loopserve.chat_session import ChatSession
 
 
+_OF_AN_ENGINE = (
+    "stack",
+    "dtype",
+    "device",
+    "weights",
+    "revision",
+    "trust_remote_code",
+    "policy_checks",
+    "on_policy_fault",
+    "policy_timeout",
+)
 _HINT = (
     "the bundled model knows only what you give it; try: the code of lisbon is amber falcon river . "
     "what is the code of lisbon ?"
@@ -68,6 +79,7 @@ def chat(
     if url is not None:
         if last or number is not None or load is not None:
             raise typer.BadParameter("--url begins a new conversation: leave --continue, --id and --load out")
+        _refuse_options_of_an_engine(context, log=log)
         raise typer.Exit(_remote(url, model, api_key, options, verbose=options.verbose or settings.verbose))
     goes_on = last or number is not None
     if options.system is not None and (goes_on or load is not None):
@@ -104,6 +116,21 @@ def chat(
         if person and (farewell := recorder.farewell()):
             print(farewell)
         raise typer.Exit(code)
+
+
+def _refuse_options_of_an_engine(context: typer.Context, *, log: bool) -> None:
+    """Raise BadParameter for options that were given beside --url and that only a model in this process could follow."""
+    names = [name for name in _OF_AN_ENGINE if _is_given(context, name)]
+    if log and _is_given(context, "log"):
+        names.append("log")
+    if names:
+        given = ", ".join(f"--{name.replace('_', '-')}" for name in names)
+        raise typer.BadParameter(f"{given}: the model of --url is the server's, and so is its log; leave it out")
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def _remote(url: str, model: str | None, api_key: str | None, options: ModelOptions, *, verbose: bool) -> int:

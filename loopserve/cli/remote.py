@@ -167,11 +167,10 @@ class RemoteConversation:
         return self._open("/v1/chat/completions", json.dumps(body | given).encode())
 
     def _open(self, path: str, data: bytes | None = None) -> http.client.HTTPResponse:
-        headers = {"Content-Type": "application/json"}
-        if self._key is not None:
-            headers["Authorization"] = f"Bearer {self._key}"
-        request = urllib.request.Request(self._url + path, data, headers)
         try:
+            request = urllib.request.Request(self._url + path, data, {"Content-Type": "application/json"})
+            if self._key is not None:
+                request.add_unredirected_header("Authorization", f"Bearer {self._key}")  # for this server only
             found: http.client.HTTPResponse = urllib.request.urlopen(request, timeout=_TIMEOUT_S)
         except urllib.error.HTTPError as error:
             with error:

@@ -70,7 +70,7 @@ def test_errors_are_counted(serve: Callable[..., Running], capsys: pytest.Captur
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--base-url", "http://127.0.0.1:9"], "no model is listed"),
+        (["--base-url", "http://127.0.0.1:9"], "no server answers"),
         (["--base-url", "http://127.0.0.1:9", "--model", "x"], "no server answers"),
         (["--goodput", "x:1"], "is no metric"),
         (["--goodput", "ttft"], "write a metric"),
@@ -82,6 +82,13 @@ def test_errors_are_counted(serve: Callable[..., Running], capsys: pytest.Captur
 def test_what_cannot_be_measured_is_said(options: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert bench(*options) == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_server_that_wants_a_key_says_so(serve: Callable[..., Running], capsys: pytest.CaptureFixture[str]) -> None:
+    server = serve(api_keys=("one",))
+    for options in ([], ["--model", "demo"]):
+        assert bench("--base-url", server.url, *options) == 2
+        assert "the server wants a key; give --api-key" in capsys.readouterr().err
 
 
 def test_another_model_is_refused(server: Running, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import http.server
 import io
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -58,6 +60,53 @@ def test_an_answer_that_is_stopped_is_taken_back_on_both_sides(server: Running) 
     until(lambda: not server.conversations.worker.admitted)
     assert len(conversation.messages) == 2
     assert "".join(conversation.stream(QUESTION["content"])).strip() == ANSWER
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--stack", "dense"],
+        ["--dtype", "float32"],
+        ["--device", "cpu"],
+        ["--weights", "int8"],
+        ["--revision", "main"],
+        ["--trust-remote-code"],
+        ["--policy-checks", "strict"],
+        ["--on-policy-fault", "raise"],
+        ["--policy-timeout", "1"],
+        ["--log"],
+    ],
+    ids=lambda each: each[0],
+)
+def test_what_only_an_engine_could_follow_is_refused(
+    options: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert chat(monkeypatch, [], "--url", "http://127.0.0.1:9", *options) == 2
+    assert options[0] in capsys.readouterr().err
+
+
+def test_a_key_is_not_sent_on_to_where_a_server_points() -> None:
+    seen: list[str | None] = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            seen.append(self.headers.get("Authorization"))
+            self.send_response(200 if self.path == "/elsewhere" else 302)
+            self.send_header("Location", "/elsewhere")
+            self.end_headers()
+            if self.path == "/elsewhere":
+                self.wfile.write(b'{"data": [{"id": "x"}]}')
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as listening:
+        thread = threading.Thread(target=listening.serve_forever, daemon=True)
+        thread.start()
+        assert RemoteConversation(f"http://127.0.0.1:{listening.server_port}", api_key="secret").model == "x"
+        listening.shutdown()
+        thread.join()
+    assert seen == ["Bearer secret", None]
 
 
 def test_what_is_wrong_is_said(

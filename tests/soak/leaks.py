@@ -16,6 +16,7 @@ from tests.serve.test_chat_completions import ask, said
 from tests.soak.cases import Cases, demo_engine, running
 
 EVERY = 100  # requests between two looks at the memory
+MOST_SLOPE_MIB = 1.0  # per 1,000 requests
 ANSWER = "lisbon is amber falcon river ."
 
 
@@ -39,7 +40,10 @@ def run(cases: int, seed: int = 0) -> Cases:
             assert held <= limits["kv_cache_memory"]
     late = memory[len(memory) // 4 :]  # allocators have settled by then
     if len(late) > 8:
-        found.figures = {"memory_slope_mib_per_1000": _slope(late) * 1000 / 2**20, "resident_mib": late[-1][1] / 2**20}
+        slope = _slope(late) * 1000 / 2**20
+        found.figures = {"memory_slope_mib_per_1000": slope, "resident_mib": late[-1][1] / 2**20}
+        if slope >= MOST_SLOPE_MIB:
+            found.failures.append(f"memory grows by {slope:.2f} MiB per 1,000 requests")
     return found
 
 

@@ -17,6 +17,7 @@ from tests.serve.processes import started
 from tests.soak.cases import Cases, percentile, running
 
 SEQS, QUEUED, TOKENS = 4, 4, 64
+MOST_SHED_S, MOST_SLOWER, LEAST_CAPACITY = 0.1, 2, 0.95
 Outcome = tuple[
     int, str | None, float, str, float
 ]  # status, Retry-After, seconds to the first byte, body, when it ended
@@ -79,10 +80,34 @@ async def _measure(found: Cases, url: str, cases: int, process: int | None) -> N
             "answered_per_s": len(answered) / (ended - before),
             "memory_growth_mib": grown / 2**20,
         }
+        if process is not None:  # in one process, the load takes the time that it measures
+            _check_limits(found)
 
 
 async def _several(client: httpx2.AsyncClient, url: str, count: int) -> list[Outcome]:
     return [await _send(client, url) for _ in range(count)]
+
+
+def _check_limits(found: Cases) -> None:
+    """Add a failure if the times are not those that the promise names."""
+    of = found.figures
+    missed = [
+        (
+            of["shed_p99_s"] is None or of["shed_p99_s"] > MOST_SHED_S,
+            f"a refusal takes more than {MOST_SHED_S} s at p99",
+        ),
+        (
+            of["ttft_p99_overloaded_s"] is None
+            or of["ttft_p99_overloaded_s"] > MOST_SLOWER * of["ttft_p99_at_capacity_s"],
+            f"p99 of the time to first token is more than {MOST_SLOWER} times that at capacity",
+        ),
+        (
+            of["answered_per_s"] < LEAST_CAPACITY * of["capacity_per_s"],
+            f"fewer answers per second than {LEAST_CAPACITY} of the capacity",
+        ),
+    ]
+    if any(each for each, _ in missed):  # one failure: the promise, with all that it misses
+        found.failures.append("; ".join(text for each, text in missed if each))
 
 
 async def _send(client: httpx2.AsyncClient, url: str) -> Outcome:

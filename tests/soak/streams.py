@@ -50,7 +50,7 @@ def _post(server: Running, path: str, body: dict[str, Any]) -> str:
 
 
 def _events(raw: str) -> Iterable[tuple[str | None, str]]:
-    """Read server-sent events by the letter of the format: lines end with LF only here, fields have one space after the colon."""
+    """Read server-sent events strictly: lines end with LF only here, fields have one space after the colon."""
     assert raw.endswith("\n\n")
     for block in raw[:-2].split("\n\n"):
         name, data = None, []

@@ -139,33 +139,38 @@ async def hold(load: Load, progress: Callable[[int], None] = lambda done: None) 
         return sorted(found, key=lambda each: (each.conversation, each.turn)), time.perf_counter() - started
 
 
-async def _check(client: httpx2.AsyncClient, load: Load) -> None:
+async def _models(client: httpx2.AsyncClient, base_url: str) -> list[str]:
+    """Return the models that a server lists. ConfigError says what is wrong with the server, or with the key."""
     try:
-        reply = await client.get(f"{load.base_url}/v1/models")
+        reply = await client.get(f"{base_url}/v1/models")
     except httpx2.HTTPError as error:
         raise ConfigError(
-            f"--base-url {load.base_url}: no server answers there ({error or type(error).__name__})"
+            f"--base-url {base_url}: no server answers there ({error or type(error).__name__})"
         ) from error
     if reply.status_code == 401:
-        raise ConfigError(f"--base-url {load.base_url}: the server wants a key; give --api-key or OPENAI_API_KEY")
+        raise ConfigError(f"--base-url {base_url}: the server wants a key; give --api-key or OPENAI_API_KEY")
     if reply.status_code != 200:
-        raise ConfigError(
-            f"--base-url {load.base_url}: /v1/models is answered {reply.status_code}; is it an OpenAI server?"
-        )
-    known = [each["id"] for each in reply.json().get("data", [])]
+        raise ConfigError(f"--base-url {base_url}: /v1/models is answered {reply.status_code}; is it an OpenAI server?")
+    try:
+        return [str(each["id"]) for each in reply.json().get("data", [])]
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ConfigError(f"--base-url {base_url}: /v1/models is no list of models; is it an OpenAI server?") from error
+
+
+async def _check(client: httpx2.AsyncClient, load: Load) -> None:
+    known = await _models(client, load.base_url)
     if known and load.model not in known:
         raise ConfigError(f"--model {load.model!r} is not served at {load.base_url} (known: {', '.join(known)})")
 
 
 async def first_model(base_url: str, api_key: str | None) -> str:
-    """Return the first model that a server lists. Raises ConfigError if it lists none."""
+    """Return the first model that a server lists. Raises ConfigError if it lists none, see ``_models``."""
     headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
-    try:
-        async with httpx2.AsyncClient(headers=headers, timeout=30) as client:
-            listed = (await client.get(f"{base_url}/v1/models")).json()
-            return str(listed["data"][0]["id"])
-    except (httpx2.HTTPError, ValueError, KeyError, IndexError) as error:
-        raise ConfigError(f"--base-url {base_url}: no model is listed there ({error}); give --model") from error
+    async with httpx2.AsyncClient(headers=headers, timeout=30) as client:
+        known = await _models(client, base_url)
+    if not known:
+        raise ConfigError(f"--base-url {base_url}: no model is listed there; give --model")
+    return known[0]
 
 
 def _text(draw: random.Random, words: int) -> str:
