@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -65,8 +66,8 @@ class Rows:
             self.sealer.index(turn.digest),
             text(json.dumps(turn.messages), f"{place} messages"),
             text(json.dumps(turn.answer), f"{place} answer"),
-            seal(pack_tokens(turn.prompt_tokens), f"{place} prompt"),
-            seal(pack_tokens(turn.output_tokens), f"{place} output"),
+            seal(_with_checksum(turn.prompt_tokens), f"{place} prompt"),
+            seal(_with_checksum(turn.output_tokens), f"{place} output"),
             turn.created,
             turn.finish_reason,
             text(json.dumps(turn.figures), f"{place} figures"),
@@ -107,8 +108,8 @@ class Rows:
             digest or bytes(kept),
             tuple(self.messages(row)),
             said,
-            unpack_tokens(seal.open(bytes(prompt), f"{place} prompt")),
-            unpack_tokens(seal.open(bytes(output), f"{place} output")),
+            _checked(seal.open(bytes(prompt), f"{place} prompt")),
+            _checked(seal.open(bytes(output), f"{place} output")),
             created,
             finish,
             noted,
@@ -150,6 +151,20 @@ class Rows:
 def _place(turn: str, session: str, parent: str | None, tenant: str, model: str, stack: str) -> str:
     """Return where the parts of a turn are sealed: its first six columns, so that none of them can be changed."""
     return f"{tenant} {session} {parent} {turn} {model} {stack}"
+
+
+def _with_checksum(tokens: Sequence[int]) -> bytes:
+    """Return packed tokens with a CRC-32: a flipped bit would be another token, or one that the model does not have."""
+    packed = pack_tokens(tokens)
+    return packed + zlib.crc32(packed).to_bytes(4, "little")
+
+
+def _checked(data: bytes) -> tuple[int, ...]:
+    """Return the tokens that ``_with_checksum`` packed. Raises ValueError if they are damaged."""
+    packed, checksum = data[:-4], data[-4:]
+    if zlib.crc32(packed).to_bytes(4, "little") != checksum:
+        raise ValueError("the checksum of its tokens is another one")
+    return unpack_tokens(packed)
 
 
 def _is_message(found: object) -> bool:

@@ -119,6 +119,23 @@ def test_a_turn_of_another_form_is_computed_from_the_request(
     assert server.client()._client.get(f"{server.url}/v1/sessions").status_code == 200
 
 
+@pytest.mark.parametrize("column", ["prompt_tokens", "output_tokens"])
+@pytest.mark.parametrize("bit", [0, 30])
+def test_a_flipped_bit_of_a_token_is_computed_from_the_request(
+    serve: Callable[..., Running], tmp_path: Path, column: str, bit: int
+) -> None:
+    """Another token answers wrongly; one that the model does not have fails in every pass."""
+    server = serve(session_dir=tmp_path)
+    first = ask(server, [FACT])
+    until(lambda: server.conversations.files.written == 1)
+    store = server.conversations.store
+    ((data,),) = store._db.execute(f"SELECT {column} FROM main.turns").fetchall()
+    changed = (int.from_bytes(data, "little") ^ 1 << bit).to_bytes(len(data), "little")
+    store._db.execute(f"UPDATE main.turns SET {column} = ?", (changed,))
+    second = ask(server, [FACT, said(first), QUESTION])
+    assert said(second)["content"] == ANSWER and cached(second) == 0
+
+
 def test_a_manifest_is_read_back_as_it_was_written(serve: Callable[..., Running], tmp_path: Path) -> None:
     server = serve(session_dir=tmp_path)
     ask(server, [FACT])
