@@ -40,21 +40,21 @@ def supervise(stopping: Callable[[], None] = lambda: None) -> Callable[[], None]
     signals = _Signals(stopping)
     while True:
         watched, held = os.pipe()
-        told, telling = os.pipe()
+        ready_end, saying_end = os.pipe()
         child = os.fork()
         if child == 0:
             signals.restore()
             os.close(held)
-            os.close(told)
+            os.close(ready_end)
             os.setpgid(0, 0)  # Ctrl-C at a terminal reaches the parent only, so that it is not counted twice
             threading.Thread(target=_exit_with_parent, args=(watched,), daemon=True).start()
-            return lambda: _tell(telling)
+            return lambda: _say_ready(saying_end)
         os.close(watched)
-        os.close(telling)
+        os.close(saying_end)
         signals.pass_on_to(child)
         _, status = os.waitpid(child, 0)
         os.close(held)
-        unready = 0 if _was_told(told) else unready + 1
+        unready = 0 if _was_ready(ready_end) else unready + 1
         code = os.waitstatus_to_exitcode(status)
         if signals.seen or code not in (BROKEN, *range(-64, 0)):
             sys.exit(code if code >= 0 else 128 - code)
@@ -100,20 +100,20 @@ class _Signals:
                 os.kill(self._child, number)
 
 
-def _tell(telling: int) -> None:
+def _say_ready(saying_end: int) -> None:
     with suppress(OSError):  # the parent is gone
-        os.write(telling, b"r")
+        os.write(saying_end, b"r")
 
 
-def _was_told(told: int) -> bool:
+def _was_ready(ready_end: int) -> bool:
     """Return whether a child that has ended was ready before. Processes that it left behind are not waited for."""
-    os.set_blocking(told, False)
+    os.set_blocking(ready_end, False)
     try:
-        return bool(os.read(told, 1))
+        return bool(os.read(ready_end, 1))
     except BlockingIOError:
         return False
     finally:
-        os.close(told)
+        os.close(ready_end)
 
 
 def _exit_with_parent(watched: int) -> None:
