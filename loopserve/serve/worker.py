@@ -40,7 +40,7 @@ class Worker:
         self.beyond_repair = False  # the device is in a state that only another process gets it out of
         self.failures = 0  # passes that failed since one succeeded
         self._failed_at = 0.0  # by the monotonic clock
-        self._counted = False  # whether the pass under way was counted; it may end many requests
+        self._counted = False  # whether the pass under way was counted as failed; it may end many requests
         self._most = settings.max_num_seqs + settings.max_queued
         self._calls: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
         self._changed = threading.Condition()
@@ -179,7 +179,7 @@ class Worker:
     def passed(self, error: BaseException | None) -> None:
         """Take note of how the pass of a request ended: None, or an error that nobody expected.
 
-        A pass that fails for all its requests is one failure; one that succeeds for any of them is none.
+        A pass is one failure at most, however many requests it ends.
         """
         self._count(failed=error is not None)
         if error is not None:
@@ -191,7 +191,7 @@ class Worker:
         elif not self._counted:
             self.failures += 1
             self._failed_at = time.monotonic()
-        self._counted = True
+            self._counted = True
 
     def _look_at(self, error: BaseException) -> None:
         """Note an error after which every later call of the device fails too. Running out of its memory is none."""
