@@ -70,7 +70,7 @@ def test_decode_rows(shared: SharedModel) -> None:
 
 
 def test_prefill_rows_say_that_the_density_was_planted() -> None:
-    part = {**SHAPE, "tokens": 200, "new_tokens": 256, "density": 0.3, "chooses_on": "structured"}
+    part = {**SHAPE, "tokens": 2000, "new_tokens": 256, "density": 0.3, "chooses_on": "structured"}
     short = {**SHAPE, "tokens": 96, "output_tokens": 3}
     rows = list(run_prefill(suite(prefill=[part], short=[short])))
     later = {row["stack"]: row for row in rows if row["op"] == "ttft"}
