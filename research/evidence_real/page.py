@@ -37,7 +37,10 @@ The model is SmolLM2-135M-Instruct (30 layers, 9 query and 3 KV heads of 64, 8,1
 each of three kinds: prose (chapters of a novel), technical (the Python language reference) and code (Python's standard library). The
 model is asked to continue a text; the next {forced} tokens of it are teacher-forced ({read} where only the prefill is sparse), and
 its distribution of each next token is compared with that under dense attention. Stacks of your own are measured the same way by
-`python -m research.evidence_real.agreement STACK...`."""
+`python -m research.evidence_real.agreement STACK...`.
+
+A row names every setting of its stack. Where a preset has changed since, its row is that of the earlier settings until it is measured
+again; [LOG.md](LOG.md) says what changed and what that gave."""
 
 _TERMS = """*Tokens*: how many are compared. *KL*: divergence of the next token's distribution from dense attention's, in nats, mean
 per token. *Top-1*: share of tokens for which the likeliest next token is the same. *Perplexity*: change of the text's perplexity.

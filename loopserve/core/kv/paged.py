@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from loopserve.core.errors import InputError
 from loopserve.core.kv.key_summaries import KeySummaries
 from loopserve.kernels.gather_kv import gather_kv
 
@@ -251,6 +252,4 @@ class PagedPairs:
         """Do nothing: the engine provides the blocks."""
 
     def copy(self) -> PagedPairs:
-        raise NotImplementedError(
-            "pairs in another engine's blocks are not copied: it shares them between requests itself"
-        )
+        raise InputError("pairs in another engine's blocks are not copied: it shares them between requests itself")
