@@ -9,7 +9,7 @@ from loopserve.testing import parametrize_with_policy_checks
 def inputs(keys: torch.Tensor, first_valid: torch.Tensor | None = None) -> AttentionInputs:
     heads, tokens, width = keys.shape
     return AttentionInputs(
-        queries=torch.zeros(heads, tokens, width),
+        queries=torch.zeros(heads, tokens, width, dtype=torch.float32),
         keys=keys,
         values=keys,
         columns=torch.arange(tokens),
@@ -44,7 +44,7 @@ def test_score_is_the_paper_s_formula_and_ignores_the_length_of_keys():
 
 def test_filler_columns_do_not_count():
     keys = torch.randn(1, 6, 4, generator=torch.Generator().manual_seed(1))
-    filled = torch.cat([torch.full((1, 2, 4), 100.0), keys], dim=1)
+    filled = torch.cat([torch.full((1, 2, 4), 100.0, dtype=keys.dtype), keys], dim=1)
     scores = BareKeyDiffDecode().score(inputs(filled, first_valid=torch.tensor([2])))
     torch.testing.assert_close(scores[:, 2:], BareKeyDiffDecode().score(inputs(keys)))
 

@@ -91,7 +91,7 @@ class RatioScorer:
 
     def score(self, module: Any, hidden_states: Any, keys: Any, values: Any, attentions: Any, kwargs: Any) -> Tensor:
         total = keys.shape[2]
-        scores = torch.ones(1, keys.shape[1], total)
+        scores = torch.ones(1, keys.shape[1], total, dtype=torch.float32)
         scores[..., self.n_sink : self.n_sink + total - int(total * (1 - self.compression_ratio))] = 0
         return scores
 

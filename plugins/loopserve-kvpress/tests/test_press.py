@@ -113,7 +113,7 @@ def test_filler_is_not_shown_to_a_scorer() -> None:
     inputs = make_inputs(new_tokens=20, total_tokens=60, turn=1, evicted=8, ragged=3)
     inputs.keys[-1, :3] = float("nan")
     scores = policy("KeyLengthScorer", reads_queries=False).score(inputs)
-    assert torch.equal(scores[-1, :3], torch.full((3,), float("-inf")))
+    assert torch.equal(scores[-1, :3], torch.full((3,), float("-inf"), dtype=scores.dtype))
     torch.testing.assert_close(scores[-1, 3:], -inputs.keys[-1, 3:].norm(dim=-1))
     assert torch.isfinite(policy("WindowScorer", window_size=8).score(inputs)[:, 3:]).all()
 
