@@ -8,7 +8,8 @@ approximate logits of all keys and rank the columns for a query, while reading a
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,12 +51,13 @@ _THRESHOLD = backend.operation(
 )
 
 
-class KeyCodes(NamedTuple):
+@dataclass(eq=False)
+class KeyCodes:
     """Hold the bounds and codes of a layer's keys.
 
     low, high ``[Hkv, P, D]``: bounds of each page. codes uint8 ``[Hkv, P, page, D * bits / 8]``: byte j holds the
     channels j, j + width, j + 2 width, ..., the first in the lowest bits. Codes after the last column are undefined.
-    columns: number of coded keys.
+    columns: number of coded keys, which fill some or all of the pages. The owner of the buffers may raise it.
     """
 
     low: Tensor
@@ -63,6 +65,7 @@ class KeyCodes(NamedTuple):
     codes: Tensor
     bits: int
     columns: int
+    places: Any = field(default=None, repr=False)  # of the compiled kernels: where the buffers lie, once checked
 
 
 def summarise_pages(
@@ -101,7 +104,7 @@ def code_logits(queries: Tensor, of: KeyCodes, *, scaling: float) -> Tensor:
     """Return approximate scaled logits of all coded keys for queries ``[Hq, r, D]``: float32 ``[Hkv, group * r,
     columns]``.
     """
-    _check("code_logits", queries, of)
+    check_codes("code_logits", queries, of)
     found: Tensor = _LOGITS(queries, of, scaling=scaling)
     return found
 
@@ -124,8 +127,8 @@ def code_jumps(
     exist. observed float32 ``[Hkv, tail]``: the softmax of the queries over all coded columns, averaged over the group,
     is added to it. Raises ValueError for arguments that do not fit together.
     """
-    _check("code_jumps", queries, of)
-    _check_choice("code_jumps", queries, of, base, tail, budget, observed)
+    check_codes("code_jumps", queries, of)
+    check_base("code_jumps", queries, of, base, tail, budget, observed)
     found: Tensor = _JUMPS(queries, of, base, tail, budget, scaling=scaling, observed=observed)
     return found
 
@@ -151,8 +154,8 @@ def code_threshold(
     Of equal ones the lowest column wins. base, observed and errors: see ``code_jumps``; at least ``most`` other columns
     must exist.
     """
-    _check("code_threshold", queries, of)
-    _check_choice("code_threshold", queries, of, base, tail, most, observed)
+    check_codes("code_threshold", queries, of)
+    check_base("code_threshold", queries, of, base, tail, most, observed)
     if not 0 <= least <= most:
         raise ValueError(f"code_threshold: at least {least} and at most {most} columns do not fit together")
     found: tuple[Tensor, Tensor] = _THRESHOLD(
@@ -166,10 +169,21 @@ def log_weights(logits: Tensor) -> Tensor:
     return (logits - logits.logsumexp(-1, keepdim=True)).amax(1)
 
 
-def _check_choice(
-    op: str, queries: Tensor, of: KeyCodes, base: Tensor, tail: int, most: int, observed: Tensor | None
+def check_base(
+    op: str,
+    queries: Tensor,
+    of: KeyCodes,
+    base: Tensor,
+    tail: int,
+    most: int,
+    observed: Tensor | None,
+    *,
+    look: bool = True,
 ) -> None:
-    """Raise ValueError unless ``most`` columns before ``tail`` can be chosen beside the base."""
+    """Raise ValueError unless ``most`` columns before ``tail`` can be chosen beside the base.
+
+    look: read the base's numbers too. An implementation that looks at them itself saves the time.
+    """
     heads, width = base.shape
     if heads != len(of.low) or base.dtype != torch.long or not 0 <= tail <= of.columns or not 0 <= most <= tail - width:
         raise ValueError(
@@ -180,11 +194,12 @@ def _check_choice(
             raise ValueError(f"{op}: observed {list(observed.shape)} must be float32 [{heads}, {tail}], contiguous")
         check_device(op, "observed", observed, queries.device)
     check_device(op, "base", base, queries.device)
-    if base.device.type == "cpu":  # the compiled kernel writes at these columns
+    if look and base.device.type == "cpu":  # the compiled kernel writes at these columns
         check_range(f"{op}: base", base, tail)
 
 
-def _check(op: str, queries: Tensor, of: KeyCodes) -> None:
+def check_codes(op: str, queries: Tensor, of: KeyCodes) -> None:
+    """Raise ValueError unless queries and codes fit together."""
     heads, pages, dim = of.low.shape
     if queries.dim() != 3 or queries.shape[2] != dim or queries.shape[0] % heads:
         raise ValueError(f"{op}: queries {list(queries.shape)} do not fit codes of {heads} heads and {dim} channels")

@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
-from loopserve.core.engine.attention import LayerCall, attend
-from loopserve.core.engine.forward import ForwardBatch, ForwardContext
+from loopserve.core.engine.attention import attend
+from loopserve.core.engine.forward import ForwardBatch, ForwardContext, LayerCall
 from loopserve.core.errors import ModelError
 from loopserve.core.kv.recording import plain_tensors
 from loopserve.core.policy.layers import LayerSpec

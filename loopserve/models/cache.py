@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionLayer
 from loopserve.core.engine.forward import ForwardContext
 from loopserve.core.engine.session import Session
 from loopserve.core.errors import ModelError
+from loopserve.core.kv.recording import plain_tensors
 from loopserve.core.policy.layers import LayerSpec
 from loopserve.models.recurrent import EmptyLayer, RecurrentCacheLayer
 
@@ -103,8 +104,9 @@ class Pass:
 
     def _append(self, layer: int, keys: Tensor, values: Tensor) -> None:
         keys, values = computed_in(keys), computed_in(values)
-        for span, own_keys, own_values in zip(self.spans, self.split(keys), self.split(values), strict=True):
-            span.context.append(layer, own_keys, own_values)
+        with plain_tensors():
+            for span, own_keys, own_values in zip(self.spans, self.split(keys), self.split(values), strict=True):
+                span.context.store(layer, own_keys, own_values)
 
     def require_stored(self, layer: int, module: str, keys: Tensor, values: Tensor) -> None:
         """Raise ModelError unless a layer attends to the very keys and values that it put into the cache in this pass.

@@ -18,6 +18,7 @@ from loopserve.core.engine.slots import Slots
 from loopserve.core.errors import PolicyError
 from loopserve.core.kv.cache import KVCache
 from loopserve.core.kv.selection import KVSelection
+from loopserve.core.kv.selection_request import SelectionRequest
 from loopserve.core.policy.interfaces import AttentionInputs, DecodeCompressor, Observation, Phase, Step
 from loopserve.core.policy.layers import LayerSpec, LayerType
 from loopserve.core.stack.stack import PolicyStack
@@ -90,6 +91,8 @@ class ScriptedConversation:
             called |= shown
             if phase is Phase.DECODE:
                 selection = self.compressor.before_attention(inputs, self.state) if shown else None
+                if isinstance(selection, SelectionRequest):
+                    selection = selection.make()
                 if selection is not None:
                     self.take(spec.index, selection)
                 pairs += self._pairs(spec.index)

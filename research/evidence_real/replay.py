@@ -15,9 +15,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from loopserve.core.engine.attention import LayerCall, attend
+from loopserve.core.engine.attention import attend
 from loopserve.core.engine.engine import TokenEngine
-from loopserve.core.engine.forward import ForwardBatch
+from loopserve.core.engine.forward import ForwardBatch, LayerCall
 from loopserve.core.engine.session import Session
 from loopserve.core.engine.turn import Turn
 from loopserve.core.policy.interfaces import AttentionInputs, Phase, PrefillSparsifier

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from loopserve import load_stack
-from loopserve.core.engine.attention import LayerCall, attend
-from loopserve.core.engine.forward import ForwardContext
+from loopserve.core.engine.attention import attend
+from loopserve.core.engine.forward import ForwardContext, LayerCall
 from loopserve.core.engine.hosted import HostedTurn, attend_hosted, require_hosted
 from loopserve.core.engine.session import Session
 from loopserve.core.engine.slots import Slots

@@ -15,6 +15,7 @@ from torch import Tensor
 from loopserve.core.kv.key_summaries import KeySummaries
 from loopserve.kernels import backend
 from loopserve.kernels.block_sparse import block_sparse
+from loopserve.kernels.choose_columns import ColumnChoice, choose_columns
 from loopserve.kernels.choose_lines import choose_lines
 from loopserve.kernels.decode_attention import DecodeRequest, decode_attention, decode_attention_batch
 from loopserve.kernels.dense_attention import dense_attention
@@ -49,7 +50,9 @@ def operations(seed: int) -> dict[str, Callable[[], Any]]:
         observed = torch.zeros(2, 100, dtype=torch.float32)
         jumps = pages.jumps(queries[:, :1], few[:, :9].contiguous(), 100, 20, 0.2, observed)
         heavy = pages.heavy(queries[:, :1], few[:, :9].contiguous(), 100, -4.0, 2, 20, scaling=0.2, observed=observed)
-        return pages.low, pages.high, pages.logits(queries[:, :1], 0.2), jumps, *heavy, observed
+        choice = ColumnChoice(queries[:, :1], pages.keys_coded, few[:, :9], 100, 20, 2, -4.0)
+        ((chosen, _),) = choose_columns([choice], scaling=0.2)
+        return pages.low, pages.high, pages.logits(queries[:, :1], 0.2), jumps, *heavy, observed, chosen
 
     options = {"scaling": 0.2}
     return {
@@ -82,7 +85,7 @@ def operations(seed: int) -> dict[str, Callable[[], Any]]:
 
 
 def test_every_operation_is_called() -> None:
-    on_codes = {"summarise_pages", "code_logits", "code_jumps", "code_threshold"}
+    on_codes = {"summarise_pages", "code_logits", "code_jumps", "code_threshold", "choose_columns"}
     assert set(operations(0)) - {"key_codes"} | on_codes == set(backend.operations())
 
 

@@ -14,7 +14,7 @@ import torch
 
 from loopserve.api import load_stack
 from loopserve.bench.speed.engine import machine
-from loopserve.core.engine import attention, turn
+from loopserve.core.engine import decode_step, turn
 from loopserve.core.engine.engine import TokenEngine
 from loopserve.core.engine.sampling import SamplingConfig
 from loopserve.core.guard.guard import Guard, check_selection
@@ -73,7 +73,7 @@ def _checking(looks: bool) -> Iterator[None]:
     judge = check_selection if looks else lambda *_: None
     count = buffers.versions if looks else lambda *_: ()
     with ExitStack() as undo:
-        for module in (attention, turn):
+        for module in (decode_step, turn):
             undo.enter_context(patch.object(module, "check_selection", judge))
         undo.enter_context(patch.object(buffers, "versions", count))
         yield

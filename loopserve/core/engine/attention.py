@@ -8,41 +8,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from loopserve.core.engine.forward import ForwardContext
-from loopserve.core.engine.session import Session
+from loopserve.core.engine.decode_step import DecodeStep, attend_steps
+from loopserve.core.engine.forward import ForwardContext, LayerCall
+from loopserve.core.engine.policy_calls import failed, inputs_of, keep_apart, observe, shows
 from loopserve.core.engine.slots import LayerPolicies
-from loopserve.core.engine.stats import LayerRecord
-from loopserve.core.errors import Fault, ModelError
 from loopserve.core.guard.faults import FAULTS
-from loopserve.core.guard.guard import check_output, check_pattern, check_selection
-from loopserve.core.kv.layer_cache import LayerCache
-from loopserve.core.policy.deferred import DeferredInputs, Gathered
+from loopserve.core.guard.guard import check_output, check_pattern
 from loopserve.core.policy.interfaces import AttentionInputs, Phase
 from loopserve.core.policy.layers import LayerType
 from loopserve.core.policy.patterns import AttentionPattern, DensePattern
-from loopserve.kernels.decode_attention import DecodeRequest, decode_attention_batch
 from loopserve.kernels.dense_attention import dense_attention
-
-
-@dataclass(frozen=True)
-class LayerCall:
-    """Hold what one layer of the model asks for, equal for all sessions of a pass.
-
-    window: sliding window in tokens, own token included. sinks ``[Hq]``: logits of a virtual key without value that only takes
-    mass (gpt-oss).
-    """
-
-    layer: int
-    scaling: float
-    softcap: float | None = None
-    window: int | None = None
-    sinks: Tensor | None = None
 
 
 def attend(contexts: Sequence[ForwardContext], call: LayerCall, queries: Sequence[Tensor]) -> list[Tensor]:
@@ -62,59 +41,31 @@ def attend_sparse(
 ) -> list[Tensor | None]:
     """Return the same; None for a session in error, and for one that is hosted and attends to every pair in this call."""
     outputs: list[Tensor | None] = [None] * len(contexts)
-    steps: list[tuple[int, _DecodeStep]] = []
+    steps: dict[int, DecodeStep] = {}
     for index, (context, rows) in enumerate(zip(contexts, queries, strict=True)):
         if context.error is not None:
             continue
         try:
             policies = context.session.slots.by_layer[call.layer]
             plain = policies.spec.type is not LayerType.FULL or call.window is not None
-            shown = not plain and _shows(context, policies)
+            shown = not plain and shows(context, policies)
             if plain:
                 outputs[index] = _with_sinks(call, *_as_the_model_defines(context, call, rows))
             elif context.phase is Phase.DECODE:
-                steps.append((index, _select(context, call, policies, rows, shown)))
+                steps[index] = DecodeStep(context, call, policies, rows, shown)
             elif (found := _many_rows(context, call, policies, rows, shown)) is not None:
                 outputs[index] = _with_sinks(call, *found)
         except Exception as error:
-            _keep_apart(context, error)
-    requests = {index: step.request for index, step in steps if step.request is not None}
-    attended = decode_attention_batch(
-        list(requests.values()),
-        scaling=call.scaling,
-        softcap=call.softcap,
-        need_lse=call.sinks is not None,
-    )
-    for index, (output, lse) in zip(requests, attended, strict=True):
-        outputs[index] = _with_sinks(call, output, lse)
-    for index, step in steps:
-        if step.observes:
-            try:
-                _observe_step(contexts[index], call, step)
-            except Exception as error:
-                _keep_apart(contexts[index], error)
+            keep_apart(context, error)
+    for index, output in attend_steps(steps, call).items():
+        outputs[index] = _with_sinks(call, *output)
+    for step in steps.values():
+        step.run(step.observe)
     for context in contexts:
         if context.gathered is not None:
             context.gathered.release()
             context.gathered = None
     return [None if context.error is not None else output for context, output in zip(contexts, outputs, strict=True)]
-
-
-def _shows(context: ForwardContext, policies: LayerPolicies) -> bool:
-    """Decide whether a layer's compressor is called in this pass; note the slot if it is."""
-    slot = policies.decode_slot
-    stored = context.session.cache.layers[policies.spec.index].stored
-    if not (policies.shows(stored) and context.session.is_enabled(slot) and context.observer in (None, slot)):
-        return False
-    context.shown.add(slot)
-    return True
-
-
-def _keep_apart(context: ForwardContext, error: Exception) -> None:
-    """Keep an error of an isolated session in its context, so that it takes no further part in the pass; raise that of any other."""
-    if not context.isolated:
-        raise error
-    context.error = error
 
 
 def _with_sinks(call: LayerCall, output: Tensor, lse: Tensor | None) -> Tensor:
@@ -125,57 +76,12 @@ def _with_sinks(call: LayerCall, output: Tensor, lse: Tensor | None) -> Tensor:
     return output * torch.sigmoid(lse - call.sinks.float()[:, None])[..., None].to(output.dtype)
 
 
-def _inputs(context: ForwardContext, call: LayerCall, policies: LayerPolicies, queries: Tensor) -> AttentionInputs:
-    session, index = context.session, policies.spec.index
-    cache = session.cache.layers[index]
-    assert cache.store is not None
-    total = cache.stored
-    if context.phase is Phase.OBSERVE:
-        columns = _columns_of(context.positions, cache.positions())
-    else:
-        columns = cache.counted(total - queries.shape[1], total, queries.device)
-    kind: type[AttentionInputs] = AttentionInputs
-    pairs: dict[str, Any]
-    if cache.store.in_place:
-        pairs = {"keys": cache.store.keys, "values": cache.store.values}
-    else:
-        context.gathered = context.gathered or Gathered(cache.store)
-        kind, pairs = DeferredInputs, {"keys": None, "values": None, "gathered": context.gathered}
-    return kind(
-        **pairs,
-        queries=queries,
-        columns=columns,
-        positions=cache.positions(),
-        first_valid=cache.first_valid,
-        layer=policies.spec,
-        phase=context.phase,
-        turn=session.stats.turn,
-        turn_start=session.turn_start,
-        output_index=session.output_index,
-        final=context.final,
-        scaling=call.scaling,
-        softcap=call.softcap,
-        record=LayerRecord(session.stats, index),
-        selection=cache.active.selection if cache.active is not None else None,
-        scratch=context.scratch.setdefault(index, {}),
-        state=session.states[policies.prefill_slot],
-        compressor_layers=session.slots.layers_of(policies.decode_slot),
-        strict=session.guard.strict,
-    )
-
-
-def _columns_of(positions: Tensor, stored: Tensor) -> Tensor:
-    """Columns of positions of this turn, which every head holds at the same places."""
-    row = stored if stored.dim() == 1 else stored[0]
-    return torch.searchsorted(row, positions)
-
-
 def _many_rows(
     context: ForwardContext, call: LayerCall, policies: LayerPolicies, queries: Tensor, shown: bool
 ) -> tuple[Tensor, Tensor | None] | None:
     """Return the output and, for sinks, the log-sum-exp; None where it is left to the engine that stores the pairs."""
     need_lse = call.sinks is not None
-    inputs = _inputs(context, call, policies, queries)
+    inputs = inputs_of(context, call, policies, queries)
     found: tuple[Tensor, Tensor | None] | None
     if context.phase is Phase.OBSERVE:
         found = _dense(inputs, need_lse, columns=inputs.columns)
@@ -187,7 +93,7 @@ def _many_rows(
         if found is None and not context.hosted:
             found = _dense(inputs, need_lse)
     if shown:
-        _after(context, policies, inputs)
+        observe(context, policies, inputs)
     return found
 
 
@@ -215,20 +121,10 @@ def _sparse(
         found = check_output(pattern, session.guard.attend(sparsifier, pattern, inputs, need_lse), inputs, need_lse)
         _report(context, inputs, pattern)
     except FAULTS as error:
-        _failed(session, policies.prefill_slot, error, moment, inputs)
+        failed(session, policies.prefill_slot, error, moment, inputs)
         _report(context, inputs, everything)
         return None
     return found
-
-
-def _failed(session: Session, slot: str, error: BaseException, moment: str, inputs: AttentionInputs) -> None:
-    """Deal with a policy's fault, unless what it was given were no numbers."""
-    if getattr(error, "fault", None) is not Fault.WROTE and not bool(inputs.queries.isfinite().all()):
-        raise ModelError(
-            f"the model's queries of layer {inputs.layer.index} are not finite numbers: its weights are damaged or its dtype "
-            "overflows; load it in another dtype"
-        ) from error
-    session.failed(slot, error, moment, inputs.layer.index)
 
 
 def _dense(inputs: AttentionInputs, need_lse: bool, columns: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
@@ -242,39 +138,6 @@ def _dense(inputs: AttentionInputs, need_lse: bool, columns: Tensor | None = Non
         first_valid=inputs.first_valid,
         need_lse=need_lse,
     )
-
-
-def _after(context: ForwardContext, policies: LayerPolicies, inputs: AttentionInputs) -> None:
-    """Let the compressor observe."""
-    session, compressor = context.session, policies.compressor
-    if not policies.observes_after or not session.is_enabled(policies.decode_slot):
-        return
-    assert compressor is not None
-    try:
-        session.guard.ask(compressor, compressor.after_attention, inputs, session.states[policies.decode_slot])
-    except FAULTS as error:
-        _failed(session, policies.decode_slot, error, "after_attention", inputs)
-
-
-def _before(context: ForwardContext, policies: LayerPolicies, inputs: AttentionInputs) -> bool:
-    """Let the compressor select for this very step. True if it did, so that what the inputs say of the selection, and after an
-    eviction of the store, is no longer true.
-    """
-    session, compressor = context.session, policies.compressor
-    assert compressor is not None
-    cache = session.cache.layers[inputs.layer.index]
-    try:
-        selection = session.guard.ask(
-            compressor, compressor.before_attention, inputs, session.states[policies.decode_slot]
-        )
-        if selection is None:
-            return False
-        check_selection(selection, cache, policies.retention, policies.most_pairs, session.output_index + 1)
-        cache.select(selection)
-        context.reselected = True
-    except FAULTS as error:
-        _failed(session, policies.decode_slot, error, "before_attention", inputs)
-    return True
 
 
 def _report(context: ForwardContext, inputs: AttentionInputs, pattern: AttentionPattern) -> None:
@@ -293,57 +156,6 @@ def _realised(inputs: AttentionInputs, pattern: AttentionPattern) -> Tensor:
     if isinstance(pattern, DensePattern):
         return torch.ones(inputs.queries.shape[0], dtype=torch.float32, device="cpu")
     return inputs.coverage(pattern, torch.arange(inputs.new_tokens, device=inputs.queries.device))
-
-
-@dataclass
-class _DecodeStep:
-    """Hold one session's decode step of one layer while the kernel works on the steps of all sessions."""
-
-    policies: LayerPolicies
-    queries: Tensor
-    request: DecodeRequest | None  # None: left to the engine that stores the pairs
-    inputs: AttentionInputs | None  # what the compressor was shown, if it made no selection
-    observes: bool
-
-
-def _select(
-    context: ForwardContext, call: LayerCall, policies: LayerPolicies, queries: Tensor, shown: bool
-) -> _DecodeStep:
-    """Let the compressor select for this step, and say which pairs the queries attend to."""
-    session, index = context.session, policies.spec.index
-    cache = session.cache.layers[index]
-    assert cache.store is not None
-    inputs = None
-    if shown and policies.selects_before:
-        inputs = _inputs(context, call, policies, queries)
-        if _before(context, policies, inputs):
-            inputs = None
-    store, active = cache.store, cache.active
-    attended = store.pairs if active is None else active.attended(cache.seen)
-    dense = store.heads * cache.seen
-    context.compressed |= attended < dense
-    session.stats.attended(attended, dense, store.pair_bytes)
-    if session.attention_map is not None:
-        session.attention_map.add(index, *cache.attended(), store.heads, cache.seen)
-    request = None if context.hosted and active is None else _request(cache, queries)
-    return _DecodeStep(policies, queries, request, inputs, observes=policies.observes_after and shown)
-
-
-def _request(cache: LayerCache, queries: Tensor) -> DecodeRequest:
-    """Return what the kernel is asked: attention over the store, a copy of the selected pairs, or the selected ones in place."""
-    store, active = cache.store, cache.active
-    assert store is not None
-    if active is None:
-        return DecodeRequest(queries, store.keys, store.values, cache.first_valid)
-    if active.pairs is not None:
-        return DecodeRequest(queries, active.pairs.keys, active.pairs.values, active.first_valid)
-    chosen = active.selection  # nothing was evicted, so positions are columns
-    return DecodeRequest(queries, store.keys, store.values, None, chosen.indices, chosen.boundary)
-
-
-def _observe_step(context: ForwardContext, call: LayerCall, step: _DecodeStep) -> None:
-    """Let the compressor see a decode step that is done."""
-    _after(context, step.policies, step.inputs or _inputs(context, call, step.policies, step.queries))
 
 
 def _as_the_model_defines(context: ForwardContext, call: LayerCall, queries: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -42,13 +42,20 @@ class ForwardContext:
     error: BaseException | None = None  # set while isolated; the session takes no further part in the pass
     scratch: dict[int, dict[Any, Any]] = field(default_factory=dict)  # by layer: what policies compute once per call
 
+    @plain_tensors()
     def append(self, layer: int, keys: Tensor, values: Tensor) -> None:
-        """Store the new pairs ``[Hkv, T, D]`` of a layer. An observation adds none, unless it reads its tokens again."""
+        """Store the new pairs ``[Hkv, T, D]`` of a layer, wherever it is called. See ``store``."""
+        self.store(layer, keys, values)
+
+    def store(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        """Store the new pairs ``[Hkv, T, D]`` of a layer, within ``plain_tensors``.
+
+        An observation adds none, unless it reads its tokens again.
+        """
         if (self.phase is Phase.OBSERVE and self.again is None) or self.error is not None:
             return
         try:
-            with plain_tensors():
-                self.session.cache.layers[layer].append(keys, values)
+            self.session.cache.layers[layer].append(keys, values)
         except Exception as error:
             if not self.isolated:
                 raise
@@ -83,6 +90,21 @@ class ForwardBatch:
             found.append(slice(start, start + len(each.token_ids)))
             start = found[-1].stop
         return found
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """Hold what one layer of the model asks for, equal for all sessions of a pass.
+
+    window: sliding window in tokens, own token included. sinks ``[Hq]``: logits of a virtual key without value that only takes
+    mass (gpt-oss).
+    """
+
+    layer: int
+    scaling: float
+    softcap: float | None = None
+    window: int | None = None
+    sinks: Tensor | None = None
 
 
 class Model(Protocol):

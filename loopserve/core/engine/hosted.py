@@ -20,8 +20,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from loopserve.core.engine.attention import LayerCall, attend_sparse
-from loopserve.core.engine.forward import ForwardContext
+from loopserve.core.engine.attention import attend_sparse
+from loopserve.core.engine.forward import ForwardContext, LayerCall
 from loopserve.core.engine.session import Session
 from loopserve.core.engine.slots import Slots
 from loopserve.core.engine.stats import TurnStats

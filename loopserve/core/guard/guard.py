@@ -208,8 +208,15 @@ def check_selection(
         if tensor.device != device:
             raise PolicyError(f"KVSelection.{name}: is on {tensor.device}, the store is on {device}")
     selection.check_form(heads, cache.seen)
+    check_budget(selection, cache, most, outputs)
+
+
+def check_budget(selection: KVSelection, cache: LayerCache, most: int | None, outputs: int) -> None:
+    """Raise PolicyError if a selection makes more pairs attended than the policy may. Arguments: see ``check_selection``."""
     if most is None:
         return
+    assert cache.store is not None
+    heads = cache.store.heads
     chosen = selection.pairs if selection.ragged else heads * selection.indices.shape[1]
     attended = chosen + heads * (cache.seen - selection.boundary - outputs)
     if chosen > heads * most or attended > heads * most:

@@ -40,6 +40,8 @@ class KeySummaries:
         self.page = page
         self.bits = bits
         self.columns = 0  # columns of the store summarised so far
+        self._stale: int | None = None  # pages from here on are not summarised yet, though they are counted
+        self._coded: KeyCodes | None = None
         self._parts: dict[
             str, Tensor
         ] = {}  # low, high [Hkv, capacity, D]; codes uint8 [Hkv, capacity, page, D * bits / 8]
@@ -92,15 +94,29 @@ class KeySummaries:
         A store that became shorter (truncated, or evicted from) is summarised from the start. Columns summarised before are assumed
         to be unchanged otherwise.
         """
+        first = self.prepare(keys)
+        if first is not None:
+            summarise_pages(keys, self.page, first, *self._held(), self.bits)
+            self.confirm()
+
+    def prepare(self, keys: Tensor) -> int | None:
+        """Provide room for keys ``[Hkv, Tk, D]``; return the first page that is to be summarised, or None if all are.
+
+        The caller has the pages summarised into ``keys_coded`` and then calls ``confirm``. Until then they count as not summarised.
+        """
         total = keys.shape[1]
-        if total == self.columns:
-            return
+        if total == self.columns and self._stale is None:
+            return None
         if total < self.columns:
-            self.columns = 0
-        first = self.finished
-        low, high, codes = self._buffers(-(-total // self.page), keys)
-        summarise_pages(keys, self.page, first, low, high, codes, self.bits)
-        self.columns = total
+            self.columns, self._stale = 0, None
+        first = self.finished if self._stale is None else self._stale
+        self._buffers(-(-total // self.page), keys)
+        self.columns, self._stale = total, first
+        return first
+
+    def confirm(self) -> None:
+        """Note that the pages from ``prepare`` are summarised."""
+        self._stale = None
 
     @property
     def finished(self) -> int:
@@ -135,6 +151,9 @@ class KeySummaries:
             self._reserve("codes", pages, like, (heads, self.page, dim * self.bits // 8), torch.uint8),
         )
 
+    def _held(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        return self._parts["low"], self._parts["high"], self._parts.get("codes")
+
     def _reserve(self, name: str, pages: int, keys: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Return the buffer of a part ``[Hkv, capacity, ...]`` with capacity for all pages. It grows by half."""
         held = self._parts.get(name)
@@ -153,13 +172,13 @@ class KeySummaries:
         """Return approximate logits of all keys from their codes, for queries ``[Hq, r, D]``: float32 ``[Hkv, group * r,
         columns]``.
         """
-        return code_logits(queries, self._codes(), scaling=scaling)
+        return code_logits(queries, self.keys_coded, scaling=scaling)
 
     def jumps(
         self, queries: Tensor, base: Tensor, tail: int, budget: int, scaling: float, observed: Tensor | None = None
     ) -> Tensor:
         """Return base columns ``[Hkv, S]`` and the ``budget`` best others before ``tail``, by the codes; see ``code_jumps``."""
-        return code_jumps(queries, self._codes(), base, tail, budget, scaling=scaling, observed=observed)
+        return code_jumps(queries, self.keys_coded, base, tail, budget, scaling=scaling, observed=observed)
 
     def heavy(
         self, queries: Tensor, base: Tensor, tail: int, threshold: float, least: int, most: int, **options: Any
@@ -167,10 +186,17 @@ class KeySummaries:
         """Return base columns and all others before ``tail`` of at least a weight, and how many per head; see
         ``code_threshold``.
         """
-        return code_threshold(queries, self._codes(), base, tail, threshold, least, most, **options)
+        return code_threshold(queries, self.keys_coded, base, tail, threshold, least, most, **options)
 
-    def _codes(self) -> KeyCodes:
-        return KeyCodes(self.low, self.high, self.codes, self.bits, self.columns)
+    @property
+    def keys_coded(self) -> KeyCodes:
+        """Return bounds and codes of all columns, as the kernels take them; the same object until the buffers grow."""
+        low, high, codes = self._held()
+        if self._coded is None or self._coded.low is not low:
+            assert codes is not None, "bits=0: there are no codes"
+            self._coded = KeyCodes(low, high, codes, self.bits, self.columns)
+        self._coded.columns = self.columns
+        return self._coded
 
 
 def best_pages(bounds: Tensor, free: Tensor, page: int, budget: int) -> Tensor:

@@ -52,6 +52,16 @@ class KVSelection:
         lengths = torch.full((indices.shape[0],), indices.shape[1], dtype=torch.long, device=indices.device)
         return cls(indices, lengths, boundary, retention, fleeting)
 
+    @classmethod
+    def counted(cls, indices: Tensor, counts: Sequence[int], boundary: int) -> KVSelection:
+        """Build one that lasts for a step from ``[Hkv, S]`` and the number of pairs of each head."""
+        lengths = torch.tensor(counts, dtype=torch.long, device=indices.device)
+        made = cls(indices, lengths, boundary, fleeting=True)
+        # Known without reading the tensors, which is slow for so few numbers.
+        made.__dict__["pairs"] = sum(counts)
+        made.__dict__["ragged"] = min(counts, default=0) != indices.shape[1]
+        return made
+
     @cached_property
     def pairs(self) -> int:
         """Return the pairs selected, summed over the heads."""
@@ -87,8 +97,18 @@ class KVSelection:
             )
 
     def check(self, kv_heads: int, length: int) -> None:
-        """Raise PolicyError unless indices are sorted, unique, in range and below the boundary, and filler is -1."""
+        """Raise PolicyError unless indices are sorted, unique, in range and below the boundary, and filler is -1.
+
+        The numbers are read once, unless somebody writes into them.
+        """
         self.check_form(kv_heads, length)
+        versions = _versions(self.indices, self.lengths)
+        if versions is not None and versions == self.__dict__.get("_checked"):
+            return
+        self._check_numbers(kv_heads)
+        self.__dict__["_checked"] = versions
+
+    def _check_numbers(self, kv_heads: int) -> None:
         if bool((self.lengths < 0).any() | (self.lengths > self.indices.shape[1]).any()):
             raise PolicyError(f"KVSelection.lengths: expected {kv_heads} numbers from 0 to {self.indices.shape[1]}")
         width = self.indices.shape[1]
@@ -111,3 +131,11 @@ def _rises_within(indices: Tensor, boundary: int) -> bool:
     """Return whether each row rises strictly from at least 0 to below ``boundary``."""
     ends = bool((indices[:, 0] >= 0).all() & (indices[:, -1] < boundary).all())
     return ends and bool((indices[:, 1:] > indices[:, :-1]).all())
+
+
+def _versions(*tensors: Tensor) -> tuple[int, ...] | None:
+    """Return the write counters of tensors, or None where one was made in inference mode and has none."""
+    try:
+        return tuple(each._version for each in tensors)
+    except RuntimeError:
+        return None

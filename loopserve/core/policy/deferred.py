@@ -78,3 +78,7 @@ class DeferredInputs(AttentionInputs):
             self.gathered.store.summarise(summaries)
         else:
             summaries.update(self.keys)
+
+    def _prepare(self, summaries: KeySummaries) -> tuple[Tensor | None, int]:
+        self._update(summaries)  # reads new keys alone, where requests with a common prefix share summaries
+        return None, 0

@@ -18,9 +18,11 @@ from torch import Tensor
 
 from loopserve.core.kv.key_summaries import KeySummaries
 from loopserve.core.kv.selection import KVSelection, Retention
+from loopserve.core.kv.selection_request import SelectionRequest
 from loopserve.core.policy.base import Policy
 from loopserve.core.policy.layers import LayerSpec
 from loopserve.core.policy.patterns import AttentionPattern
+from loopserve.kernels.choose_columns import ColumnChoice
 from loopserve.kernels.choose_lines import choose_lines
 from loopserve.kernels.line_scores import LineScores, line_scores
 from loopserve.kernels.select_lines import LineSelection
@@ -122,6 +124,12 @@ class AttentionInputs:
         """Return whether columns are positions: every head holds every pair of the conversation."""
         return self.positions.dim() == 1 and self.length == self.total_tokens
 
+    def show_selection(self, selection: KVSelection) -> None:
+        """Show the selection that was made for this step: for the engine, which shows the same inputs after attention."""
+        object.__setattr__(
+            self, "selection", selection
+        )  # a second object would take longer than a small layer's choice
+
     @property
     def holds(self) -> Tensor:
         """Return which columns hold a pair, not filler: bool ``[Hkv, Tk]``."""
@@ -151,8 +159,47 @@ class AttentionInputs:
         self._update(summaries)
         return summaries
 
+    def request_selection(
+        self,
+        held: dict[int, KeySummaries],
+        page: int,
+        bits: int,
+        base: KVSelection,
+        *,
+        most: int,
+        least: int = 0,
+        threshold: float | None = None,
+        observed: Tensor | None = None,
+    ) -> SelectionRequest:
+        """Return a request for ``base`` and the best other pairs of the last query, by codes of the keys.
+
+        held, page, bits: as in ``summarised``, which need not be called before. The others: see ``kernels.choose_columns``.
+        """
+        summaries = held.setdefault(self.layer.index, KeySummaries(page, bits))
+        keys, first = self._prepare(summaries)
+        self.record.read("summaries", summaries.nbytes)
+        self.record.mean("summary_bytes_held", summaries.nbytes)  # per layer, beside the store
+        choice = ColumnChoice(
+            self.queries[:, -1:],
+            summaries.keys_coded,
+            base.indices,
+            base.boundary,
+            most,
+            least,
+            threshold,
+            observed,
+            keys,
+            first,
+        )
+        return SelectionRequest(base, summaries, choice, self.scaling, self.softcap)
+
     def _update(self, summaries: KeySummaries) -> None:
         summaries.update(self.keys)
+
+    def _prepare(self, summaries: KeySummaries) -> tuple[Tensor | None, int]:
+        """Return the keys that are to be summarised when the selection is made, and from which page on."""
+        first = summaries.prepare(self.keys)
+        return (None, 0) if first is None else (self.keys, first)
 
     def row_attention(self, rows: Tensor, *, kind: str = "scoring") -> LineScores:
         """Return the softmax attention of some rows of this call over all keys, with the masses of the lines.
@@ -328,8 +375,12 @@ class DecodeCompressor(Policy, Generic[State]):
         """Return the bytes that a state holds beside the store (summaries of keys). They count as held by the active set."""
         return 0
 
-    def before_attention(self, inputs: AttentionInputs, state: State) -> KVSelection | None:
-        """Return a selection for this layer from this decode step on, chosen with the current query, or None to keep the last one."""
+    def before_attention(self, inputs: AttentionInputs, state: State) -> KVSelection | SelectionRequest | None:
+        """Return a selection for this layer from this decode step on, chosen with the current query, or None to keep the last one.
+
+        A request (``inputs.request_selection``) is carried out for all sessions of a pass together, after this call. It holds the
+        selection then.
+        """
         return None
 
     def after_attention(self, inputs: AttentionInputs, state: State) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from ctypes import POINTER, Structure, byref, c_float, c_int64, c_void_p
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from ctypes import POINTER, Structure, byref, c_float, c_int64, c_void_p, sizeof
+from struct import Struct
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +14,7 @@ from loopserve.kernels.native import library
 from loopserve.kernels.native.library import address, number_type, optional, rows_of
 
 if TYPE_CHECKING:
+    from loopserve.kernels.choose_columns import ColumnChoice
     from loopserve.kernels.key_codes import KeyCodes
 
 
@@ -19,21 +22,26 @@ _MOST_CHANNELS = 4096  # the kernels store a key on the stack of a thread
 
 
 class _KeyCodes(Structure):
-    """Mirror the struct ``KeyCodes`` of key_codes.c."""
+    """Mirror the struct ``KeyCodes`` of code_pages.h."""
 
     _fields_ = [  # ctypes requires a list
         *(
             (name, c_void_p)
-            for name in ("queries", "low", "high", "codes", "logits", "base", "chosen", "observed", "counts")
+            for name in ("queries", "keys", "low", "high", "codes", "logits", "base", "chosen", "observed", "counts")
         ),
         *(
             (name, c_int64)
-            for name in ("bounds_head", "codes_head", "heads", "rows", "dim", "page", "bits", "columns", "half")
+            for name in ("query_head", "query_row", "key_head", "key_row", "bounds_head", "codes_head", "heads")
         ),
-        *((name, c_int64) for name in ("base_count", "tail", "budget", "least", "threads")),
+        *((name, c_int64) for name in ("group", "tokens", "dim", "page", "bits", "columns", "first", "half")),
+        *((name, c_int64) for name in ("query_half", "base_count", "tail", "budget", "least", "relative", "threads")),
         ("scaling", c_float),
         ("threshold", c_float),
     ]
+
+
+_PACKED = Struct("10P22q2f")  # the same fields; a struct format fills them in one call
+assert _PACKED.size == sizeof(_KeyCodes)
 
 
 def limit(queries: Tensor, of: KeyCodes, *_: object, **__: object) -> str | None:
@@ -48,13 +56,29 @@ def limit_threshold(queries: Tensor, of: KeyCodes, *_: object, softcap: float | 
     return limit(queries, of) if softcap is None else "logits under a softcap"
 
 
+def limit_choices(_: Tensor, choices: Sequence[ColumnChoice], *, softcap: float | None, **__: object) -> str | None:
+    """Return why ``choose_columns`` cannot serve these arguments, or None."""
+    for each in choices:
+        problem = limit(each.queries, each.of)
+        if problem is None and each.keys is not None and each.of.codes.shape[-1] % 16:
+            problem = _sixteens(each.of.codes)
+        if problem is not None:
+            return problem
+    capped = softcap is not None and any(each.threshold is not None for each in choices)
+    return "logits under a softcap" if capped else None
+
+
 def limit_pages(
     keys: Tensor, _page: int, _first: int, low: Tensor, high: Tensor, codes: Tensor | None, *_: object
 ) -> str | None:
     """Return why the kernel cannot summarise these pages, or None."""
     if codes is not None and codes.shape[-1] % 16:
-        return f"codes of {codes.shape[-1]} bytes are not a multiple of 16"
+        return _sixteens(codes)
     return _channels(keys.shape[-1]) or _pages(low, high, codes)
+
+
+def _sixteens(codes: Tensor) -> str:
+    return f"codes of {codes.shape[-1]} bytes are not a multiple of 16"
 
 
 def _channels(dim: int) -> str | None:
@@ -83,33 +107,35 @@ def summarise_pages(
     bounds, coded = (heads, low.shape[1], dim), (heads, low.shape[1], page, dim * bits // 8)
     if codes is not None:
         coded = heads, codes.shape[1], *coded[2:]
-    library.function("summarise_pages", *[c_void_p] * 4, *[c_int64] * 12)(
-        address("keys", keys, kind, (heads, total, dim), strided=2),
-        address("low", low, kind, bounds, strided=1, written=True),
-        address("high", high, kind, bounds, strided=1, written=True),
-        optional("codes", codes, torch.uint8, coded, strided=1, written=True),
-        keys.stride(0),
-        keys.stride(1),
-        low.stride(0),
-        0 if codes is None else codes.stride(0),
-        heads,
-        dim,
-        page,
-        0 if codes is None else bits,
-        first,
-        total,
-        kind is torch.bfloat16,
-        library.threads(),
+    call = _KeyCodes(
+        keys=address("keys", keys, kind, (heads, total, dim), strided=2),
+        low=address("low", low, kind, bounds, strided=1, written=True),
+        high=address("high", high, kind, bounds, strided=1, written=True),
+        codes=optional("codes", codes, torch.uint8, coded, strided=1, written=True),
+        key_head=keys.stride(0),
+        key_row=keys.stride(1),
+        bounds_head=low.stride(0),
+        codes_head=0 if codes is None else codes.stride(0),
+        heads=heads,
+        dim=dim,
+        page=page,
+        bits=0 if codes is None else bits,
+        columns=total,
+        first=first,
+        half=kind is torch.bfloat16,
+        threads=library.threads(),
     )
+    library.function("summarise_pages", POINTER(_KeyCodes))(byref(call))
 
 
 def code_logits(queries: Tensor, of: KeyCodes, *, scaling: float) -> Tensor:
     """See the operation."""
-    call, kept = _call(queries, of, scaling)
-    logits = torch.empty(call.heads, call.rows, of.columns, dtype=torch.float32, device="cpu")
-    call.logits = address("logits", logits, torch.float32, (call.heads, call.rows, of.columns))
-    library.call("code_logits", POINTER(_KeyCodes))(byref(call))
-    del kept
+    heads, rows = of.low.shape[0], queries.shape[0] // of.low.shape[0] * queries.shape[1]
+    logits = torch.empty(heads, rows, of.columns, dtype=torch.float32, device="cpu")
+    calls = (_KeyCodes * 1)()
+    queries = rows_of(queries)
+    _pack(calls, 0, queries, of, scaling, logits=address("logits", logits, torch.float32, logits.shape))
+    library.call("code_logits", POINTER(_KeyCodes))(calls)
     return logits
 
 
@@ -117,7 +143,7 @@ def code_jumps(
     queries: Tensor, of: KeyCodes, base: Tensor, tail: int, budget: int, *, scaling: float, observed: Tensor | None
 ) -> Tensor:
     """See the operation."""
-    return _select("code_jumps", queries, of, base, tail, budget, scaling=scaling, observed=observed)
+    return _choose([(queries, of, base, tail, budget, 0, None, observed, None, 0)], scaling)[0][0]
 
 
 def code_threshold(
@@ -134,67 +160,123 @@ def code_threshold(
     observed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """See the operation. The result has the width of the longest head."""
-    counts = torch.empty(len(of.low), dtype=torch.long, device="cpu")
-    place = address("counts", counts, torch.long, (len(of.low),))
-    options: dict[str, Any] = {
-        "scaling": scaling,
-        "observed": observed,
-        "least": least,
-        "threshold": threshold,
-        "counts": place,
-    }
-    chosen = _select("code_threshold", queries, of, base, tail, most, **options)
-    longest = int(counts.max())
-    return chosen[:, chosen.shape[1] - longest :].contiguous(), counts
+    ((columns, counts),) = _choose([(queries, of, base, tail, most, least, threshold, observed, None, 0)], scaling)
+    return columns, torch.tensor(counts, dtype=torch.long, device="cpu")
 
 
-def _select(
-    name: str,
+def choose_columns(
+    _: Tensor, choices: Sequence[ColumnChoice], *, scaling: float, softcap: float | None
+) -> list[tuple[Tensor, list[int]]]:
+    """See the operation."""
+    return _choose(choices, scaling)
+
+
+def _choose(choices: Sequence[tuple[Any, ...]], scaling: float) -> list[tuple[Tensor, list[int]]]:
+    """Choose columns for several sessions by one kernel call. choices: the fields of ``ColumnChoice``, in order."""
+    calls, kept = (_KeyCodes * len(choices))(), []  # kept: copies must stay alive during the call
+    heads = choices[0][1].low.shape[0]
+    counts = torch.empty(len(choices), heads, dtype=torch.long, device="cpu")
+    widths = [base.shape[1] + most for _, _, base, _, most, *_ in choices]
+    chosen = torch.empty(heads * sum(widths), dtype=torch.long, device="cpu")
+    place, out = counts.data_ptr(), chosen.data_ptr()
+    for index, (queries, of, base, tail, most, least, threshold, observed, keys, first) in enumerate(choices):
+        queries, base, keys = rows_of(queries), base.contiguous(), None if keys is None else rows_of(keys)
+        kept.append((queries, base, keys))
+        _pack(
+            calls,
+            index,
+            queries,
+            of,
+            scaling,
+            keys=keys,
+            first=first,
+            base=address("base", base, torch.long, (heads, base.shape[1])),
+            chosen=out,
+            observed=optional("observed", observed, torch.float32, (heads, tail)) or 0,
+            counts=place,
+            choice=(base.shape[1], tail, most, least, threshold is not None),
+            threshold=threshold or 0.0,
+        )
+        place, out = place + heads * 8, out + heads * widths[index] * 8
+    library.call("choose_columns", POINTER(_KeyCodes), c_int64)(calls, len(choices))
+    found, start = [], 0
+    for choice, width, own in zip(choices, widths, counts.tolist(), strict=True):
+        if min(own) < 0:
+            raise ValueError(f"choose_columns: base columns must lie in [0, {choice[3]}), got {choice[2].tolist()}")
+        longest = max(own)
+        found.append((chosen.as_strided((heads, longest), (longest, 1), start), own))
+        start += heads * width
+    return found
+
+
+class _Places(NamedTuple):
+    """Hold the addresses of checked buffers and the strides of their heads."""
+
+    buffers: tuple[int, int, int]
+    strides: tuple[int, int]
+
+
+def _places(of: KeyCodes) -> _Places:
+    """Return where the buffers lie. They are checked once, unless their memory moves."""
+    low, high, codes = of.low, of.high, of.codes
+    held: _Places | None = of.places
+    if held is None or held.buffers != (low.data_ptr(), high.data_ptr(), codes.data_ptr()):
+        bounds, kind = low.shape, number_type(low)
+        coded = (*bounds[:2], codes.shape[2], bounds[2] * of.bits // 8)
+        found = (
+            address("low", low, kind, bounds, strided=1, written=True),
+            address("high", high, kind, bounds, strided=1, written=True),
+            address("codes", codes, torch.uint8, coded, strided=1, written=True),
+        )
+        of.places = held = _Places(found, (low.stride(0), codes.stride(0)))
+    return held
+
+
+def _pack(
+    calls: Any,
+    index: int,
     queries: Tensor,
     of: KeyCodes,
-    base: Tensor,
-    tail: int,
-    budget: int,
-    *,
     scaling: float,
-    observed: Tensor | None,
-    **more: Any,
-) -> Tensor:
-    """Call a kernel that selects columns: int64 ``[Hkv, S + budget]``. more: further fields of the struct."""
-    call, kept = _call(queries, of, scaling)
-    base = base.contiguous()
-    chosen = torch.empty(call.heads, base.shape[1] + budget, dtype=torch.long, device="cpu")
-    call.base, call.base_count = address("base", base, torch.long, (call.heads, base.shape[1])), base.shape[1]
-    call.chosen = address("chosen", chosen, torch.long, (call.heads, base.shape[1] + budget))
-    call.tail, call.budget = tail, budget
-    call.observed = optional("observed", observed, torch.float32, (call.heads, tail))
-    for field, value in more.items():
-        setattr(call, field, value)
-    library.call(name, POINTER(_KeyCodes))(byref(call))
-    del kept
-    return chosen
-
-
-def _call(queries: Tensor, of: KeyCodes, scaling: float) -> tuple[_KeyCodes, Tensor]:
-    """Return the arguments of the kernel, and the queries they point to, which must stay alive during the call."""
-    heads, pages, dim = of.low.shape
-    kind, page = number_type(of.low), of.codes.shape[2]
-    held = queries.float().contiguous()
-    call = _KeyCodes(
-        queries=address("queries", held, torch.float32, (*queries.shape[:2], dim)),
-        low=address("low", of.low, kind, (heads, pages, dim), strided=1),
-        high=address("high", of.high, kind, (heads, pages, dim), strided=1),
-        codes=address("codes", of.codes, torch.uint8, (heads, pages, page, dim * of.bits // 8), strided=1),
-        bounds_head=of.low.stride(0),
-        codes_head=of.codes.stride(0),
-        heads=heads,
-        rows=queries.shape[0] // heads * queries.shape[1],
-        dim=dim,
-        page=page,
-        bits=of.bits,
-        columns=of.columns,
-        half=kind is torch.bfloat16,
-        threads=library.threads(),
-        scaling=scaling,
+    *,
+    keys: Tensor | None = None,
+    first: int = 0,
+    logits: int = 0,
+    base: int = 0,
+    chosen: int = 0,
+    observed: int = 0,
+    counts: int = 0,
+    choice: tuple[int, int, int, int, bool] = (0, 0, 0, 0, False),
+    threshold: float = 0.0,
+) -> None:
+    """Fill the struct of a call. logits to counts: addresses. choice: the fields from ``base_count`` to ``relative``."""
+    given, (heads, _, dim), places = number_type(queries), of.low.shape, _places(of)
+    _PACKED.pack_into(
+        calls,
+        index * _PACKED.size,
+        address("queries", queries, given, queries.shape, strided=2),
+        0 if keys is None else address("keys", keys, of.low.dtype, (heads, of.columns, dim), strided=2),
+        *places.buffers,
+        logits,
+        base,
+        chosen,
+        observed,
+        counts,
+        *queries.stride()[:2],
+        *((0, 0) if keys is None else keys.stride()[:2]),
+        *places.strides,
+        heads,
+        queries.shape[0] // heads,
+        queries.shape[1],
+        dim,
+        of.codes.shape[2],
+        of.bits,
+        of.columns,
+        first,
+        of.low.dtype is torch.bfloat16,
+        given is torch.bfloat16,
+        *choice,
+        library.threads(),
+        scaling,
+        threshold,
     )
-    return call, held

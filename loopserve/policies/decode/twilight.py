@@ -11,6 +11,7 @@ from torch import Tensor
 
 from loopserve.core.kv.key_summaries import KeySummaries
 from loopserve.core.kv.selection import KVSelection, Retention
+from loopserve.core.kv.selection_request import SelectionRequest
 from loopserve.core.policy.interfaces import AttentionInputs, DecodeCompressor, Observation, Phase, Selections, Step
 from loopserve.core.policy.wrappers import AnyInner, InnerConfig, Wrapping
 
@@ -96,7 +97,7 @@ class TwilightDecode(Wrapping, DecodeCompressor[TwilightState]):
         layer = inputs.layer.index
         chosen = self.inner.before_attention(self._unpruned(inputs, state), state.inner)
         if chosen is not None:
-            state.candidates[layer] = chosen
+            state.candidates[layer] = chosen.make() if isinstance(chosen, SelectionRequest) else chosen
         candidates = state.candidates.get(layer)
         if self.config.top_p == 1:
             return candidates

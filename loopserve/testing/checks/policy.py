@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from loopserve.core.kv.selection import KVSelection
+from loopserve.core.kv.selection_request import SelectionRequest
 from loopserve.core.policy.base import Capabilities
 from loopserve.core.policy.interfaces import AttentionInputs, DecodeCompressor, Observation, Selections, Step
 from loopserve.core.policy.wrappers import written
@@ -210,7 +211,7 @@ class _Watched(DecodeCompressor[Any]):
     def end_turn(self, state: Any) -> None:
         self.watched.end_turn(state)
 
-    def before_attention(self, inputs: AttentionInputs, state: Any) -> KVSelection | None:
+    def before_attention(self, inputs: AttentionInputs, state: Any) -> KVSelection | SelectionRequest | None:
         with unchanged(inputs):
             return self.watched.before_attention(inputs, state)
 

@@ -13,7 +13,7 @@ from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
 
 from loopserve import ConfigError
-from loopserve.core.engine.attention import LayerCall
+from loopserve.core.engine.forward import LayerCall
 from loopserve.core.engine.hosted import attend_hosted
 from loopserve_vllm.kernels import part_of, write_block
 from loopserve_vllm.requests import Requests, follow

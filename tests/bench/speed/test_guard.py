@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from loopserve.bench.speed.guard import run_guard_bench
-from loopserve.core.engine import attention
+from loopserve.core.engine import decode_step
 from loopserve.core.guard.guard import check_selection
 
 
@@ -15,4 +15,4 @@ def test_both_sides_say_the_same_and_nothing_stays_switched_off() -> None:
     assert row["ratio_q20"] <= row["ratio_paired_median"] <= row["ratio_q80"]
     assert 0 < row["asking_us"] < row["guarded_ms"] * 1e3
     assert "torch" in result["machine"]
-    assert attention.check_selection is check_selection
+    assert decode_step.check_selection is check_selection

@@ -1,4 +1,4 @@
-// Compute logits of all keys from their codes, and select the best columns.
+// Code keys, compute logits of all keys from their codes, and choose the best columns.
 //
 // A code is a step between the smallest and the largest value of a channel in its page: key = low + code * step. So the logit of a
 // key is the product of the query with `low`, computed once per page, plus the product of its codes with query * step. Where the
@@ -7,27 +7,14 @@
 #include <stdlib.h>
 
 #include "best.h"
+#include "code_pages.h"
 #include "common.h"
-#include "tile.h"
-
-typedef struct {
-    const float *queries;     // [heads][rows][dim], rows of a group adjacent
-    const char *low, *high;   // [heads][pages][dim]
-    const uint8_t *codes;     // [heads][pages][page][width]; byte j holds channels j, j + width, ..., the first lowest
-    float *logits;            // [heads][rows][columns]
-    const int64_t *base;      // [heads][base_count]: sorted columns that are always chosen, all below `tail`
-    int64_t *chosen;          // [heads][base_count + budget]: those and the best others, sorted; -1 first where a head has fewer
-    float *observed;          // [heads][tail]: the rows' softmax is added, mean over the rows; or NULL
-    int64_t *counts;          // [heads]: columns that `code_threshold` chose, the base included
-    int64_t bounds_head, codes_head;  // strides: in numbers, in bytes
-    int64_t heads, rows, dim, page, bits, columns, half, base_count, tail, budget, least, threads;
-    float scaling, threshold;  // of `code_threshold`: `least` to `budget` others whose log of a row's softmax reaches the threshold
-} KeyCodes;
 
 enum { TOGETHER = 4 };  // queries of a group per pass: bounds are read and codes unpacked once for all of them
 
 typedef struct {
     int64_t stride;   // columns, padded by a page and two vectors
+    float *queries;   // [rows][dim] of the current head
     float *steps;     // [TOGETHER][dim]: query * step of the current page
     int8_t *bytes;    // [TOGETHER][2][dim]: the same in units of largest / 127, and the remainder in units of that / 127
     float scales[TOGETHER], offsets[TOGETHER];  // logit = products * scale + offset
@@ -38,17 +25,29 @@ typedef struct {
     int64_t *jumps;   // [budget]
 } Desk;
 
+static int64_t rows_of(const KeyCodes *k) { return k->group * k->tokens; }
+
 static int desk_open(Desk *d, const KeyCodes *k) {
-    int64_t stride = k->columns + k->page + 2 * VW, rows = k->rows < TOGETHER ? k->rows : TOGETHER;
-    d->stride = stride;
+    int64_t stride = k->columns + k->page + 2 * VW, rows = rows_of(k) < TOGETHER ? rows_of(k) : TOGETHER;
+    d->stride = stride, d->queries = allocate(rows_of(k) * k->dim * 4);
     d->steps = allocate(TOGETHER * k->dim * 4), d->bytes = allocate(TOGETHER * 2 * k->dim);
     d->logits = allocate(rows * stride * 4), d->best = allocate(stride * 4), d->codes = allocate(stride * 4), d->kept = allocate(stride * 4);
     d->places = allocate(stride * 4), d->jumps = allocate((k->budget + 1) * 8);
-    return d->steps && d->bytes && d->logits && d->best && d->codes && d->kept && d->places && d->jumps;
+    return d->queries && d->steps && d->bytes && d->logits && d->best && d->codes && d->kept && d->places && d->jumps;
 }
 
 static void desk_close(Desk *d) {
-    free(d->steps), free(d->bytes), free(d->logits), free(d->best), free(d->codes), free(d->kept), free(d->places), free(d->jumps);
+    free(d->queries), free(d->steps), free(d->bytes), free(d->logits), free(d->best), free(d->codes), free(d->kept), free(d->places), free(d->jumps);
+}
+
+// Convert the queries of a head.
+static void take_queries(const KeyCodes *k, Desk *d, int64_t head) {
+    for (int64_t row = 0; row < rows_of(k); row++) {
+        int64_t at = (head * k->group + row / k->tokens) * k->query_head + row % k->tokens * k->query_row;
+        for (int64_t c = 0; c < k->dim; c += VW)
+            store(d->queries + row * k->dim + c,
+                  k->query_half ? load_bf16((const bf16 *)k->queries + at + c) : load((const float *)k->queries + at + c));
+    }
 }
 
 #if defined(__AVX512VNNI__)
@@ -215,15 +214,17 @@ int LS(code_logits)(const KeyCodes *k) {
 #pragma omp parallel for num_threads(k->threads) schedule(dynamic, 1) if (k->threads > 1)
     for (int64_t head = 0; head < k->heads; head++) {
         Desk d;
-        if (desk_open(&d, k))
-            for (int64_t first = 0; first < k->rows; first += TOGETHER) {
-                int rows = (int)(k->rows - first < TOGETHER ? k->rows - first : TOGETHER);
+        if (desk_open(&d, k)) {
+            take_queries(k, &d, head);
+            for (int64_t first = 0; first < rows_of(k); first += TOGETHER) {
+                int rows = (int)(rows_of(k) - first < TOGETHER ? rows_of(k) - first : TOGETHER);
                 float *logits[TOGETHER];
                 for (int r = 0; r < rows; r++) logits[r] = d.logits + r * d.stride;
-                logits_of(k, &d, head, k->queries + (head * k->rows + first) * k->dim, rows, logits);
-                for (int r = 0; r < rows; r++) memcpy(k->logits + (head * k->rows + first + r) * k->columns, logits[r], k->columns * 4);
+                logits_of(k, &d, head, d.queries + first * k->dim, rows, logits);
+                for (int r = 0; r < rows; r++)
+                    memcpy(k->logits + (head * rows_of(k) + first + r) * k->columns, logits[r], k->columns * 4);
             }
-        else failed = 1;
+        } else failed = 1;
         desk_close(&d);
     }
     return failed;
@@ -257,33 +258,43 @@ static void observe(const float *weights, float total, int64_t tail, float share
 }
 
 // Write for each column the largest logit of a row to d->best. relative: of the log of the row's softmax instead.
-static void best_of_rows(const KeyCodes *k, Desk *d, int64_t head, int relative) {
+static void best_of_rows(const KeyCodes *k, Desk *d, int64_t head) {
     int64_t columns = k->columns;
-    for (int64_t first = 0; first < k->rows; first += TOGETHER) {
-        int rows = (int)(k->rows - first < TOGETHER ? k->rows - first : TOGETHER);
+    for (int64_t first = 0; first < rows_of(k); first += TOGETHER) {
+        int rows = (int)(rows_of(k) - first < TOGETHER ? rows_of(k) - first : TOGETHER);
         float *logits[TOGETHER];
         for (int r = 0; r < rows; r++) logits[r] = first + r ? d->logits + r * d->stride : d->best;
-        logits_of(k, d, head, k->queries + (head * k->rows + first) * k->dim, rows, logits);
+        logits_of(k, d, head, d->queries + first * k->dim, rows, logits);
         for (int r = 0; r < rows; r++) {
             float base = 0, total;
-            if (k->observed || relative) {
+            if (k->observed || k->relative) {
                 float *weights = (float *)d->kept, log_sum = exponentials(logits[r], columns, weights, &total);
-                if (k->observed) observe(weights, total, k->tail, 1.0f / k->rows, k->observed + head * k->tail);
-                base = relative ? log_sum : 0;
+                if (k->observed) observe(weights, total, k->tail, 1.0f / rows_of(k), k->observed + head * k->tail);
+                base = k->relative ? log_sum : 0;
             }
             if (first + r)
                 for (int64_t c = 0; c < columns; c += VW) store(d->best + c, vmax(load(d->best + c), load(logits[r] + c) - base));
-            else if (relative)
+            else if (k->relative)
                 for (int64_t c = 0; c < columns; c += VW) store(d->best + c, load(d->best + c) - base);
         }
     }
 }
 
-// Write the codes of the columns below the tail to d->codes, 0 for the base, which no column is below.
-static void rank(const KeyCodes *k, Desk *d, int64_t head) {
+void LS(summarise_pages)(const KeyCodes *k) {
+#pragma omp parallel for num_threads(k->threads) schedule(static) if (k->threads > 1)
+    for (int64_t head = 0; head < k->heads; head++) summarise_head(k, head);
+}
+
+// Write the codes of the columns below the tail to d->codes, 0 for the base, which no column is below. Return whether the base lies
+// below the tail.
+static int rank(const KeyCodes *k, Desk *d, int64_t head) {
     for (int64_t c = 0; c < k->tail; c += VW) *(vu *)(d->codes + c) = codes_of(load(d->best + c));
     const int64_t *base = k->base + head * k->base_count;
-    for (int64_t i = 0; i < k->base_count; i++) d->codes[base[i]] = 0;
+    for (int64_t i = 0; i < k->base_count; i++) {
+        if (base[i] < 0 || base[i] >= k->tail) return 0;
+        d->codes[base[i]] = 0;
+    }
+    return 1;
 }
 
 // Write the base and the `wanted` best others, in order.
@@ -295,121 +306,56 @@ static void take(const KeyCodes *k, Desk *d, int64_t head, int64_t wanted, int64
         *out++ = j == wanted || (i < k->base_count && base[i] < d->jumps[j]) ? base[i++] : d->jumps[j++];
 }
 
-static void jumps_of(const KeyCodes *k, Desk *d, int64_t head) {
-    best_of_rows(k, d, head, 0);
-    rank(k, d, head);
-    take(k, d, head, k->budget, k->chosen + head * (k->base_count + k->budget));
-}
-
-static void heavy_of(const KeyCodes *k, Desk *d, int64_t head) {
-    best_of_rows(k, d, head, 1);
-    rank(k, d, head);
-    int64_t wanted = 0, width = k->base_count + k->budget, *out = k->chosen + head * width;
-    uint32_t least = code_of(k->threshold);
-    for (int64_t c = 0; c < k->tail; c++) wanted += d->codes[c] >= least;
-    wanted = wanted < k->least ? k->least : wanted > k->budget ? k->budget : wanted;
+static void choose_of_head(const KeyCodes *k, Desk *d, int64_t head) {
+    if (k->keys) summarise_head(k, head);
+    take_queries(k, d, head);
+    best_of_rows(k, d, head);
+    k->counts[head] = -1;
+    if (!rank(k, d, head)) return;
+    int64_t wanted = k->budget, width = k->base_count + k->budget, *out = k->chosen + head * width;
+    if (k->relative) {
+        uint32_t least = code_of(k->threshold);
+        wanted = 0;
+        for (int64_t c = 0; c < k->tail; c++) wanted += d->codes[c] >= least;
+        wanted = wanted < k->least ? k->least : wanted > k->budget ? k->budget : wanted;
+    }
     int64_t filler = k->budget - wanted;
     k->counts[head] = k->base_count + wanted;
     for (int64_t i = 0; i < filler; i++) out[i] = -1;
     take(k, d, head, wanted, out + filler);
 }
 
-static int for_each_head(const KeyCodes *k, void (*of_head)(const KeyCodes *, Desk *, int64_t)) {
+// Move the rows of `chosen` together, as wide as the longest head.
+static void compact(const KeyCodes *k) {
+    int64_t longest = 0, width = k->base_count + k->budget;
+    for (int64_t head = 0; head < k->heads; head++) longest = k->counts[head] > longest ? k->counts[head] : longest;
+    for (int64_t head = 0; head < k->heads && longest < width; head++)
+        memmove(k->chosen + head * longest, k->chosen + (head + 1) * width - longest, longest * 8);
+}
+
+// Choose columns for `number` sessions of one layer. Each head must have at least `budget` columns before the tail outside the base.
+// A head is computed alike whatever the others are. Return 0, or 1 if memory ran out.
+int LS(choose_columns)(const KeyCodes *calls, int64_t number) {
     int failed = 0;
-#pragma omp parallel num_threads(k->threads) if (k->threads > 1)
+    int64_t heads = calls[0].heads, threads = calls[0].threads;
+    KeyCodes largest = calls[0];
+    for (int64_t i = 1; i < number; i++) {
+        const KeyCodes *k = calls + i;
+        largest.columns = k->columns > largest.columns ? k->columns : largest.columns;
+        largest.page = k->page > largest.page ? k->page : largest.page;
+        largest.budget = k->budget > largest.budget ? k->budget : largest.budget;
+        largest.tokens = k->tokens > largest.tokens ? k->tokens : largest.tokens;
+    }
+#pragma omp parallel num_threads(threads) if (threads > 1)
     {
         Desk d;
-        if (!desk_open(&d, k)) failed = 1;
+        if (!desk_open(&d, &largest)) failed = 1;
 #pragma omp barrier
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t head = 0; head < k->heads; head++)
-            if (!failed) of_head(k, &d, head);
+        for (int64_t item = 0; item < number * heads; item++)
+            if (!failed) choose_of_head(calls + item / heads, &d, item % heads);
         desk_close(&d);
     }
+    for (int64_t i = 0; i < number && !failed; i++) compact(calls + i);
     return failed;
-}
-
-// Select columns. Each head must have at least `budget` columns before the tail outside the base. Return 0, or 1 if memory ran out.
-int LS(code_jumps)(const KeyCodes *k) { return for_each_head(k, jumps_of); }
-int LS(code_threshold)(const KeyCodes *k) { return for_each_head(k, heavy_of); }
-
-// Rows of `count` keys from channel c on, and their stride.
-typedef struct {
-    const char *rows;
-    int64_t count, row, c, half;
-} Keys;
-
-INLINE vf key(const Keys *k, int64_t i) {
-    return k->half ? load_bf16((const bf16 *)(k->rows + i * k->row * 2) + k->c) : load((const float *)(k->rows + i * k->row * 4) + k->c);
-}
-
-INLINE vf stored(vf x, int64_t half) {
-    if (!half) return x;
-    bf16 rounded[VW];
-    store_bf16(rounded, x);
-    return load_bf16(rounded);
-}
-
-INLINE vf step_of(vf low, vf high, int most) { return vmax((high - low) / (float)most, splat(1.1754943508222875e-38f)); }
-
-INLINE vf code_of_key(vf x, vf low, vf step, int most) {
-    return vmax(-vmax(-((x - low) / step), splat(-most)), (vf){}) + 12582912.0f;  // rounded integer in the low bits
-}
-
-// Narrow bounds to the part of their range, in eighths, that codes the keys with the least squared error. An eighth and a half are
-// exact, so that a fused multiplication rounds like a separate one.
-INLINE void fit(const Keys *k, int most, vf *low, vf *high) {
-    vf lowest = *low, middle = (*low + *high) * 0.5f, reach = (*high - *low) * 0.5f, least = {};
-    vf eighth = reach * 0.125f, half = reach * 0.5f;
-    vf parts[] = {reach, reach - eighth, reach - 2 * eighth, half + eighth, half};
-    for (int p = 0; p < 5; p++) {
-        vf a = p ? stored(middle - parts[p], k->half) : *low, b = p ? stored(middle + parts[p], k->half) : *high;
-        vf step = step_of(a, b, most), error = {};
-        for (int64_t i = 0; i < k->count; i++) {
-            vf x = key(k, i), off = (code_of_key(x, a, step, most) - 12582912.0f) * step + a - x;
-            error += off * off;
-        }
-        if (p == 0) least = error;
-        vi better = error < least;
-        least = where(better, error, least), lowest = where(better, a, lowest), *high = where(better, b, *high);
-    }
-    *low = lowest;
-}
-
-// Compute bounds and codes of the pages from `first` on. bits 0: bounds only. Whole pages of 2 bits are fitted.
-void LS(summarise_pages)(const char *keys, char *low, char *high, uint8_t *codes, int64_t key_head, int64_t key_row,
-                         int64_t bounds_head, int64_t codes_head, int64_t heads, int64_t dim, int64_t page, int64_t bits,
-                         int64_t first, int64_t columns, int64_t half, int64_t threads) {
-    int64_t size = half ? 2 : 4, width = dim * bits / 8, pages = (columns + page - 1) / page;
-    int most = (1 << bits) - 1;
-    int64_t per = bits ? 8 / bits : 0;
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-    for (int64_t head = 0; head < heads; head++)
-        for (int64_t p = first; p < pages; p++) {
-            const char *rows = keys + (head * key_head + p * page * key_row) * size;
-            int64_t count = columns - p * page < page ? columns - p * page : page;
-            char *lows = low + (head * bounds_head + p * dim) * size, *highs = high + (head * bounds_head + p * dim) * size;
-            uint8_t *packed = bits ? codes + head * codes_head + p * page * width : NULL;
-            Keys k = {rows, count, key_row, 0, half};
-            vf bounds[2][dim / VW];
-            for (int64_t c = k.c = 0; c < dim; k.c = c += VW) {
-                vf a = key(&k, 0), b = a;
-                for (int64_t i = 1; i < count; i++) a = -vmax(-a, -key(&k, i)), b = vmax(b, key(&k, i));
-                if (bits == 2 && count == page) fit(&k, most, &a, &b);
-                if (half) store_bf16((bf16 *)lows + c, a), store_bf16((bf16 *)highs + c, b);
-                else store((float *)lows + c, a), store((float *)highs + c, b);
-                bounds[0][c / VW] = a;
-                bounds[1][c / VW] = step_of(a, b, most);
-            }
-            for (int64_t i = 0; i < count && bits; i++)
-                for (int64_t j = 0; j < width; j += VW) {
-                    vi bytes = {};
-                    for (int64_t part = 0; part < per; part++) {
-                        int64_t c = k.c = part * width + j;
-                        vi code = (vi)code_of_key(key(&k, i), bounds[0][c / VW], bounds[1][c / VW], most) & 0xffff;
-                        bytes |= code << (int)(part * bits);
-                    }
-                    *(vb_loose *)(packed + i * width + j) = __builtin_convertvector(bytes, vb_loose);
-                }
-        }
 }

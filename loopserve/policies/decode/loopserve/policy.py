@@ -13,6 +13,7 @@ from torch.nn.functional import pad
 
 from loopserve.core.kv.key_summaries import KeySummaries
 from loopserve.core.kv.selection import KVSelection, Retention
+from loopserve.core.kv.selection_request import SelectionRequest
 from loopserve.core.policy.base import Capabilities
 from loopserve.core.policy.interfaces import AttentionInputs, DecodeCompressor, Observation, Phase, Selections, Step
 from loopserve.kernels.key_codes import log_weights
@@ -45,8 +46,8 @@ class LoopServeState:
 
     Dictionaries are by layer. first_hop_scores ``[length]``: attention of the last rows to each token, summed over heads and
     layers. layer_scores ``[Hkv, length]``: of the current observation. output_queries ``[Hq, 1, D]`` each: of this turn's last
-    outputs. code_scores ``[Hkv, boundary]``: summed since the last selection (``rescore: codes``). layer_inputs: the layers of the
-    current pass, views of the store; empty between two turns.
+    outputs. code_scores ``[Hkv, boundary]``: summed since the last selection (``rescore: codes``). layer_inputs, requests: the
+    layers of the current pass and what was selected for them, views of the store; empty between two turns.
     """
 
     input_end: int = 0  # length of the conversation after this turn's prefill
@@ -63,6 +64,7 @@ class LoopServeState:
     controller: ThresholdController = field(default_factory=ThresholdController)
     key_summaries: dict[int, KeySummaries] = field(default_factory=dict)
     layer_inputs: dict[int, AttentionInputs] = field(default_factory=dict)
+    requests: list[SelectionRequest] = field(default_factory=list)
 
 
 def _over_group(scores: Tensor, inputs: AttentionInputs) -> Tensor:
@@ -135,7 +137,7 @@ class LoopServeDecode(DecodeCompressor[LoopServeState]):
 
     # Before a layer's attention: the steps that depend on the current query.
 
-    def before_attention(self, inputs: AttentionInputs, state: LoopServeState) -> KVSelection | None:
+    def before_attention(self, inputs: AttentionInputs, state: LoopServeState) -> KVSelection | SelectionRequest | None:
         """Return the selection with the best pairs of the current query added. Select again if the selection has drifted from that
         query.
         """
@@ -157,41 +159,49 @@ class LoopServeDecode(DecodeCompressor[LoopServeState]):
         selection = selection_of(columns, inputs, base)
         return None if same(inputs.selection, selection) else selection
 
-    def _jump(self, inputs: AttentionInputs, base: KVSelection, state: LoopServeState) -> KVSelection:
-        """Return the base and the best pairs of the current query by the keys' codes, attended in place.
+    def _jump(self, inputs: AttentionInputs, base: KVSelection, state: LoopServeState) -> SelectionRequest:
+        """Request the base and the best pairs of the current query by the keys' codes, attended in place.
 
         Nothing is evicted under ``page_budget``, so positions are columns and no head holds filler.
         """
-        summaries = self._probe(inputs, state).summaries
+        config, controller = self.config, state.controller
         observed = None
-        if self.config.rescore is Rescore.CODES:
+        if config.rescore is Rescore.CODES:
             observed = state.code_scores.get(inputs.layer.index)
             if observed is None or observed.shape[1] != base.boundary:
                 shape = base.indices.shape[0], base.boundary
                 observed = torch.zeros(shape, dtype=torch.float32, device=inputs.device)
                 state.code_scores[inputs.layer.index] = observed
-        heads, width = base.indices.shape
-        config, free, query = self.config, base.boundary - width, inputs.queries[:, -1:]
-        if not config.by_threshold:
-            budget = min(config.page_budget, free)
-            columns = summaries.jumps(query, base.indices, base.boundary, budget, inputs.scaling, observed)
-            return KVSelection.uniform(columns, base.boundary, fleeting=True)
-        assert state.controller.log_threshold is not None
-        columns, lengths = summaries.heavy(
-            query,
-            base.indices,
-            base.boundary,
-            state.controller.log_threshold,
-            min(int(config.page_budget_least * config.page_budget), free),
-            min(config.most_page_pairs, free),
-            scaling=inputs.scaling,
-            softcap=inputs.softcap,
+        free = base.boundary - base.indices.shape[1]
+        least = most = min(config.page_budget, free)
+        if config.by_threshold:
+            assert controller.log_threshold is not None
+            least = min(int(config.page_budget_least * config.page_budget), free)
+            most = min(config.most_page_pairs, free)
+        request = inputs.request_selection(
+            state.key_summaries,
+            config.page,
+            config.key_bits,
+            base,
+            most=most,
+            least=least,
+            threshold=controller.log_threshold if config.by_threshold else None,
             observed=observed,
         )
-        tail = inputs.length - base.boundary if self.counts_outputs else 0
-        selection = KVSelection(columns, lengths, base.boundary, fleeting=True)
-        state.controller.add(selection.pairs + heads * (tail - width), heads)
-        return selection
+        state.requests.append(request)
+        return request
+
+    def _move_threshold(self, step: Step, state: LoopServeState) -> None:
+        """Move the threshold by the pairs that the step's selections attend to."""
+        if self.config.by_threshold:
+            for request in state.requests:
+                if request.selection is None:
+                    continue
+                heads, width = request.base.indices.shape
+                tail = step.length - request.base.boundary if self.counts_outputs else 0
+                state.controller.add(request.selection.pairs + heads * (tail - width), heads)
+            state.controller.end_step(self.config.page_budget)
+        state.requests = []
 
     def _begin_threshold(self, state: LoopServeState) -> None:
         """Choose the first threshold by the last query of each layer, which the first output's will resemble."""
@@ -318,7 +328,7 @@ class LoopServeDecode(DecodeCompressor[LoopServeState]):
 
     def _after_output(self, step: Step, state: LoopServeState) -> Selections | None:
         selections = None
-        state.controller.end_step(self.config.page_budget)
+        self._move_threshold(step, state)
         if self._due(step, state) and any(self._crowded(call, state) for call in state.layer_inputs.values()):
             for layer, call in state.layer_inputs.items():
                 if layer in state.code_scores:
