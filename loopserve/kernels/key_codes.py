@@ -65,7 +65,9 @@ class KeyCodes:
     codes: Tensor
     bits: int
     columns: int
-    places: Any = field(default=None, repr=False)  # of the compiled kernels: where the buffers lie, once checked
+    places: Any = field(
+        default=None, init=False, repr=False
+    )  # of the compiled kernels: where the buffers lie, once checked
 
 
 def summarise_pages(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -204,6 +205,6 @@ def test_codes_of_any_layout_give_the_same(layout: str, implementation: str) -> 
 
 def test_codes_of_another_width_are_refused() -> None:
     with pytest.raises(ValueError, match="do not hold 8 bits"):
-        code_logits(normal(4, 1, DIM), coded("dense", "reference")._replace(bits=8), scaling=0.2)
+        code_logits(normal(4, 1, DIM), replace(coded("dense", "reference"), bits=8), scaling=0.2)
     with pytest.raises(ValueError, match="page=0"):
         summarise_pages(normal(2, TOTAL, DIM), 0, 0, torch.zeros(2, 1, DIM), torch.zeros(2, 1, DIM))

@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 
 from loopserve.kernels.native import library
-from loopserve.kernels.native.library import MOST_COLUMNS, address, large_pages, number_type, optional, rows_of
+from loopserve.kernels.native.library import (
+    MOST_COLUMNS,
+    address,
+    large_pages,
+    number_type,
+    optional,
+    rows_address,
+    rows_of,
+)
 
 if TYPE_CHECKING:
     from loopserve.kernels.decode_attention import DecodeRequest
@@ -155,20 +163,23 @@ def attend_batch(
         kept.append((queries, keys, values, starts, columns))
         total = keys.shape[1]
         chosen = -1 if columns is None else columns.shape[1]
+        query_place, *query_strides = rows_address("queries", queries, kind, (heads, count, dim))
+        key_place, *key_strides = rows_address("keys", keys, kind, (owners, total, dim))
+        value_place, *value_strides = rows_address("values", values, kind, (owners, total, dim))
         _PACKED.pack_into(
             calls,
             index * _PACKED.size,
-            address("queries", queries, kind, (heads, count, dim), strided=2),
-            address("keys", keys, kind, (owners, total, dim), strided=2),
-            address("values", values, kind, (owners, total, dim), strided=2),
+            query_place,
+            key_place,
+            value_place,
             place,
             lse_place,
             *(0, 0, 0),  # no lines, no blocks
             optional("first_valid", starts, torch.long, (owners,)) or 0,
             optional("columns", columns, torch.long, (owners, chosen)) or 0,
-            *queries.stride()[:2],
-            *keys.stride()[:2],
-            *values.stride()[:2],
+            *query_strides,
+            *key_strides,
+            *value_strides,
             heads,
             heads // owners,
             count,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from loopserve.kernels.native import library
-from loopserve.kernels.native.library import address, number_type, optional, rows_of
+from loopserve.kernels.native.library import address, number_type, optional, rows_address, rows_of
 
 if TYPE_CHECKING:
     from loopserve.kernels.choose_columns import ColumnChoice
@@ -178,7 +178,10 @@ def _choose(choices: Sequence[tuple[Any, ...]], scaling: float) -> list[tuple[Te
     counts = torch.empty(len(choices), heads, dtype=torch.long, device="cpu")
     widths = [base.shape[1] + most for _, _, base, _, most, *_ in choices]
     chosen = torch.empty(heads * sum(widths), dtype=torch.long, device="cpu")
-    place, out = counts.data_ptr(), chosen.data_ptr()
+    place, out = (
+        address("counts", counts, torch.long, counts.shape),
+        address("chosen", chosen, torch.long, chosen.shape),
+    )
     for index, (queries, of, base, tail, most, least, threshold, observed, keys, first) in enumerate(choices):
         queries, base, keys = rows_of(queries), base.contiguous(), None if keys is None else rows_of(keys)
         kept.append((queries, base, keys))
@@ -220,7 +223,7 @@ def _places(of: KeyCodes) -> _Places:
     """Return where the buffers lie. They are checked once, unless their memory moves."""
     low, high, codes = of.low, of.high, of.codes
     held: _Places | None = of.places
-    if held is None or held.buffers != (low.data_ptr(), high.data_ptr(), codes.data_ptr()):
+    if held is None or held.buffers != library.places(low, high, codes):
         bounds, kind = low.shape, number_type(low)
         coded = (*bounds[:2], codes.shape[2], bounds[2] * of.bits // 8)
         found = (
@@ -251,19 +254,23 @@ def _pack(
 ) -> None:
     """Fill the struct of a call. logits to counts: addresses. choice: the fields from ``base_count`` to ``relative``."""
     given, (heads, _, dim), places = number_type(queries), of.low.shape, _places(of)
+    query_place, *query_strides = rows_address("queries", queries, given, queries.shape)
+    key_place, *key_strides = 0, 0, 0
+    if keys is not None:
+        key_place, *key_strides = rows_address("keys", keys, of.low.dtype, (heads, of.columns, dim))
     _PACKED.pack_into(
         calls,
         index * _PACKED.size,
-        address("queries", queries, given, queries.shape, strided=2),
-        0 if keys is None else address("keys", keys, of.low.dtype, (heads, of.columns, dim), strided=2),
+        query_place,
+        key_place,
         *places.buffers,
         logits,
         base,
         chosen,
         observed,
         counts,
-        *queries.stride()[:2],
-        *((0, 0) if keys is None else keys.stride()[:2]),
+        *query_strides,
+        *key_strides,
         *places.strides,
         heads,
         queries.shape[0] // heads,

@@ -275,6 +275,22 @@ def address(
     return place
 
 
+def rows_address(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> tuple[int, int, int]:
+    """Return the address of a tensor ``[heads, rows, numbers]`` and the strides of heads and rows, checked as by ``address``.
+
+    The numbers of a row must be adjacent.
+    """
+    head, row, number = tensor.stride()
+    fits = tensor.dtype is dtype and tensor.shape == shape and number == 1 and tensor.is_cpu and not tensor.is_neg()
+    place = tensor.data_ptr() if fits else 0
+    return place or address(name, tensor, dtype, shape, strided=2), head, row  # which says what does not fit
+
+
+def places(*tensors: Tensor) -> tuple[int, ...]:
+    """Return where tensors lie now, without a check: only to compare with addresses that were checked."""
+    return tuple(each.data_ptr() for each in tensors)
+
+
 def optional(
     name: str,
     tensor: Tensor | None,
