@@ -167,7 +167,7 @@ def test_heavy_columns_are_of_one_softmax_per_query(implementation: str) -> None
 def test_what_does_not_fit_is_named() -> None:
     pages = KeySummaries(4, 2)
     pages.update(torch.randn(1, 6, 16))
-    codes, query = pages._codes(), torch.zeros(1, 1, 16)
+    codes, query = pages.keys_coded, torch.zeros(1, 1, 16)
     with pytest.raises(ValueError, match="6 more than"):
         code_jumps(query, codes, torch.tensor([[0]]), 6, 6, scaling=1.0)
     with pytest.raises(ValueError, match="code_threshold: 6 more than"):

@@ -31,7 +31,7 @@ def lines(**to: Any) -> torch.Tensor:
 def codes() -> Any:
     pages = KeySummaries(8, 2)
     pages.update(torch.randn(1, 40, 64))
-    return pages._codes()
+    return pages.keys_coded
 
 
 def jumps(base: torch.Tensor, **options: Any) -> torch.Tensor:

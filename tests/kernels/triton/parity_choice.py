@@ -151,7 +151,7 @@ def test_many_rows_are_served() -> None:
     found = []
     for name in ("reference", "triton"):
         with backend.use(name):
-            jumps = code_jumps(queries, pages._codes(), base, 70, 9, scaling=1.0)
+            jumps = code_jumps(queries, pages.keys_coded, base, 70, 9, scaling=1.0)
             found.append((pages.logits(queries, 0.5), jumps))
     torch.testing.assert_close(found[1][0], found[0][0], atol=2e-5, rtol=2e-5)
     assert torch.equal(found[1][1], found[0][1])
