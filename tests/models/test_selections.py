@@ -9,9 +9,13 @@ import torch
 from transformers import PreTrainedModel
 
 from loopserve.core.engine.engine import TokenEngine
+from loopserve.core.engine.sampling import SamplingConfig
+from loopserve.core.engine.scheduler import Scheduler
 from loopserve.core.errors import PolicyError
+from loopserve.core.kv.key_summaries import KeySummaries
 from loopserve.core.kv.selection import KVSelection, Retention
-from loopserve.core.policy.interfaces import DecodeCompressor, Observation, Step
+from loopserve.core.kv.selection_request import SelectionRequest
+from loopserve.core.policy.interfaces import AttentionInputs, DecodeCompressor, Observation, Step
 from loopserve.core.stack.stack import PolicyStack
 from loopserve.models.bridge import IMPLEMENTATION, TransformersModel
 from loopserve.models.layers import set_implementation
@@ -66,3 +70,74 @@ def test_a_selection_is_what_decoding_attends_to(llama: PreTrainedModel) -> None
     assert session.stats.means["attended_pairs"].value == 2 * (2 + 1 + 1)
     assert session.stats.means["attended_fraction"].value == pytest.approx(4 / 6)
     assert session.stats.compressed_steps == 1
+
+
+class Requests(DecodeCompressor[dict[int, KeySummaries]]):
+    """Asks in every step for the first two pairs and the best three others by codes of the keys."""
+
+    name: ClassVar[str] = "requests"
+    paper: ClassVar[str] = ""
+    changed: ClassVar[dict[str, Any]] = {}
+
+    def init_state(self) -> dict[int, KeySummaries]:
+        return {}
+
+    def before_attention(self, inputs: AttentionInputs, state: dict[int, KeySummaries]) -> SelectionRequest:
+        base = KVSelection.uniform(torch.tensor([[0, 1]] * inputs.kv_heads), inputs.length - 1, fleeting=True)
+        request = inputs.request_selection(state, 8, 4, base, most=3)
+        request.choice = request.choice._replace(**self.changed)
+        return request
+
+
+class Asks(Requests):
+    """Makes the same selections itself, step by step."""
+
+    name: ClassVar[str] = "asks"
+
+    def before_attention(self, inputs: AttentionInputs, state: dict[int, KeySummaries]) -> Any:
+        return super().before_attention(inputs, state).make()
+
+
+def answers(model: PreTrainedModel, policy: DecodeCompressor[Any], *, together: bool) -> list[list[int]]:
+    set_implementation(model, IMPLEMENTATION)
+    engine = TokenEngine(TransformersModel(model), PolicyStack("test", DensePrefill(), policy))
+    scheduler, found = Scheduler(engine), []
+    for number in range(3):
+        prompt = [3 + (number + token) % 20 for token in range(12 + 9 * number)]
+        found.append(scheduler.submit(engine.session(), prompt, SamplingConfig(max_new_tokens=8)))
+        if not together:
+            scheduler.run_until_idle()
+    scheduler.run_until_idle()
+    return [each.result() for each in found]
+
+
+def test_requested_selections_are_made_for_all_sessions_of_a_pass(llama: PreTrainedModel) -> None:
+    alone = answers(llama, Asks(), together=False)
+    assert answers(llama, Requests(), together=True) == alone
+    assert answers(llama, Requests(), together=False) == alone
+    assert answers(llama, Wishes(), together=True) != alone  # every pair is attended there
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"most": 99}, "99 more than"),
+        ({"least": 4}, "at least 4 and at most 3"),
+        ({"observed": torch.zeros(1, 2)}, "observed"),
+    ],
+)
+def test_a_request_that_does_not_fit_is_the_policy_s_fault(
+    llama: PreTrainedModel, changed: dict[str, Any], says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Requests, "changed", changed)
+    with pytest.raises(PolicyError, match=rf"'requests'.*{says}"):
+        answers(llama, Requests(), together=False)
+
+
+def test_numbers_written_into_a_selection_after_its_check_are_noticed() -> None:
+    selection = some()
+    selection.check(2, 5)
+    selection.check(2, 5)
+    selection.indices[1, 0] = 7
+    with pytest.raises(PolicyError, match=r"sorted and unique|must lie in"):
+        selection.check(2, 5)

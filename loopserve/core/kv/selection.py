@@ -103,10 +103,15 @@ class KVSelection:
         """
         self.check_form(kv_heads, length)
         versions = _versions(self.indices, self.lengths)
-        if versions is not None and versions == self.__dict__.get("_checked"):
+        if versions is not None and versions in self._checked:
             return
         self._check_numbers(kv_heads)
-        self.__dict__["_checked"] = versions
+        self._checked[:] = [versions]
+
+    @cached_property
+    def _checked(self) -> list[tuple[int, ...] | None]:
+        """The write counters of the tensors when their numbers were last found right."""
+        return []
 
     def _check_numbers(self, kv_heads: int) -> None:
         if bool((self.lengths < 0).any() | (self.lengths > self.indices.shape[1]).any()):
