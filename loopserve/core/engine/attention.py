@@ -337,8 +337,9 @@ def _request(cache: LayerCache, queries: Tensor) -> DecodeRequest:
         return DecodeRequest(queries, store.keys, store.values, cache.first_valid)
     if active.pairs is not None:
         return DecodeRequest(queries, active.pairs.keys, active.pairs.values, active.first_valid)
-    chosen = active.selection  # nothing was evicted, so positions are columns
-    return DecodeRequest(queries, store.keys, store.values, None, chosen.indices, chosen.boundary)
+    chosen, rows = active.selection, store.rows  # nothing was evicted, so positions are columns
+    assert rows is not None
+    return DecodeRequest(queries, *rows, None, chosen.indices, chosen.boundary)
 
 
 def _observe_step(context: ForwardContext, call: LayerCall, step: _DecodeStep) -> None:
