@@ -62,15 +62,24 @@ class Host:
     ) -> None:
         self.pairs = order_of_keys == PAIRS
         self.places = order(order_of_keys), order("rows")
-        self.caches = [torch.zeros(blocks, KV_HEADS, BLOCK, 2 * DIM) for _ in range(LAYERS)]
+        self.caches = [self._cache(blocks) for _ in range(LAYERS)]
         self.layers = layers or [BlockLayer() for _ in range(LAYERS)]
         self.free = torch.randperm(blocks, generator=torch.Generator().manual_seed(1)).tolist()
         self.guard = guard or Guard(on_fault="dense")
-        for layer, cache in zip(self.layers, self.caches, strict=True):
-            if self.pairs:
-                layer.bind_rows(cache)
-            else:
-                layer.bind(cache, lambda keys, values, one: self._write(one, keys, values, list(range(BLOCK))))
+
+    def _bind(self, index: int) -> None:
+        """Show a layer its cache, when it is first called, as vLLM does."""
+        if self.pairs:
+            self.layers[index].bind_rows(self.caches[index])
+            return
+        self.layers[index].bind(
+            self.caches[index], lambda keys, values, one: self._write(one, keys, values, list(range(BLOCK)))
+        )
+
+    def _cache(self, blocks: int) -> Tensor:
+        if self.pairs:  # the heads of a token side by side, as some engines have it
+            return torch.zeros(blocks, BLOCK, KV_HEADS, 2 * DIM).transpose(1, 2)
+        return torch.zeros(blocks, KV_HEADS, BLOCK, 2 * DIM)
 
     def _write(self, cache: Tensor, keys: Tensor, values: Tensor, slots: Sequence[int]) -> None:
         """Write pairs ``[T, Hkv, D]`` at slots."""
@@ -106,6 +115,7 @@ class Host:
         context = turn.begin_pass(tokens)
         found: list[Tensor | None] = []
         for index, (queries, keys, values) in enumerate(given):
+            self._bind(index)
             self._write(self.caches[index], keys.transpose(0, 1), values.transpose(0, 1), slots.tolist())
             self.layers[index].written(slots)
             context.append(index, keys, values)

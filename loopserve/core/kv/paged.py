@@ -146,7 +146,9 @@ class BlockLayer:
     def written(self, slots: Tensor) -> None:
         """Note that pairs were written at slots (block * block_size + place): codes of their pages are void."""
         for (page, _), codes in self._codes.items():
-            codes.valid[slots[slots >= 0] // page] = False
+            codes.valid[slots.clamp(min=0) // page] = (
+                False  # -1 is padding; to void codes costs no more than coding again
+            )
 
     def known_codes(self, summaries: KeySummaries) -> _Codes | None:
         """Return the layer's codes in pages and bits as of ``summaries``, if there are any."""
