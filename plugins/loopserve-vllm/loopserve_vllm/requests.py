@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+from prometheus_client import Summary
 from vllm.config import get_current_vllm_config
 from vllm.logger import init_logger
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
@@ -14,6 +15,8 @@ from loopserve.core.engine.paged_requests import PagedRequests, summary
 from loopserve_vllm.start import Settings, settings
 
 _log = init_logger("vllm.loopserve")  # a name under vLLM's own, whose handler it gets
+_NAMES = ("known_tokens", "cached_tokens", "output_tokens", "prefill_tile_density", "attended_fraction", "faults")
+_METRICS = {each: Summary(f"loopserve_{each}", f"{each} of a request, by its stack", ["stack"]) for each in _NAMES}
 
 
 class Requests(PagedRequests):
@@ -30,6 +33,8 @@ class Requests(PagedRequests):
         resumed = scheduled.scheduled_cached_reqs.resumed_req_ids
         for ended in self.drop({*scheduled.finished_req_ids, *(scheduled.preempted_req_ids or ()), *resumed}):
             _log.info("request %s under stack %s: %s", ended["request"], self._stack, summary(ended))
+            for name in (each for each in _NAMES if ended[each] is not None):
+                _METRICS[name].labels(self._stack).observe(ended[name])
         with self.running():
             return compute()
 
