@@ -24,10 +24,13 @@ from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from pkgutil import iter_modules
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from loopserve.kernels.paged import Rows
 
 FASTEST_FIRST = ("triton", "cpu", "torch", "reference")
 CHOICES = ("auto", *reversed(FASTEST_FIRST))
@@ -218,8 +221,8 @@ def describe(device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[di
 def check(
     op: str,
     queries: Tensor,
-    keys: Tensor,
-    values: Tensor | None = None,
+    keys: Rows,
+    values: Rows | None = None,
     *,
     columns: Tensor | None = None,
     first_valid: Tensor | None = None,
@@ -233,7 +236,7 @@ def check(
         raise ValueError(f"{op}: {_both(queries, keys)} must be non-empty [Hq, Tq, D] and [Hkv, Tk, D]")
     if rows[2] != held[2] or rows[0] % held[0]:
         raise ValueError(f"{op}: {_both(queries, keys)} do not fit: D must agree and Hkv divide Hq")
-    if values is not None and (values.dim() != 3 or values.shape[:2] != held[:2]):
+    if values is not None and (len(values.shape) != 3 or values.shape[:2] != held[:2]):
         raise ValueError(f"{op}: values {list(values.shape)} do not fit keys {list(held)}")
     kind, device = queries.dtype, queries.device
     for name, other in (("keys", keys), ("values", values)):
@@ -247,7 +250,7 @@ def check(
         check_first_valid(op, first_valid, keys)
 
 
-def _both(queries: Tensor, keys: Tensor) -> str:
+def _both(queries: Tensor, keys: Rows) -> str:
     return f"queries {list(queries.shape)} and keys {list(keys.shape)}"
 
 
@@ -261,7 +264,7 @@ def check_columns(op: str, columns: Tensor, rows: int, total: int, device: torch
         check_range(f"{op}: columns", columns, total)
 
 
-def check_first_valid(op: str, first_valid: Tensor, of: Tensor) -> None:
+def check_first_valid(op: str, first_valid: Tensor, of: Rows) -> None:
     """Raise ValueError unless ``first_valid`` is int64 ``[H]`` beside ``of`` ``[H, n, ...]``, from 0 to n."""
     if first_valid.shape != of.shape[:1] or first_valid.dtype != torch.long:
         raise ValueError(

@@ -17,6 +17,7 @@ from loopserve.kernels.gather_kv import gather_kv_torch
 from loopserve.kernels.gpu import limits
 from loopserve.kernels.masked import masked_attention, per_query_head, query_columns, visible
 from loopserve.kernels.native import attention
+from loopserve.kernels.paged import Paged, Rows, check_paged, gathered
 
 _OPERATION = backend.operation(
     "decode_attention",
@@ -39,8 +40,8 @@ class DecodeRequest(NamedTuple):
     """Hold one session's arguments of ``decode_attention``, where they are documented."""
 
     queries: Tensor
-    keys: Tensor
-    values: Tensor
+    keys: Rows
+    values: Rows
     first_valid: Tensor | None = None
     columns: Tensor | None = None
     tail: int = 0
@@ -48,8 +49,8 @@ class DecodeRequest(NamedTuple):
 
 def decode_attention(
     queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    keys: Rows,
+    values: Rows,
     *,
     scaling: float,
     softcap: float | None = None,
@@ -64,7 +65,8 @@ def decode_attention(
     The last t columns belong to the queries themselves and are causal. Without ``columns`` every column is attended.
     columns int64 ``[Hkv, S]``: attend these and every column from ``tail`` on. They must be sorted, below ``tail``, and
     left-padded with -1 where a head keeps fewer. first_valid ``[Hkv]``: columns before it are filler of heads that hold
-    fewer pairs. Raises ValueError for arguments that do not fit together.
+    fewer pairs. Keys and values may lie in the blocks of a paged cache. Raises ValueError for arguments that do not fit
+    together.
     """
     check_request("decode_attention", DecodeRequest(queries, keys, values, first_valid, columns, tail))
     output, lse = _OPERATION(
@@ -99,10 +101,17 @@ def decode_attention_batch(
     return found if need_lse else [(output, None) for output, _ in found]
 
 
+def reads_blocks(keys: Paged, values: Paged) -> bool:
+    """Return whether the implementation that serves attention over these blocks reads them in place; others gather all."""
+    chosen = _OPERATION.choose(keys.device.type, keys.dtype).name
+    return chosen == "triton" and limits.attention(keys.blocks[:, 0], keys, values) is None
+
+
 def check_request(op: str, request: DecodeRequest) -> None:
     """Raise ValueError unless the tensors of a request fit together."""
     queries, keys, values, first_valid, columns, tail = request
     check(op, queries, keys, values, first_valid=first_valid)
+    check_paged(op, keys, values)
     if columns is None:
         return
     shape = columns.shape
@@ -142,8 +151,8 @@ def _described(request: DecodeRequest) -> str:
 
 def decode_attention_reference(
     queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    keys: Rows,
+    values: Rows,
     *,
     scaling: float,
     softcap: float | None,
@@ -153,6 +162,7 @@ def decode_attention_reference(
     need_lse: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Define the result: dense attention under a mask of the active columns. The log-sum-exp is always returned."""
+    keys, values = gathered(keys, values)
     mask = visible(query_columns(queries, keys), keys.shape[1], first_valid=first_valid)
     if columns is not None:
         active = torch.zeros(keys.shape[0], keys.shape[1] + 1, dtype=torch.bool, device=keys.device)
@@ -179,8 +189,8 @@ def decode_attention_batch_reference(
 
 def decode_attention_torch(
     queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    keys: Rows,
+    values: Rows,
     *,
     scaling: float,
     softcap: float | None,
@@ -190,6 +200,7 @@ def decode_attention_torch(
     need_lse: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """Compute dense attention over the active set, after copying the chosen columns together."""
+    keys, values = gathered(keys, values)
     if columns is not None:
         keys, values, first_valid = active_pairs(keys, values, columns, tail)
     return dense_attention_torch(

@@ -24,6 +24,7 @@ from loopserve.kernels.masked import (
     visible,
 )
 from loopserve.kernels.native import attention
+from loopserve.kernels.paged import Rows, check_paged, gathered
 
 _OPERATION = backend.operation(
     "vertical_slash",
@@ -36,8 +37,8 @@ _OPERATION = backend.operation(
 
 def vertical_slash(
     queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    keys: Rows,
+    values: Rows,
     verticals: Tensor,
     slashes: Tensor,
     *,
@@ -49,9 +50,11 @@ def vertical_slash(
 
     The queries are the last Tq columns. verticals, slashes: bool ``[Hq, Tk]``, by key column and by offset (query
     column minus key column). A cell on two lines counts once. A head with every slash is dense. A row without a cell
-    gets output 0 and log-sum-exp -inf. Raises ValueError for arguments that do not fit together.
+    gets output 0 and log-sum-exp -inf. Keys and values may lie in the blocks of a paged cache. Raises ValueError for
+    arguments that do not fit together.
     """
     check("vertical_slash", queries, keys, values, first_valid=first_valid)
+    check_paged("vertical_slash", keys, values)
     check_lines("vertical_slash", verticals, slashes, queries.shape[0], keys.shape[1], queries.device)
     found: tuple[Tensor, Tensor] = _OPERATION(
         queries, keys, values, verticals, slashes, scaling=scaling, softcap=softcap, first_valid=first_valid
@@ -67,8 +70,8 @@ def line_mask(verticals: Tensor, slashes: Tensor, columns: Tensor) -> Tensor:
 
 def vertical_slash_reference(
     queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    keys: Rows,
+    values: Rows,
     verticals: Tensor,
     slashes: Tensor,
     *,
@@ -77,6 +80,7 @@ def vertical_slash_reference(
     first_valid: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Define line attention: masked attention under a mask of the cells of the lines."""
+    keys, values = gathered(keys, values)
     columns = query_columns(queries, keys)
     seen = per_query_head(visible(columns, keys.shape[1], first_valid=first_valid), queries.shape[0])
     mask = line_mask(verticals, slashes, columns) & seen
@@ -92,8 +96,8 @@ _CHUNK = 128  # rows per step where the fused kernel cannot serve
 
 def vertical_slash_torch(
     queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    keys: Rows,
+    values: Rows,
     verticals: Tensor,
     slashes: Tensor,
     *,
@@ -109,6 +113,7 @@ def vertical_slash_torch(
 
     Computes in float32, since the fused CPU kernel is no faster in half precision.
     """
+    keys, values = gathered(keys, values)
     heads, rows = queries.shape[:2]
     group = heads // keys.shape[0]
     starts = [0] * keys.shape[0] if first_valid is None else first_valid.tolist()

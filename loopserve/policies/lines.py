@@ -13,7 +13,7 @@ from loopserve.core.policy.interfaces import AttentionInputs
 def sink_lines(inputs: AttentionInputs, count: int) -> Tensor:
     """Return the verticals of the first ``count`` stored pairs of each head: bool ``[Hq, Tk]``. Filler columns are skipped."""
     heads = inputs.queries.shape[0]
-    columns = torch.arange(inputs.total_tokens, device=inputs.keys.device).expand(heads, -1)
+    columns = torch.arange(inputs.total_tokens, device=inputs.device).expand(heads, -1)
     if inputs.first_valid is None:
         return columns < count
     start = inputs.first_valid.repeat_interleave(inputs.group)[:, None]

@@ -25,6 +25,7 @@ SPECS = [LayerSpec(each, LayerType.FULL, HEADS, KV_HEADS, DIM, repeatable=False)
 Pass = list[tuple[Tensor, Tensor, Tensor]]  # queries, keys and values of each layer
 
 ORDERS = ("rows", "columns", "shuffled")
+PAIRS = "pairs"  # each row of a block is a key and its value, so that kernels can read it in place
 
 
 def order(name: str) -> Tensor:
@@ -59,16 +60,33 @@ class Host:
         guard: Guard | None = None,
         layers: list[BlockLayer] | None = None,
     ) -> None:
+        self.pairs = order_of_keys == PAIRS
         self.places = order(order_of_keys), order("rows")
-        self.caches = [torch.zeros(blocks, KV_HEADS, BLOCK, 2 * DIM) for _ in range(LAYERS)]
+        self.caches = [self._cache(blocks) for _ in range(LAYERS)]
         self.layers = layers or [BlockLayer() for _ in range(LAYERS)]
         self.free = torch.randperm(blocks, generator=torch.Generator().manual_seed(1)).tolist()
         self.guard = guard or Guard(on_fault="dense")
-        for layer, cache in zip(self.layers, self.caches, strict=True):
-            layer.bind(cache, lambda keys, values, one: self._write(one, keys, values, list(range(BLOCK))))
+
+    def _bind(self, index: int) -> None:
+        """Show a layer its cache, when it is first called, as vLLM does."""
+        if self.pairs:
+            self.layers[index].bind_rows(self.caches[index])
+            return
+        self.layers[index].bind(
+            self.caches[index], lambda keys, values, one: self._write(one, keys, values, list(range(BLOCK)))
+        )
+
+    def _cache(self, blocks: int) -> Tensor:
+        if self.pairs:  # the heads of a token side by side, as some engines have it
+            return torch.zeros(blocks, BLOCK, KV_HEADS, 2 * DIM).transpose(1, 2)
+        return torch.zeros(blocks, KV_HEADS, BLOCK, 2 * DIM)
 
     def _write(self, cache: Tensor, keys: Tensor, values: Tensor, slots: Sequence[int]) -> None:
         """Write pairs ``[T, Hkv, D]`` at slots."""
+        if self.pairs:
+            at = torch.tensor(slots)
+            cache[at // BLOCK, :, at % BLOCK] = torch.cat([keys, values], dim=-1)
+            return
         halves = cache.view(len(cache), cache.shape[1], 2, -1)
         for row, slot in enumerate(slots):
             for half, part in enumerate((keys, values)):
@@ -97,6 +115,7 @@ class Host:
         context = turn.begin_pass(tokens)
         found: list[Tensor | None] = []
         for index, (queries, keys, values) in enumerate(given):
+            self._bind(index)
             self._write(self.caches[index], keys.transpose(0, 1), values.transpose(0, 1), slots.tolist())
             self.layers[index].written(slots)
             context.append(index, keys, values)

@@ -11,11 +11,12 @@ from loopserve import ConfigError, load_stack
 from loopserve.core.engine.hosted import require_hosted
 from loopserve.core.engine.paged_requests import PagedRequests, PagedTurn
 from loopserve.core.guard.guard import Guard
+from loopserve.core.kv.buffers import Known
 from loopserve.core.kv.key_summaries import KeySummaries
 from loopserve.core.kv.paged import places_in_block
 from loopserve.core.stack.stack import PolicyStack
 from tests.core.faulty import Halving, Windowed
-from tests.core.paged_host import BLOCK, DIM, ORDERS, SPECS, Host, Own, drawn, order, slots_of, table_of
+from tests.core.paged_host import BLOCK, DIM, ORDERS, PAIRS, SPECS, Host, Own, drawn, order, slots_of, table_of
 
 PROMPT = 90
 LOOPSERVE: dict[str, Any] = {
@@ -53,7 +54,7 @@ def passes(tokens: int = PROMPT, outputs: int = 10) -> list[Any]:
     return [drawn(size, seed) for seed, size in enumerate(sizes)]
 
 
-@pytest.mark.parametrize("order_of_keys", ORDERS)
+@pytest.mark.parametrize("order_of_keys", [*ORDERS, PAIRS])
 @pytest.mark.parametrize("name", STACKS)
 def test_the_same_pairs_and_outputs_as_over_the_own_store(name: str, order_of_keys: str) -> None:
     slots = slots_of(STACKS[name])
@@ -248,10 +249,11 @@ def test_pairs_chosen_in_two_steps_running_are_read_once() -> None:
         host.run(turn, given)
     store, table = turn.session.cache.layers[0].store, table_of(turn)
     assert store is not None
-    keys, values = store.keys, store.values
+    keys, values, known = store.keys, store.values, None
     for heads in ([[1, 5, 9], [2, 3, 4]], [[1, 6, 9], [0, 3, 80]], [[0, 1, 2], [0, 3, 80]]):
         columns = torch.tensor(heads)
-        found = store.gather(columns)
+        found = store.gather(columns, known)
+        known = Known(columns, *found)
         for part, whole in zip(found, (keys, values), strict=True):
             assert torch.equal(part, torch.stack([whole[head, row] for head, row in enumerate(columns)]))
     assert table.counts["chosen_pairs"] == 18 and table.counts["read_pairs"] == 6 + 3 + 2

@@ -85,8 +85,9 @@ class DecodeStep:
             return DecodeRequest(self.queries, store.keys, store.values, self.cache.first_valid)
         if active.pairs is not None:
             return DecodeRequest(self.queries, active.pairs.keys, active.pairs.values, active.first_valid)
-        chosen = active.selection  # nothing was evicted, so positions are columns
-        return DecodeRequest(self.queries, store.keys, store.values, None, chosen.indices, chosen.boundary)
+        chosen, rows = active.selection, store.rows  # nothing was evicted, so positions are columns
+        assert rows is not None
+        return DecodeRequest(self.queries, *rows, None, chosen.indices, chosen.boundary)
 
     def _guarded(self, inputs: AttentionInputs, part: Callable[[AttentionInputs], None]) -> None:
         try:

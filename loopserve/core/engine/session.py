@@ -328,7 +328,7 @@ class Session:
     def _require_numbers(self, error: BaseException) -> None:
         """Raise ModelError if the model gave keys or values that are no numbers: what a policy makes of them is not its fault."""
         for index, layer in enumerate(self.cache.layers):
-            if layer.store is None:
+            if layer.store is None or not layer.stored:  # another engine's layer may not have been called yet
                 continue
             if not all(bool(part.isfinite().all()) for part in (layer.store.keys, layer.store.values)):
                 raise ModelError(

@@ -83,7 +83,7 @@ class Guard:
         Raises PolicyError for misconduct during the call: a write into its inputs, or a call that takes too long. Under strict
         checks also for process switches that are still changed, and for the faults that ``guard.strict_checks`` finds.
         """
-        inputs = args[0] if args and type(args[0]) is AttentionInputs else None
+        inputs = _stored(args[0]) if args else None
         started = self._worked()
         answer = self._watched(policy, inputs, method, args, options)
         spent = self._worked() - started
@@ -105,7 +105,8 @@ class Guard:
             "first_valid": inputs.first_valid,
             "need_lse": need_lse,
         }
-        return self._watched(policy, inputs, pattern.attend, (inputs.queries, inputs.keys, inputs.values), options)
+        args = (inputs.queries, *inputs.rows_for(pattern))
+        return self._watched(policy, _stored(inputs), pattern.attend, args, options)
 
     def _watched(
         self,
@@ -155,6 +156,11 @@ class Guard:
     def skips(self, policy: Policy) -> bool:
         """Return whether a turn that begins now runs without a policy, because of its faults in other turns."""
         return bool(self._closed_until) and self._clock() < self._closed_until.get(id(policy), 0.0)
+
+
+def _stored(inputs: object) -> AttentionInputs | None:
+    """Return the inputs of a call that are tensors of the store, which a policy could write into."""
+    return inputs if type(inputs) is AttentionInputs else None
 
 
 def _versions(inputs: AttentionInputs | None) -> tuple[int, ...]:
@@ -297,7 +303,10 @@ def check_output(
         raise PolicyError(f"attend must return (output, log-sum-exp or None), got {type(result).__name__}")
     output, lse = result
     queries = inputs.queries
-    wanted = {"output": (*queries.shape[:2], inputs.values.shape[2]), "log-sum-exp": tuple(queries.shape[:2])}
+    wanted = {
+        "output": (*queries.shape[:2], inputs.rows_for(pattern)[1].shape[2]),
+        "log-sum-exp": tuple(queries.shape[:2]),
+    }
     for name, tensor, dtype in (("output", output, queries.dtype), ("log-sum-exp", lse, torch.float32)):
         if tensor is None and name == "log-sum-exp" and not need_lse:
             continue

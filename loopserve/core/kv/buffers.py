@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch import Tensor
 from loopserve.core.kv.key_summaries import KeySummaries
 from loopserve.kernels.gather_kv import gather_kv
 from loopserve.kernels.native.library import large_pages
+from loopserve.kernels.paged import Rows
 
 ACTIVE_SLACK = 64  # spare columns for outputs behind a gathered selection before the buffer must grow
 
@@ -22,6 +23,14 @@ def versions(*tensors: Tensor) -> tuple[int, ...]:
         return ()
 
 
+class Known(NamedTuple):
+    """Hold copies of pairs: keys and values ``[Hkv, S, D]`` of columns int64 ``[Hkv, S]``, rising in each head."""
+
+    columns: Tensor
+    keys: Tensor
+    values: Tensor
+
+
 class PairStore(Protocol):
     """Declare what a layer's cache asks of its store. Another engine's store (``core.engine.hosted``) implements it as well."""
 
@@ -29,7 +38,11 @@ class PairStore(Protocol):
 
     @property
     def in_place(self) -> bool:
-        """Return whether kernels may read ``keys`` and ``values`` where they lie. Otherwise each access gathers them."""
+        """Return whether ``keys`` and ``values`` are the stored tensors. Otherwise each access gathers them."""
+
+    @property
+    def rows(self) -> tuple[Rows, Rows] | None:
+        """Return all keys and values where kernels may read them, in blocks as well; None where they have to be gathered."""
 
     @property
     def heads(self) -> int: ...
@@ -66,8 +79,11 @@ class PairStore(Protocol):
     def values(self) -> Tensor:
         """Return all values ``[Hkv, length, D]``."""
 
-    def gather(self, columns: Tensor) -> tuple[Tensor, Tensor]:
-        """Return copies of the pairs at columns int64 ``[Hkv, S]``: keys and values ``[Hkv, S, D]``."""
+    def gather(self, columns: Tensor, known: Known | None = None) -> tuple[Tensor, Tensor]:
+        """Return copies of the pairs at columns int64 ``[Hkv, S]``: keys and values ``[Hkv, S, D]``.
+
+        known: pairs that are at hand, so that a store whose pairs lie scattered need not read them again.
+        """
 
     def since(self, column: int) -> tuple[Tensor, Tensor]:
         """Return the keys and values of all columns from ``column`` on."""
@@ -111,7 +127,11 @@ class PairBuffer:
     def in_place(self) -> bool:
         return True
 
-    def gather(self, columns: Tensor) -> tuple[Tensor, Tensor]:
+    @property
+    def rows(self) -> tuple[Tensor, Tensor]:
+        return self.keys, self.values
+
+    def gather(self, columns: Tensor, known: Known | None = None) -> tuple[Tensor, Tensor]:
         return gather_kv(self.keys, self.values, columns)
 
     def since(self, column: int) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from loopserve.core.errors import CacheError, Fault, PolicyFault
-from loopserve.core.kv.buffers import ACTIVE_SLACK, PairBuffer, PairStore
+from loopserve.core.kv.buffers import ACTIVE_SLACK, Known, PairBuffer, PairStore
 from loopserve.core.kv.ragged import RaggedBuffer
 from loopserve.core.kv.selection import KVSelection, Retention
 
@@ -172,7 +172,8 @@ class LayerCache:
         if selection.retention is Retention.EVICT:
             self._evict(selection)
             return
-        if selection.fleeting and self.store.in_place and self._positions is None and self.first_valid is None:
+        whole = self._positions is None and self.first_valid is None
+        if selection.fleeting and whole and self.store.rows is not None:
             self.active = ActiveSet(selection)
             return
         keys, values, first_valid = self._gather(selection)
@@ -188,13 +189,21 @@ class LayerCache:
         width = selection.indices.shape[1]
         columns = self._columns(selection)
         tail = self.stored - (self.seen - selection.boundary)
-        keys, values = self.store.gather(columns)
+        keys, values = self.store.gather(columns, self._known())
         if tail < self.stored:
             last_keys, last_values = self.store.since(tail)
             keys = torch.cat([keys, last_keys], dim=1)
             values = torch.cat([values, last_values], dim=1)
         first_valid = width - selection.lengths if selection.ragged else None
         return keys, values, first_valid
+
+    def _known(self) -> Known | None:
+        """Return the pairs that the active set has copied: neighbouring selections have most of theirs in common."""
+        if self.active is None or self.active.pairs is None or self.store is None or self.store.in_place:
+            return None
+        columns, pairs = self._columns(self.active.selection), self.active.pairs
+        width = columns.shape[1]
+        return Known(columns, pairs.keys[:, :width], pairs.values[:, :width])
 
     def _columns(self, selection: KVSelection) -> Tensor:
         """Return the store columns ``[Hkv, S]`` of a selection's positions. Filler entries point at column 0."""

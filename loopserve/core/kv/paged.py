@@ -1,20 +1,25 @@
 """Read one conversation's keys and values from the blocks of another engine's paged cache.
 
 The engine's kernels may keep the numbers of a block in any order, as long as it is the same in every block. ``places_in_block``
-finds it by writing into a block of its own.
+finds it by writing into a block of its own. Where each pair is a row of the block, kernels that take a block table read it in
+place, and nothing is gathered.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from loopserve.core.errors import InputError
+from loopserve.core.kv.buffers import Known
 from loopserve.core.kv.key_summaries import KeySummaries
+from loopserve.kernels.decode_attention import reads_blocks
 from loopserve.kernels.gather_kv import gather_kv
+from loopserve.kernels.paged import Paged
 
 Write = Callable[[Tensor, Tensor, Tensor], None]
 """Stores keys and values ``[block_size, 1, D]`` in a cache of one block of one head, ``[1, 1, block_size, 2 * D]``."""
@@ -36,8 +41,31 @@ def places_in_block(write: Write, block_size: int, dim: int, dtype: torch.dtype)
     return places[0], places[1]
 
 
-class _Part:
+class _Part(Protocol):
     """Read the keys, or the values, of all blocks of a layer."""
+
+    def whole(self, blocks: Tensor) -> Tensor:
+        """Return all pairs of these blocks, in order: ``[Hkv, len(blocks) * block_size, D]``."""
+
+    def chosen(self, blocks: Tensor, heads: Tensor, slots: Tensor) -> Tensor:
+        """Return what lies at slots of heads of blocks, int64 ``[n]`` each: ``[n, D]``."""
+
+
+class _InRows:
+    """Read them where each pair is a row of its block, by a view ``[Hkv, blocks, block_size, D]``."""
+
+    def __init__(self, blocks: Tensor) -> None:
+        self.blocks = blocks
+
+    def whole(self, blocks: Tensor) -> Tensor:
+        return self.blocks[:, blocks].flatten(1, 2)
+
+    def chosen(self, blocks: Tensor, heads: Tensor, slots: Tensor) -> Tensor:
+        return self.blocks[heads, blocks, slots]
+
+
+class _InPlaces:
+    """Read them where the numbers of a block are in an order of the engine's own."""
 
     def __init__(self, cache: Tensor, half: int, places: Tensor) -> None:
         """cache: ``[blocks, Hkv, block_size, 2 * D]``. half: 0 keys, 1 values. places: of ``places_in_block``."""
@@ -58,14 +86,12 @@ class _Part:
             self._shuffled = True
 
     def whole(self, blocks: Tensor) -> Tensor:
-        """Return all pairs of these blocks, in order: ``[Hkv, len(blocks) * block_size, D]``."""
         read = self._blocks[blocks]
         if self._shuffled:
             read = read.flatten(2)[..., self._places.flatten()].unflatten(2, self._places.shape)
         return read.transpose(0, 1).flatten(1, 2)
 
     def chosen(self, blocks: Tensor, heads: Tensor, slots: Tensor) -> Tensor:
-        """Return what lies at slots of heads of blocks, int64 ``[n]`` each: ``[n, D]``."""
         starts = blocks * self._strides[0] + heads * self._strides[1]
         if self._by_rows:
             rows = self._numbers[: len(self._numbers) // self._dim * self._dim].view(-1, self._dim)
@@ -91,23 +117,38 @@ class _Codes:
 class BlockLayer:
     """Read one layer's part of the paged cache."""
 
+    keys: _Part
+    values: _Part
+
     def __init__(self) -> None:
         self.cache: Tensor | None = None  # [blocks, Hkv, block_size, 2 * D]
         self._codes: dict[tuple[int, int], _Codes] = {}  # by page and bits
 
     def bind(self, cache: Tensor, write: Write) -> None:
         """Read from ``cache`` ``[blocks, Hkv, block_size, 2 * D]`` from now on. write: how the engine writes into one."""
+        if not self._is_bound(cache):
+            places = places_in_block(write, self.block_size, cache.shape[3] // 2, cache.dtype)
+            self.keys, self.values = (_InPlaces(cache, half, places[half]) for half in (0, 1))
+
+    def bind_rows(self, cache: Tensor) -> None:
+        """Read from such a cache whose last dimension is a pair's key and its value; the others may have any strides."""
+        if not self._is_bound(cache):
+            self.keys, self.values = (_InRows(half.transpose(0, 1)) for half in cache.chunk(2, dim=-1))
+
+    def _is_bound(self, cache: Tensor) -> bool:
+        """Return whether ``cache`` is the one read from so far; take it over if not."""
         if self.cache is not None and self.cache.data_ptr() == cache.data_ptr():
-            return
-        _, self.heads, self.block_size, width = cache.shape
-        places = places_in_block(write, self.block_size, width // 2, cache.dtype)
-        self.keys, self.values = (_Part(cache, half, places[half]) for half in (0, 1))
+            return True
+        _, self.heads, self.block_size, _ = cache.shape
         self.cache, self._codes = cache, {}
+        return False
 
     def written(self, slots: Tensor) -> None:
         """Note that pairs were written at slots (block * block_size + place): codes of their pages are void."""
         for (page, _), codes in self._codes.items():
-            codes.valid[slots[slots >= 0] // page] = False
+            codes.valid[slots.clamp(min=0) // page] = (
+                False  # -1 is padding; to void codes costs no more than coding again
+            )
 
     def known_codes(self, summaries: KeySummaries) -> _Codes | None:
         """Return the layer's codes in pages and bits as of ``summaries``, if there are any."""
@@ -140,7 +181,6 @@ class PagedPairs:
 
     def __init__(self, layer: BlockLayer, table: Table) -> None:
         self.layer, self.table, self.length = layer, table, 0
-        self._kept: tuple[Tensor, Tensor, Tensor] | None = None  # columns, keys and values that were gathered last
 
     @property
     def heads(self) -> int:
@@ -185,29 +225,33 @@ class PagedPairs:
         self.table.counts["gathered_values"] += 1
         return self.layer.values.whole(self.table.blocks)[:, : self.length]
 
-    def gather(self, columns: Tensor) -> tuple[Tensor, Tensor]:
-        """Return copies of pairs; see ``PairStore``. columns: rising in each head.
+    @property
+    def rows(self) -> tuple[Paged, Paged] | None:
+        if not isinstance(self.layer.keys, _InRows) or not isinstance(self.layer.values, _InRows):
+            return None
+        keys, values = (
+            Paged(each.blocks, self.table.blocks, self.length) for each in (self.layer.keys, self.layer.values)
+        )
+        return (keys, values) if reads_blocks(keys, values) else None
 
-        Those of the call before are kept, since selections of neighbouring steps have most pairs in common, and a pair in a block
-        may lie scattered.
-        """
+    def gather(self, columns: Tensor, known: Known | None = None) -> tuple[Tensor, Tensor]:
+        """Return copies of pairs; see ``PairStore``. columns: rising in each head."""
         self.table.counts["chosen_pairs"] += columns.numel()
-        keys, values, missing = self._kept_of(columns)
+        keys, values, missing = self._of(known, columns)
         heads, places = missing.nonzero(as_tuple=True)
         wanted = columns[heads, places]
         self.table.counts["read_pairs"] += len(wanted)
         blocks, slots = self.table.blocks[wanted // self.layer.block_size], wanted % self.layer.block_size
         keys[heads, places] = self.layer.keys.chosen(blocks, heads, slots)
         values[heads, places] = self.layer.values.chosen(blocks, heads, slots)
-        self._kept = columns, keys, values
         return keys, values
 
-    def _kept_of(self, columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return keys and values of columns, from the copies that are kept, and which of them are missing there."""
-        if self._kept is None or not self._kept[0].shape[1]:
+    def _of(self, known: Known | None, columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return keys and values of columns, from the copies that are known, and which of them are missing there."""
+        if known is None or not known.columns.shape[1]:
             empty = [self._cache.new_empty(*columns.shape, self._cache.shape[3] // 2) for _ in range(2)]
             return empty[0], empty[1], torch.ones_like(columns, dtype=torch.bool)
-        before, keys, values = self._kept
+        before, keys, values = known
         found = torch.searchsorted(before, columns.contiguous()).clamp(max=before.shape[1] - 1)
         return *gather_kv(keys, values, found), before.gather(1, found) != columns
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from loopserve.core.kv.buffers import PairBuffer
+from loopserve.core.kv.buffers import Known, PairBuffer
 from loopserve.core.kv.key_summaries import KeySummaries
 from loopserve.kernels.gather_kv import gather_kv
 
@@ -29,7 +29,11 @@ class RaggedBuffer:
     def in_place(self) -> bool:
         return True
 
-    def gather(self, columns: Tensor) -> tuple[Tensor, Tensor]:
+    @property
+    def rows(self) -> tuple[Tensor, Tensor]:
+        return self.keys, self.values
+
+    def gather(self, columns: Tensor, known: Known | None = None) -> tuple[Tensor, Tensor]:
         return gather_kv(self.keys, self.values, columns)
 
     def since(self, column: int) -> tuple[Tensor, Tensor]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 from torch import Tensor
 
 from loopserve.core.kv.buffers import PairStore
 from loopserve.core.kv.key_summaries import KeySummaries
 from loopserve.core.policy.interfaces import AttentionInputs
+from loopserve.core.policy.patterns import AttentionPattern
+from loopserve.kernels.paged import Rows
 
 _PARTS = ("keys", "values")
 
@@ -54,6 +56,15 @@ class DeferredInputs(AttentionInputs):
         if name in _PARTS:
             return self.gathered(name)
         raise AttributeError(name)
+
+    def changed(self, **fields: Any) -> Self:
+        held: dict[str, Any] = {part: self.__dict__.get(part) for part in _PARTS}
+        return replace(self, **held | fields)
+
+    def rows_for(self, pattern: AttentionPattern) -> tuple[Rows, Rows]:
+        given = any(part in self.__dict__ for part in _PARTS)
+        rows = self.gathered.store.rows if pattern.reads_blocks and not given else None
+        return (self.keys, self.values) if rows is None else rows
 
     @property
     def _own_keys(self) -> Tensor | None:

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import Any, ClassVar, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from loopserve.core.policy.patterns import AttentionPattern
 from loopserve.kernels.choose_columns import ColumnChoice
 from loopserve.kernels.choose_lines import choose_lines
 from loopserve.kernels.line_scores import LineScores, line_scores
+from loopserve.kernels.paged import Rows
 from loopserve.kernels.select_lines import LineSelection
 from loopserve.kernels.token_scores import OverRows, token_scores
 
@@ -200,6 +201,14 @@ class AttentionInputs:
         """Return the keys that are to be summarised when the selection is made, and from which page on."""
         first = summaries.prepare(self.keys)
         return (None, 0) if first is None else (self.keys, first)
+
+    def changed(self, **fields: Any) -> Self:
+        """Return a copy with other fields. It gathers no keys and values, where they are gathered when first asked for."""
+        return replace(self, **fields)
+
+    def rows_for(self, pattern: AttentionPattern) -> tuple[Rows, Rows]:
+        """Return the keys and values as ``pattern.attend`` takes them: in the blocks of a paged cache only if it reads those."""
+        return self.keys, self.values
 
     def row_attention(self, rows: Tensor, *, kind: str = "scoring") -> LineScores:
         """Return the softmax attention of some rows of this call over all keys, with the masses of the lines.

@@ -17,6 +17,7 @@ from torch.nn.functional import pad
 
 from loopserve.kernels.block_sparse import block_sparse
 from loopserve.kernels.dense_attention import dense_attention
+from loopserve.kernels.paged import Rows, until
 from loopserve.kernels.vertical_slash import vertical_slash
 
 TILE = 64  # rows and keys of the tiles that tile density counts
@@ -40,6 +41,11 @@ class AttentionPattern(ABC):
         """Return the cells of the whole block, bool ``[Hq, Tq, Tk]``. For tests and plots: memory grows with Tq times Tk."""
         _, new, total = self.size
         return self.rows(torch.arange(total - new, total, device="cpu"))
+
+    @property
+    def reads_blocks(self) -> bool:
+        """Return whether ``attend`` takes keys and values in the blocks of a paged cache (``kernels.paged.Paged``) as well."""
+        return False
 
     @abstractmethod
     def rows(self, columns: Tensor) -> Tensor:
@@ -163,8 +169,12 @@ class LinePattern(AttentionPattern):
             cells[:, row, : column + 1] = self.verticals[:, : column + 1] | self.slashes[:, : column + 1].flip(1)
         return cells
 
+    @property
+    def reads_blocks(self) -> bool:
+        return True
+
     def attend(
-        self, queries: Tensor, keys: Tensor, values: Tensor, *, need_lse: bool = False, **options: Any
+        self, queries: Tensor, keys: Rows, values: Rows, *, need_lse: bool = False, **options: Any
     ) -> tuple[Tensor, Tensor | None]:
         output, lse = vertical_slash(queries, keys, values, self.verticals, self.slashes, **options)
         return output, lse if need_lse else None
@@ -332,11 +342,15 @@ class RowGroups(AttentionPattern):
                 cells[:, inside, :seen] = part.rows(columns[inside]).to(cells.device)
         return cells
 
+    @property
+    def reads_blocks(self) -> bool:
+        return all(part.reads_blocks for part in self.parts)
+
     def attend(
         self,
         queries: Tensor,
-        keys: Tensor,
-        values: Tensor,
+        keys: Rows,
+        values: Rows,
         *,
         need_lse: bool = False,
         **options: Any,
@@ -344,9 +358,8 @@ class RowGroups(AttentionPattern):
         outputs, sums, start = [], [], 0
         for part in self.parts:
             _, new, seen = part.size
-            output, lse = part.attend(
-                queries[:, start : start + new], keys[:, :seen], values[:, :seen], need_lse=need_lse, **options
-            )
+            own: tuple[Any, Any] = until(keys, seen), until(values, seen)
+            output, lse = part.attend(queries[:, start : start + new], *own, need_lse=need_lse, **options)
             outputs.append(output)
             sums.append(lse)
             start += new

@@ -22,10 +22,9 @@ from loopserve.kernels.gpu.launch import (
     Tile,
     attention_tile,
     launch,
+    located,
     padded,
     processors,
-    readable,
-    row_strides,
     score_factors,
     tile_options,
 )
@@ -40,6 +39,7 @@ from loopserve.kernels.gpu.tiles import (
     store_rows,
     taken_in,
 )
+from loopserve.kernels.paged import Rows, gathered
 
 _LEAST_KEYS = 256  # per part
 
@@ -78,10 +78,15 @@ def attend_slots(
     SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
     HAS_COLUMNS: tl.constexpr,
+    table: tl.tensor = None,
+    k_block: tl.tensor = None,
+    v_block: tl.tensor = None,
+    SIZE: tl.constexpr = 0,
 ) -> tl.tensor:
     """Return output and natural log-sum-exp of the rows over at most ``part_slots`` slots from ``begin`` on.
 
-    k, v, columns: addresses of the first element of one KV head. first: columns before it are filler. Row i of the tile
+    k, v, columns: addresses of the first element of one KV head, with a block table (see ``tiles.offsets``) of its part of
+    block 0. first: columns before it are filler. Row i of the tile
     is the query of column ``total - rows + row[i] % rows``.
     """
     column = total - rows + row % rows
@@ -94,8 +99,8 @@ def attend_slots(
             taken = tl.load(columns + slot, mask=slot < last, other=-1)
             # Negative entries are padding. Entries from the tail on are skipped too, so that a wrong index reads nothing outside.
             held = (taken >= 0) & (taken < tail)
-            k_tile = load_rows(k, taken, k_row, held, CHANNELS, PADDED)
-            v_tile = load_rows(v, taken, v_row, held, VALUE_CHANNELS, VALUE_PADDED)
+            k_tile = load_rows(k, taken, k_row, held, CHANNELS, PADDED, table, k_block, SIZE)
+            v_tile = load_rows(v, taken, v_row, held, VALUE_CHANNELS, VALUE_PADDED, table, v_block, SIZE)
             scores = scored(q_tile, k_tile, inner, outer, SOFTCAP, PRECISION)
             scores = tl.where(held[None, :], scores, float("-inf"))
             acc, sums, peak = taken_in(acc, sums, peak, scores, v_tile, PRECISION)
@@ -106,10 +111,12 @@ def attend_slots(
     acc, sums, peak = spans(
         acc, sums, peak, q_tile, k, v, k_row, v_row, begin, whole, row, column,
         inner, outer, KEYS, CHANNELS, PADDED, VALUE_CHANNELS, VALUE_PADDED, SOFTCAP, PRECISION, False,
+        table, k_block, v_block, SIZE,
     )  # fmt: skip
     acc, sums, peak = spans(
         acc, sums, peak, q_tile, k, v, k_row, v_row, whole, end, row * 0, column,
         inner, outer, KEYS, CHANNELS, PADDED, VALUE_CHANNELS, VALUE_PADDED, SOFTCAP, PRECISION, True,
+        table, k_block, v_block, SIZE,
     )  # fmt: skip
     return finished(acc, sums, peak)
 
@@ -134,6 +141,9 @@ def decode_kernel(
     part_slots: tl.tensor,
     inner: tl.tensor,
     outer: tl.tensor,
+    table: tl.tensor,
+    k_block: tl.tensor,
+    v_block: tl.tensor,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -146,11 +156,13 @@ def decode_kernel(
     HAS_FILLER: tl.constexpr,
     HAS_COLUMNS: tl.constexpr,
     SPLIT: tl.constexpr,
+    SIZE: tl.constexpr,
 ) -> None:
     """Compute attention of one tile of rows over one part of the slots. Grid: parts, KV heads, tiles of rows.
 
     SPLIT: output and lse hold parts of ROWS rows, else ``[Hkv, GROUP * rows]``. Slots are the ``chosen`` columns
-    ``[Hkv, chosen]`` and those from ``tail`` on; without HAS_COLUMNS all columns.
+    ``[Hkv, chosen]`` and those from ``tail`` on; without HAS_COLUMNS all columns. table, k_block, v_block, SIZE: see
+    ``tiles.offsets``.
     """
     part = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
@@ -165,6 +177,7 @@ def decode_kernel(
         q_tile, k + head * k_head, v + head * v_head, k_row, v_row, columns + head * chosen, first_column,
         row, rows, total, chosen, tail, part * part_slots, part_slots, inner, outer,
         ROWS, KEYS, CHANNELS, PADDED, VALUE_CHANNELS, VALUE_PADDED, SOFTCAP, PRECISION, HAS_COLUMNS,
+        table, k_block, v_block, SIZE,
     )  # fmt: skip
     if SPLIT:
         row, kept = tl.arange(0, ROWS), row >= 0
@@ -185,8 +198,8 @@ def split(slots: int, programs: int, shape: Tile, device: torch.device) -> Split
 
 def decode_attention(
     queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    keys: Rows,
+    values: Rows,
     *,
     scaling: float,
     softcap: float | None = None,
@@ -202,9 +215,14 @@ def decode_attention(
     shape = attention_tile(queries, value_channels)
     if columns is None and group * rows > shape.rows:  # enough rows to occupy the device without splitting keys
         return dense_attention(
-            queries, keys, values, scaling=scaling, softcap=softcap, first_valid=first_valid, need_lse=need_lse
+            queries,
+            *gathered(keys, values),
+            scaling=scaling,
+            softcap=softcap,
+            first_valid=first_valid,
+            need_lse=need_lse,
         )
-    queries, keys, values = queries.contiguous(), readable(keys), readable(values)
+    queries, (store, strides, in_blocks) = queries.contiguous(), located(keys, values)
     shape = shape._replace(rows=min(shape.rows, padded(group * rows)))
     tiles = -(-group * rows // shape.rows)
     chosen = 0 if columns is None else columns.shape[1]
@@ -220,25 +238,26 @@ def decode_attention(
         decode_kernel,
         (parts, owners, tiles),
         queries,
-        keys,
-        values,
+        *store,
         found,
         found_lse,
         lse if first_valid is None else first_valid.contiguous(),
         lse if columns is None else columns.contiguous(),
-        *row_strides(keys, values),
+        *strides,
         rows,
         total,
         chosen,
         tail,
         part_slots,
         *score_factors(scaling, softcap),
+        *in_blocks[:3],
         ROWS=shape.rows,
         KEYS=shape.keys,
         GROUP=group,
         HAS_FILLER=first_valid is not None,
         HAS_COLUMNS=columns is not None,
         SPLIT=parts > 1,
+        SIZE=in_blocks.size,
         **tile_options(queries, value_channels, shape, softcap),
     )
     if parts > 1:

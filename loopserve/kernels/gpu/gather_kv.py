@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from loopserve.kernels.gpu.launch import launch, padded, readable
+from loopserve.kernels.gpu.launch import Located, launch, padded, readable
 from loopserve.kernels.gpu.tiles import load_rows, store_rows
 
 _ROWS = 32
@@ -100,19 +100,28 @@ def pack_columns_kernel(
     capacity: tl.tensor,
     group: tl.tensor,
     count_step: tl.tensor,
+    table: tl.tensor,
+    k_block: tl.tensor,
+    v_block: tl.tensor,
     CHANNELS: tl.constexpr,
     PADDED: tl.constexpr,
     VALUE_CHANNELS: tl.constexpr,
     VALUE_PADDED: tl.constexpr,
     BLOCK: tl.constexpr,
+    SIZE: tl.constexpr,
 ) -> None:
-    """Copy the chosen columns of a query head's keys and values. Grid: blocks of columns, query heads."""
+    """Copy the chosen columns of a query head's keys and values. Grid: blocks of columns, query heads.
+
+    table, k_block, v_block, SIZE: see ``tiles.offsets``.
+    """
     head = tl.program_id(1).to(tl.int64)
     slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     held = slot < tl.load(count + head * count_step)
     column = tl.load(columns + head * total + slot, mask=held, other=0)
-    k_tile = load_rows(k + head // group * k_head, column, k_row, held, CHANNELS, PADDED)
-    v_tile = load_rows(v + head // group * v_head, column, v_row, held, VALUE_CHANNELS, VALUE_PADDED)
+    k_tile = load_rows(k + head // group * k_head, column, k_row, held, CHANNELS, PADDED, table, k_block, SIZE)
+    v_tile = load_rows(
+        v + head // group * v_head, column, v_row, held, VALUE_CHANNELS, VALUE_PADDED, table, v_block, SIZE
+    )
     store_rows(packed_k + head * capacity * CHANNELS, slot, CHANNELS, held, k_tile, CHANNELS, PADDED)
     store_rows(
         packed_v + head * capacity * VALUE_CHANNELS, slot, VALUE_CHANNELS, held, v_tile, VALUE_CHANNELS, VALUE_PADDED
@@ -120,17 +129,18 @@ def pack_columns_kernel(
 
 
 def packed_columns(
-    keys: Tensor, values: Tensor, columns: Tensor, count: Tensor, capacity: int, *, block: int
+    place: Located, columns: Tensor, count: Tensor, capacity: int, *, block: int
 ) -> tuple[Tensor, Tensor]:
     """Return keys ``[Hq, capacity, D]`` and values of the first ``count`` int32 ``[Hq]`` of ``columns`` int32 ``[Hq,
     n]``.
 
-    Copies from keys and values ``[Hkv, n, D]``. ``capacity`` is a multiple of ``block``. Columns beyond it are left
+    Copies from keys and values ``[Hkv, n, D]`` at ``place``. ``capacity`` is a multiple of ``block``. Columns beyond it are left
     out, and unused slots stay uninitialised.
     """
+    (keys, values), strides, in_blocks = place
     heads, total = columns.shape
-    packed_keys = keys.new_empty(heads, capacity, keys.shape[2])
-    packed_values = values.new_empty(heads, capacity, values.shape[2])
+    packed_keys = keys.new_empty(heads, capacity, keys.shape[-1])
+    packed_values = values.new_empty(heads, capacity, values.shape[-1])
     launch(
         pack_columns_kernel,
         (capacity // block, heads),
@@ -140,19 +150,18 @@ def packed_columns(
         count,
         packed_keys,
         packed_values,
-        keys.stride(0),
-        keys.stride(1),
-        values.stride(0),
-        values.stride(1),
+        *strides,
         total,
         capacity,
         heads // keys.shape[0],
         count.stride(0),
-        CHANNELS=keys.shape[2],
-        PADDED=padded(keys.shape[2]),
-        VALUE_CHANNELS=values.shape[2],
-        VALUE_PADDED=padded(values.shape[2]),
+        *in_blocks[:3],
+        CHANNELS=keys.shape[-1],
+        PADDED=padded(keys.shape[-1]),
+        VALUE_CHANNELS=values.shape[-1],
+        VALUE_PADDED=padded(values.shape[-1]),
         BLOCK=block,
+        SIZE=in_blocks.size,
         num_warps=4,
     )
     return packed_keys, packed_values

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from loopserve.kernels.paged import Paged, Rows
+
 _INTERPRETED_PROCESSORS = 3  # small and odd, so that interpreted tests cover persistent loops and split rows
 
 
@@ -100,6 +102,34 @@ def precision(dtype: torch.dtype) -> str:
 def readable(tensor: Tensor) -> Tensor:
     """Return the tensor with a dense last dimension, as every kernel needs it; copy only if necessary."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+class InBlocks(NamedTuple):
+    """Hold what a kernel needs beside the strides of rows for a store in blocks; of one in one piece None and 0."""
+
+    table: Tensor | None
+    key_stride: int | None  # from block to block
+    value_stride: int | None
+    size: int
+
+
+class Located(NamedTuple):
+    """Hold the first numbers of keys and values, the strides of their heads and rows, and the blocks they lie in."""
+
+    store: tuple[Tensor, Tensor]
+    strides: tuple[int, ...]
+    in_blocks: InBlocks
+
+
+def located(keys: Rows, values: Rows) -> Located:
+    """Return where a kernel finds keys and values. Those in blocks must have a dense last dimension."""
+    if isinstance(keys, Paged) and isinstance(values, Paged):
+        held = keys.blocks, values.blocks
+        strides = tuple(stride for each in held for stride in (each.stride(0), each.stride(2)))
+        return Located(held, strides, InBlocks(keys.table, held[0].stride(1), held[1].stride(1), keys.size))
+    assert isinstance(keys, Tensor) and isinstance(values, Tensor)
+    held = readable(keys), readable(values)
+    return Located(held, row_strides(*held), InBlocks(None, None, None, 0))
 
 
 LOG2E = 1.4426950408889634

@@ -7,11 +7,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from loopserve.kernels.paged import Paged
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from loopserve.kernels.decode_attention import DecodeRequest
     from loopserve.kernels.key_codes import KeyCodes
+    from loopserve.kernels.paged import Rows
 
 LARGEST_HEAD = 256  # channels; a wider tile of keys and values does not fit into shared memory
 LARGEST_HEAD_FLOAT32 = 128  # float32 needs twice the memory, and three products per product
@@ -20,14 +23,22 @@ MOST_ROWS = 64  # of a tile; a maximum over rows is computed within one tile
 LONGEST = 1 << 21  # columns; distances are stored in the upper bits of an int32
 
 
-def attention(queries: Tensor, keys: Tensor, values: Tensor, *args: object, **options: object) -> str | None:
+def attention(queries: Tensor, keys: Rows, values: Rows, *args: object, **options: object) -> str | None:
     """Check ``dense_attention`` and ``decode_attention``; return the reason, or None."""
-    return _head(queries, max(queries.shape[2], values.shape[2]))
+    return _head(queries, max(queries.shape[2], values.shape[2])) or _blocks(keys) or _blocks(values)
+
+
+def _blocks(rows: Rows) -> str | None:
+    """Check the blocks of keys or values that do not lie in one piece."""
+    if isinstance(rows, Paged) and (rows.blocks.stride(3) != 1 or rows.size & (rows.size - 1)):
+        return f"blocks of {rows.size} rows, whose channels are {rows.blocks.stride(3)} numbers apart"
+    return None
 
 
 def decode_batch(queries: Tensor, requests: Sequence[DecodeRequest], **options: object) -> str | None:
     """Check ``decode_attention_batch``, whose requests agree in head sizes."""
-    return attention(queries, requests[0].keys, requests[0].values)
+    found = (attention(queries, each.keys, each.values) for each in requests)
+    return next((problem for problem in found if problem is not None), None)
 
 
 def scores(queries: Tensor, *args: object, **options: object) -> str | None:
@@ -35,7 +46,7 @@ def scores(queries: Tensor, *args: object, **options: object) -> str | None:
     return _head(queries, queries.shape[2])
 
 
-def lines(queries: Tensor, keys: Tensor, values: Tensor, *args: object, **options: object) -> str | None:
+def lines(queries: Tensor, keys: Rows, values: Rows, *args: object, **options: object) -> str | None:
     """Check ``vertical_slash``."""
     return attention(queries, keys, values) or (f"more than {LONGEST} columns" if keys.shape[1] > LONGEST else None)
 

@@ -11,15 +11,40 @@ from loopserve.kernels.gpu.launch import launch, padded
 
 
 @triton.jit
+def offsets(
+    rows: tl.tensor, stride: tl.tensor, inside: tl.tensor, table: tl.tensor, block_stride: tl.tensor, SIZE: tl.constexpr
+) -> tl.tensor:
+    """Return how far from row 0 of block 0 rows lie, 64-bit.
+
+    SIZE: rows of a block, a power of two; block i of the rows is block ``table[i]`` of the store. 0: the store is one
+    block. Rows that are not inside read no table, and give any number.
+    """
+    if SIZE:
+        block = tl.load(table + rows // SIZE, mask=inside, other=0)
+        found = block * block_stride + (rows % SIZE).to(tl.int64) * stride
+    else:
+        found = rows.to(tl.int64) * stride
+    return found
+
+
+@triton.jit
 def load_rows(
-    base: tl.tensor, rows: tl.tensor, stride: tl.tensor, inside: tl.tensor, CHANNELS: tl.constexpr, PADDED: tl.constexpr
+    base: tl.tensor,
+    rows: tl.tensor,
+    stride: tl.tensor,
+    inside: tl.tensor,
+    CHANNELS: tl.constexpr,
+    PADDED: tl.constexpr,
+    table: tl.tensor = None,
+    block_stride: tl.tensor = None,
+    SIZE: tl.constexpr = 0,
 ) -> tl.tensor:
     """Load rows of a matrix as ``[len(rows), PADDED]``; rows that are not inside give 0 and are not read.
 
-    Addresses are 64-bit.
+    table, block_stride, SIZE: of a store in blocks; see ``offsets``.
     """
     channel = tl.arange(0, PADDED)
-    places = base + rows.to(tl.int64)[:, None] * stride + channel[None, :]
+    places = base + offsets(rows, stride, inside, table, block_stride, SIZE)[:, None] + channel[None, :]
     mask = inside[:, None]
     if CHANNELS != PADDED:
         mask = mask & (channel < CHANNELS)[None, :]
@@ -113,17 +138,21 @@ def spans(
     SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
     MASKED: tl.constexpr,
+    table: tl.tensor = None,
+    k_block: tl.tensor = None,
+    v_block: tl.tensor = None,
+    SIZE: tl.constexpr = 0,
 ) -> tl.tensor:
     """Update the running softmax with the keys ``[begin, end)``, tile by tile.
 
-    k, v: addresses of key 0. MASKED: row i sees only the keys ``oldest[i]`` to ``newest[i]``. Otherwise every row sees
-    all of them, and their number is a multiple of KEYS.
+    k, v: addresses of key 0, of block 0 with a block table (see ``offsets``). MASKED: row i sees only the keys
+    ``oldest[i]`` to ``newest[i]``. Otherwise every row sees all of them, and their number is a multiple of KEYS.
     """
     for key0 in range(begin, end, KEYS):
         keys = key0 + tl.arange(0, KEYS)
         inside = keys < end
-        k_tile = load_rows(k, keys, k_stride, inside, CHANNELS, PADDED)
-        v_tile = load_rows(v, keys, v_stride, inside, VALUE_CHANNELS, VALUE_PADDED)
+        k_tile = load_rows(k, keys, k_stride, inside, CHANNELS, PADDED, table, k_block, SIZE)
+        v_tile = load_rows(v, keys, v_stride, inside, VALUE_CHANNELS, VALUE_PADDED, table, v_block, SIZE)
         scores = scored(q, k_tile, inner, outer, SOFTCAP, PRECISION)
         if MASKED:
             seen = inside[None, :] & (keys[None, :] >= oldest[:, None]) & (keys[None, :] <= newest[:, None])

@@ -24,6 +24,7 @@ from loopserve.kernels.gpu.gather_kv import packed_columns
 from loopserve.kernels.gpu.launch import (
     attention_tile,
     launch,
+    located,
     readable,
     row_strides,
     score_factors,
@@ -39,6 +40,7 @@ from loopserve.kernels.gpu.tiles import (
     taken_in,
 )
 from loopserve.kernels.gpu.work import WORD_PADDING, WorkList, compacted_rows, flag_words, load_item, window, work_list
+from loopserve.kernels.paged import Rows
 
 LENGTH_BITS = 8  # a chunk is encoded as its distance, with the number of keys it owns in the low bits
 _NEVER = 1 << 30
@@ -82,6 +84,9 @@ def vertical_slash_kernel(
     packed_capacity: tl.tensor,
     inner: tl.tensor,
     outer: tl.tensor,
+    table: tl.tensor,
+    k_block: tl.tensor,
+    v_block: tl.tensor,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
     CHANNELS: tl.constexpr,
@@ -94,8 +99,9 @@ def vertical_slash_kernel(
     PRECISION: tl.constexpr,
     HAS_FILLER: tl.constexpr,
     GATHERS: tl.constexpr,
+    SIZE: tl.constexpr,
 ) -> None:
-    """Compute the items of the work list.
+    """Compute the items of the work list. table, k_block, v_block, SIZE: see ``tiles.offsets``.
 
     See the module. Each program takes every ``num_programs``-th item; the longest come first.
     """
@@ -124,8 +130,8 @@ def vertical_slash_kernel(
             first = column0 + ROWS - KEYS - distance
             keys = first + key
             held = (keys >= oldest) & (keys < total)
-            k_tile = load_rows(keys_at, keys, k_row, held, CHANNELS, PADDED)
-            v_tile = load_rows(values_at, keys, v_row, held, VALUE_CHANNELS, VALUE_PADDED)
+            k_tile = load_rows(keys_at, keys, k_row, held, CHANNELS, PADDED, table, k_block, SIZE)
+            v_tile = load_rows(values_at, keys, v_row, held, VALUE_CHANNELS, VALUE_PADDED, table, v_block, SIZE)
             low, high = window(taken, first, PADDING)
             seen = held & ((tl.where(key < 32, low, high) >> (key & 31) & 1) == 0)
             scores = scored(q_tile, k_tile, inner, outer, SOFTCAP, PRECISION)
@@ -139,8 +145,8 @@ def vertical_slash_kernel(
             first = column0 + ROWS - KEYS - distance
             keys = first + key
             held = (keys >= oldest) & (keys < total) & (key >= KEYS - owned)
-            k_tile = load_rows(keys_at, keys, k_row, held, CHANNELS, PADDED)
-            v_tile = load_rows(values_at, keys, v_row, held, VALUE_CHANNELS, VALUE_PADDED)
+            k_tile = load_rows(keys_at, keys, k_row, held, CHANNELS, PADDED, table, k_block, SIZE)
+            v_tile = load_rows(values_at, keys, v_row, held, VALUE_CHANNELS, VALUE_PADDED, table, v_block, SIZE)
             low, high = window(taken, first, PADDING)
             open_keys = held & ((tl.where(key < 32, low, high) >> (key & 31) & 1) == 0)
             # Slashes are stored by descending offset, so that the cells of a row are adjacent flags.
@@ -173,8 +179,8 @@ def vertical_slash_kernel(
                 slot = (step - cut_end) * KEYS + key
                 held = slot < column_count
                 position = tl.load(columns + head * total + slot, mask=held, other=2147483647)
-                k_tile = load_rows(keys_at, position, k_row, held, CHANNELS, PADDED)
-                v_tile = load_rows(values_at, position, v_row, held, VALUE_CHANNELS, VALUE_PADDED)
+                k_tile = load_rows(keys_at, position, k_row, held, CHANNELS, PADDED, table, k_block, SIZE)
+                v_tile = load_rows(values_at, position, v_row, held, VALUE_CHANNELS, VALUE_PADDED, table, v_block, SIZE)
                 scores = scored(q_tile, k_tile, inner, outer, SOFTCAP, PRECISION)
                 seen = position[None, :] <= (column0 + row)[:, None]
                 acc, sums, peak = taken_in(acc, sums, peak, tl.where(seen, scores, float("-inf")), v_tile, PRECISION)
@@ -187,8 +193,8 @@ def vertical_slash_kernel(
 
 def vertical_slash(
     queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    keys: Rows,
+    values: Rows,
     verticals: Tensor,
     slashes: Tensor,
     *,
@@ -197,7 +203,7 @@ def vertical_slash(
     first_valid: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """See the operation."""
-    queries, keys, values = readable(queries), readable(keys), readable(values)
+    queries, place = readable(queries), located(keys, values)
     heads, rows = queries.shape[:2]
     total, value_channels, group = keys.shape[1], values.shape[2], heads // keys.shape[0]
     shape = attention_tile(queries, value_channels)
@@ -207,7 +213,7 @@ def vertical_slash(
     capacity = -(-capacity // shape.keys) * shape.keys
     tiles = -(-rows // shape.rows)
     packed_keys, packed_values = packed_columns(
-        keys, values, made.columns, made.counts[2].view(heads, -1)[:, -1], capacity, block=shape.keys
+        place, made.columns, made.counts[2].view(heads, -1)[:, -1], capacity, block=shape.keys
     )
     output, lse = empty_result(heads, rows, value_channels, dtype=queries.dtype, device=queries.device)
     part_output, part_lse = empty_result(
@@ -217,8 +223,7 @@ def vertical_slash(
         vertical_slash_kernel,
         (made.work.programs,),
         queries,
-        keys,
-        values,
+        *place.store,
         packed_keys,
         packed_values,
         output,
@@ -234,7 +239,8 @@ def vertical_slash(
         made.work.items,
         made.work.count,
         lse if first_valid is None else first_valid,
-        *row_strides(queries, keys, values),
+        *row_strides(queries),
+        *place.strides,
         rows,
         total,
         tiles,
@@ -244,12 +250,14 @@ def vertical_slash(
         made.slash_words.shape[1],
         capacity,
         *score_factors(scaling, softcap),
+        *place.in_blocks[:3],
         ROWS=shape.rows,
         KEYS=shape.keys,
         PADDING=WORD_PADDING,
         LENGTH=LENGTH_BITS,
         HAS_FILLER=first_valid is not None,
         GATHERS=capacity < total,
+        SIZE=place.in_blocks.size,
         **tile_options(queries, value_channels, shape, softcap),
     )
     merge_parts(

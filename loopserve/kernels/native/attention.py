@@ -20,9 +20,11 @@ from loopserve.kernels.native.library import (
     rows_address,
     rows_of,
 )
+from loopserve.kernels.paged import Paged, gathered
 
 if TYPE_CHECKING:
     from loopserve.kernels.decode_attention import DecodeRequest
+    from loopserve.kernels.paged import Rows
 
 ROWS = 64  # rows per tile, as in tile.h
 FEW = 16  # query rows per KV head up to which cells are computed one by one, with channels in the vector lanes
@@ -59,8 +61,10 @@ _PACKED = Struct("10P16qf4x")  # the same fields; a struct format fills them in 
 assert _PACKED.size == sizeof(_Attention)
 
 
-def limit(queries: Tensor, _: Tensor, values: Tensor, *__: object, softcap: float | None, **___: object) -> str | None:
+def limit(queries: Tensor, _: Rows, values: Rows, *__: object, softcap: float | None, **___: object) -> str | None:
     """Return why the compiled attention cannot serve these arguments, or None."""
+    if isinstance(values, Paged):
+        return "keys that lie in blocks"
     dim = queries.shape[-1]
     if softcap:
         return "softcap"
@@ -157,7 +161,7 @@ def attend_batch(
     place, lse_place = address("output", output, kind, output.shape), address("lse", lse, torch.float32, lse.shape)
     calls, kept = (_Attention * len(rows))(), []  # kept: copies must stay alive during the call
     for index, (count, (queries, keys, values, starts, columns, tail)) in enumerate(zip(rows, requests, strict=True)):
-        queries, keys, values = rows_of(queries), rows_of(keys), rows_of(values)
+        queries, keys, values = (rows_of(each) for each in gathered(queries, keys, values))
         starts = None if starts is None else starts.contiguous()
         columns = None if columns is None else columns.contiguous()
         kept.append((queries, keys, values, starts, columns))
@@ -248,11 +252,11 @@ def dense_attention(
 
 
 def batch_limit(_: Tensor, requests: Sequence[DecodeRequest], *, softcap: float | None, **__: object) -> str | None:
-    """Return why the kernel cannot serve a batch, or None. The requests agree in all but their lengths."""
-    problem = limit(*requests[0][:3], softcap=softcap)
-    if problem is None and max([each.keys.shape[1] for each in requests]) > MOST_COLUMNS:
-        return f"more than {MOST_COLUMNS} columns"
-    return problem
+    """Return why the kernel cannot serve one of a batch, or None."""
+    for each in requests:
+        if (problem := limit(*each[:3], softcap=softcap)) is not None:
+            return problem
+    return None
 
 
 def decode_attention(
@@ -285,9 +289,7 @@ def decode_attention_batch(
     few_rows = [each for each, few in zip(requests, together, strict=True) if few]
     found = iter(attend_batch(few_rows, scaling=scaling, need_lse=need_lse) if few_rows else ())
     return [
-        next(found)
-        if few
-        else dense_attention(each.queries, each.keys, each.values, scaling=scaling, first_valid=each.first_valid)
+        next(found) if few else dense_attention(*gathered(*each[:3]), scaling=scaling, first_valid=each.first_valid)
         for each, few in zip(requests, together, strict=True)
     ]
 

@@ -126,7 +126,7 @@ class TwilightDecode(Wrapping, DecodeCompressor[TwilightState]):
 
     def _unpruned(self, inputs: AttentionInputs, state: TwilightState) -> AttentionInputs:
         """Return the call as it would be if the inner policy's selection were attended to whole."""
-        return replace(inputs, selection=state.candidates.get(inputs.layer.index))
+        return inputs.changed(selection=state.candidates.get(inputs.layer.index))
 
     def _summaries(self, inputs: AttentionInputs, state: TwilightState) -> KeySummaries:
         """Update the codes of the layer's keys and return them."""

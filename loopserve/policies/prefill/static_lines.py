@@ -105,5 +105,5 @@ class StaticLinesPrefill(PrefillSparsifier):
         for head, lines in enumerate(self.given[inputs.layer.index]):
             for kind, numbers in enumerate((lines.verticals, lines.slashes)):
                 cells[kind, head, [each for each in numbers if each < total]] = True
-        verticals, slashes = cells.to(inputs.keys.device)
+        verticals, slashes = cells.to(inputs.device)
         return verticals, slashes

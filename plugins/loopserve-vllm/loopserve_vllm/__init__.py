@@ -6,26 +6,24 @@ from typing import Any
 
 
 def register() -> None:
-    """Put loopserve in front of vLLM's CPU attention; vLLM calls this in each of its processes.
+    """Put loopserve in front of two of vLLM's attention backends; vLLM calls this in each of its processes.
 
-    Without a stack (LOOPSERVE_STACK, or ``--additional-config '{"loopserve": {"stack": ...}}'``) vLLM's own classes serve. Raises
-    ConfigError, when vLLM is configured, for what a stack cannot be combined with.
+    Without a stack vLLM's own classes serve. What a stack cannot be combined with raises ConfigError when vLLM is configured.
     """
     from vllm.config import VllmConfig
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
     from loopserve_vllm.start import settings
 
-    register_backend(AttentionBackendEnum.CPU_ATTN, "loopserve_vllm.backend.LoopServeBackend")
-    configured = VllmConfig.__post_init__
-    if getattr(configured, "of_loopserve", False):  # vLLM may call this twice in one process
-        return
+    register_backend(AttentionBackendEnum.CPU_ATTN, "loopserve_vllm.cpu.CPUBackend")
+    register_backend(AttentionBackendEnum.TRITON_ATTN, "loopserve_vllm.gpu.GPUBackend")
+    configured = getattr(VllmConfig.__post_init__, "of_vllm", VllmConfig.__post_init__)  # this may be called twice
 
     def checked(config: Any, *args: Any, **options: Any) -> None:
         configured(config, *args, **options)
         settings(config)
 
-    checked.of_loopserve = True  # type: ignore[attr-defined]
+    checked.of_vllm = configured  # type: ignore[attr-defined]
     VllmConfig.__post_init__ = checked
 
 

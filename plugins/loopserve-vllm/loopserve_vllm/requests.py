@@ -4,85 +4,64 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
+from prometheus_client import Summary
+from vllm.config import get_current_vllm_config
 from vllm.logger import init_logger
-from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-from loopserve.core.engine.forward import ForwardContext
-from loopserve.core.engine.paged_requests import PagedRequests, PagedTurn
-from loopserve_vllm.start import Settings
+from loopserve.core.engine.paged_requests import PagedRequests, summary
+from loopserve_vllm.start import Settings, settings
 
 _log = init_logger("vllm.loopserve")  # a name under vLLM's own, whose handler it gets
-_ENDED = "request %s under stack %s: %d tokens, %d of them cached; %d outputs; prefill density %s, attended fraction %s, %d faults"
-_SAID = ("known_tokens", "cached_tokens", "output_tokens", "prefill_tile_density", "attended_fraction", "faults")
-
-
-class Row(NamedTuple):
-    """One request's part of a batch: its number in it and its tokens. Without a turn it is served dense."""
-
-    number: int
-    tokens: slice
-    length: int
-    turn: PagedTurn | None
-    context: ForwardContext | None
+_NAMES = ("known_tokens", "cached_tokens", "output_tokens", "prefill_tile_density", "attended_fraction", "faults")
+_METRICS = {each: Summary(f"loopserve_{each}", f"{each} of a request, by its stack", ["stack"]) for each in _NAMES}
 
 
 class Requests(PagedRequests):
     """Hold the requests of one model runner."""
 
-    current: ClassVar[Requests | None] = None  # while its runner computes
     last: ClassVar[Requests | None] = None
 
     def __init__(self, settings: Settings, runner: Any) -> None:
         super().__init__(settings.slots, settings.guard)
         self._stack, self._runner, Requests.last = settings.stack, runner, self
-        self._rows: list[Row] = []
-        self.shared: dict[Any, Any] = {}  # what the layers of one step have in common
 
     def step(self, scheduled: Any, compute: Callable[[], Any]) -> Any:
         """Run one step of the runner. Requests that have ended, or were preempted, leave their states behind first."""
         resumed = scheduled.scheduled_cached_reqs.resumed_req_ids
         for ended in self.drop({*scheduled.finished_req_ids, *(scheduled.preempted_req_ids or ()), *resumed}):
-            _log.info(_ENDED, ended["request"], self._stack, *(ended[each] for each in _SAID))
-        self._rows, self.shared, Requests.current = [], {}, self
-        try:
-            found = compute()
-        finally:
-            Requests.current = None
-        for row in self._rows:
-            if row.turn is not None and row.context is not None:
-                self.end_pass(row.turn, row.context)
-        return found
+            _log.info("request %s under stack %s: %s", ended["request"], self._stack, summary(ended))
+            for name in (each for each in _NAMES if ended[each] is not None):
+                _METRICS[name].labels(self._stack).observe(ended[name])
+        with self.running():
+            return compute()
 
-    def rows(self, batch: Any, block_size: int) -> list[Row]:
-        """Return the requests of the step under way, in the order of its batch. batch: the attention metadata."""
-        if not self._rows:
-            starts, lengths = batch.query_start_loc.tolist(), batch.seq_lens.tolist()
-            for number, name in enumerate(self._runner.input_batch.req_ids):
-                new = starts[number + 1] - starts[number]
-                turn = self.turn(name, lengths[number] - new, functools.partial(_known, self._runner.requests[name]))
-                if turn is not None:
-                    turn.table.blocks = batch.block_table[number, : -(-lengths[number] // block_size)].long()
-                tokens = slice(starts[number], starts[number + 1])
-                self._rows.append(Row(number, tokens, new, turn, turn and turn.begin_pass(new)))
-        return self._rows
+    def take(self, batch: Any, block_size: int) -> None:
+        """Begin the step under way in its first layer. batch: the attention metadata."""
+        if not self.rows:
+            names, starts, lengths = self._runner.input_batch.req_ids, batch.query_start_loc, batch.seq_lens
+            self.begin(names, starts.tolist(), lengths.tolist(), batch.block_table, block_size, self._known)
+
+    def _known(self, name: str) -> list[int]:
+        """Return the tokens known of a request. Of a prompt given as embeddings only their number counts."""
+        request = self._runner.requests[name]
+        return [*(request.prompt_token_ids or [0] * request.num_prompt_tokens), *request.output_token_ids]
 
 
-def _known(request: Any) -> list[int]:
-    """Return the tokens known of a request. Of a prompt given as embeddings only their number counts."""
-    return [*(request.prompt_token_ids or [0] * request.num_prompt_tokens), *request.output_token_ids]
-
-
-def follow(settings: Settings) -> None:
-    """Have every model runner of this process tell its steps to a ``Requests`` of its own."""
-    execute = getattr(CPUModelRunner.execute_model, "of_vllm", CPUModelRunner.execute_model)
+def followed() -> bool:
+    """Have every model runner of this process tell its steps to a ``Requests`` of its own; return False without a stack."""
+    if (found := settings(get_current_vllm_config())) is None:
+        return False
+    execute = getattr(GPUModelRunner.execute_model, "of_vllm", GPUModelRunner.execute_model)
 
     @functools.wraps(execute)
-    def followed(runner: Any, scheduler_output: Any, *args: Any, **options: Any) -> Any:
+    def step(runner: Any, scheduler_output: Any, *args: Any, **options: Any) -> Any:
         if "loopserve" not in vars(runner):
-            runner.loopserve = Requests(settings, runner)
+            runner.loopserve = Requests(found, runner)
         return runner.loopserve.step(scheduler_output, lambda: execute(runner, scheduler_output, *args, **options))
 
-    followed.of_vllm = execute
-    CPUModelRunner.execute_model = followed
+    step.of_vllm = execute
+    GPUModelRunner.execute_model = step  # that of a CPU is derived from it
+    return True

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from prometheus_client import generate_latest
+from vllm.v1.metrics.prometheus import get_prometheus_registry
 
 from loopserve.models.demo import bundled_path
 
@@ -23,7 +26,11 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize("stack", ["snapkv", None])
-def test_the_engine_process_serves_under_the_stack(stack: str | None, tmp_path: Path) -> None:
+def test_the_engine_process_serves_under_the_stack(
+    stack: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "metrics").mkdir()
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path / "metrics"))
     (tmp_path / "program.py").write_text(PROGRAM)
     environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_LOGGING_LEVEL": "INFO"}
     environment.pop("LOOPSERVE_STACK", None)
@@ -40,3 +47,11 @@ def test_the_engine_process_serves_under_the_stack(stack: str | None, tmp_path: 
     said = done.stdout + done.stderr
     assert "ANSWER" in said
     assert ("under stack snapkv: 492 tokens" in said) is (stack is not None)
+    shown = generate_latest(get_prometheus_registry()).decode()  # as vLLM's server does it
+    counted = re.search(r'^loopserve_output_tokens_count{stack="snapkv"} (.+)$', shown, re.MULTILINE)
+    assert (counted is not None) is (stack is not None)
+    if counted is not None:
+        requests = float(counted[1])
+        assert requests >= 1  # the last one ends with the step after it
+        assert f'loopserve_output_tokens_sum{{stack="snapkv"}} {4 * requests}\n' in shown
+        assert f'loopserve_attended_fraction_count{{stack="snapkv"}} {requests}\n' in shown

@@ -34,10 +34,12 @@ def config(stack: Any, **changed: Any) -> Any:
             "prefill_context_parallel_size",
         ),
         1,
-    )
+    ) | {"use_ubatching": False}
     whole = {
         "additional_config": {"loopserve": {"stack": stack}}, "speculative_config": None, "kv_transfer_config": None,
         "cache_config": SimpleNamespace(cache_dtype="auto"), "use_v2_model_runner": False,
+        "scheduler_config": SimpleNamespace(async_scheduling=False),
+        "attention_config": SimpleNamespace(backend=None, backend_per_kind={}),
     }  # fmt: skip
     for name, value in changed.items():
         next(each for each in (model, parallel, whole) if name in each)[name] = value
@@ -61,6 +63,8 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
     "prefill context parallel": ("loopserve", {"prefill_context_parallel_size": 2}, "prefill_context_parallel_size is 2"),
     "tensor parallel": ("loopserve", {"tensor_parallel_size": 2}, "tensor_parallel_size is 2"),
     "pipeline parallel": ("loopserve", {"pipeline_parallel_size": 2}, "pipeline_parallel_size is 2"),
+    "micro-batches": ("loopserve", {"use_ubatching": True}, "leave out --enable-dbo"),
+    "asynchronous": ("loopserve", {"scheduler_config": SimpleNamespace(async_scheduling=True)}, "--no-async-scheduling"),
     "KV connector": ("loopserve", {"kv_transfer_config": object()}, "KV connector"),
     "quantised cache": ("loopserve", {"cache_config": SimpleNamespace(cache_dtype="fp8")}, "'fp8' is quantised"),
     "runner V2": ("loopserve", {"use_v2_model_runner": True}, "VLLM_USE_V2_MODEL_RUNNER=0"),
@@ -80,11 +84,28 @@ def test_it_is_refused_by_name(case: str) -> None:
 
 def test_another_version_and_another_platform_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(start.vllm, "__version__", "0.99.1")
-    monkeypatch.setattr(start, "current_platform", SimpleNamespace(is_cpu=lambda: False, device_name="cuda"))
+    monkeypatch.setattr(start, "current_platform", platform("xpu"))
     with pytest.raises(ConfigError) as refused:
         settings(config("loopserve"))
-    assert "vLLM 0.99.1 is not among the versions it was tested with (0.32)" in str(refused.value)
-    assert "only vLLM's CPU backend is served, this is cuda" in str(refused.value)
+    assert "vLLM 0.99.1 was not tested: install 0.32" in str(refused.value)
+    assert "xpu was not tested: use a CPU or CUDA" in str(refused.value)
+
+
+def platform(name: str) -> SimpleNamespace:
+    return SimpleNamespace(is_cpu=lambda: name == "cpu", is_cuda=lambda: name == "cuda", device_name=name)
+
+
+def test_a_gpu_is_served_by_the_backend_that_was_named_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(start, "current_platform", platform("cuda"))
+    triton, flash = (SimpleNamespace(name=name) for name in ("TRITON_ATTN", "FLASH_ATTN"))
+    for backend, per_kind in ((None, {}), (flash, {}), (triton, {"full_attention": flash})):
+        attention = SimpleNamespace(backend=backend, backend_per_kind=per_kind)
+        with pytest.raises(
+            ConfigError, match="a GPU, where it never ran so far, needs --attention-backend TRITON_ATTN"
+        ):
+            settings(config("loopserve", attention_config=attention))
+    attention = SimpleNamespace(backend=triton, backend_per_kind={})
+    assert settings(config("loopserve", attention_config=attention)) is not None
 
 
 def test_a_stack_is_named_by_the_option_or_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,6 +37,8 @@ _TYPES = {
 }
 _OPTIONS = ("num_warps", "num_stages")
 _COPY = re.compile(r"cp\.async\.c[ag]")
+_WIDE = re.compile(r"cp\.async\.c[ag][^;]*?, 0x10,")
+_SINGLE = re.compile(r"ld\.global[\w.:]*\.[bu]16\b")
 _MATRIX = re.compile(r"mma\.sync|wgmma\.mma_async|tcgen05\.mma")
 
 
@@ -64,6 +66,8 @@ class Compiled:
     shared: int  # bytes
     matrix: int  # matrix instructions in the PTX
     copies: int  # instructions in the PTX that copy up to 16 bytes to shared memory without waiting
+    wide: int  # those of 16 bytes
+    single: int  # instructions in the PTX that read one 16-bit number from memory
 
 
 def noted(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Launch:
@@ -129,7 +133,8 @@ def compiled(one: Launch, capability: int) -> Compiled:
         made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(one.options))
     registers, spilled = _resources(made.asm["cubin"])
     text = made.asm["ptx"]
-    return Compiled(registers, spilled, made.metadata.shared, len(_MATRIX.findall(text)), len(_COPY.findall(text)))
+    counts = (len(each.findall(text)) for each in (_MATRIX, _COPY, _WIDE, _SINGLE))
+    return Compiled(registers, spilled, made.metadata.shared, *counts)
 
 
 def _resources(binary: bytes) -> tuple[int, int]:

@@ -17,6 +17,7 @@ import loopserve.kernels
 from loopserve.kernels import backend
 from loopserve.kernels.decode_attention import DecodeRequest
 from loopserve.kernels.key_codes import KeyCodes
+from loopserve.kernels.paged import Paged
 
 ROWS, TOTAL = 512, 32768  # enough that columns exceed the capacity for packed columns and keys are split
 KV_HEADS, GROUP = 2, 4
@@ -57,6 +58,22 @@ def sessions(
         return [each._replace(first_valid=first_valid) for each in found]
     columns = torch.zeros(KV_HEADS, 2048, dtype=torch.long)
     return [*found, DecodeRequest(queries[:, :rows], keys, values, None, columns, TOTAL - 32)]
+
+
+def paged(dtype: torch.dtype, channels: int, size: int = 16) -> Iterator[Call]:
+    """Yield the operations that read a store through a block table, over a cache that packs keys and values of a head."""
+    queries, _, _ = heads(dtype, channels)
+    cache = torch.zeros(TOTAL // size, KV_HEADS, size, 2 * channels, dtype=dtype).transpose(0, 1)
+    table = torch.zeros(TOTAL // size, dtype=torch.long)
+    keys, values = Paged(cache[..., :channels], table, TOTAL), Paged(cache[..., channels:], table, TOTAL)
+    lines = torch.zeros(KV_HEADS * GROUP, TOTAL, dtype=torch.bool)
+    options = {"scaling": 0.1, "softcap": None, "first_valid": None}
+    chosen = {"columns": torch.zeros(KV_HEADS, 2048, dtype=torch.long), "tail": TOTAL - 32}
+    yield "vertical_slash", (queries, keys, values, lines, lines), options
+    yield "decode_attention", (queries[:, :1], keys, values), options
+    yield "decode_attention", (queries[:, :1], keys, values), options | chosen
+    step = DecodeRequest(queries[:, :1], keys, values, None, chosen["columns"], TOTAL - 32)
+    yield "decode_attention_batch", (queries, [step, step]), {"scaling": 0.1, "softcap": None}
 
 
 def variants(dtype: torch.dtype, channels: int) -> Iterator[Call]:

@@ -14,7 +14,7 @@ import torch
 
 from loopserve.kernels.decode_attention import DecodeRequest
 from tests.kernels.triton.ahead import SHARED_LIMIT, Launch, compiled, launches_of
-from tests.kernels.triton.calls import attention, call, heads, kernels, others, sessions, variants
+from tests.kernels.triton.calls import attention, call, heads, kernels, others, paged, sessions, variants
 
 CAPABILITIES = sorted(SHARED_LIMIT)
 MULTIPLYING = {
@@ -60,6 +60,17 @@ def test_attention_and_scores(dtype: torch.dtype, channels: int, capability: int
 def test_variants(capability: int) -> None:
     for operation, args, options in variants(torch.bfloat16, 128):
         check(launches_of(call(operation, args, options), capability), capability, SPILL[torch.bfloat16, 128])
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_stores_in_blocks(capability: int) -> None:
+    """Rows that a block table finds are copied 16 bytes at once, as those of a store in one piece."""
+    kind = torch.bfloat16, 128
+    for operation, args, options in paged(*kind):
+        launches = launches_of(call(operation, args, options), capability)
+        check(launches, capability, SPILL[kind])
+        reading = [compiled(each, capability) for each in launches if each.name in MULTIPLYING]
+        assert reading and all(each.wide >= 64 and not each.single for each in reading), (operation, reading)
 
 
 def test_what_changes_the_scores() -> None:

@@ -15,6 +15,8 @@ _TESTS = [
     ("parity.py", "not attention_on"),
     ("parity_selection.py", ""),
     ("parity_choice.py", ""),
+    ("parity_paged.py", ""),
+    ("parity_hosted.py", ""),
 ]
 
 

@@ -13,7 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.kernels.triton.ahead import recorded
-from tests.kernels.triton.calls import Call, attention, call, others, variants
+from tests.kernels.triton.calls import Call, attention, call, others, paged, variants
 
 # Reading a number, results whose size depends on numbers, numbers of the host brought to the device.
 WAITING = (
@@ -40,7 +40,7 @@ class Refusing(TorchDispatchMode):
 
 
 CALLS = [*attention(torch.bfloat16, 64), *attention(torch.float16, 64, first_valid=torch.zeros(2, dtype=torch.long))]
-CALLS += [*variants(torch.bfloat16, 64), *others()]
+CALLS += [*variants(torch.bfloat16, 64), *others(), *paged(torch.bfloat16, 64)]
 
 
 @pytest.mark.parametrize("one", CALLS, ids=lambda one: one[0])

@@ -257,10 +257,10 @@ class LoopServeDecode(DecodeCompressor[LoopServeState]):
         config = self.config
         if config.first_block is FirstBlock.DENSE:
             return
-        call = replace(inputs, scratch={})
+        call = inputs.changed(scratch={})
         if config.first_block is not FirstBlock.TWO_HOP or config.second_hop is SecondHop.AGAIN:
             # Only the last query is kept, for drift. All queries of a long turn would take more memory than its keys.
-            call = replace(call, queries=inputs.queries[:, -1:].detach().clone(), columns=inputs.columns[-1:])
+            call = call.changed(queries=inputs.queries[:, -1:].detach().clone(), columns=inputs.columns[-1:])
         state.layer_inputs[inputs.layer.index] = call
         if config.first_block is FirstBlock.SAMPLED:
             source = generator(config.seed, inputs.turn, inputs.layer.index, inputs.total_tokens)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,20 +12,21 @@ from vllm import _custom_ops as ops
 from vllm import envs
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl, CPUAttentionMetadata
 
+from loopserve.core.engine.paged_requests import Row
+from loopserve.core.kv.paged import BlockLayer
+
 
 def part_of(
-    metadata: CPUAttentionMetadata, numbers: list[int], lengths: list[int], layer: Any, impl: Any, dtype: torch.dtype
+    impl: Any, batch: CPUAttentionMetadata, rows: list[Row], layer: Any, dtype: torch.dtype
 ) -> CPUAttentionMetadata:
-    """Return the metadata of some requests of a batch, as vLLM's builder makes that of all.
-
-    numbers: of the requests in the batch. lengths: their tokens in it.
-    """
-    chosen = torch.tensor(numbers, dtype=torch.long, device="cpu")
+    """Return the metadata of some requests of a batch, as vLLM's builder makes that of all."""
+    lengths = [row.length for row in rows]
+    chosen = torch.tensor([row.number for row in rows], dtype=torch.long, device="cpu")
     starts = torch.tensor([0, *lengths], dtype=torch.int32, device="cpu").cumsum(0, dtype=torch.int32)
-    own = {"query_start_loc": starts, "seq_lens": metadata.seq_lens[chosen].contiguous()}
+    own = {"query_start_loc": starts, "seq_lens": batch.seq_lens[chosen].contiguous()}
     plan = ops.cpu_attn_get_scheduler_metadata(
         **own,
-        num_reqs=len(numbers),
+        num_reqs=len(rows),
         num_heads=impl.num_heads,
         num_kv_heads=impl.num_kv_heads,
         head_dim=impl.head_size,
@@ -36,11 +38,16 @@ def part_of(
         dynamic_causal=None,
         kv_cache_dtype=impl.kv_cache_dtype,
     )
-    table = metadata.block_table[chosen].contiguous()
-    return replace(metadata, **own, num_actual_tokens=sum(lengths), block_table=table, scheduler_metadata=plan)
+    table = batch.block_table[chosen].contiguous()
+    return replace(batch, **own, num_actual_tokens=sum(lengths), block_table=table, scheduler_metadata=plan)
 
 
-def write_block(layer: Any, impl: Any, keys: Tensor, values: Tensor, cache: Tensor) -> None:
+def bind(impl: Any, blocks: BlockLayer, layer: Any, cache: Tensor) -> None:
+    """Have ``blocks`` read the layer's cache ``[blocks, Hkv, block_size, 2 * D]``."""
+    blocks.bind(cache, partial(_write_block, impl, layer))
+
+
+def _write_block(impl: Any, layer: Any, keys: Tensor, values: Tensor, cache: Tensor) -> None:
     """Fill a cache of one block with the pairs ``[block_size, 1, D]``, as the layer's own are written."""
     slots = torch.arange(len(keys), dtype=torch.long, device="cpu")
     CPUAttentionBackendImpl.do_kv_cache_update(impl, layer, keys, values, cache, slots)
