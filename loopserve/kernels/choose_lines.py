@@ -47,6 +47,7 @@ def choose_lines(
     forced_slashes: Tensor | None = None,
     tile: int = TILE,
     most_cost: float = math.inf,
+    least_weight: float = 0.0,
 ) -> LineSelection:
     """Return lines that cover a share ``alpha`` of the attention of queries ``[Hq, r, D]`` at ``columns`` over keys
     ``[Hkv, n, D]``.
@@ -67,6 +68,7 @@ def choose_lines(
         forced=(forced_verticals, forced_slashes),
         tile=tile,
         most_cost=most_cost,
+        least_weight=least_weight,
     )
     chosen, covered, mass, spent = _OPERATION(
         queries, keys, columns, new_tokens, scaling=scaling, softcap=softcap, first_valid=first_valid, **options

@@ -201,6 +201,82 @@ def test_a_head_that_would_cost_too_much_is_given_up(implementation: str, cost_o
     assert (bounded.cost[dear] <= bound * 1.1).all()
 
 
+WEIGHTS = (0.3, 0.01, 0.003, 0.001, 1e-4, 0.0)
+
+
+@pytest.mark.parametrize("cost_of", ["length", "tile"])
+@given(
+    seed=st.integers(0, 50),
+    shape=st.sampled_from([(40, 90), (60, 60), (100, 300)]),
+    implementation=st.sampled_from(IMPLEMENTATIONS),
+)
+@settings(max_examples=15)
+def test_a_smaller_least_weight_takes_more_up_to_the_target(
+    cost_of: str, seed: int, shape: tuple[int, int], implementation: str
+) -> None:
+    probabilities, columns = rows_of_heads(*shape, 24, seed)
+    exact = implementation != "torch"  # the same greedy stops later; rounds may take their lines in another order
+    before = None
+    for weight in WEIGHTS:
+        with backend.use(implementation):
+            found = select_lines(probabilities, columns, shape[0], alpha=0.97, cost=cost_of, least_weight=weight)
+        expected = covered(found, probabilities, columns).mean(1)
+        torch.testing.assert_close(found.coverage, expected.to(found.coverage.dtype), atol=1e-4, rtol=1e-4)
+        if before is not None:
+            assert (found.coverage >= before.coverage - (1e-5 if exact else 0.01)).all()
+            if exact:
+                assert not (before.verticals & ~found.verticals).any() and not (before.slashes & ~found.slashes).any()
+        before = found
+    assert before is not None and (before.coverage >= 0.97 - 1e-4).all()
+
+
+@pytest.mark.parametrize("cost_of", ["length", "tile"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_lines_that_are_left_out_hold_less_than_the_least_weight(implementation: str, cost_of: str) -> None:
+    probabilities, columns = rows_of_heads(100, 200, 32, 3)
+    generator = torch.Generator().manual_seed(3)
+    row_weights = torch.rand(32, generator=generator) + 0.1
+    least = 0.002
+    options = {"cost": cost_of, "row_weights": row_weights}
+    with backend.use(implementation):
+        found = select_lines(probabilities, columns, 100, alpha=1.0, least_weight=least, **options)  # type: ignore[arg-type]
+    assert (found.coverage < 1 - 1e-4).any() and found.verticals.any()
+    taken = cost(found, 100, cost_of)
+    offsets = columns[:, None] - torch.arange(200)
+    inside = (found.verticals[:, None] | found.slashes[:, offsets.clamp(min=0)]) & (offsets >= 0)
+    rate = least * float(row_weights.sum()) / (1 if cost_of == "tile" else 100)
+    for head, left in (found.verticals.logical_not()).nonzero().tolist()[::17]:
+        verticals = found.verticals.clone()
+        verticals[head, left] = True
+        added = float(cost(found._replace(verticals=verticals), 100, cost_of)[head] - taken[head])
+        gained = float((probabilities[head, :, left] * ~inside[head, :, left]) @ row_weights)
+        assert gained <= rate * added * (1 + 1e-3) + 1e-5
+
+
+@pytest.mark.parametrize("implementation", FAST)
+@pytest.mark.parametrize("cost_of", ["length", "tile"])
+def test_stopped_by_weight_the_fast_greedy_covers_as_much_per_cost(implementation: str, cost_of: str) -> None:
+    for seed in range(3):
+        probabilities, columns = rows_of_heads(200, 300, 48, seed)
+        options = {"alpha": 0.999, "cost": cost_of, "least_weight": 0.002}
+        with backend.use("reference"):
+            slow = select_lines(probabilities, columns, 200, **options)  # type: ignore[arg-type]
+        with backend.use(implementation):
+            fast = select_lines(probabilities, columns, 200, **options)  # type: ignore[arg-type]
+        if implementation == "cpu":  # the same greedy
+            assert torch.equal(fast.verticals, slow.verticals) and torch.equal(fast.slashes, slow.slashes)
+        assert (fast.coverage >= slow.coverage - 0.02).all()
+        assert fast.cost.sum() <= 1.03 * slow.cost.sum()
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_every_row_reaches_its_floor_whatever_its_lines_hold(implementation: str) -> None:
+    probabilities, columns = rows_of_heads(100, 200, 32, 0)
+    with backend.use(implementation):
+        found = select_lines(probabilities, columns, 100, alpha=0.9, row_floor=0.7, least_weight=0.05)
+    assert covered(found, probabilities, columns).min() >= 0.7 - 1e-4
+
+
 @given(st.integers(0, 30), st.sampled_from([None, 0.8]), st.booleans())
 @settings(max_examples=20)
 def test_choosing_is_scoring_then_selecting(seed: int, floor: float | None, filler: bool) -> None:
@@ -259,6 +335,7 @@ def test_random_rows_find_a_question_that_stands_first_and_last_rows_do_not() ->
     "change",
     [
         {"alpha": 1.5},
+        {"least_weight": -0.1},
         {"cost": "area"},
         {"new_tokens": 0},
         {"columns": torch.arange(3)},

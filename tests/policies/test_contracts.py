@@ -99,6 +99,8 @@ def test_numbers_that_make_no_sense_are_refused(policy: Registration, value: Any
         (Kind.PREFILL, "loopserve", {"alpha": 0}),
         (Kind.PREFILL, "loopserve", {"alpha": 1.01}),
         (Kind.PREFILL, "loopserve", {"row_floor": math.nan}),
+        (Kind.PREFILL, "loopserve", {"least_weight": 0}),
+        (Kind.PREFILL, "loopserve", {"least_weight": 0.01, "overlap": False}),
         (Kind.PREFILL, "loopserve", {"sampling": "first"}),
         (Kind.PREFILL, "loopserve", {"cost": "time"}),
         (Kind.DECODE, "loopserve", {"budget": 10, "sink_tokens": 4, "recent_window": 4, "page_budget": 3}),

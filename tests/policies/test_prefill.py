@@ -78,6 +78,28 @@ def test_more_alpha_never_covers_or_costs_less(inputs: AttentionInputs, cost: st
 
 
 @settings(max_examples=25)
+@given(inputs=attention_inputs(max_tokens=60, evictions=False), cost=st.sampled_from(["length", "tile"]))
+def test_a_smaller_least_weight_never_covers_or_costs_less(inputs: AttentionInputs, cost: str) -> None:
+    shares, cells = [], []
+    for weight in (0.5, 0.05, 0.01, 0.001, None):
+        pattern = lines(loopserve(alpha=0.9, cost=cost, sample_rows=100, least_weight=weight), inputs)
+        assert_pattern(pattern, inputs)
+        shares.append(recorded(inputs).values["coverage_estimated"][-1])
+        cells.append(pattern.cell_density())
+    assert (torch.stack(shares).diff(dim=0) >= -0.01).all()
+    assert (torch.stack(cells).diff(dim=0) >= -0.01).all()
+    assert (shares[-1] >= 0.9 - 1e-4).all()
+
+
+def test_heads_share_one_least_weight_and_none_is_dense_for_missing_alpha() -> None:
+    inputs = make_inputs(new_tokens=200, total_tokens=300, kv_heads=2, group=2, structured=True)
+    pattern = lines(loopserve(alpha=0.999, sample_rows=64, least_weight=0.02, dense_above=0.75), inputs)
+    shares = recorded(inputs).values["coverage_estimated"][-1]
+    assert pattern.dense_heads is not None and not pattern.dense_heads.any()
+    assert (shares < 0.99).all() and shares.max() > shares.min() + 0.05
+
+
+@settings(max_examples=25)
 @given(inputs=attention_inputs(min_new_tokens=4, max_tokens=60))
 def test_a_row_floor_holds_for_every_row(inputs: AttentionInputs) -> None:
     pattern = lines(loopserve(alpha=0.5, row_floor=0.8), inputs)
@@ -107,6 +129,13 @@ def test_the_same_seed_gives_the_same_lines_whatever_else_is_drawn() -> None:
     torch.random.set_rng_state(before)
     lines(loopserve(), make_inputs(new_tokens=64, total_tokens=90))
     assert torch.equal(before, torch.random.get_rng_state())
+
+
+@pytest.mark.parametrize(("new", "rows"), [(3, 1), (100, 25), (256, 64), (400, 64)])
+def test_short_turns_are_sampled_up_to_a_share(new: int, rows: int) -> None:
+    inputs = make_inputs(new_tokens=new, total_tokens=420)
+    lines(loopserve(sample_rows=64, sample_share=0.25), inputs)
+    assert len(inputs.scratch["sampled_rows"]) == rows
 
 
 @given(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from loopserve.kernels.gpu.lines import FREE, TAKEN, covered_masses, line_masses, take_lines
 from loopserve.kernels.gpu.scores import line_scores
-from loopserve.kernels.select_lines.reference import NEGLIGIBLE, cells_added, keys_added, total_cost
+from loopserve.kernels.select_lines.reference import NEGLIGIBLE, cells_added, keys_added, least_rates, total_cost
 
 ROUNDS = 16
 _LINES = 1024  # per head and round
@@ -37,6 +37,7 @@ def select_lines(
     row_weights: Tensor,
     row_floor: float,
     most_cost: float,
+    least_weight: float,
     forced: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return chosen lines bool ``[Hq, 2, n]``, covered and total mass per row ``[Hq, r]``, cost ``[Hq]``; kind 0 is
@@ -44,7 +45,7 @@ def select_lines(
 
     See the operation.
     """
-    heads = _Heads(probabilities, columns, new_tokens, alpha, tile, row_weights, forced)
+    heads = _Heads(probabilities, columns, new_tokens, alpha, tile, row_weights, least_weight, forced)
     for _ in range(ROUNDS):
         heads.round()
     heads.complete()
@@ -64,6 +65,7 @@ class _Heads:
         alpha: float,
         tile: int | None,
         row_weights: Tensor,
+        least_weight: float,
         forced: Tensor,
     ) -> None:
         self.mass, self.columns = probabilities.float().contiguous(), columns.contiguous()
@@ -79,6 +81,7 @@ class _Heads:
         # Every uncovered cell is on one vertical.
         uncovered = self.gains[:, : forced.shape[2]].sum(1)
         self.missing = uncovered - (1.0 - alpha + NEGLIGIBLE) * self.whole
+        self.least_rate = least_rates(least_weight, self.weights, new_tokens, tile).float()[:, None]
         self.least = NEGLIGIBLE * self.weights.amax(
             1, keepdim=True
         )  # corrected sums drift by rounding; smaller gains are noise
@@ -94,10 +97,11 @@ class _Heads:
         costs = self._costs()
         possible = (self.gains > self.least) & ~self.chosen & (self.missing > 0)[:, None]
         ratios = (self.gains / costs).masked_fill_(~possible, 0.0)
+        ratios.masked_fill_(ratios < self.least_rate, 0.0)
         best, lines = ratios.topk(min(_LINES, ratios.shape[1]), dim=1)
         paid = ratios.masked_fill_(ratios.isinf(), 0.0).amax(1)
         near = self.missing <= _FAR * self.whole
-        close = torch.where(near, _CLOSE * paid, _CLOSE_FAR * paid)[:, None]
+        close = torch.where(near, _CLOSE * paid, _CLOSE_FAR * paid)[:, None].maximum(self.least_rate)
         expected = self.gains.gather(1, lines).masked_fill_(best <= 0, 0.0)
         fits = _before(expected) < _SHARE * self.missing[:, None]
         fits[:, 0].fill_(True)
@@ -116,14 +120,19 @@ class _Heads:
 
     def complete(self) -> None:
         """Rank all remaining lines, and take them up to the target."""
-        ratios = (self.gains / self._costs()).masked_fill_(self.chosen, -torch.inf)
+        costs = self._costs()
+        ratios = (self.gains / costs).masked_fill_(self.chosen, -torch.inf)
         order = ratios.nan_to_num_(nan=0.0, posinf=torch.inf, neginf=-torch.inf).argsort(dim=1, descending=True)
         rank = torch.arange(order.shape[1], dtype=torch.int32, device=order.device).expand_as(order)
+        # A line below the least rate is not taken, so it claims no cell.
+        below = (ratios < self.least_rate) & (self.least_rate > 0)
+        rank = rank.masked_fill(below.gather(1, order), FREE)
         self.ranks = torch.empty_like(self.ranks).scatter_(1, order, rank).masked_fill_(self.chosen, TAKEN)
         gained = line_masses(
             self.mass, self.columns, weights=self.weights, ranks=self.ranks, own_rank=True, wanted=self.missing
         )
         gained = gained.masked_fill_(self.chosen, 0.0).gather(1, order)
+        gained.masked_fill_(gained < self.least_rate * costs.gather(1, order), 0.0)
         taken = (gained > 0) & (_before(gained) < self.missing[:, None])
         self._settle(order, taken, gained)
 

@@ -127,6 +127,7 @@ class _Selection(Structure):
         ("alpha", c_double),
         ("floor", c_double),
         ("most_cost", c_double),
+        ("least_weight", c_double),
     ]
 
 
@@ -139,6 +140,7 @@ def _select(
     row_weights: Tensor,
     row_floor: float,
     most_cost: float,
+    least_weight: float,
     forced: Tensor,
     probabilities: Tensor | None = None,
     queries: Tensor | None = None,
@@ -193,6 +195,7 @@ def _select(
         alpha,
         row_floor,
         most_cost,
+        least_weight,
     )
     library.call("select_lines", POINTER(_Selection))(byref(call))
     return chosen, covered, mass, spent
@@ -218,6 +221,7 @@ def select_lines(
     row_weights: Tensor,
     row_floor: float,
     most_cost: float,
+    least_weight: float,
     forced: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Select by the exact greedy, one head at a time."""
@@ -229,6 +233,7 @@ def select_lines(
         row_weights=row_weights,
         row_floor=row_floor,
         most_cost=most_cost,
+        least_weight=least_weight,
         forced=forced,
         probabilities=probabilities,
     )

@@ -56,6 +56,7 @@ def select_lines(
     forced_slashes: Tensor | None = None,
     tile: int = TILE,
     most_cost: float = math.inf,
+    least_weight: float = 0.0,
 ) -> LineSelection:
     """Return lines whose union covers at least ``alpha`` of the weighted mass of the sampled rows, per head.
 
@@ -68,8 +69,12 @@ def select_lines(
 
     row_weights ``[r]`` or ``[Hq, r]``: weight of each row's mass. row_floor: share that every sampled row must reach in
     addition. forced_verticals, forced_slashes ``[n]`` or ``[Hq, n]``: lines taken first. most_cost: a head stops below
-    its target as soon as the rate of its best line shows that the target would cost more. On a GPU stopping saves no
-    time, since all heads run the same rounds. Raises ValueError for arguments out of range or that do not fit together.
+    its target as soon as the rate of its best line shows that the target would cost more. least_weight: a head stops
+    below its target where the best line holds less mass than this per cell that it adds, mean over the rows under
+    their weights; with cost ``tile`` a cell that a kernel computes in addition counts, on a line or not. It does not
+    hold for ``row_floor``. On a GPU stopping saves no time, since all heads run the same rounds.
+
+    Raises ValueError for arguments out of range or that do not fit together.
     """
     if probabilities.dim() != 3 or 0 in probabilities.shape:
         raise ValueError(f"select_lines: probabilities {list(probabilities.shape)} must be non-empty [Hq, r, n]")
@@ -88,6 +93,7 @@ def select_lines(
         forced=(forced_verticals, forced_slashes),
         tile=tile,
         most_cost=most_cost,
+        least_weight=least_weight,
     )
     chosen, covered, mass, spent = _OPERATION(probabilities, columns, new_tokens, **options)
     return finish(chosen, covered, mass, spent, options["row_weights"])
@@ -107,6 +113,7 @@ def prepare(
     forced: tuple[Tensor | None, Tensor | None],
     tile: int,
     most_cost: float,
+    least_weight: float,
 ) -> dict[str, Any]:
     """Check the options and return them as an implementation takes them: weights ``[Hq, r]``, forced lines ``[Hq, 2,
     n]``.
@@ -118,6 +125,8 @@ def prepare(
         raise ValueError(f"{op}: new_tokens={new_tokens} must lie in [1, {total}]")
     if not 0.0 <= alpha <= 1.0 or not 0.0 <= (row_floor or 0.0) <= 1.0:
         raise ValueError(f"{op}: alpha={alpha} and row_floor={row_floor} must lie in [0, 1]")
+    if not 0.0 <= least_weight < math.inf:
+        raise ValueError(f"{op}: least_weight={least_weight} must be 0 or more, and finite")
     if cost not in ("length", "tile") or not 1 <= tile <= MOST_TILE:
         raise ValueError(f"{op}: cost={cost!r} must be 'length' or 'tile', tile={tile} from 1 to {MOST_TILE}")
     weights = torch.ones(heads, rows, dtype=torch.float32, device=device) if row_weights is None else row_weights
@@ -139,6 +148,7 @@ def prepare(
         "row_weights": weights.expand(heads, -1),
         "row_floor": row_floor or 0.0,
         "most_cost": most_cost,
+        "least_weight": least_weight,
         "forced": lines,
     }
 

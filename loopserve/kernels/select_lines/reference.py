@@ -76,6 +76,14 @@ def total_cost(chosen: Tensor, new_tokens: int, tile: int | None) -> Tensor:
     return (chosen[:, 0] * lengths).sum(-1) + (offsets_computed(chosen[:, 1], tile) * span).sum(-1)
 
 
+def least_rates(least_weight: float, row_weights: Tensor, new_tokens: int, tile: int | None) -> Tensor:
+    """Return the gain per cost float64 ``[H]`` of a line whose added cells hold ``least_weight`` each, mean over rows weighed
+    by ``row_weights`` ``[H, r]``.
+    """
+    # A line over the whole block costs 1 key per tile, or as many cells as the block has rows.
+    return least_weight * row_weights.double().sum(1) / (1 if tile is not None else new_tokens)
+
+
 def select_lines_reference(
     probabilities: Tensor,
     columns: Tensor,
@@ -86,6 +94,7 @@ def select_lines_reference(
     row_weights: Tensor,
     row_floor: float,
     most_cost: float,
+    least_weight: float,
     forced: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return chosen lines bool ``[Hq, 2, n]``, covered and total mass per row ``[Hq, r]``, cost ``[Hq]``; kind 0 is
@@ -94,12 +103,13 @@ def select_lines_reference(
     See the operation.
     """
     heads = []
+    rates = least_rates(least_weight, row_weights, new_tokens, tile).tolist()
     finite = probabilities.double().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-    for mass, weights, lines in zip(finite, row_weights.double(), forced, strict=True):
+    for mass, weights, lines, rate in zip(finite, row_weights.double(), forced, rates, strict=True):
         head = _Head(mass, columns, new_tokens, tile, most_cost)
         for kind, line in lines.nonzero().tolist():
             head.take(kind, line)
-        head.cover(weights, alpha)
+        head.cover(weights, alpha, rate)
         head.lift_rows(row_floor)
         heads.append(head)
     chosen, covered = torch.stack([head.chosen for head in heads]), torch.stack([head.covered for head in heads])
@@ -136,12 +146,12 @@ class _Head:
         self.residual[rows, places] = 0.0
         self.gains[1 - kind].index_add_(0, crossing, -mass * self.weights[rows])
 
-    def cover(self, weights: Tensor, share: float) -> None:
-        """Take lines until the weighted covered mass reaches its share, or no line has a gain."""
+    def cover(self, weights: Tensor, share: float, rate: float) -> None:
+        """Take lines until the weighted covered mass reaches its share, or no line gains at least ``rate`` per cost."""
         self._weigh(weights)
         whole = float(self.mass @ weights)
         while (missing := (share - NEGLIGIBLE) * whole - float(self.covered @ weights)) > 0:
-            if not self._take_best(missing):
+            if not self._take_best(missing, rate):
                 return
 
     def lift_rows(self, floor: float) -> None:
@@ -153,7 +163,7 @@ class _Head:
             if not bool(below.any()) or not self._take_best():
                 return
 
-    def _take_best(self, missing: float = 0.0) -> bool:
+    def _take_best(self, missing: float = 0.0, rate: float = 0.0) -> bool:
         chosen = self.chosen[None]
         costs = (
             cells_added(chosen, self.new_tokens)
@@ -164,7 +174,7 @@ class _Head:
         possible = (self.gains > 1e-12 * float(self.weights.max())) & ~self.chosen
         ratios = torch.where(possible, self.gains / costs[0], -1.0)
         best = int(ratios.argmax())  # ties: a vertical before a slash, then the lower index
-        if not bool(possible.any()):
+        if not bool(possible.any()) or float(ratios.flatten()[best]) < rate:
             return False
         spent = float(total_cost(chosen, self.new_tokens, self.tile)) if self.most_cost < math.inf else 0.0
         if spent + missing / float(ratios.flatten()[best]) > self.most_cost:  # no later line has a higher gain per cost

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from loopserve.kernels.line_scores import diagonal_sums
-from loopserve.kernels.select_lines.reference import NEGLIGIBLE, cells_added, keys_added, total_cost
+from loopserve.kernels.select_lines.reference import NEGLIGIBLE, cells_added, keys_added, least_rates, total_cost
 
 _CLOSE = 0.8  # share of the best gain per cost that joins a round ...
 _CLOSE_FAR = 0.5  # ... while more than _FAR of the mass is missing and the order matters less
@@ -33,6 +33,7 @@ def select_lines_torch(
     row_weights: Tensor,
     row_floor: float,
     most_cost: float,
+    least_weight: float,
     forced: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return chosen lines bool ``[Hq, 2, n]``, covered and total mass per row ``[Hq, r]``, cost ``[Hq]``; kind 0 is
@@ -43,9 +44,11 @@ def select_lines_torch(
     state = _Heads(probabilities, columns, new_tokens, tile, most_cost)
     state.weigh(row_weights.float())
     state.take_all(forced)
+    state.least_rate = least_rates(least_weight, row_weights, new_tokens, tile).float()
     whole = (state.mass * state.weights).sum(1)
     while state.round((alpha - NEGLIGIBLE) * whole - (state.covered * state.weights).sum(1), whole):
         pass
+    state.least_rate.zero_()  # a row must reach its floor, whatever its lines hold
     while row_floor > 0:
         wanted = (row_floor - NEGLIGIBLE) * state.mass
         below = (state.covered < wanted).float()
@@ -89,6 +92,7 @@ class _Heads:
         self.mass = self.residual.sum(-1)
         self.columns, self.new_tokens, self.tile = columns, new_tokens, tile
         self.most_cost = most_cost
+        self.least_rate = torch.zeros(heads, dtype=torch.float32, device=probabilities.device)
         self.chosen = torch.zeros(heads, 2, total, dtype=torch.bool, device=probabilities.device)
         self.covered = torch.zeros_like(self.mass)
         self._ranks = torch.full(self.chosen.shape, _UNRANKED, dtype=torch.int32, device=probabilities.device)
@@ -129,6 +133,7 @@ class _Heads:
         least = 0.0 if self._fresh else NEGLIGIBLE * self.weights.amax(1)[:, None, None]
         possible = (self.gains > least) & ~self.chosen & open_heads[:, None, None]
         ratios = (self.gains / self.costs).masked_fill_(~possible, 0.0)
+        ratios.masked_fill_(ratios < self.least_rate[:, None, None], 0.0)
         if (
             self.most_cost < math.inf
         ):  # heads whose target costs too much stop: no later line has a higher gain per cost
@@ -150,7 +155,7 @@ class _Heads:
     def _candidates(self, ratios: Tensor, missing: Tensor, whole: Tensor) -> tuple[_Batch, Tensor]:
         """Return the lines to try in this round, best first, and the gain per cost ``[H]`` that they must reach."""
         paid = ratios.masked_fill(ratios.isinf(), 0.0).amax((1, 2))
-        close = torch.where(missing > _FAR * whole, _CLOSE_FAR * paid, _CLOSE * paid)
+        close = torch.where(missing > _FAR * whole, _CLOSE_FAR * paid, _CLOSE * paid).maximum(self.least_rate)
         heads, kinds, lines = ((ratios >= close[:, None, None]) & (ratios > 0)).nonzero(as_tuple=True)
         value = ratios[heads, kinds, lines]
         order = value.argsort(descending=True, stable=True)

@@ -7,7 +7,7 @@ from enum import StrEnum
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from loopserve.core.policy.base import PolicyConfig
@@ -35,9 +35,11 @@ class LoopServePrefill(PrefillSparsifier):
     mass. Cells that two lines share count once.
 
     Variant and deviations: the paper's code is not public, so the greedy order, the cost and the sampling are an interpretation.
-    The diagonal is always computed (each query needs a key). Additions, all of them options: sampling variants, row weights and a
-    minimum per row (a mean over rows can miss the few rows that matter), cost in tiles, sinks, local window, dense fallback per
-    head. Attention is renormalised over the computed cells. A chunked prefill chooses lines chunk by chunk.
+    The diagonal is always computed (each query needs a key). Additions, all of them options: one least weight per computed cell
+    that ends the choice of every head and layer (``least_weight``; cells then go where they hold most mass, and a flat head ends
+    below alpha), sampling variants, row weights and a minimum per row (a mean over rows can miss the few rows that matter), cost
+    in tiles, sinks, local window, dense fallback per head. Attention is renormalised over the computed cells. A chunked prefill
+    chooses lines chunk by chunk.
 
     Multi-turn: lines are chosen again for each turn, from that turn's own rows over the whole stored history and the new turn.
     Nothing is stored or evicted, so the next turn can attend to any pair. After an eviction by a decode policy, lines are those of
@@ -49,8 +51,18 @@ class LoopServePrefill(PrefillSparsifier):
 
     class Config(PolicyConfig):
         alpha: float = Field(0.95, gt=0, le=1, description="Share of the attention mass to cover, per head; 1 = dense.")
+        least_weight: float | None = Field(
+            None,
+            gt=0,
+            lt=1,
+            description="Mean weight per computed cell, over the sampled rows, below which no further line is taken; the same "
+            "for all heads and layers. Heads may then end below alpha. None: every head reaches alpha.",
+        )
         sample_rows: int = Field(
             128, gt=0, description="Rows of the new turn whose attention is computed to choose lines."
+        )
+        sample_share: float = Field(
+            1.0, gt=0, le=1, description="Most rows that are sampled, as a share of the new turn; at least one row is."
         )
         sampling: Sampling = Field(
             Sampling.MIXED,
@@ -99,6 +111,12 @@ class LoopServePrefill(PrefillSparsifier):
             0, ge=0, description="Rows, not used to choose, on which coverage is measured; 0 = not measured."
         )
 
+        @model_validator(mode="after")
+        def _fits(self) -> LoopServePrefill.Config:
+            if self.least_weight is not None and not self.overlap:
+                raise ValueError("least_weight needs overlap: true; lines counted apart are taken up to alpha")
+            return self
+
     config: Config
 
     def sparsify(self, inputs: AttentionInputs) -> AttentionPattern:
@@ -130,7 +148,8 @@ class LoopServePrefill(PrefillSparsifier):
     def _rows(self, inputs: AttentionInputs) -> Tensor:
         """Return the rows of this call whose attention is computed, the same for all heads: sorted int64 ``[r]``."""
         source = generator(self.config.seed, inputs.turn, inputs.layer.index, inputs.total_tokens)
-        rows = sample_rows(inputs.new_tokens, self.config.sample_rows, self.config.sampling, source)
+        count = min(self.config.sample_rows, max(1, int(inputs.new_tokens * self.config.sample_share)))
+        rows = sample_rows(inputs.new_tokens, count, self.config.sampling, source)
         return rows.to(inputs.queries.device)
 
     def _choose(self, inputs: AttentionInputs, rows: Tensor) -> tuple[LinePattern, Tensor]:
@@ -154,6 +173,7 @@ class LoopServePrefill(PrefillSparsifier):
             "forced_verticals": verticals,
             "forced_slashes": slashes,
             "most_cost": self._most_cost(inputs),
+            "least_weight": config.least_weight or 0.0,
         }
         if config.row_weights is RowWeights.FAR:  # weights that depend on the rows' attention
             probabilities = inputs.row_attention(rows, kind="lines").probabilities
@@ -166,9 +186,10 @@ class LoopServePrefill(PrefillSparsifier):
         verticals, slashes, coverage, row_coverage, _ = selection
         inputs.record.mean("lines", (verticals.sum(-1) + slashes.sum(-1)).float())
         pattern = LinePattern(verticals, slashes, inputs.new_tokens)
-        # A head whose lines would have cost too much was not completed and did not reach its target.
-        missed = (coverage < config.alpha - 1e-4) | (row_coverage < (config.row_floor or 0.0) - 1e-4).any(1)
-        too_dense = (pattern.tile_density() > config.dense_above) | missed
+        too_dense = pattern.tile_density() > config.dense_above
+        if config.least_weight is None:
+            # A head whose lines would have cost too much was not completed and did not reach its target.
+            too_dense |= (coverage < config.alpha - 1e-4) | (row_coverage < (config.row_floor or 0.0) - 1e-4).any(1)
         if bool(too_dense.any()):
             inputs.record.count("fallback:dense_head", float(too_dense.sum()))
             pattern = LinePattern(verticals, slashes, inputs.new_tokens, dense_heads=too_dense)
@@ -179,7 +200,7 @@ class LoopServePrefill(PrefillSparsifier):
         """Return the most that the lines of a head may cost before dense attention is cheaper, with a margin for lines that
         overlap.
         """
-        if self.config.dense_above >= 1:
+        if self.config.dense_above >= 1 or self.config.least_weight is not None:
             return math.inf
         new, total = inputs.new_tokens, inputs.total_tokens
         per_row = total - new + (new + 1) / 2  # keys that a row sees, on average

@@ -115,7 +115,7 @@ def others() -> Iterator[Call]:
         forced = {"sink_tokens": 4, "recent_window": 64, "first_valid": first_valid}
         yield "top_columns", (scores, budget), forced
     yield from coded(torch.bfloat16, 4)
-    options = {"row_weights": torch.ones(2, 64), "row_floor": 0.0, "most_cost": math.inf}
+    options = {"row_weights": torch.ones(2, 64), "row_floor": 0.0, "most_cost": math.inf, "least_weight": 1e-3}
     options |= {"forced": torch.zeros(2, 2, 4096, dtype=torch.bool)}
     yield "select_lines", (probabilities, torch.arange(64), 64), {"alpha": 0.9, "tile": 64, **options}
 

@@ -89,3 +89,25 @@ def test_a_floor_per_row_goes_to_what_can_serve_it() -> None:
     probabilities, columns = rows_of_heads(20, 40, 8, 0)
     floored = selected("triton", probabilities, columns, 20, alpha=0.5, row_floor=0.85)
     assert covered(floored, probabilities, columns).min() >= 0.85 - 1e-4
+
+
+@pytest.mark.parametrize(("cost_of", "new", "total"), [("length", 64, 150), ("tile", 100, 200)])
+def test_lines_below_the_least_weight_are_left_out(cost_of: str, new: int, total: int) -> None:
+    probabilities, columns = rows_of_heads(new, total, 32, seed=1)
+    options = {"alpha": 0.999, "cost": cost_of, "least_weight": 0.002}
+    slow = selected("reference", probabilities, columns, new, **options)
+    fast = selected("triton", probabilities, columns, new, **options)
+    assert (slow.coverage < 0.99).any()
+    assert_coverage(fast, probabilities, columns, 0.0)
+    assert (fast.coverage >= slow.coverage - 0.02).all()
+    assert fast.cost.sum() <= 1.03 * slow.cost.sum()
+
+
+def test_too_few_rounds_take_no_line_below_the_least_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loopserve.kernels.gpu.select_lines.ROUNDS", 1)
+    probabilities, columns = rows_of_heads(63, 111, 16, seed=1)
+    options = {"alpha": 0.999, "least_weight": 0.004}
+    slow = selected("reference", probabilities, columns, 63, **options)
+    fast = selected("triton", probabilities, columns, 63, **options)
+    assert_coverage(fast, probabilities, columns, 0.0)
+    assert (fast.coverage <= slow.coverage + 0.02).all() and (fast.coverage > 0.5 * slow.coverage).all()

@@ -19,6 +19,7 @@ typedef struct {
     int64_t new_tokens, tile;  // tile: a line costs keys per tile of this many rows; 0: a line costs its cells
     double alpha, floor;
     double most_cost;      // a head stops where its target would cost more
+    double least_weight;   // a head stops where the best line adds less mass per computed cell
 } Selection;
 
 #define BLOCK 128
@@ -39,6 +40,7 @@ typedef struct {
     int64_t stride;
     double *weights, *covered;  // [rows]
     double most, least;         // largest weight; gains up to `least` count as 0
+    double least_rate;          // least gain per cost of a line that is taken
     double *gain[2], *cost[2];  // [total] each; the gain of a taken line is -inf
     uint8_t *chosen[2];
     double *bound, *cheapest;   // [2 * blocks]: upper bound of gain per cost; lower bound of cost

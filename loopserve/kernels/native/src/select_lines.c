@@ -62,7 +62,7 @@ static int take_best(Greedy *g, double missing, double most_cost) {
         int kind = b >= g->blocks;
         int64_t line = g->best[b];
         if (is_rounding(g, kind, line)) continue;
-        if (g->spent + missing / bound > most_cost) return 0;
+        if (bound < g->least_rate || g->spent + missing / bound > most_cost) return 0;
         take(g, kind, line);
         return 1;
     }
@@ -107,7 +107,7 @@ static int64_t take_verticals(Greedy *g, double missing, double most_cost) {
     for (int64_t c = 0; c < count && missing > 0; c++) {
         Candidate next = g->candidates[c];
         if (is_rounding(g, 0, next.line)) continue;
-        if (spent + missing / next.ratio > most_cost) break;
+        if (next.ratio < g->least_rate || spent + missing / next.ratio > most_cost) break;
         spent += g->cost[0][next.line], missing -= g->gain[0][next.line];
         g->candidates[taken++] = next;
     }
@@ -145,7 +145,7 @@ static void take_until(Greedy *g, double target, double most_cost) {
 }
 
 static void lift_rows(Greedy *g, double floor, const double *mass, double most_cost) {
-    g->total_covered = 0;
+    g->total_covered = 0, g->least_rate = 0;  // a row must reach its floor, whatever its lines hold
     for (int64_t i = 0; i < g->rows; i++) g->weights[i] = g->covered[i] < (floor - NEGLIGIBLE) * mass[i];
     weigh(g);
     for (;;) {
@@ -164,7 +164,7 @@ static int select_head(Greedy *g, const Selection *s, int64_t head, const float 
                        const float *backwards, float **clean) {
     int64_t total = g->total, rows = g->rows;
     const uint8_t *forced = s->forced + head * 2 * total;
-    double *mass = s->mass + head * rows, whole = 0;
+    double *mass = s->mass + head * rows, whole = 0, weight = 0;
     g->stride = stride, g->covered = s->covered + head * rows, g->spent = 0, g->total_covered = 0;
     for (int kind = 0; kind < 2; kind++) g->chosen[kind] = s->chosen + (head * 2 + kind) * total;
     memset(g->chosen[0], 0, 2 * total);
@@ -181,8 +181,9 @@ static int select_head(Greedy *g, const Selection *s, int64_t head, const float 
     for (int64_t i = 0; i < rows; i++) {
         g->weights[i] = s->weights[head * rows + i];
         equal &= g->weights[i] == 1;
-        g->covered[i] = 0, whole += mass[i] * g->weights[i];
+        g->covered[i] = 0, whole += mass[i] * g->weights[i], weight += g->weights[i];
     }
+    g->least_rate = s->least_weight * weight / (s->tile ? 1 : s->new_tokens);
     price(g);
     if (vertical && equal) {
         for (int64_t x = 0; x < total; x++) g->gain[0][x] = vertical[x], g->gain[1][x] = backwards[total - 1 - x];
