@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from research.evidence.units import Row
 from research.evidence.words import milliseconds, percent, table
-from research.evidence_real.sections.rows import Cells, Rows, cells, lengths
+from research.evidence_real.sections.rows import Cells, Rows, cells, few_kinds, lengths
 from research.evidence_real.sections.verdict import Verdict
 
 
@@ -68,6 +68,7 @@ def _alpha_verdicts(tokens: int, realised: Cells) -> list[Verdict]:
             f"The lines chosen from sampled rows hold at least the share alpha of all rows' mass, {tokens:,} tokens",
             all(value >= alpha - 0.005 for alpha, value in kept.values()),
             f"alpha {worst[0]:g} gives {percent(worst[1])}",
+            few=any(few_kinds(realised[label]) for label in kept),
         )
     ]
 

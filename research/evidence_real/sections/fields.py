@@ -12,6 +12,7 @@ from research.evidence_real.sections.rows import (
     Rows,
     agreement_cells,
     cells,
+    few_kinds,
     lengths,
     on_same,
     shares,
@@ -92,7 +93,8 @@ def _field_verdicts(rows: Rows) -> list[Verdict]:
                 Verdict(
                     f"No field of `loopserve`'s decoding, changed alone, agrees better for no more bytes, {tokens:,} tokens",
                     not better,
-                    "; ".join(better) or "none of those tried",
+                    "; ".join(better) or f"none of {len(found) - 1} tried",
+                    few=few_kinds(base),
                 )
             )
     return verdicts

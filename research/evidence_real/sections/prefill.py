@@ -11,6 +11,7 @@ from research.evidence_real.sections.rows import (
     agreement_cells,
     best_first,
     cells,
+    few_kinds,
     lengths,
     on_same,
 )
@@ -65,6 +66,7 @@ def _prefill_verdicts(tokens: int, found: Cells) -> list[Verdict]:
                 f"{tokens:,} tokens",
                 best.kl <= _PREFILL_LEVEL,
                 f"{label.removeprefix('loopserve, ')}: KL {best.kl:.4f} ± {best.kl_error:.4f} at {percent(best.mean('cells'))}",
+                few=few_kinds(best),
             )
         )
     rivals = {label: each for label, each in found.items() if not label.startswith("loopserve")}
@@ -81,6 +83,7 @@ def _prefill_verdicts(tokens: int, found: Cells) -> list[Verdict]:
                 f"No other prefill policy agrees better on fewer cells, {tokens:,} tokens",
                 not ahead,
                 ", ".join(ahead) or f"none of {len(rivals)} settings measured",
+                few=all(map(few_kinds, ours.values())),
             )
         )
     paper, own = found.get("loopserve-paper, alpha 0.95"), ours.get("loopserve, alpha 0.95")
@@ -93,6 +96,7 @@ def _prefill_verdicts(tokens: int, found: Cells) -> list[Verdict]:
                 f"KL {mine.kl:.4f} ± {mine.kl_error:.4f} at {percent(mine.mean('cells'))} of the cells and "
                 f"{percent(mine.mean('tiles'))} of the tiles, the paper's {theirs.kl:.4f} ± {theirs.kl_error:.4f} at "
                 f"{percent(theirs.mean('cells'))} and {percent(theirs.mean('tiles'))}",
+                few=few_kinds(mine),
             )
         )
     return verdicts
