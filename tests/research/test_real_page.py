@@ -132,6 +132,30 @@ def test_a_row_of_earlier_settings_is_not_shown_as_todays(tmp_path: Path) -> Non
     assert verdict(text, "Decoding under `loopserve` is at dense's level") == "not measured"
 
 
+def test_a_difference_within_its_error_is_none(tmp_path: Path) -> None:
+    units = [unit for unit in units_of(FULL) if unit.experiment == "needles" and unit.spec["share"] == 0.05]
+
+    def verdict_of(place: str, better: int) -> str:
+        """Of how many of the dialogues the question at the end gives a digit more."""
+        ledger = Ledger(tmp_path / place)
+        for unit in units:
+            answers = found(unit.spec, 0.0)["answers"]
+            for answer in answers:
+                answer["right"] = int(answer["position"] == "end" and unit.spec["seed"] < better)
+            row = {
+                "experiment": "needles",
+                "unit": unit.spec,
+                "found": {"answers": answers},
+                "seconds": 1.0,
+                "made": MADE,
+            }
+            ledger.add(row)
+        return verdict(render(ledger, units), "Policies that watch the end")
+
+    assert verdict_of("one", 1) == "no"
+    assert verdict_of("all", 7) == "yes"
+
+
 def test_of_two_rows_of_a_unit_the_later_counts(tmp_path: Path) -> None:
     units = [unit for unit in units_of(QUICK) if unit.spec["label"] == "loopserve" and unit.experiment == "decode"]
     written(tmp_path, units, lambda spec: 0.3, "2026-01-03")

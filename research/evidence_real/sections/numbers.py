@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from research.evidence.units import Row
@@ -120,10 +121,7 @@ def _verdicts(results: dict[str, Found], where: str) -> list[Verdict]:
         verdicts.append(
             Verdict(
                 f"Policies that watch the end of the prompt lose answers when the question stands earlier, {where}",
-                all(
-                    each.where("position", "begin").digits < each.where("position", "end").digits
-                    for each in windows.values()
-                ),
+                all(map(_falls, windows.values())),
                 "digits right, question at begin / middle / end: "
                 + "; ".join(
                     f"`{label}` {' / '.join(percent(each.where('position', place).digits, 0) for place in POSITIONS)}"
@@ -133,6 +131,12 @@ def _verdicts(results: dict[str, Found], where: str) -> list[Verdict]:
             )
         )
     return verdicts
+
+
+def _falls(found: Found) -> bool:
+    """Return whether more is right with the question at the end than at the begin, by more than two standard errors."""
+    begin, end = found.where("position", "begin"), found.where("position", "end")
+    return end.digits - begin.digits > 2 * math.hypot(begin.error, end.error)
 
 
 def _right(found: Found) -> str:
