@@ -96,11 +96,15 @@ def prefill_alphas() -> dict[str, Policy]:
 
 
 def prefill_presets() -> dict[str, Policy]:
-    """Return the prefill side of every preset of others that has one, as its file says."""
+    """Return the prefill side of every preset of others that has one, as its file says.
+
+    Those with the sizes of a paper are left out: these are for 100,000 tokens and more, and nearly dense here.
+    """
+    names = [name for name in preset_names() if not name.startswith("loopserve") and not name.endswith("-paper")]
     return {
         f"{name} (preset)": recipe["prefill"]
-        for name in preset_names()
-        if (recipe := preset(name))["prefill"] != DENSE and not name.startswith("loopserve") and name != "static_lines"
+        for name in names
+        if (recipe := preset(name))["prefill"] != DENSE and name != "static_lines"
     }
 
 

@@ -16,6 +16,7 @@ from loopserve.models.layers import set_implementation
 from loopserve.models.tiny import tiny_model
 from research.evidence_real import needles
 from research.evidence_real.needles import POSITIONS, last_message, make_dialogue
+from research.evidence_real.replay import ReplayModel, TurnRecorder, replayed
 
 
 class Words:
@@ -112,3 +113,19 @@ def test_forks_answer_as_a_conversation_of_its_own_does(monkeypatch: pytest.Monk
             assert chosen[1:] == alone[1:]  # the first was chosen from a replayed pass, whose logits are not computed
             attended = session.stats.means["attended_fraction"]
             assert found[name]["attended"] == round(attended.total / attended.weight, 4)
+
+
+def test_a_forked_recording_replays_its_own_tokens_only() -> None:
+    model = tiny_model("llama")
+    set_implementation(model, IMPLEMENTATION)
+    network = TransformersModel(model)
+    recorder = TurnRecorder(network)
+    recorder.read([1, 2, 3])
+    fork = recorder.fork()
+    fork.read([4, 5])
+    recording = fork.recording()
+    assert (recording.tokens, recording.start) == ([1, 2, 3, 4, 5], 3)
+    assert all(queries.shape[1] == 2 for queries, _ in recording.queries.values())
+    engine = TokenEngine(ReplayModel(network, recording), replayed(load_stack("dense")))
+    with pytest.raises(ValueError, match="not recorded"):
+        engine.prefill(engine.session(), [1, 2, 3])
