@@ -38,7 +38,7 @@ _MAIN = (
 _RIVALS = ("loopserve", "loopserve-paper", "quest", "snapkv", "streaming_llm", "rocketkv_mt")
 """Stacks measured at every share and length: the best of each kind of choice."""
 
-_ASKED = ("loopserve", "loopserve-paper", "quest", "snapkv")
+_ASKED = ("loopserve", "quest", "snapkv")
 """Stacks asked for needles at every share."""
 
 _ONCE = ("kvzip",)
