@@ -156,6 +156,17 @@ def test_a_difference_within_its_error_is_none(tmp_path: Path) -> None:
     assert verdict_of("all", 7) == "yes"
 
 
+def test_a_setting_measured_on_one_kind_is_not_set_against_one_on_all(tmp_path: Path) -> None:
+    """Here the smaller alpha was only measured where everything is easy."""
+    units = [unit for unit in units_of(QUICK) if unit.experiment == "prefill"]
+    all_kinds, easy = [
+        [unit for unit in units if unit.spec["label"] == f"loopserve, alpha {alpha}"] for alpha in (0.98, 0.95)
+    ]
+    some = all_kinds + [unit for unit in easy if unit.spec["text"][0] == "prose"]
+    text = render(written(tmp_path, some, lambda spec: 0.001 if spec["label"].endswith("0.95") else 0.1), units)
+    assert verdict(text, "`loopserve`'s prefill is at dense's level") == "no"
+
+
 def test_of_two_rows_of_a_unit_the_later_counts(tmp_path: Path) -> None:
     units = [unit for unit in units_of(QUICK) if unit.spec["label"] == "loopserve" and unit.experiment == "decode"]
     written(tmp_path, units, lambda spec: 0.3, "2026-01-03")

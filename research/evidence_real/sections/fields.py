@@ -91,9 +91,10 @@ def _field_verdicts(rows: Rows) -> list[Verdict]:
                     better.append(f"{label} ({middle:+.4f} ± {error:.4f})")
             verdicts.append(
                 Verdict(
-                    f"No field of `loopserve`'s decoding, changed alone, agrees better for no more bytes, {tokens:,} tokens",
+                    f"No field of `loopserve`'s decoding, changed alone, agrees better for no more bytes, {tokens:,} tokens, "
+                    f"{len(found) - 1} changes tried",
                     not better,
-                    "; ".join(better) or f"none of {len(found) - 1} tried",
+                    "; ".join(better) or "none does",
                     few=few_kinds(base),
                 )
             )

@@ -59,7 +59,7 @@ def _prefill_verdicts(tokens: int, found: Cells) -> list[Verdict]:
     inside = {label: each for label, each in ours.items() if (each.mean("cells") or 1.0) <= bar}
     verdicts = []
     if inside:
-        label, best = min(inside.items(), key=lambda item: item[1].kl)
+        label, best = min(inside.items(), key=lambda item: (few_kinds(item[1]), item[1].kl))
         verdicts.append(
             Verdict(
                 f"`loopserve`'s prefill is at dense's level (KL at most {_PREFILL_LEVEL}) with {percent(bar, 0)} of the cells, "
