@@ -165,6 +165,7 @@ def test_a_setting_measured_on_one_kind_is_not_set_against_one_on_all(tmp_path: 
     some = all_kinds + [unit for unit in easy if unit.spec["text"][0] == "prose"]
     text = render(written(tmp_path, some, lambda spec: 0.001 if spec["label"].endswith("0.95") else 0.1), units)
     assert verdict(text, "`loopserve`'s prefill is at dense's level") == "no"
+    assert verdict(text, "No other prefill policy") == "not measured"
 
 
 def test_of_two_rows_of_a_unit_the_later_counts(tmp_path: Path) -> None:

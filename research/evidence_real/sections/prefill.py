@@ -70,7 +70,10 @@ def _prefill_verdicts(tokens: int, found: Cells) -> list[Verdict]:
             )
         )
     rivals = {label: each for label, each in found.items() if not label.startswith("loopserve")}
-    if ours and rivals:
+    alone = f"No other prefill policy agrees better on fewer cells, {tokens:,} tokens"
+    if ours and not rivals:
+        verdicts.append(Verdict(alone, None, "-"))
+    elif ours:
         ahead = [
             f"`{label}` (KL {pair[1].kl:.4f} at {percent(pair[1].mean('cells'))}, {own} {pair[0].kl:.4f} at "
             f"{percent(pair[0].mean('cells'))})"
@@ -80,7 +83,7 @@ def _prefill_verdicts(tokens: int, found: Cells) -> list[Verdict]:
         ]
         verdicts.append(
             Verdict(
-                f"No other prefill policy agrees better on fewer cells, {tokens:,} tokens",
+                alone,
                 not ahead,
                 ", ".join(ahead) or f"none of {len(rivals)} settings measured",
                 few=all(map(few_kinds, ours.values())),
