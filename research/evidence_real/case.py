@@ -24,7 +24,7 @@ from research.evidence_real.texts import continued, digest
 
 MODEL = "smollm2"
 FORCED = 176
-_PACKED = 9  # sessions per pass
+_PACKED_TOKENS = 65_536  # of all sessions of a pass: what their stores take of the memory bounds them
 _WHOLE = {"prefill": {"policy": "dense"}, "decode": {"policy": "full"}}
 
 
@@ -65,15 +65,16 @@ class Case:
 
     def decoding(self, stacks: Mapping[str, PolicyStack]) -> Iterable[tuple[str, Found]]:
         """Decode the forced tokens under each stack after the dense prefill, several stacks in one pass."""
-        names = list(stacks)
-        for start in range(0, len(names), _PACKED):
-            yield from self._packed({name: stacks[name] for name in names[start : start + _PACKED]}, replays=True)
+        return self._in_passes(stacks, replays=True)
 
     def whole(self, stacks: Mapping[str, PolicyStack]) -> Iterable[tuple[str, Found]]:
         """The same with each stack's own prefill."""
-        names = list(stacks)
-        for start in range(0, len(names), _PACKED):
-            yield from self._packed({name: stacks[name] for name in names[start : start + _PACKED]}, replays=False)
+        return self._in_passes(stacks, replays=False)
+
+    def _in_passes(self, stacks: Mapping[str, PolicyStack], *, replays: bool) -> Iterable[tuple[str, Found]]:
+        names, most = list(stacks), max(1, _PACKED_TOKENS // len(self.prompt))
+        for start in range(0, len(names), most):
+            yield from self._packed({name: stacks[name] for name in names[start : start + most]}, replays=replays)
 
     def _packed(self, stacks: Mapping[str, PolicyStack], *, replays: bool) -> Iterable[tuple[str, Found]]:
         model = ReplayModel(self.model, self.recording if replays else None)

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from loopserve.api import load_stack
 from loopserve.core.engine.engine import TokenEngine
+from loopserve.core.engine.session import Session
 from loopserve.core.engine.turn import Turn
 from loopserve.core.stack.stack import PolicyStack
 from loopserve.models.bridge import TransformersModel
-from research.evidence_real.replay import Recording, ReplayModel, TurnRecorder, decode_together, replayed
+from research.evidence_real.replay import ReplayModel, TurnRecorder, decode_together, replayed
 from research.evidence_real.texts import text
 
 POSITIONS = ("begin", "middle", "end")
@@ -34,7 +35,7 @@ _THINGS = (
     "harbour", "violin", "glacier", "lantern", "orchard", "comet", "saddle", "teapot", "canyon", "library",
     "falcon", "anchor", "meadow", "compass", "velvet", "mirror", "pepper", "marble", "castle", "ribbon",
 )  # fmt: skip
-_PACKED = 8
+_PACKED = 9
 
 
 @dataclass(frozen=True)
@@ -108,61 +109,58 @@ class _Digits:
 
 
 class Asking:
-    """Hold a dialogue on a model, its first turns recorded."""
+    """Hold a dialogue on a model and its stacks, the turns before the last one read under each."""
 
-    def __init__(self, model: TransformersModel, tokenizer: Any, dialogue: Dialogue) -> None:
-        self.model, self.tokenizer, self.dialogue = model, tokenizer, dialogue
+    def __init__(
+        self, model: TransformersModel, tokenizer: Any, dialogue: Dialogue, stacks: Mapping[str, PolicyStack]
+    ) -> None:
+        self.tokenizer, self.dialogue = tokenizer, dialogue
         self._before = TurnRecorder(model)
-        self._turns: list[list[int]] = []
-        messages: list[dict[str, str]] = []
+        turns: list[list[int]] = []
+        self._messages: list[dict[str, str]] = []
+        self._known = 0
         for each in dialogue.messages:
-            messages.append({"role": "user", "content": each})
-            self._turns.append(self._new(messages))
-            self._before.read(self._turns[-1])
-            messages.append({"role": "assistant", "content": _READ})
-        self._messages = messages
+            self._messages.append({"role": "user", "content": each})
+            turns.append(self._new(self._messages))
+            self._known += len(turns[-1])
+            self._before.read(turns[-1])
+            self._messages.append({"role": "assistant", "content": _READ})
+        self._model = ReplayModel(model, self._before.recording())
+        self._engine = TokenEngine(self._model, load_stack("dense"), policy_timeout_s=None)
+        self._sessions: dict[str, Session] = {}
+        for name, stack in stacks.items():
+            self._sessions[name] = self._engine.session(replayed(stack))
+            for turn in turns:
+                self._engine.prefill(self._sessions[name], turn)
 
     def _new(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Return what a conversation adds to the turns that were read."""
         whole = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         ids = self.tokenizer.encode(whole, add_special_tokens=False)
-        known = sum(map(len, self._turns))
-        return list(ids[known:])
+        return list(ids[self._known :])
 
-    def ask(self, question: Question, stacks: Mapping[str, PolicyStack]) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Ask one question under each stack; the prefill is dense."""
-        message = {"role": "user", "content": last_message(self.dialogue, question)}
-        last = self._new([*self._messages, message])
+    def ask(self, question: Question) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Ask one question under each stack, on a fork of its session; the prefill is dense."""
+        last = self._new([*self._messages, {"role": "user", "content": last_message(self.dialogue, question)}])
         recorder = self._before.fork()
         recorder.read(last)
-        yield from self._answers(question, [*self._turns, last], stacks, recorder.recording())
-
-    def _answers(
-        self,
-        question: Question,
-        turns: Sequence[Sequence[int]],
-        stacks: Mapping[str, PolicyStack],
-        recording: Recording,
-    ) -> Iterator[tuple[str, dict[str, Any]]]:
+        self._model.recording = recorder.recording()
         answer = f"The magic number of the {question.thing} is {question.number}."
         ids = self.tokenizer.encode(answer, add_special_tokens=False)
         digits = [self.tokenizer.decode([each]).strip().isdigit() for each in ids]
-        engine = TokenEngine(ReplayModel(self.model, recording), load_stack("dense"), policy_timeout_s=None)
-        names = list(stacks)
+        while not digits[-1]:  # what comes after the last digit is not compared
+            del ids[-1], digits[-1]
+        names = list(self._sessions)
         for start in range(0, len(names), _PACKED):
             running: dict[str, tuple[Turn, _Digits]] = {}
             for name in names[start : start + _PACKED]:
-                session = engine.session(replayed(stacks[name]))
-                for each in turns[:-1]:
-                    engine.prefill(session, list(each))
-                choose = _Digits(ids, digits, [])
-                running[name] = engine.begin(session, list(turns[-1]), choose, max_new_tokens=len(ids)), choose
-            decode_together(engine, [turn for turn, _ in running.values()])
+                session, choose = self._sessions[name].fork(), _Digits(ids, digits, [])
+                running[name] = self._engine.begin(session, last, choose, max_new_tokens=len(ids)), choose
+            decode_together(self._engine, [turn for turn, _ in running.values()])
             for name, (turn, choose) in running.items():
                 if turn.error is not None:
                     raise turn.error
-                stats = turn.session.stats
-                attended = stats.means["attended_fraction"]
+                attended = turn.session.stats.means["attended_fraction"]
                 yield (
                     name,
                     {
@@ -183,7 +181,7 @@ def measure(
 ) -> dict[str, list[dict[str, Any]]]:
     """Return by stack what became of every question of a dialogue. One number of each turn is asked for at every position."""
     dialogue = make_dialogue(tokenizer, tokens, seed)
-    asking = Asking(model, tokenizer, dialogue)
+    asking = Asking(model, tokenizer, dialogue, stacks)
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in stacks}
     seen: set[tuple[str, int]] = set()
     for question in dialogue.questions:
@@ -191,6 +189,6 @@ def measure(
             continue
         seen.add((question.position, question.back))
         with torch.no_grad():
-            for name, answer in asking.ask(question, stacks):
+            for name, answer in asking.ask(question):
                 found[name].append(answer)
     return found

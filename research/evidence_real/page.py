@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -39,8 +38,8 @@ model is asked to continue a text; the next {forced} tokens of it are teacher-fo
 its distribution of each next token is compared with that under dense attention. Stacks of your own are measured the same way by
 `python -m research.evidence_real.agreement STACK...`.
 
-A row names every setting of its stack. Where a preset has changed since, its row is that of the earlier settings until it is measured
-again; [LOG.md](LOG.md) says what changed and what that gave."""
+Only rows of today's settings are shown: what a preset has changed since its row was measured is missing until it is measured again, and
+the page's end names what is missing. A verdict needs all three kinds of text, or 60 answers: fewer are too few to tell."""
 
 _TERMS = """*Tokens*: how many are compared. *KL*: divergence of the next token's distribution from dense attention's, in nats, mean
 per token. *Top-1*: share of tokens for which the likeliest next token is the same. *Perplexity*: change of the text's perplexity.
@@ -61,11 +60,9 @@ def write(ledger: Ledger, plan: Sequence[Unit], text: Path, pictures: Path) -> N
 
 
 def render(ledger: Ledger, plan: Sequence[Unit]) -> str:
-    """Return the page's text; what is planned and not measured is said to be missing.
-
-    All but the last section depends on the rows alone, not on what the presets are today.
-    """
-    rows: Rows = {name: current(ledger.rows(name)) for name in EXPERIMENTS}
+    """Return the page's text from the rows of the plan; what is planned and not measured is said to be missing."""
+    units = {name: [unit for unit in plan if unit.experiment == name] for name in EXPERIMENTS}
+    rows: Rows = {name: planned(ledger.rows(name), units[name]) for name in EXPERIMENTS}
     verdicts: list[Verdict] = []
     texts = []
     for title, section in _SECTIONS:
@@ -90,21 +87,14 @@ EXPERIMENTS = (
 LAST = "## How it was had"
 
 
-def current(rows: Sequence[Row]) -> list[Row]:
-    """Return the rows of each label's latest settings, the latest row of each text: a stack that changed is not mixed with itself."""
-    latest: dict[str, str] = {}
-    kept: dict[tuple[str, str], Row] = {}
-    for row in sorted(rows, key=lambda each: each["made"]["date"]):
-        spec = row["unit"]
-        label, settings, where = (
-            json.dumps([spec.get(name) for name in names], sort_keys=True)
-            for names in (("label", "tokens", "share", "forced"), ("stack", "policy"), ("text", "seed"))
-        )
-        if latest.get(label) != settings:
-            latest[label] = settings
-            kept = {key: each for key, each in kept.items() if key[0] != label}
-        kept[label, where] = row
-    return sorted(kept.values(), key=lambda each: str([each["unit"].get(name) for name in ("tokens", "text", "seed")]))
+def planned(rows: Sequence[Row], plan: Sequence[Unit]) -> list[Row]:
+    """Return the latest row of each unit of the plan: a row of a stack that changed since is not the stack's any more."""
+    order = {unit.key: number for number, unit in enumerate(plan)}
+    latest: dict[str, Row] = {}
+    for row in sorted(rows, key=lambda each: str(each["made"]["date"])):
+        if (key := key_of(row["unit"])) in order:
+            latest[key] = row
+    return [latest[key] for key in sorted(latest, key=order.__getitem__)]
 
 
 _SECTIONS: tuple[tuple[str, Callable[[Rows], tuple[str, list[Verdict]]]], ...] = (

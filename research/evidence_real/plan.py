@@ -32,23 +32,28 @@ _MAIN = (
     "rocketkv_mt",
     "adakv",
     "twilight",
-    "omnikv",
-    "duo",
 )
-"""Stacks measured at every share and length; the others at one."""
+"""Stacks measured first on all texts, and asked for needles."""
+
+_RIVALS = ("loopserve", "loopserve-paper", "quest", "snapkv", "streaming_llm", "rocketkv_mt")
+"""Stacks measured at every share and length: the best of each kind of choice."""
+
+_ASKED = ("loopserve", "quest", "snapkv")
+"""Stacks asked for needles at every share."""
+
+_ONCE = ("kvzip",)
+"""Stacks measured on the first texts only: reading the prompt again costs as much as ten others."""
 
 _REALISED = (*(f"loopserve, alpha {alpha}" for alpha in (0.8, 0.9, 0.95, 0.98, 0.99)), "loopserve-paper, alpha 0.95")
 """Prefill policies whose coverage of all rows is measured too."""
 
 _LONG = (
-    *(f"loopserve, alpha {alpha}" for alpha in (0.9, 0.95, 0.98)),
+    *(f"loopserve, alpha {alpha}" for alpha in (0.95, 0.98)),
     "loopserve-paper, alpha 0.95",
-    "flexprefill (preset)",
     "flashprefill (preset)",
     "minference (preset)",
-    "xattention (preset)",
 )
-"""Prefill policies measured at other lengths than the main one too."""
+"""Prefill policies measured at the longest length too."""
 
 Texts = Sequence[tuple[str, int]]
 
@@ -85,36 +90,34 @@ def units_of(sizes: Sizes, model: str = MODEL) -> tuple[Unit, ...]:
         alphas = {name: alphas[name] for name in list(alphas)[2:4]}
         presets = {name: presets[name] for name in ("minference (preset)", "tri_shape (preset)")}
     few = {name: names[name] for name in _MAIN if name in names}
-
     at = share_at(main)
-    plan.decode("decode", names, first, main, forced, at)
-    plan.prefill("prefill", alphas, first, main, sizes.read)
-    if not sizes.few:
-        plan.decode("decode", few, texts, main, forced, at)
-    plan.needles("needles", dict(list(few.items())[:8]), sizes.dialogues, main, at)
-    plan.prefill("prefill", presets, first, main, sizes.read)
+    plan.decode("decode", few if sizes.few else names, first, main, forced, at)
+    plan.decode("decode", few, texts, main, forced, at)
+    plan.needles("needles", few, sizes.dialogues, main, (at,))
     plan.both("both", wholes, first, main, forced)
-    measured = {name: alphas[name] for name in _REALISED if name in alphas}
-    shortest = min(main, *sizes.others, main)
-    plan.prefill("prefill", measured, first, shortest, sizes.read)
-    plan.prefill("coverage", measured, first, shortest, sizes.read, realised=True)
+    measured, shortest = {name: alphas[name] for name in _REALISED if name in alphas}, min(main, *sizes.others, main)
+    for text in first:  # breadth first, and what is of one text together: its dense prefill is computed once
+        plan.claims("claims", text, (shortest, main))
+        plan.prefill("prefill", alphas | presets, [text], main, sizes.read)
+        if not sizes.few:
+            plan.ablations([text], main, forced)
+            plan.prefill("prefill_ablations", recipes.prefill_ablations(), [text], main, sizes.read)
+            plan.dialogues("dialogues", recipes.talking_stacks(), [text], main)
+        plan.prefill("coverage", measured, [text], shortest, sizes.read, realised=True)
     if sizes.few:
         return tuple(plan.units)
-    plan.ablations(first, main, forced)
-    plan.prefill("prefill_ablations", recipes.prefill_ablations(), first, main, sizes.read)
-    plan.claims("claims", sizes.kinds, (2048, main))
-    plan.prefill("coverage", measured, first, main, sizes.read, realised=True)
-    plan.dialogues("dialogues", recipes.talking_stacks(), first, main)
+    some = {name: names[name] for name in _RIVALS}
+    others = [share for share in recipes.SHARES if share != at]
+    for text in texts:
+        for share in others:
+            plan.decode("decode", some, [text], main, forced, share)
     for tokens in sizes.others:
-        some = {name: (alphas | presets)[name] for name in _LONG if name in alphas | presets}
-        plan.prefill("prefill", some, first, tokens, sizes.read)
-        plan.decode("decode", few, texts, tokens, forced, share_at(tokens))
-    for share in recipes.SHARES:
-        if share != at:
-            plan.decode("decode", few, texts, main, forced, share)
-    plan.decode("decode", names, texts, main, forced, at)
-    plan.both("both", wholes, first, sizes.others[-1], forced)
-    plan.prefill("prefill", recipes.prefill_rivals(), first, main, sizes.read)
+        plan.decode("decode", some, texts, tokens, forced, share_at(tokens))
+    plan.prefill("prefill", {name: (alphas | presets)[name] for name in _LONG}, first, max(sizes.others), sizes.read)
+    plan.both("both", wholes, texts, main, forced)
+    plan.needles("needles", {name: names[name] for name in _ASKED}, sizes.dialogues, main, others)
+    often = {name: recipe for name, recipe in names.items() if name not in _ONCE}
+    plan.decode("decode", often, texts, main, forced, at)
     return tuple(plan.units)
 
 
@@ -152,14 +155,19 @@ class _Plan:
     ) -> None:
         self._decoded(experiment, "decode", _sized(stacks, share, tokens, forced), texts, tokens, forced, share)
 
-    def needles(self, experiment: str, stacks: Mapping[str, Any], dialogues: int, tokens: int, share: float) -> None:
-        """Add dialogues with numbers to find again, under dense attention and under each stack."""
-        dense = {"dense": {"prefill": {"policy": "dense"}, "decode": {"policy": "full"}}}
-        sized = dense | _sized(stacks, share, tokens, ANSWER)
+    def needles(
+        self, experiment: str, stacks: Mapping[str, Any], dialogues: int, tokens: int, at: Sequence[float]
+    ) -> None:
+        """Add dialogues with numbers to find again, under each stack at each share, and under dense attention at the first."""
+        dense = {"prefill": {"policy": "dense"}, "decode": {"policy": "full"}}
         for seed in range(dialogues):
-            for name, recipe in sized.items():
-                spec = {"kind": "needles", "label": name, "model": self._model, "tokens": tokens, "seed": seed}
-                self._put(experiment, spec | {"stack": recipe, "share": share})
+            spec = {"kind": "needles", "model": self._model, "tokens": tokens, "seed": seed}
+            for share in at:
+                given = _sized(stacks, share, tokens, ANSWER)
+                if share == share_at(tokens):
+                    given = {"dense": dense} | given
+                for name, recipe in given.items():
+                    self._put(experiment, spec | {"label": name, "stack": recipe, "share": share})
 
     def dialogues(self, experiment: str, stacks: Mapping[str, Any], texts: Texts, tokens: int) -> None:
         """Add conversations of several turns, under each stack with one budget for all turns."""
@@ -167,11 +175,10 @@ class _Plan:
             for name, recipe in _sized(stacks, SHARE, tokens, ANSWERED).items():
                 self._add(experiment, "dialogues", name, text, tokens=tokens, stack=recipe, share=SHARE)
 
-    def claims(self, experiment: str, kinds: Sequence[str], lengths: Sequence[int]) -> None:
-        """Add what the attention of one text of each kind is like."""
-        for number, tokens in enumerate(lengths):
-            for kind in kinds:
-                self._add(experiment, "claims", kind, (kind, 0), tokens=tokens, pairs=number == 0)
+    def claims(self, experiment: str, text: tuple[str, int], lengths: Sequence[int]) -> None:
+        """Add what the attention of a text is like, at the first length also beside that of the other text of its kind."""
+        for number, tokens in enumerate(dict.fromkeys(lengths)):
+            self._add(experiment, "claims", text[0], text, tokens=tokens, pairs=number == 0)
 
     def ablations(self, texts: Texts, tokens: int, forced: int) -> None:
         stacks = recipes.decode_ablations(SHARE, tokens, forced)

@@ -15,6 +15,7 @@ _OF_OTHER_PAGES = (
     "loopserve-interval-",
     "loopserve-active",
     "-evict",
+    "flowkv",
 )  # equal in one turn, or ablations
 
 
@@ -57,30 +58,29 @@ def decode_ablations(share: float, tokens: int, forced: int) -> dict[str, Recipe
         return base | {"decode": base["decode"] | changes}
 
     given = base["decode"]
+    plain = {"rescore": "keys", "page_budget_rule": "top_k"}
     variants: dict[str, Recipe] = {"as it is": base}
-    for bits in (0, 2, 4, 8):
-        pages = {"page": 16, "rescore": "keys", "page_budget_rule": "top_k"} if not bits else {}
+    for bits in (0, 4, 8):
+        pages = {"page": 16, **plain} if not bits else {}
         variants[f"key_bits {bits}" + (", pages of 16" if not bits else "")] = one(key_bits=bits, **pages)
-    for page in (16, 128):
+    for page in (16, 32, 128):
         variants[f"page {page}"] = one(page=page)
-    for part in (0, 0.25, 0.875):
+    variants["page_budget_rule top_k"] = one(page_budget_rule="top_k")
+    for part in (0, 0.5):
         forced_pairs = given["sink_tokens"] + given["recent_window"]
         taken = min(round(part * budget), budget - forced_pairs - 1)
-        variants[f"page_budget {part:g} of the budget"] = one(
-            page_budget=taken, **({} if taken else {"rescore": "keys", "page_budget_rule": "top_k"})
-        )
-    for each in ("none", "heads", "layer_groups"):
+        variants[f"page_budget {part:g} of the budget"] = one(page_budget=taken, **({} if taken else plain))
+    variants["scope inputs"] = one(scope="inputs")
+    for each in ("none", "layer_groups"):
         variants[f"share {each}"] = one(share=each)
     for memory in (0.0, 0.99):
         variants[f"memory {memory:g}"] = one(memory=memory)
     for interval in (4, 64):
         variants[f"interval {interval}"] = one(interval=interval)
-    for block in ("two_hop", "sampled", "dense"):
+    for block in ("two_hop", "dense"):
         variants[f"first_block {block}"] = one(first_block=block)
-    for pooling in (1, 15):
-        variants[f"pooling {pooling}"] = one(pooling=pooling)
-    for sinks in (0, 16):
-        variants[f"sink_tokens {sinks}"] = one(sink_tokens=sinks)
+    variants["pooling 1"] = one(pooling=1)
+    variants["sink_tokens 0"] = one(sink_tokens=0)
     for window in (0, 32):
         variants[f"recent_window {window}"] = one(recent_window=window)
     variants["rescore keys"] = one(rescore="keys")
@@ -95,29 +95,16 @@ def prefill_alphas() -> dict[str, Policy]:
     return found | {f"loopserve-paper, alpha {alpha}": paper | {"alpha": alpha} for alpha in (0.9, 0.95, 0.98)}
 
 
-def prefill_rivals() -> dict[str, Policy]:
-    """Return policies of others at other settings than their presets'."""
-    found: dict[str, Policy] = {}
-    for gamma in (0.9, 0.95):
-        found[f"flexprefill, gamma {gamma}"] = {"policy": "flexprefill", "gamma": gamma, "block": 64, "min_budget": 64}
-    for threshold in (0.9, 0.95):
-        found[f"xattention, threshold {threshold}"] = {
-            "policy": "xattention",
-            "threshold": threshold,
-            "stride": 8,
-            "block": 64,
-        }
-    found["sample_attention, alpha 0.98"] = {"policy": "sample_attention", "alpha": 0.98}
-    found["static_lines, alpha 0.98"] = preset("static_lines")["prefill"]
-    return found
-
-
 def prefill_presets() -> dict[str, Policy]:
-    """Return the prefill side of every preset of others that has one, as its file says."""
+    """Return the prefill side of every preset of others that has one, as its file says.
+
+    Those with the sizes of a paper are left out: these are for 100,000 tokens and more, and nearly dense here.
+    """
+    names = [name for name in preset_names() if not name.startswith("loopserve") and not name.endswith("-paper")]
     return {
         f"{name} (preset)": recipe["prefill"]
-        for name in preset_names()
-        if (recipe := preset(name))["prefill"] != DENSE and not name.startswith("loopserve") and name != "static_lines"
+        for name in names
+        if (recipe := preset(name))["prefill"] != DENSE and name != "static_lines"
     }
 
 
@@ -127,16 +114,12 @@ def prefill_ablations() -> dict[str, Policy]:
     return {
         "as it is": base,
         "sample_rows 32": base | {"sample_rows": 32},
-        "sample_rows 128": base | {"sample_rows": 128},
         "sample_rows 256": base | {"sample_rows": 256},
         "sampling uniform": base | {"sampling": "uniform"},
-        "sampling stratified": base | {"sampling": "stratified"},
         "sampling last": base | {"sampling": "last"},
         "cost length": base | {"cost": "length"},
         "row_weights far": base | {"row_weights": "far"},
         "alpha 0.9, row_floor 0.8": base | {"alpha": 0.9, "row_floor": 0.8},
-        "sink_tokens 0": base | {"sink_tokens": 0},
-        "local_window 16": base | {"local_window": 16},
         "local_window 256": base | {"local_window": 256},
     }
 
@@ -155,12 +138,9 @@ def whole_stacks() -> dict[str, Recipe]:
 
 def talking_stacks() -> dict[str, Recipe]:
     """Return stacks for conversations of several turns behind dense prefill, with everything kept and with eviction."""
-    kept = {
-        name: _without_prefill(preset(name)) for name in ("loopserve", "loopserve-paper", "quest", "snapkv", "adakv")
-    }
-    evicting = {
-        name: _without_prefill(preset(name)) for name in ("snapkv-evict", "adakv-evict") if name in preset_names()
-    }
+    names = ("loopserve", "loopserve-paper", "quest", "snapkv", "flowkv")
+    kept = {name: _without_prefill(preset(name)) for name in names}
+    evicting = {"snapkv-evict": _without_prefill(preset("snapkv-evict"))}
     streaming = _without_prefill(preset("streaming_llm"))
     streaming["decode"] |= {"retention": "evict"}
     return kept | evicting | {"streaming_llm, evicting": streaming}

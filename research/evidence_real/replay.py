@@ -31,12 +31,14 @@ from loopserve.policies.decode.full import FullDecode
 class Recording:
     """Hold one dense prefill: its tokens, and by layer keys and values ``[Hkv, T, D]``.
 
-    queries: ``[Hq, T, D]`` and how they were attended with, for the layers that policies serve.
+    queries: ``[Hq, T - start, D]`` and how they were attended with, for the layers that policies serve. start: position of the
+    first of them; what comes before it is not replayed.
     """
 
     tokens: list[int]
     pairs: list[tuple[Tensor, Tensor]]
     queries: dict[int, tuple[Tensor, LayerCall]]
+    start: int = 0
 
 
 class ReplayModel:
@@ -56,13 +58,14 @@ class ReplayModel:
         if len(batch.contexts) > 1:
             raise ValueError("a recorded prefill is replayed alone")
         start, stop = int(first.positions[0]), int(first.positions[-1]) + 1
-        if list(first.token_ids) != self.recording.tokens[start:stop]:
+        if start < self.recording.start or list(first.token_ids) != self.recording.tokens[start:stop]:
             raise ValueError("these tokens were not recorded")
+        rows = slice(start - self.recording.start, stop - self.recording.start)
         for index, (keys, values) in enumerate(self.recording.pairs):
             first.append(index, keys[:, start:stop], values[:, start:stop])
             if index in self.recording.queries:
                 queries, call = self.recording.queries[index]
-                attend([first], call, [queries[:, start:stop]])
+                attend([first], call, [queries[:, rows]])
         return torch.zeros(1, self.model.vocabulary, dtype=torch.float32, device=first.positions.device)
 
 
@@ -73,7 +76,7 @@ class _Unread(DensePattern):
     def attend(
         self, queries: Tensor, keys: Tensor, values: Tensor, *, need_lse: bool = False, **options: Any
     ) -> tuple[Tensor, Tensor | None]:
-        return torch.zeros_like(queries), None
+        return queries.new_zeros(()).expand(queries.shape), None
 
 
 class _Replayed(PrefillSparsifier):
@@ -115,21 +118,20 @@ class TurnRecorder:
         self._recorder = _Recorder()
         self._engine = TokenEngine(model, PolicyStack("recorder", self._recorder, FullDecode()))
         self._session = self._engine.session()
+        self._start = 0
 
     def read(self, tokens: Sequence[int]) -> None:
         """Read one turn."""
         self._engine.prefill(self._session, list(tokens))
 
     def fork(self) -> TurnRecorder:
-        """Return a recorder that goes on from here; this one can be forked again."""
-        other = TurnRecorder.__new__(TurnRecorder)
-        other._recorder = _Recorder()
-        other._recorder.queries = {layer: list(parts) for layer, parts in self._recorder.queries.items()}
-        other._recorder.calls = dict(self._recorder.calls)
-        other._engine = TokenEngine(self._engine.model, PolicyStack("recorder", other._recorder, FullDecode()))
-        other._session = other._engine.session()
-        copied = self._session.fork()
-        adopt(other._session, copied)
+        """Return a recorder that goes on from here, whose recording has the queries of what it reads itself.
+
+        This one can be forked again.
+        """
+        other = TurnRecorder(self._engine.model)
+        adopt(other._session, self._session.fork())
+        other._start = len(other._session.tokens)
         return other
 
     def recording(self) -> Recording:
@@ -140,7 +142,7 @@ class TurnRecorder:
             pairs.append((layer.store.keys, layer.store.values))
         calls = self._recorder.calls
         queries = {layer: (torch.cat(parts, dim=1), calls[layer]) for layer, parts in self._recorder.queries.items()}
-        return Recording(list(self._session.tokens), pairs, queries)
+        return Recording(list(self._session.tokens), pairs, queries, self._start)
 
 
 def record(model: TransformersModel, tokens: Sequence[int], then: Sequence[int]) -> tuple[Recording, Tensor]:

@@ -22,8 +22,8 @@ from research.evidence_real import claims, dialogues, needles
 from research.evidence_real.case import Case, loaded
 from research.evidence_real.texts import text
 
-_TOGETHER = ("kind", "model", "text", "tokens", "forced", "seed", "share")  # what the units of a batch have in common
-_MOST = {"decode": 18, "both": 4, "prefill": 3, "needles": 16, "dialogues": 8, "claims": 1}
+_TOGETHER = ("kind", "model", "text", "tokens", "forced", "seed")  # what the units of a batch have in common
+_MOST = {"decode": 18, "both": 4, "prefill": 3, "needles": 18, "dialogues": 8, "claims": 1}
 
 
 @lru_cache(maxsize=1)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
+import pytest
 import torch
 
 from loopserve.api import load_stack
+from loopserve.core.engine.engine import TokenEngine
 from loopserve.models.bridge import IMPLEMENTATION, TransformersModel
 from loopserve.models.layers import set_implementation
 from loopserve.models.tiny import tiny_model
 from research.evidence_real import needles
 from research.evidence_real.needles import POSITIONS, last_message, make_dialogue
+from research.evidence_real.replay import ReplayModel, TurnRecorder, replayed
 
 
 class Words:
@@ -65,3 +69,63 @@ def test_every_question_is_answered_under_every_stack() -> None:
         assert all(each["of"] == 5 and 0 <= each["right"] <= 5 for each in found[name])
     assert all(each["attended"] == 1.0 for each in found["dense"])
     assert all(each["attended"] < 0.2 for each in found["few"])
+
+
+def test_forks_answer_as_a_conversation_of_its_own_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recorded turns, forks and shared passes save work and change no answer."""
+    likeliest: dict[int, list[int]] = {}
+
+    class Noting(needles._Digits):
+        def __call__(self, logits: torch.Tensor) -> int:
+            likeliest.setdefault(id(self), []).append(int(logits.argmax()))
+            return super().__call__(logits)
+
+    monkeypatch.setattr(needles, "_Digits", Noting)
+    model = tiny_model("llama")
+    set_implementation(model, IMPLEMENTATION)
+    network, words = TransformersModel(model), Words()
+    few = {"prefill": {"policy": "dense"}, "decode": {"policy": "quest", "budget": 40, "page": 8}}
+    stacks = {"few": load_stack(few), "window": load_stack("streaming_llm")}
+    dialogue = make_dialogue(words, 900, 0)
+    asking = needles.Asking(network, words, dialogue, stacks)
+    for question in dialogue.questions[:3]:
+        likeliest.clear()
+        found = dict(asking.ask(question))
+        turns: list[list[int]] = []
+        messages: list[dict[str, str]] = []
+        for content in [*dialogue.messages, last_message(dialogue, question)]:
+            messages.append({"role": "user", "content": content})
+            ids = words.encode(words.apply_chat_template(messages))
+            turns.append(ids[sum(map(len, turns)) :])
+            messages.append({"role": "assistant", "content": "I have read it."})
+        answer = words.encode(f"The magic number of the {question.thing} is {question.number}")
+        for (name, stack), chosen in zip(stacks.items(), likeliest.values(), strict=True):
+            engine, given, alone = TokenEngine(network, stack), iter(answer), list[int]()
+            session = engine.session()
+            for turn in turns[:-1]:
+                engine.prefill(session, turn)
+
+            def choose(logits: torch.Tensor, given: Iterator[int] = given, alone: list[int] = alone) -> int:
+                alone.append(int(logits.argmax()))
+                return next(given)
+
+            list(engine.generate(session, turns[-1], choose, max_new_tokens=len(answer)))
+            assert chosen[1:] == alone[1:]  # the first was chosen from a replayed pass, whose logits are not computed
+            attended = session.stats.means["attended_fraction"]
+            assert found[name]["attended"] == round(attended.total / attended.weight, 4)
+
+
+def test_a_forked_recording_replays_its_own_tokens_only() -> None:
+    model = tiny_model("llama")
+    set_implementation(model, IMPLEMENTATION)
+    network = TransformersModel(model)
+    recorder = TurnRecorder(network)
+    recorder.read([1, 2, 3])
+    fork = recorder.fork()
+    fork.read([4, 5])
+    recording = fork.recording()
+    assert (recording.tokens, recording.start) == ([1, 2, 3, 4, 5], 3)
+    assert all(queries.shape[1] == 2 for queries, _ in recording.queries.values())
+    engine = TokenEngine(ReplayModel(network, recording), replayed(load_stack("dense")))
+    with pytest.raises(ValueError, match="not recorded"):
+        engine.prefill(engine.session(), [1, 2, 3])

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from research.evidence.units import Row, Unit
+from research.evidence.units import Unit
 from research.evidence_real import work
 from research.evidence_real.__main__ import main
 from research.evidence_real.comparison import BLOCK
 from research.evidence_real.dialogues import TURNS
 from research.evidence_real.ledger import Ledger
-from research.evidence_real.page import LAST, current, render
+from research.evidence_real.page import LAST, render
 from research.evidence_real.plan import FULL, QUICK, units_of
 
 Kl = Callable[[dict[str, Any]], float]
@@ -96,8 +96,10 @@ def test_every_section_is_there_and_nothing_is_missing(tmp_path: Path) -> None:
         assert len({line.count("|") for line in block.splitlines()}) == 1, block
     for experiment in {unit.experiment for unit in units}:
         assert f"| {experiment} |" in text
-    assert verdict(text, "Numbers stated turns before") == "yes"
-    assert "too few" not in text
+    for share in (3, 5, 10):
+        [line] = [each for each in text.splitlines() if f"{share} % of the pairs |" in each and "Numbers" in each]
+        assert line.split("|")[2].strip() == "yes"
+    assert "| too few to tell |" not in text
 
 
 def test_verdicts_turn_with_the_figures(tmp_path: Path) -> None:
@@ -118,22 +120,68 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
     assert f"decode at 1,024 tokens ({len(decode) - 3} of {len(decode)})" in text
 
 
-def test_a_stack_that_changed_is_not_mixed_with_itself() -> None:
-    def row(text: int, budget: int, date: str) -> Row:
-        spec = {
-            "label": "loopserve",
-            "tokens": 9,
-            "share": 0.1,
-            "forced": 8,
-            "text": ["prose", text],
-            "stack": {"budget": budget},
-        }
-        return {"unit": spec, "made": {"date": date}}
+def test_a_row_of_earlier_settings_is_not_shown_as_todays(tmp_path: Path) -> None:
+    units = [unit for unit in units_of(QUICK) if unit.experiment == "decode"]
+    ours = [unit for unit in units if unit.spec["label"] == "loopserve"]
+    changed = [Unit(unit.experiment, unit.spec | {"stack": {"budget": 1}}) for unit in ours]
+    ledger = written(tmp_path, [unit for unit in units if unit not in ours] + changed, ours_is_best)
+    text = render(ledger, units)
+    assert "| loopserve |" not in text
+    assert "| snapkv |" in text
+    assert "decode at 1,024 tokens (3 of 12)" in text
+    assert verdict(text, "Decoding under `loopserve` is at dense's level") == "not measured"
 
-    old, new, again = row(0, 10, "1"), row(1, 20, "2"), row(1, 20, "3")
-    assert current([new, old]) == [new]
-    assert current([old, new, again]) == [again]
-    assert current([old, row(1, 10, "2")]) == [old, row(1, 10, "2")]
+
+def test_a_difference_within_its_error_is_none(tmp_path: Path) -> None:
+    units = [unit for unit in units_of(FULL) if unit.experiment == "needles" and unit.spec["share"] == 0.05]
+
+    def verdict_of(place: str, better: int) -> str:
+        """Of how many of the dialogues the question at the end gives a digit more."""
+        ledger = Ledger(tmp_path / place)
+        for unit in units:
+            answers = found(unit.spec, 0.0)["answers"]
+            for answer in answers:
+                answer["right"] = int(answer["position"] == "end" and unit.spec["seed"] < better)
+            row = {
+                "experiment": "needles",
+                "unit": unit.spec,
+                "found": {"answers": answers},
+                "seconds": 1.0,
+                "made": MADE,
+            }
+            ledger.add(row)
+        return verdict(render(ledger, units), "Policies that watch the end")
+
+    assert verdict_of("one", 1) == "no"
+    assert verdict_of("all", 7) == "yes"
+
+
+def test_a_setting_measured_on_one_kind_is_not_set_against_one_on_all(tmp_path: Path) -> None:
+    """Here the smaller alpha was only measured where everything is easy."""
+    units = [unit for unit in units_of(QUICK) if unit.experiment == "prefill"]
+    all_kinds, easy = [
+        [unit for unit in units if unit.spec["label"] == f"loopserve, alpha {alpha}"] for alpha in (0.98, 0.95)
+    ]
+    some = all_kinds + [unit for unit in easy if unit.spec["text"][0] == "prose"]
+    text = render(written(tmp_path, some, lambda spec: 0.001 if spec["label"].endswith("0.95") else 0.1), units)
+    assert verdict(text, "`loopserve`'s prefill is at dense's level") == "no"
+    assert verdict(text, "No other prefill policy") == "not measured"
+
+
+def test_of_two_rows_of_a_unit_the_later_counts(tmp_path: Path) -> None:
+    units = [unit for unit in units_of(QUICK) if unit.spec["label"] == "loopserve" and unit.experiment == "decode"]
+    written(tmp_path, units, lambda spec: 0.3, "2026-01-03")
+    text = render(written(tmp_path, units, lambda spec: 0.1, "2026-01-02"), units)
+    assert "0.3000" in text
+    assert "0.1000" not in text
+
+
+def test_one_kind_of_text_is_too_few_for_a_verdict(tmp_path: Path) -> None:
+    units = [unit for unit in units_of(QUICK) if unit.experiment in ("decode", "prefill", "both")]
+    prose = [unit for unit in units if unit.spec["text"][0] == "prose"]
+    text = render(written(tmp_path, prose, ours_is_best), units)
+    claims = ("Decoding under `loopserve`", "No other preset", "Both phases", "No other prefill policy")
+    assert [verdict(text, claim) for claim in claims] == ["too few to tell"] * len(claims)
 
 
 def test_the_page_that_is_kept_is_that_of_the_rows_that_are_kept() -> None:

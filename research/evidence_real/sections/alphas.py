@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from research.evidence.units import Row
-from research.evidence.words import milliseconds, percent, table
-from research.evidence_real.sections.rows import Cells, Rows, cells, lengths
+from research.evidence.words import percent, table
+from research.evidence_real.sections.rows import Cells, Rows, cells, few_kinds, lengths
 from research.evidence_real.sections.verdict import Verdict
+from research.evidence_real.summary import Agreement
 
 
 def section(rows: Rows) -> tuple[str, list[Verdict]]:
@@ -15,8 +16,8 @@ def section(rows: Rows) -> tuple[str, list[Verdict]]:
     measured, texts, verdicts = rows["coverage"], [], []
     texts.append(
         "*Realised*: share of the mass of all rows that the chosen lines hold, mean over heads, layers and texts, measured at the "
-        "cost of dense attention. *Estimated*: what the policy believes, from its sampled rows. *Time*: milliseconds of one "
-        "thread for the whole turn's prefill."
+        "cost of dense attention. *Estimated*: what the policy believes, from its sampled rows. *Time*: seconds of one "
+        "processor for the whole turn's prefill."
     )
     for tokens in lengths([*rows["prefill"], *measured]):
         realised = cells(measured, tokens)
@@ -36,22 +37,25 @@ def section(rows: Rows) -> tuple[str, list[Verdict]]:
                     percent(each.mean("tiles")),
                     f"{each.kl:.4f} ± {each.kl_error:.4f}",
                     percent(each.same),
-                    milliseconds(each.mean("ms")) if each is not all_rows else "-",
+                    _seconds(each) if each is not all_rows else "-",
                 ]
             )
         dense = found.get("dense")
         if dense:
-            lines.append(
-                ["dense", "100.0 %", "-", "100.0 %", "100.0 %", f"{dense.kl:.4f}", "-", milliseconds(dense.mean("ms"))]
-            )
+            lines.append(["dense", "100.0 %", "-", "100.0 %", "100.0 %", f"{dense.kl:.4f}", "-", _seconds(dense)])
         texts.append(
             f"**{tokens:,} tokens:**\n\n"
-            + table(["policy", "realised", "estimated", "cells", "tiles", "KL", "top-1", "time, ms"], lines)
+            + table(["policy", "realised", "estimated", "cells", "tiles", "KL", "top-1", "time, s"], lines)
         )
         if realised:
             verdicts += _alpha_verdicts(tokens, realised)
     verdicts += _falling(rows["prefill"])
     return "\n\n".join(texts), verdicts or [Verdict("A promised coverage is kept", None, "-")]
+
+
+def _seconds(found: Agreement) -> str:
+    value = found.mean("seconds")
+    return "-" if value is None else f"{value:.1f}"
 
 
 def _alpha_verdicts(tokens: int, realised: Cells) -> list[Verdict]:
@@ -68,6 +72,7 @@ def _alpha_verdicts(tokens: int, realised: Cells) -> list[Verdict]:
             f"The lines chosen from sampled rows hold at least the share alpha of all rows' mass, {tokens:,} tokens",
             all(value >= alpha - 0.005 for alpha, value in kept.values()),
             f"alpha {worst[0]:g} gives {percent(worst[1])}",
+            few=any(few_kinds(realised[label]) for label in kept),
         )
     ]
 

@@ -8,6 +8,7 @@ from research.evidence.units import Row
 from research.evidence.words import percent, table
 from research.evidence_real.sections.rows import Rows, lengths
 from research.evidence_real.sections.verdict import Verdict
+from research.evidence_real.texts import KINDS
 
 
 def section(rows: Rows) -> tuple[str, list[Verdict]]:
@@ -60,9 +61,14 @@ def section(rows: Rows) -> tuple[str, list[Verdict]]:
                 "Which lines matter, the input decides: those of two texts overlap by less than half",
                 overlap < 0.5,
                 f"{percent(overlap)} in common; another text's lines hold {percent(held)} where its own hold {percent(own)}",
+                few=_few_kinds(pairs),
             )
         )
     return "\n\n".join(texts), verdicts
+
+
+def _few_kinds(rows: Sequence[Row]) -> bool:
+    return not {row["unit"]["text"][0] for row in rows} >= set(KINDS)
 
 
 def _flat(values: Sequence[Sequence[float]]) -> list[float]:
@@ -95,4 +101,5 @@ def _concentrated(rows: Sequence[Row]) -> Verdict:
         share <= 0.1,
         f"{percent(share)} of the lines on average; {percent(few, 0)} of the heads need a tenth or less, the worst "
         f"{percent(max(flat), 0)}",
+        few=_few_kinds([row for row in rows if row["unit"]["tokens"] == longest]),
     )

@@ -10,6 +10,7 @@ from research.evidence_real.sections.rows import (
     best_first,
     cells,
     closest_rival,
+    few_kinds,
     lengths,
     shares,
 )
@@ -48,6 +49,7 @@ def section(rows: Rows) -> tuple[str, list[Verdict]]:
                         ours.kl <= _NEAR,
                         f"KL {ours.kl:.4f} ± {ours.kl_error:.4f}, top-1 {percent(ours.same)}"
                         + (f"; next `{best[0]}`: {best[2].kl:.4f}" if best else ""),
+                        few=few_kinds(ours),
                     )
                 )
     if not texts:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from research.evidence.units import Row
 from research.evidence.words import percent, table
-from research.evidence_real.sections.rows import Rows
+from research.evidence_real.sections.rows import Rows, few_kinds
 from research.evidence_real.sections.verdict import Verdict
 from research.evidence_real.summary import Agreement
 
@@ -42,6 +42,7 @@ def section(rows: Rows) -> tuple[str, list[Verdict]]:
                     f"Eviction costs agreement in later turns, `{label}`, turn {count}",
                     gone.kl > kept.kl,
                     f"KL {gone.kl:.4f} ± {gone.kl_error:.4f} with eviction, {kept.kl:.4f} ± {kept.kl_error:.4f} with everything kept",
+                    few=few_kinds(gone),
                 )
             )
     if "loopserve" in results:
@@ -51,6 +52,7 @@ def section(rows: Rows) -> tuple[str, list[Verdict]]:
                 f"`loopserve` agrees in the last turn as in the second (KL at most twice), {count} turns, {tokens:,} tokens",
                 last.kl <= 2 * first.kl,
                 f"KL {first.kl:.4f} ± {first.kl_error:.4f} in turn 2, {last.kl:.4f} ± {last.kl_error:.4f} in turn {count}",
+                few=few_kinds(last),
             )
         )
     return text, verdicts

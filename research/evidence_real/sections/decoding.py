@@ -15,6 +15,7 @@ from research.evidence_real.sections.rows import (
     best_first,
     cells,
     closest_rival,
+    few_kinds,
     lengths,
     shares,
 )
@@ -62,6 +63,7 @@ def _decode_verdicts(mine: Sequence[Row]) -> list[Verdict]:
                 f"Decoding under `loopserve` is at dense's level (KL at most {DENSE_LEVEL}), {where}",
                 ours.kl <= DENSE_LEVEL,
                 f"KL {ours.kl:.4f} ± {ours.kl_error:.4f}, top-1 {percent(ours.same)}, {percent(ours.bytes_bf16)} of the bytes",
+                few=few_kinds(ours),
             )
         )
         if paper is not None:
@@ -70,6 +72,7 @@ def _decode_verdicts(mine: Sequence[Row]) -> list[Verdict]:
                     f"So is decoding as the paper describes it, {where}",
                     paper.kl <= DENSE_LEVEL,
                     f"KL {paper.kl:.4f} ± {paper.kl_error:.4f}, top-1 {percent(paper.same)}",
+                    few=few_kinds(paper),
                 )
             )
         most = _AS_MANY * (ours.attended or 1.0)
@@ -87,6 +90,7 @@ def _decode_verdicts(mine: Sequence[Row]) -> list[Verdict]:
                     own.kl <= beaten.kl,
                     f"the closest other is `{best}`: KL {beaten.kl:.4f} ± {beaten.kl_error:.4f} at "
                     f"{percent(beaten.bytes_bf16)} of the bytes, against {own.kl:.4f} on the same texts",
+                    few=few_kinds(ours),
                 )
             )
     return found_verdicts or [Verdict("Decoding under `loopserve` is at dense's level", None, "-")]

@@ -12,6 +12,7 @@ from research.evidence_real.sections.rows import (
     Rows,
     agreement_cells,
     cells,
+    few_kinds,
     lengths,
     on_same,
     shares,
@@ -90,9 +91,11 @@ def _field_verdicts(rows: Rows) -> list[Verdict]:
                     better.append(f"{label} ({middle:+.4f} ± {error:.4f})")
             verdicts.append(
                 Verdict(
-                    f"No field of `loopserve`'s decoding, changed alone, agrees better for no more bytes, {tokens:,} tokens",
+                    f"No field of `loopserve`'s decoding, changed alone, agrees better for no more bytes, {tokens:,} tokens, "
+                    f"{len(found) - 1} changes tried",
                     not better,
-                    "; ".join(better) or "none of those tried",
+                    "; ".join(better) or "none does",
+                    few=few_kinds(base),
                 )
             )
     return verdicts

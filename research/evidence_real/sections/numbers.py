@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from research.evidence.units import Row
 from research.evidence.words import percent, table
 from research.evidence_real.needles import POSITIONS, TURNS
+from research.evidence_real.plan import share_at
 from research.evidence_real.sections.rows import Rows
 from research.evidence_real.sections.verdict import Verdict
 
@@ -50,14 +52,32 @@ def section(rows: Rows) -> tuple[str, list[Verdict]]:
     mine = [row for row in rows.get("needles", []) if "error" not in row["found"]]
     if not mine:
         return "Not measured.", [Verdict("Facts of earlier turns are found again", None, "-")]
-    found: dict[str, list[Row]] = {}
+    tokens = mine[0]["unit"]["tokens"]
+    answers: dict[float, dict[str, list[Row]]] = {}
     for row in mine:
-        found.setdefault(row["unit"]["label"], []).extend(row["found"]["answers"])
-    results = {label: Found(answers) for label, answers in found.items()}
-    tokens, share = mine[0]["unit"]["tokens"], mine[0]["unit"]["share"]
+        spec = row["unit"]
+        answers.setdefault(spec["share"], {}).setdefault(spec["label"], []).extend(row["found"]["answers"])
+    texts = [
+        f"A novel of {tokens:,} tokens is read over {TURNS} turns; two sentences in each turn's part state a number (`The magic "
+        "number of the harbour is 48213.`). The last turn's message asks for one of them, at its begin, in its middle or at its "
+        "end. Answers are teacher-forced, a digit is right if it is the likeliest token. Dense prefill; ± is the standard error "
+        "between answers."
+    ]
+    verdicts = []
+    dense = {label: each for found in answers.values() for label, each in found.items() if label == "dense"}
+    for share, found in sorted(answers.items(), key=lambda item: item[0] != share_at(tokens)):
+        results = {label: Found(each) for label, each in (dense | found).items()}
+        where = f"{tokens:,} tokens, {percent(share, 0)} of the pairs"
+        texts.append(f"**{where}**:\n\n{_table(results)}")
+        verdicts += _verdicts(results, where)
+    return "\n\n".join(texts), verdicts
+
+
+def _table(results: dict[str, Found]) -> str:
     lines = [
         [
             label,
+            str(len(each.answers)),
             f"{100 * each.digits:.0f} ± {100 * each.error:.0f} %",
             percent(each.whole, 0),
             " / ".join(percent(each.where("position", place).digits, 0) for place in POSITIONS),
@@ -66,56 +86,58 @@ def section(rows: Rows) -> tuple[str, list[Verdict]]:
         ]
         for label, each in sorted(results.items(), key=lambda item: -item[1].digits)
     ]
-    counts = sorted({len(each.answers) for each in results.values()})
-    text = (
-        f"A novel of {tokens:,} tokens is read over {TURNS} turns; two sentences in each turn's part state a number (`The magic "
-        "number of the harbour is 48213.`). The last turn's message asks for one of them, at its begin, in its middle or at its "
-        f"end. Answers are teacher-forced, a digit is right if it is the likeliest token. {counts[0]} answers per stack"
-        f"{'' if len(counts) == 1 else f' to {counts[-1]}'}, dense prefill, {percent(share, 0)} of the pairs.\n\n"
-        + table(
-            [
-                "stack",
-                "digits right",
-                "whole numbers right",
-                "digits: begin / middle / end",
-                "digits: stated in the last turn / one before / two before",
-                "attended",
-            ],
-            lines,
-        )
+    header = [
+        "stack",
+        "answers",
+        "digits right",
+        "whole numbers right",
+        "digits: begin / middle / end",
+        "digits: stated in the last turn / one before / two before",
+        "attended",
+    ]
+    return table(header, lines)
+
+
+def _verdicts(results: dict[str, Found], where: str) -> list[Verdict]:
+    if not {"dense", "loopserve"} <= set(results):
+        return []
+    dense, ours = results["dense"], results["loopserve"]
+    count = min(len(dense.answers), len(ours.answers))
+    rivals = {label: each for label, each in results.items() if not label.startswith(("dense", "loopserve"))}
+    best = max(rivals.items(), key=lambda item: item[1].digits) if rivals else None
+    said = f"digits right: {_right(ours)} beside dense's {_right(dense)}" + (
+        f"; `{best[0]}` {_right(best[1])}" if best else ""
     )
-    verdicts = []
-    if {"dense", "loopserve"} <= set(results):
-        dense, ours = results["dense"], results["loopserve"]
-        rivals = {label: each for label, each in results.items() if not label.startswith(("dense", "loopserve"))}
-        best = max(rivals.items(), key=lambda item: item[1].digits) if rivals else None
-        said = f"digits right: {percent(ours.digits, 0)} beside dense's {percent(dense.digits, 0)}" + (
-            f"; `{best[0]}` {percent(best[1].digits, 0)}" if best else ""
+    verdicts = [
+        Verdict(
+            f"Numbers stated turns before are found as under dense attention (within 3 points), {where}",
+            ours.digits >= dense.digits - 0.03,
+            f"{said} ({count} answers)",
+            few=count < _ENOUGH,
         )
+    ]
+    windows = {label: results[label] for label in ("snapkv", "adakv") if label in results}
+    if windows:
         verdicts.append(
             Verdict(
-                f"Numbers stated turns before are found as under dense attention (within 3 points), {tokens:,} tokens, "
-                f"{percent(share, 0)} of the pairs",
-                ours.digits >= dense.digits - 0.03,
-                f"{said} ({len(ours.answers)} answers)",
-                few=len(ours.answers) < _ENOUGH,
+                f"Policies that watch the end of the prompt lose answers when the question stands earlier, {where}",
+                all(map(_falls, windows.values())),
+                "digits right, question at begin / middle / end: "
+                + "; ".join(
+                    f"`{label}` {' / '.join(percent(each.where('position', place).digits, 0) for place in POSITIONS)}"
+                    for label, each in windows.items()
+                ),
+                few=min(len(each.answers) for each in windows.values()) < _ENOUGH,
             )
         )
-        windows = {label: results[label] for label in ("snapkv", "adakv") if label in results}
-        if windows:
-            verdicts.append(
-                Verdict(
-                    "Policies that watch the end of the prompt lose answers when the question stands earlier",
-                    all(
-                        each.where("position", "begin").digits < each.where("position", "end").digits
-                        for each in windows.values()
-                    ),
-                    "digits right, question at begin / middle / end: "
-                    + "; ".join(
-                        f"`{label}` {' / '.join(percent(each.where('position', place).digits, 0) for place in POSITIONS)}"
-                        for label, each in windows.items()
-                    ),
-                    few=len(ours.answers) < _ENOUGH,
-                )
-            )
-    return text, verdicts
+    return verdicts
+
+
+def _falls(found: Found) -> bool:
+    """Return whether more is right with the question at the end than at the begin, by more than two standard errors."""
+    begin, end = found.where("position", "begin"), found.where("position", "end")
+    return end.digits - begin.digits > 2 * math.hypot(begin.error, end.error)
+
+
+def _right(found: Found) -> str:
+    return f"{100 * found.digits:.0f} ± {100 * found.error:.0f} %"

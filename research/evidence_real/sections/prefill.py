@@ -11,6 +11,7 @@ from research.evidence_real.sections.rows import (
     agreement_cells,
     best_first,
     cells,
+    few_kinds,
     lengths,
     on_same,
 )
@@ -58,17 +59,21 @@ def _prefill_verdicts(tokens: int, found: Cells) -> list[Verdict]:
     inside = {label: each for label, each in ours.items() if (each.mean("cells") or 1.0) <= bar}
     verdicts = []
     if inside:
-        label, best = min(inside.items(), key=lambda item: item[1].kl)
+        label, best = min(inside.items(), key=lambda item: (few_kinds(item[1]), item[1].kl))
         verdicts.append(
             Verdict(
                 f"`loopserve`'s prefill is at dense's level (KL at most {_PREFILL_LEVEL}) with {percent(bar, 0)} of the cells, "
                 f"{tokens:,} tokens",
                 best.kl <= _PREFILL_LEVEL,
                 f"{label.removeprefix('loopserve, ')}: KL {best.kl:.4f} ± {best.kl_error:.4f} at {percent(best.mean('cells'))}",
+                few=few_kinds(best),
             )
         )
     rivals = {label: each for label, each in found.items() if not label.startswith("loopserve")}
-    if ours and rivals:
+    alone = f"No other prefill policy agrees better on fewer cells, {tokens:,} tokens"
+    if ours and not rivals:
+        verdicts.append(Verdict(alone, None, "-"))
+    elif ours:
         ahead = [
             f"`{label}` (KL {pair[1].kl:.4f} at {percent(pair[1].mean('cells'))}, {own} {pair[0].kl:.4f} at "
             f"{percent(pair[0].mean('cells'))})"
@@ -78,9 +83,10 @@ def _prefill_verdicts(tokens: int, found: Cells) -> list[Verdict]:
         ]
         verdicts.append(
             Verdict(
-                f"No other prefill policy agrees better on fewer cells, {tokens:,} tokens",
+                alone,
                 not ahead,
                 ", ".join(ahead) or f"none of {len(rivals)} settings measured",
+                few=all(map(few_kinds, ours.values())),
             )
         )
     paper, own = found.get("loopserve-paper, alpha 0.95"), ours.get("loopserve, alpha 0.95")
@@ -93,6 +99,7 @@ def _prefill_verdicts(tokens: int, found: Cells) -> list[Verdict]:
                 f"KL {mine.kl:.4f} ± {mine.kl_error:.4f} at {percent(mine.mean('cells'))} of the cells and "
                 f"{percent(mine.mean('tiles'))} of the tiles, the paper's {theirs.kl:.4f} ± {theirs.kl_error:.4f} at "
                 f"{percent(theirs.mean('cells'))} and {percent(theirs.mean('tiles'))}",
+                few=few_kinds(mine),
             )
         )
     return verdicts

@@ -51,6 +51,11 @@ def agreement_cells(label: str, found: Agreement) -> list[str]:
 HEADER = ["tokens", "KL", *(f"KL, {kind}" for kind in KINDS), "top-1", "perplexity"]
 
 
+def few_kinds(found: Agreement) -> bool:
+    """Return whether a kind of text is missing: kinds differ too much for a verdict from one or two of them."""
+    return not {each["kind"] for each in found.parts} >= set(KINDS)
+
+
 def best_first(found: Cells) -> list[tuple[str, Agreement]]:
     """Return the best first, those measured on more texts before others: means over different texts do not compare."""
     return sorted(found.items(), key=lambda item: (-item[1].tokens, item[1].kl))
