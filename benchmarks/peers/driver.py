@@ -10,6 +10,7 @@ import select
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -42,7 +43,7 @@ class Worker:
     """Hold the process of a peer."""
 
     def __init__(self, command: Sequence[str | Path], threads: int, log: Path) -> None:
-        """Start a worker and wait until it has loaded. log: takes what it prints."""
+        """Start a worker and wait until it has loaded. log: takes what it prints. Raises WorkerError if it cannot load."""
         log.parent.mkdir(parents=True, exist_ok=True)
         environment = os.environ | dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
         environment |= {
@@ -57,7 +58,11 @@ class Worker:
                 stderr=errors,
                 env=environment,
             )
-        self.versions: dict[str, str] = self._read(LOAD_S)["versions"]
+        try:
+            self.versions: dict[str, str] = self._reply(LOAD_S)["versions"]
+        except WorkerError:
+            self.close()
+            raise
 
     def ask(self, request: Mapping[str, Any], seconds: float = REQUEST_S) -> dict[str, Any]:
         """Return the reply to a request. Raises WorkerError if there is none; the process is ended then."""
@@ -66,12 +71,9 @@ class Worker:
             _pipe(self._process.stdin).flush()
         except OSError as error:
             raise WorkerError(f"the process has ended ({self._process.poll()})") from error
-        reply = self._read(seconds)
-        if "error" in reply:
-            raise WorkerError(reply["error"])
-        return reply
+        return self._reply(seconds)
 
-    def _read(self, seconds: float) -> dict[str, Any]:
+    def _reply(self, seconds: float) -> dict[str, Any]:
         output = _pipe(self._process.stdout)
         if not select.select([output], [], [], seconds)[0]:
             self.close()
@@ -80,13 +82,16 @@ class Worker:
         if not line:
             raise WorkerError(f"the process has ended ({self._process.wait()})")
         reply: dict[str, Any] = json.loads(line)
+        if "error" in reply:
+            raise WorkerError(reply["error"])
         return reply
 
     def close(self) -> None:
         """End the process."""
         self._process.kill()
         self._process.wait()
-        _pipe(self._process.stdin).close()
+        with suppress(OSError):  # it may hold a request that nobody reads any more
+            _pipe(self._process.stdin).close()
         _pipe(self._process.stdout).close()
 
 

@@ -7,7 +7,10 @@ import {parseArgs} from "node:util";
 
 const names = ["model", "gguf", "cache", "variant", "longest", "conversations", "threads"];
 const given = parseArgs({options: Object.fromEntries(names.map((name) => [name, {type: "string"}]))}).values;
-if (given.gguf === undefined) throw new Error("llama.cpp takes GGUF files alone");
+if (given.gguf === undefined) {
+    say({error: "it takes GGUF files alone"});
+    process.exit(1);
+}
 
 const packages = join(dirname(given.cache), "llama-cpp", "node_modules");
 const {getLlama} = await import(pathToFileURL(join(packages, "node-llama-cpp", "dist", "index.js")));

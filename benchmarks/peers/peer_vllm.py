@@ -9,7 +9,7 @@ from itertools import count
 import protocol
 
 os.environ.update(
-    VLLM_CPU_KVCACHE_SPACE="4",
+    VLLM_CPU_KVCACHE_SPACE="1",
     VLLM_CPU_OMP_THREADS_BIND="nobind",
     VLLM_ENABLE_V1_MULTIPROCESSING="0",
     VLLM_LOGGING_LEVEL="ERROR",

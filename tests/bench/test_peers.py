@@ -80,6 +80,7 @@ def test_a_run_that_was_broken_off_goes_on_where_it_was(tmp_path: Path) -> None:
     [
         ("dies", "the process has ended (3)"),
         ("raises", "MemoryError: no room in ... for it"),
+        ("no model", "ValueError: the model has no weights"),
         ("short", "RuntimeError: answers have"),
     ],
 )
