@@ -9,7 +9,7 @@ import re
 import select
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,7 +160,7 @@ def run(plan: Plan, say: Say) -> None:
             if each.model == model
         ]
         for case, texts in asked:
-            if _digest(texts, plan.outputs) not in answers:
+            if _digest(case, texts, plan.outputs) not in answers:
                 row = _reference(plan, case, texts, say)
                 append_rows(plan.output, [row])
                 answers[row["digest"]] = row
@@ -174,7 +174,7 @@ def run(plan: Plan, say: Say) -> None:
                             if identity(conditions) in done:
                                 continue
                             say(f"{threads} thread(s), round {number} of {plan.rounds}, {case.name}: {name}")
-                            dense = answers[_digest(texts, plan.outputs)]
+                            dense = answers[_digest(case, texts, plan.outputs)]
                             row = conditions | _measure(plan, name, workers, case, threads, texts, dense)
                             append_rows(plan.output, [row])
             finally:
@@ -215,33 +215,40 @@ def _measure(
     texts: list[list[list[int]]],
     dense: Row,
 ) -> Row:
-    """Return the figures of one conversation of two turns, or the error that a peer ended with."""
+    """Return the figures of one conversation of two turns, or the error that a peer ended with, in one of them or in both."""
+    replies: list[dict[str, Any]] = []
+    found: Row = {}
     try:
         if name not in workers:
             workers[name] = plan.worker(plan.peers[name], case.model, threads)
             workers[name].ask(WARM_UP)
-        worker = workers[name]
-        replies = converse(worker, texts, plan.outputs, dense["tokens"][0])
+        found["versions"] = workers[name].versions
+        for reply in converse(workers[name], texts, plan.outputs, dense["tokens"][0]):
+            replies.append(reply)
     except WorkerError as error:
         if name in workers:
             workers.pop(name).close()
-        return {"error": _without_paths(str(error))}
-    found: Row = {"versions": worker.versions, "peak_mib": round(max(each["peak_mib"] for each in replies), 1)}
-    for turn, (name, reply) in enumerate(zip(("first", "later"), replies, strict=True)):
+        failure = {"error": _without_paths(str(error))}
+        found |= {"later": failure} if replies else failure
+    for turn, reply in enumerate(replies):
         times = {key: round(value, 5) for key, value in reply.items() if key.endswith("_s")}
-        found[name] = times | compared(reply["tokens"], dense["tokens"][turn], dense["nearest"][turn])
+        found["later" if turn else "first"] = times | compared(
+            reply["tokens"], dense["tokens"][turn], dense["nearest"][turn]
+        )
+        found["peak_mib"] = round(reply["peak_mib"], 1)
     return found
 
 
 def converse(
     worker: Worker, texts: list[list[list[int]]], outputs: int, answers: list[list[int]] | None
-) -> list[dict[str, Any]]:
-    """Return the replies to both turns. answers: what the second turn's history holds for the first; None: the peer's own."""
+) -> Iterator[dict[str, Any]]:
+    """Yield the replies to both turns. answers: what the second turn's history holds for the first; None: the peer's own."""
     worker.ask({"fresh": True})
     first = worker.ask({"conversations": [each[0] for each in texts], "outputs": outputs})
+    yield first
     answers = answers or first["tokens"]
     histories = [[*each[0], *answer, *each[1]] for each, answer in zip(texts, answers, strict=True)]
-    return [first, worker.ask({"conversations": histories, "outputs": outputs})]
+    yield worker.ask({"conversations": histories, "outputs": outputs})
 
 
 def compared(
@@ -268,21 +275,22 @@ def _reference(plan: Plan, case: Case, texts: list[list[list[int]]], say: Say) -
     say(f"{case.name}: what dense attention answers in float32")
     worker = plan.worker(plan.reference, case.model, max(plan.threads))
     try:
-        replies = converse(worker, texts, plan.outputs, None)
+        replies = list(converse(worker, texts, plan.outputs, None))
     finally:
         worker.close()
     return {
         **_conditions(plan, case, max(plan.threads)),
         "op": "peers_reference",
         "versions": worker.versions,
-        "digest": _digest(texts, plan.outputs),
+        "digest": _digest(case, texts, plan.outputs),
         "tokens": [each["tokens"] for each in replies],
         "nearest": [each["nearest"] for each in replies],
     }
 
 
-def _digest(texts: Iterable[Any], outputs: int) -> str:
-    return hashlib.sha256(json.dumps([*texts, outputs]).encode()).hexdigest()[:16]
+def _digest(case: Case, texts: Sequence[Any], outputs: int) -> str:
+    """Return what tells an answer of dense attention from others."""
+    return hashlib.sha256(json.dumps([case.model, texts, outputs]).encode()).hexdigest()[:16]
 
 
 def _without_paths(text: str) -> str:

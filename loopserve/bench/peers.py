@@ -61,7 +61,7 @@ def _cells(runs: Sequence[Row]) -> tuple[str, ...]:
     errors = [row["error"] for row in runs if "error" in row]
     measured = [row for row in runs if "error" not in row]
     if not measured:
-        return (f"failed: {errors[0]}".replace("|", "/"), "-", "-", "-", "-", "-", "0")
+        return (_failed(errors[0]), "-", "-", "-", "-", "-", "0")
     outputs = measured[0]["outputs"]
     first, later = ([row[turn] for row in measured] for turn in ("first", "later"))
     return (
@@ -77,6 +77,8 @@ def _cells(runs: Sequence[Row]) -> tuple[str, ...]:
 
 def _answers(turns: Sequence[Row], outputs: int) -> str:
     """Return how the worst of all rounds' answers compares with dense attention's."""
+    if errors := [each["error"] for each in turns if "error" in each]:
+        return _failed(errors[0])
     worst = min(turns, key=lambda turn: (turn["agrees"], turn["same_tokens"]))
     if worst["same_tokens"] == outputs:
         return "same"
@@ -86,11 +88,16 @@ def _answers(turns: Sequence[Row], outputs: int) -> str:
 
 
 def _time(turns: Sequence[Row], name: str, scale: int) -> str:
-    """Return wall and processor time, or nothing if the answer of a round differs."""
-    if not all(each["agrees"] for each in turns):
+    """Return wall and processor time, or nothing if the answer of a round differs or was not given."""
+    if not all(each.get("agrees") for each in turns):
         return "-"
     wall, cpu = (median(each[f"{name}_{clock}s"] for each in turns) * scale for clock in ("", "cpu_"))
     return f"{_number(wall)} ({_number(cpu)})"
+
+
+def _failed(error: str) -> str:
+    """Return an error as a cell of a table."""
+    return "failed: " + " ".join(error.replace("|", "/").split())[:120]
 
 
 def _number(value: float) -> str:
@@ -133,7 +140,7 @@ def servers_markdown(rows: Iterable[Row]) -> str:
 def _server_cells(runs: Sequence[Row]) -> tuple[str, ...]:
     measured = [row for row in runs if "error" not in row]
     if not measured:
-        return (f"failed: {runs[-1]['error']}".replace("|", "/"), "-", "-", "-", "-", "0")
+        return (_failed(runs[-1]["error"]), "-", "-", "-", "-", "0")
 
     def middle(name: str) -> str:
         values = [row["figures"][name] for row in measured if row["figures"][name] is not None]

@@ -28,6 +28,8 @@ class FakePeer:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("a", encoding="utf-8") as file:
             print([list(each) for each in conversations], file=file)
+        if self.variant == "second" and 3 < len(conversations[0]) < 100:
+            raise ValueError("no second\nturn")
         if self.variant == "dies":
             os._exit(3)
         if self.variant == "raises":

@@ -94,6 +94,13 @@ def test_a_peer_that_fails_gets_a_row_that_says_so_and_the_others_go_on(
     assert f"| {variant} | 1 | failed: {error}" in peers_markdown([failed, right])
 
 
+def test_a_peer_that_fails_in_the_later_turn_keeps_the_first(tmp_path: Path) -> None:
+    run(plan(tmp_path, ["second"]), lambda text: None)
+    rows = [row for row in read_rows(tmp_path / "rows.jsonl") if row["op"] == "peer"]
+    assert all(row["first"]["agrees"] and row["later"] == {"error": "ValueError: no second\nturn"} for row in rows)
+    assert "| failed: ValueError: no second turn | - |" in peers_markdown(rows)
+
+
 def test_no_speed_is_shown_for_what_answers_differently(tmp_path: Path) -> None:
     run(plan(tmp_path, ["right", "rounds", "differs"]), lambda text: None)
     text = peers_markdown(read_rows(tmp_path / "rows.jsonl"))
