@@ -228,7 +228,7 @@ def _measure(
     except WorkerError as error:
         if name in workers:
             workers.pop(name).close()
-        failure = {"error": _without_paths(str(error))}
+        failure = {"error": without_paths(str(error))}
         found |= {"later": failure} if replies else failure
     for turn, reply in enumerate(replies):
         times = {key: round(value, 5) for key, value in reply.items() if key.endswith("_s")}
@@ -293,5 +293,6 @@ def _digest(case: Case, texts: Sequence[Any], outputs: int) -> str:
     return hashlib.sha256(json.dumps([case.model, texts, outputs]).encode()).hexdigest()[:16]
 
 
-def _without_paths(text: str) -> str:
+def without_paths(text: str) -> str:
+    """Return a text for a row: paths of this machine are left out."""
     return re.sub(r"(?:/[\w.+@-]+){2,}", "...", text)

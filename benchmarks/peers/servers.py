@@ -13,7 +13,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -21,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.peers.driver import HERE, Peer, WorkerError, interpreter, rotated
+from benchmarks.peers.driver import HERE, Peer, WorkerError, interpreter, rotated, without_paths
 from benchmarks.peers.prompts import folders
 from loopserve.bench.rows import Row, append_rows, provenance, read_rows
 
@@ -119,15 +118,18 @@ def started(
             start_new_session=True,
         )
     url, until = f"http://127.0.0.1:{port}", time.monotonic() + START_S
-    while time.monotonic() < until and process.poll() is None:
-        try:
-            with urllib.request.urlopen(f"{url}/v1/models", timeout=5) as reply:
-                listed = [each["id"] for each in json.load(reply)["data"]]
-                return process, url, server.model.format(**words) if server.model else listed[0]
-        except (OSError, urllib.error.URLError, ValueError, LookupError):
-            time.sleep(0.5)
-    stop(process)
-    raise WorkerError(f"the server did not answer within {START_S:.0f} s, or ended")
+    try:
+        while time.monotonic() < until and process.poll() is None:
+            try:
+                with urllib.request.urlopen(f"{url}/v1/models", timeout=5) as reply:
+                    listed = [each["id"] for each in json.load(reply)["data"]]
+                    return process, url, server.model.format(**words) if server.model else listed[0]
+            except (OSError, ValueError, LookupError):
+                time.sleep(0.5)
+        raise WorkerError(f"the server did not answer within {START_S:.0f} s, or ended")
+    except BaseException:  # Ctrl-C too: it has a session of its own, which the terminal does not reach
+        stop(process)
+        raise
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
@@ -168,6 +170,7 @@ def asked(server: Server, url: str, model: str, load: Load) -> dict[str, Any]:
         if not found.exists():
             raise WorkerError(f"the client gave no figures: {ended.stderr.strip()[-200:]}")
         figures: dict[str, Any] = json.loads(found.read_text(encoding="utf-8"))
+    figures["errors"] = {without_paths(text): count for text, count in figures["errors"].items()}
     return {name: value for name, value in figures.items() if name not in ("base_url", "model", "date")}
 
 
@@ -193,7 +196,9 @@ def measure(name: str, environments: Path, load: Load, threads: int) -> Row:
         finally:
             stop(process)
     except (WorkerError, subprocess.SubprocessError, OSError) as error:
-        return {"error": type(error).__name__ if not isinstance(error, WorkerError) else str(error)[:300]}
+        return {
+            "error": type(error).__name__ if not isinstance(error, WorkerError) else without_paths(str(error))[:300]
+        }
     return {"figures": figures, "versions": versions(server, environments)}
 
 
