@@ -1,4 +1,4 @@
-"""loopserve's engine: variants ``STACK`` and ``STACK@int8``, in the dtype that loopserve takes on this machine."""
+"""loopserve's engine in bfloat16: variants ``STACK``, ``STACK@int8`` and ``STACK@int4``."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ class Loopserve:
     def __init__(self, given: protocol.argparse.Namespace) -> None:
         torch.set_num_threads(given.threads)
         stack, _, weights = given.variant.partition("@")
-        dtype, weights = ("float32", "auto") if weights == "float32" else ("auto", weights or "auto")
-        engine = Engine.from_pretrained(str(given.model), stack, weights=weights, dtype=dtype)
+        engine = Engine.from_pretrained(str(given.model), stack, weights=weights or "auto", dtype="bfloat16")
         self.engine = engine.token_engine
         self.sessions: list = []
 

@@ -41,7 +41,7 @@ class Server:
     model: str | None = None  # its name in requests; None: the first that it lists, "{model}": the directory
 
 
-_LOOPSERVE = "{python} {loopserve} serve {model} --served-model-name smollm2 --port {port} --no-restart --stack "
+_LOOPSERVE = "{python} {loopserve} serve {model} --served-model-name smollm2 --port {port} --no-restart --dtype bfloat16 --stack "
 _OWN = ("loopserve", "torch", "transformers")
 _HERE = " --host 127.0.0.1 --port {port}"
 
