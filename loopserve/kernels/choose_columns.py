@@ -63,10 +63,29 @@ def choose_columns(
     """
     if not choices:
         return []
-    for index, each in enumerate(() if checked else choices):
-        check_choice(each, f"choose_columns: choice {index}")
+    if not checked:
+        for index, each in enumerate(choices):
+            check_choice(each, f"choose_columns: choice {index}")
+    _check_alike(choices)
     found: list[tuple[Tensor, list[int]]] = _OPERATION(choices[0].queries, choices, scaling=scaling, softcap=softcap)
     return found
+
+
+def _check_alike(choices: Sequence[ColumnChoice]) -> None:
+    """Raise ValueError that names a choice of another layer than the first: scratch memory is laid out for one shape."""
+    first = choices[0]
+    for index, each in enumerate(choices):
+        heads, _, dim = each.of.low.shape
+        alike = each.queries.shape[0] == first.queries.shape[0] and heads == first.of.low.shape[0]
+        if not alike or dim != first.of.low.shape[2] or each.queries.device != first.queries.device:
+            raise ValueError(
+                f"choose_columns: choice {index} has {_described(each)}; choice 0, of the same layer, has {_described(first)}"
+            )
+
+
+def _described(choice: ColumnChoice) -> str:
+    queries, bounds = choice.queries, choice.of.low
+    return f"queries {list(queries.shape)} on {queries.device} and bounds {list(bounds.shape)}"
 
 
 def check_choice(choice: ColumnChoice, op: str) -> None:

@@ -57,7 +57,7 @@ class KeyCodes:
 
     low, high ``[Hkv, P, D]``: bounds of each page. codes uint8 ``[Hkv, P, page, D * bits / 8]``: byte j holds the
     channels j, j + width, j + 2 width, ..., the first in the lowest bits. Codes after the last column are undefined.
-    columns: number of coded keys, which fill some or all of the pages. The owner of the buffers may raise it.
+    columns: number of coded keys, which fill some or all of the pages. The owner of the buffers sets it as they change.
     """
 
     low: Tensor

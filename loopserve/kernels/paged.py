@@ -73,9 +73,10 @@ def check_paged(op: str, keys: Rows, values: Rows) -> None:
     table, size = keys.table, keys.size
     if values.table is not table or values.size != size or values.blocks.shape[1] != keys.blocks.shape[1]:
         raise ValueError(f"{op}: keys and values must lie in the same blocks, listed by the same table")
-    if table.dim() != 1 or table.dtype != torch.long or len(table) * size < keys.length:
+    if table.dim() != 1 or table.dtype != torch.long or len(table) * size < keys.length or not table.is_contiguous():
         raise ValueError(
-            f"{op}: block table {table.dtype} {list(table.shape)} must be int64 and list {keys.length} columns in blocks of {size}"
+            f"{op}: block table {table.dtype} {list(table.shape)} must be int64, contiguous, and list {keys.length} columns in "
+            f"blocks of {size}"
         )
     check_device(op, "blocks of the table", table, keys.device)
     if table.device.type == "cpu":  # as for columns: reading it would wait for an accelerator

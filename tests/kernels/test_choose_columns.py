@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from loopserve.core.errors import PolicyError
 from loopserve.core.kv.key_summaries import KeySummaries
 from loopserve.kernels import backend
 from loopserve.kernels.choose_columns import ColumnChoice, choose_columns
@@ -124,3 +125,17 @@ def test_a_choice_that_was_never_made_leaves_its_pages_to_be_summarised() -> Non
     alone = KeySummaries(16, 4)
     alone.update(longer)
     assert torch.equal(pages.low, alone.low) and torch.equal(pages.codes[:, :4], alone.codes[:, :4])
+
+
+def test_choices_of_layers_of_other_shapes_are_refused() -> None:
+    made, _ = session(0, 40, 20, page=16, bits=4, dtype=torch.float32, most=3)
+    _, choice = made()
+    with pytest.raises(ValueError, match="choice 1 has queries"):
+        choose_columns([choice, made()[1]._replace(queries=torch.zeros(64, 1, DIM))], scaling=0.3)
+
+
+def test_codes_that_a_choice_has_yet_to_write_cannot_be_read() -> None:
+    made, _ = session(3, 70, 30, page=16, bits=4, dtype=torch.float32, most=3)
+    pages, choice = made()
+    with pytest.raises(PolicyError, match=r"before inputs\.request_selection"):
+        pages.logits(choice.queries, 0.3)

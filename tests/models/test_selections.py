@@ -89,6 +89,13 @@ class Requests(DecodeCompressor[dict[int, KeySummaries]]):
         return request
 
 
+class Broken(Requests):
+    """Asks for a column that is not there."""
+
+    name: ClassVar[str] = "broken"
+    changed: ClassVar[dict[str, Any]] = {"base": torch.tensor([[0, 10**6]] * 2)}
+
+
 class Asks(Requests):
     """Makes the same selections itself, step by step."""
 
@@ -124,6 +131,9 @@ def test_requested_selections_are_made_for_all_sessions_of_a_pass(llama: PreTrai
         ({"most": 99}, "99 more than"),
         ({"least": 4}, "at least 4 and at most 3"),
         ({"observed": torch.zeros(1, 2)}, "observed"),
+        ({"tail": 3}, "tail 3 is not the base's boundary"),
+        ({"base": torch.tensor([[0, 10**6]] * 2)}, "are not those of the request"),
+        ({"queries": torch.zeros(64, 1, 8)}, "are not the layer's"),
     ],
 )
 def test_a_request_that_does_not_fit_is_the_policy_s_fault(
@@ -132,6 +142,26 @@ def test_a_request_that_does_not_fit_is_the_policy_s_fault(
     monkeypatch.setattr(Requests, "changed", changed)
     with pytest.raises(PolicyError, match=rf"'requests'.*{says}"):
         answers(llama, Requests(), together=False)
+
+
+def test_a_bad_request_ends_its_own_session_alone(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under ``on_policy_fault: dense`` it answers without the policy, the others as if it were not there."""
+    set_implementation(llama, IMPLEMENTATION)
+    stack = PolicyStack("test", DensePrefill(), Requests())
+    engine = TokenEngine(TransformersModel(llama), stack, on_policy_fault="dense")
+    prompts = [[3 + (number + token) % 20 for token in range(12 + 9 * number)] for number in range(3)]
+    alone = answers(llama, Asks(), together=False)
+    bad = PolicyStack("bad", DensePrefill(), Broken())
+    scheduler = Scheduler(engine)
+    sessions = [engine.session(), engine.session(stack=bad), engine.session()]
+    found = [
+        scheduler.submit(each, ids, SamplingConfig(max_new_tokens=8))
+        for each, ids in zip(sessions, prompts, strict=True)
+    ]
+    scheduler.run_until_idle()
+    assert [each.result() for each in found][::2] == alone[::2]
+    assert found[1].result() == answers(llama, Wishes(), together=False)[1]
+    assert sessions[1].stats.as_dict()["faults"] and not sessions[0].stats.as_dict()["faults"]
 
 
 def test_numbers_written_into_a_selection_after_its_check_are_noticed() -> None:

@@ -1,4 +1,6 @@
-"""Compute one layer's attention for every session of a forward pass: the only caller of a policy's per-layer methods.
+"""Compute one layer's attention for every session of a forward pass.
+
+With ``decode_step`` and ``policy_calls`` the only caller of a policy's per-layer methods.
 
 The bridge hands over rotated queries of sessions whose new pairs are stored; what comes back is the layer's attention output.
 Knows no model family.
@@ -27,8 +29,8 @@ from loopserve.kernels.dense_attention import dense_attention
 def attend(contexts: Sequence[ForwardContext], call: LayerCall, queries: Sequence[Tensor]) -> list[Tensor]:
     """Return one layer's attention output ``[Hq, T, D]`` per session, for its rotated queries ``[Hq, T, D]``.
 
-    The decode steps of all sessions go through one kernel call. An error of one session among several is kept in its context,
-    and its output is zero from there on.
+    The decode steps of all sessions go through one kernel call that chooses and one that attends. An error of one session among
+    several is kept in its context, and its output is zero from there on.
     """
     return [
         torch.zeros_like(rows) if output is None else output

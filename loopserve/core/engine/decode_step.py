@@ -25,6 +25,7 @@ class DecodeStep:
     """One session's decode step in one layer.
 
     request: what the compressor wants selected by the current query. inputs: what it was shown before attention, while true.
+    attention: what the kernel is asked; None where the engine that stores the pairs computes the step.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class DecodeStep:
         self.cache: LayerCache = context.session.cache.layers[policies.spec.index]
         self.inputs: AttentionInputs | None = None
         self.request: SelectionRequest | None = None
+        self.attention: DecodeRequest | None = None
         if shown and policies.selects_before:
             self.inputs = inputs_of(context, call, policies, queries)
             self._guarded(self.inputs, self._ask)
@@ -61,8 +63,8 @@ class DecodeStep:
                 self.inputs or inputs_of(self.context, self.call, self.policies, self.queries),
             )
 
-    def count(self) -> None:
-        """Add what is attended to the session's figures."""
+    def settle(self) -> None:
+        """Add what is attended to the session's figures, and say what the kernel is asked."""
         session, store, active = self.context.session, self.cache.store, self.cache.active
         assert store is not None
         attended = store.pairs if active is None else active.attended(self.cache.seen)
@@ -71,8 +73,9 @@ class DecodeStep:
         session.stats.attended(attended, dense, store.pair_bytes)
         if session.attention_map is not None:
             session.attention_map.add(self.policies.spec.index, *self.cache.attended(), store.heads, self.cache.seen)
+        self.attention = self._attention()
 
-    def attention(self) -> DecodeRequest | None:
+    def _attention(self) -> DecodeRequest | None:
         """Return what the kernel is asked: attention over the store, a copy of the selected pairs, or the selected ones in place.
 
         None where the engine that stores the pairs computes the step.
@@ -102,7 +105,7 @@ class DecodeStep:
         state = session.states[policies.decode_slot]
         found = session.guard.ask(compressor, compressor.before_attention, inputs, state)
         if isinstance(found, SelectionRequest):
-            found.check(self.cache.store.heads, self.cache.seen)
+            found.check(self.queries, self.cache.store.heads, self.cache.seen, self.cache.stored)
             self.request = found
         elif found is not None:
             check_selection(found, self.cache, policies.retention, policies.most_pairs, session.output_index + 1)
@@ -124,15 +127,22 @@ class DecodeStep:
 def attend_steps(steps: Mapping[int, DecodeStep], call: LayerCall) -> dict[int, tuple[Tensor, Tensor | None]]:
     """Return the output ``[Hq, 1, D]`` and, for sinks, the log-sum-exp of every step that is not left to another engine."""
     requested = [step for step in steps.values() if step.request is not None and step.context.error is None]
-    make_selections([step.request for step in requested if step.request is not None])
+    try:
+        make_selections(
+            [step.request for step in requested if step.request is not None], scaling=call.scaling, softcap=call.softcap
+        )
+    except Exception as error:  # each request was checked, so that this is none of a single policy: memory ran out
+        for step in requested:
+            keep_apart(step.context, error)
     for step in requested:
         step.run(step.take_selection)
-    wanted: dict[int, DecodeRequest] = {}
-    for index, step in steps.items():
-        step.run(step.count)
-        request = step.attention()
-        if step.context.error is None and request is not None:
-            wanted[index] = request
+    for step in steps.values():
+        step.run(step.settle)
+    wanted = {
+        index: step.attention
+        for index, step in steps.items()
+        if step.context.error is None and step.attention is not None
+    }
     attended = decode_attention_batch(
         list(wanted.values()), scaling=call.scaling, softcap=call.softcap, need_lse=call.sinks is not None
     )

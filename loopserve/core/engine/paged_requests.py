@@ -104,10 +104,16 @@ class PagedRequests:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Hold a pass under way. Its end lets the compressors answer, unless the host fails in it."""
+        """Hold a pass under way. Its end lets the compressors answer.
+
+        If the host fails in it, the turns that took part end: some layers have its pairs, others have not.
+        """
         self.rows, self.shared, PagedRequests.current = [], {}, self
         try:
             yield
+        except BaseException:
+            self.drop([row.turn.name for row in self.rows if row.turn is not None])
+            raise
         finally:
             PagedRequests.current = None
         for row in self.rows:

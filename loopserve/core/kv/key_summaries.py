@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loopserve.core.errors import PolicyError
 from loopserve.kernels.key_codes import (
     BITS,
     KeyCodes,
@@ -29,8 +30,11 @@ CODE_BITS = (0, *BITS)
 class KeySummaries:
     """Hold per-page bounds of one layer's keys and, optionally, a code of each key.
 
+    ``update`` computes what is new. Where a kernel does so together with its choice: ``prepare``, the kernel on ``keys_coded``,
+    ``confirm``.
+
     All of it can be computed again from the store's keys. A copy (a fork, or the snapshot that an undo restores) therefore starts
-    empty and is filled at its next ``update``. Snapshots stay small and cannot disagree with a truncated store.
+    empty and is filled at its next ``update`` or ``prepare``. Snapshots stay small and cannot disagree with a truncated store.
     """
 
     def __init__(self, page: int, bits: int = 0) -> None:
@@ -79,7 +83,15 @@ class KeySummaries:
 
     def _part(self, name: str) -> Tensor:
         assert name in self._parts, "update() first"
+        self._require_written()
         return self._parts[name][:, : self.pages]
+
+    def _require_written(self) -> None:
+        """Raise PolicyError while the pages that ``prepare`` counted are not summarised."""
+        if self._stale is not None:
+            raise PolicyError(
+                "key summaries are read between a request for a selection and its result: read them before inputs.request_selection"
+            )
 
     @property
     def nbytes(self) -> int:
@@ -172,12 +184,14 @@ class KeySummaries:
         """Return approximate logits of all keys from their codes, for queries ``[Hq, r, D]``: float32 ``[Hkv, group * r,
         columns]``.
         """
+        self._require_written()
         return code_logits(queries, self.keys_coded, scaling=scaling)
 
     def jumps(
         self, queries: Tensor, base: Tensor, tail: int, budget: int, scaling: float, observed: Tensor | None = None
     ) -> Tensor:
         """Return base columns ``[Hkv, S]`` and the ``budget`` best others before ``tail``, by the codes; see ``code_jumps``."""
+        self._require_written()
         return code_jumps(queries, self.keys_coded, base, tail, budget, scaling=scaling, observed=observed)
 
     def heavy(
@@ -186,6 +200,7 @@ class KeySummaries:
         """Return base columns and all others before ``tail`` of at least a weight, and how many per head; see
         ``code_threshold``.
         """
+        self._require_written()
         return code_threshold(queries, self.keys_coded, base, tail, threshold, least, most, **options)
 
     @property

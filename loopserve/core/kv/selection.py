@@ -105,12 +105,14 @@ class KVSelection:
         versions = _versions(self.indices, self.lengths)
         if versions is not None and versions in self._checked:
             return
+        for known in ("pairs", "ragged"):  # of numbers that may have been written since
+            self.__dict__.pop(known, None)
         self._check_numbers(kv_heads)
         self._checked[:] = [versions]
 
     @cached_property
     def _checked(self) -> list[tuple[int, ...] | None]:
-        """The write counters of the tensors when their numbers were last found right."""
+        """The tensors and their write counters when the numbers were last found right."""
         return []
 
     def _check_numbers(self, kv_heads: int) -> None:
@@ -139,8 +141,8 @@ def _rises_within(indices: Tensor, boundary: int) -> bool:
 
 
 def _versions(*tensors: Tensor) -> tuple[int, ...] | None:
-    """Return the write counters of tensors, or None where one was made in inference mode and has none."""
+    """Return tensors' identities and write counters, or None where one was made in inference mode and has no counter."""
     try:
-        return tuple(each._version for each in tensors)
+        return tuple(number for each in tensors for number in (id(each), each._version))
     except RuntimeError:
         return None

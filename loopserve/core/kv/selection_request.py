@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from torch import Tensor
+
 from loopserve.core.errors import PolicyError
 from loopserve.core.kv.key_summaries import KeySummaries
 from loopserve.core.kv.selection import KVSelection, Retention
@@ -29,8 +31,26 @@ class SelectionRequest:
     softcap: float | None
     selection: KVSelection | None = None
 
-    def check(self, kv_heads: int, length: int) -> None:
-        """Raise PolicyError unless the request can be carried out for a layer of ``length`` tokens."""
+    def check(self, queries: Tensor, kv_heads: int, length: int, stored: int) -> None:
+        """Raise PolicyError unless the request can be carried out for a layer of ``length`` tokens, ``stored`` of them held, and
+        queries ``[Hq, r, D]``.
+        """
+        choice, own = self.choice, self.choice.queries
+        if stored != length or choice.of.columns != length:
+            raise PolicyError(
+                f"SelectionRequest: codes of {choice.of.columns} columns for a layer that holds {stored} of {length} tokens; it "
+                "needs codes of all, and a layer from which nothing was evicted"
+            )
+        if choice.of is not self.summaries.keys_coded or choice.base is not self.base.indices:
+            raise PolicyError("SelectionRequest.choice: its codes and base are not those of the request")
+        if choice.tail != self.base.boundary:
+            raise PolicyError(
+                f"SelectionRequest.choice: tail {choice.tail} is not the base's boundary {self.base.boundary}"
+            )
+        if own.shape[0] != queries.shape[0] or own.shape[2:] != queries.shape[2:] or own.device != queries.device:
+            raise PolicyError(
+                f"SelectionRequest.choice: queries {list(own.shape)} on {own.device} are not the layer's {list(queries.shape)}"
+            )
         self.base.check(kv_heads, length)
         if self.base.retention is not Retention.KEEP or self.base.ragged:
             raise PolicyError(
@@ -44,17 +64,17 @@ class SelectionRequest:
     def make(self) -> KVSelection:
         """Make the selection at once, for a caller that needs its numbers. Raises ValueError for a choice that does not fit."""
         check_choice(self.choice, "SelectionRequest")
-        make_selections([self])
+        make_selections([self], scaling=self.scaling, softcap=self.softcap)
         assert self.selection is not None
         return self.selection
 
 
-def make_selections(requests: Sequence[SelectionRequest]) -> None:
+def make_selections(requests: Sequence[SelectionRequest], *, scaling: float, softcap: float | None) -> None:
     """Make the selections of one layer's sessions by one kernel call. The requests must have been checked."""
     if not requests:
         return
     choices = [each.choice for each in requests]
-    found = choose_columns(choices, scaling=requests[0].scaling, softcap=requests[0].softcap, checked=True)
+    found = choose_columns(choices, scaling=scaling, softcap=softcap, checked=True)
     for request, (columns, counts) in zip(requests, found, strict=True):
         request.summaries.confirm()
         request.selection = KVSelection.counted(columns, counts, request.base.boundary)

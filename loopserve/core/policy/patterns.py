@@ -171,7 +171,7 @@ class LinePattern(AttentionPattern):
 
     @property
     def reads_blocks(self) -> bool:
-        return True
+        return type(self).attend is LinePattern.attend  # another one knows tensors alone
 
     def attend(
         self, queries: Tensor, keys: Rows, values: Rows, *, need_lse: bool = False, **options: Any

@@ -148,15 +148,18 @@ class LoopServePrefill(PrefillSparsifier):
     def _rows(self, inputs: AttentionInputs) -> Tensor:
         """Return the rows of this call whose attention is computed, the same for all heads: sorted int64 ``[r]``."""
         source = generator(self.config.seed, inputs.turn, inputs.layer.index, inputs.total_tokens)
-        count = min(self.config.sample_rows, max(1, int(inputs.new_tokens * self.config.sample_share)))
-        rows = sample_rows(inputs.new_tokens, count, self.config.sampling, source)
+        rows = sample_rows(inputs.new_tokens, self._count(inputs), self.config.sampling, source)
         return rows.to(inputs.queries.device)
+
+    def _count(self, inputs: AttentionInputs) -> int:
+        """Return how many rows are sampled at most."""
+        return min(self.config.sample_rows, max(1, int(inputs.new_tokens * self.config.sample_share)))
 
     def _choose(self, inputs: AttentionInputs, rows: Tensor) -> tuple[LinePattern, Tensor]:
         """Return the pattern, and the coverage of the sample per head ``[Hq]``."""
         config = self.config
         verticals = sink_lines(inputs, config.sink_tokens)
-        offsets = torch.arange(inputs.total_tokens, device=inputs.keys.device)
+        offsets = torch.arange(inputs.total_tokens, device=inputs.device)
         slashes = (offsets < config.local_window).expand_as(verticals)
         if not config.overlap:
             mass = inputs.row_attention(rows, kind="lines")
@@ -198,7 +201,7 @@ class LoopServePrefill(PrefillSparsifier):
 
     def _most_cost(self, inputs: AttentionInputs) -> float:
         """Return the most that the lines of a head may cost before dense attention is cheaper, with a margin for lines that
-        overlap.
+        overlap. Under ``least_weight`` there is no limit, since what a head costs follows from where its mass lies.
         """
         if self.config.dense_above >= 1 or self.config.least_weight is not None:
             return math.inf
@@ -219,7 +222,7 @@ class LoopServePrefill(PrefillSparsifier):
             beyond = (offsets >= config.local_window) & ~sink_lines(inputs, config.sink_tokens)[:, None]
             # Every row keeps a small weight, so that the target is defined in a turn without distant attention.
             weights = (probabilities * beyond).sum(-1).mean(0) + 1e-3
-        last = rows >= inputs.new_tokens - config.sample_rows // 2
+        last = rows >= inputs.new_tokens - self._count(inputs) // 2
         return torch.where(last, weights * config.last_rows_weight, weights)
 
     def _measure_held_out(self, inputs: AttentionInputs, pattern: LinePattern, rows: Tensor) -> None:

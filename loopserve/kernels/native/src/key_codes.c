@@ -333,7 +333,7 @@ static void compact(const KeyCodes *k) {
         memmove(k->chosen + head * longest, k->chosen + (head + 1) * width - longest, longest * 8);
 }
 
-// Choose columns for `number` sessions of one layer. Each head must have at least `budget` columns before the tail outside the base.
+// Choose columns for `number` sessions of one layer, whose heads, groups and channels are alike. Each head must have at least `budget` columns before the tail outside the base.
 // A head is computed alike whatever the others are. Return 0, or 1 if memory ran out.
 int LS(choose_columns)(const KeyCodes *calls, int64_t number) {
     int failed = 0;

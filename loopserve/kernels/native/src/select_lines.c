@@ -48,8 +48,8 @@ static void look_into(Greedy *g, int64_t b) {
     g->cheapest[b] = cheapest;
 }
 
-// Take the line of the highest gain per cost. Ties: a vertical before a slash, then the lower index. Return 0 if there is none, or if
-// the missing mass would cost too much at its rate, since no later line has a higher rate.
+// Take the line of the highest gain per cost. Ties: a vertical before a slash, then the lower index. Return 0 if there is none, if
+// its rate is below the least, or if the missing mass would cost too much at it: no later line has a higher rate.
 static int take_best(Greedy *g, double missing, double most_cost) {
     for (;;) {
         double bound;
@@ -132,7 +132,7 @@ static int64_t take_verticals(Greedy *g, double missing, double most_cost) {
     return taken;
 }
 
-// Take lines until `target` is covered, or until the rest would cost too much.
+// Take lines until `target` is covered, until the best one is below the least rate, or until the rest would cost too much.
 static void take_until(Greedy *g, double target, double most_cost) {
     int pause = 0;  // steps until the next attempt, after one that found few verticals
     while (g->total_covered < target) {
