@@ -112,7 +112,7 @@ class KeySummaries:
             self.confirm()
 
     def prepare(self, keys: Tensor) -> int | None:
-        """Provide room for keys ``[Hkv, Tk, D]``; return the first page that is to be summarised, or None if all are.
+        """Provide capacity for keys ``[Hkv, Tk, D]``; return the first page that is to be summarised, or None if all are.
 
         The caller has the pages summarised into ``keys_coded`` and then calls ``confirm``. Until then they count as not summarised.
         """
