@@ -26,6 +26,7 @@ _OPERATION = backend.operation(
     "choose_columns",
     torch="choose_columns",
     cpu="native.key_codes",
+    triton="choose_columns:choose_columns_torch",  # the single operations, which run as Triton there
     any_device=True,
     limits={"cpu": native.limit_choices},
 )

@@ -78,7 +78,8 @@ def test_what_does_not_fit_is_refused_by_name() -> None:
     wrong: dict[str, tuple[Paged | torch.Tensor, Paged | torch.Tensor]] = {
         "must both be tensors": (keys, case.values),
         "the same blocks": (keys, other),
-        r"must be int64 and list 40 columns in blocks of 16": _with_table(keys, values, keys.table[:2]),
+        r"contiguous, and list 40 columns in blocks of 16": _with_table(keys, values, keys.table[:2]),
+        r"must be int64, contiguous": _with_table(keys, values, keys.table.repeat_interleave(2)[::2]),
         r"block table must lie in \[0, 6\)": _with_table(keys, values, keys.table + 6),
         r"int32 \[5\] must be int64": _with_table(keys, values, keys.table.int()),
     }
