@@ -150,11 +150,13 @@ def run_wait_bench(
 ) -> dict[str, Any]:
     """Return one row: time to first token of a short prompt alone, and beside the prefill of a long one.
 
-    The short prompt arrives at ``runs`` positions of the long prefill.
+    The short prompt arrives at ``runs`` positions of the long prefill, which is cut to the model's window.
     """
     loaded = _model(model, prompt + short + 64, dtype)
     engine = TokenEngine(TransformersModel(loaded), load_stack(stack))
     sampling = SamplingConfig(max_new_tokens=2)
+    if engine.model.max_positions is not None:  # the prompt and its two tokens
+        prompt = min(prompt, engine.model.max_positions - sampling.max_new_tokens)
     ids = _prompt(loaded, prompt, 0)
     alone: list[float] = []
     beside: list[float] = []
