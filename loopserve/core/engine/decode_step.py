@@ -22,7 +22,7 @@ from loopserve.kernels.decode_attention import DecodeRequest, decode_attention_b
 
 
 class DecodeStep:
-    """One session's decode step in one layer.
+    """Hold one session's decode step in one layer.
 
     request: what the compressor wants selected by the current query. inputs: what it was shown before attention, while true.
     attention: what the kernel is asked; None where the engine that stores the pairs computes the step.

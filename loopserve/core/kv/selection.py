@@ -112,7 +112,7 @@ class KVSelection:
 
     @cached_property
     def _checked(self) -> list[tuple[int, ...] | None]:
-        """The tensors and their write counters when the numbers were last found right."""
+        """Hold the tensors and their write counters when the numbers were last found right."""
         return []
 
     def _check_numbers(self, kv_heads: int) -> None:
