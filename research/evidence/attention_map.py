@@ -1,4 +1,4 @@
-"""A picture of one head's attention in a turn, with the lines that the preset chooses over it."""
+"""A picture of one head's attention in a turn, with the lines that hold a share alpha of it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from loopserve.core.policy.patterns import LinePattern
 from research.evidence.coverage import call_of
 from research.evidence.lines import softmax_rows
 from research.evidence.pictures import Pictures
-from research.evidence.recipes import FULL, short_prefill
+from research.evidence.recipes import FULL, lines_by_alpha
 from research.evidence.recording import record
 from research.evidence.units import Found, Row, Spec, Unit
 from research.evidence.words import percent
@@ -35,7 +35,7 @@ def measure(spec: Spec) -> Found:
     the largest weight), its lines, and what they hold.
     """
     recording = record(spec["model"], RecallTask(**spec["task"]), HELD_OUT_SEED + spec["seed"])
-    sparsifier = load_stack({"prefill": short_prefill("loopserve"), "decode": FULL}).prefill
+    sparsifier = load_stack({"prefill": lines_by_alpha(), "decode": FULL}).prefill
     turn = recording.turns - 1
     best: tuple[int, int, int, LinePattern] | None = None
     for layer in recording.layers:
@@ -46,7 +46,7 @@ def measure(spec: Spec) -> Found:
         head = int(both.argmax())
         if best is None or int(both[head]) > best[0]:
             best = (int(both[head]), layer, head, pattern)
-    assert best is not None, "the preset chose no lines in any layer"
+    assert best is not None, "no lines were chosen in any layer"
     _, layer, head, pattern = best
     probabilities, columns = softmax_rows(recording.block(layer, *recording.rows_of(turn)), head)
     inside = (probabilities[0] * pattern.rows(columns)[head]).sum() / len(columns)

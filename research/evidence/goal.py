@@ -12,8 +12,8 @@ from research.evidence.recipes import (
     Recipe,
     average_context,
     decode_preset,
+    lines_by_alpha,
     observing,
-    short_prefill,
 )
 from research.evidence.talks import POSITIONS, at_positions, tallies
 from research.evidence.tally import Tally, paired
@@ -35,7 +35,7 @@ def units(tokens: int, dialogues: int) -> list[Unit]:
 
 def _stacks(tokens: int) -> dict[str, Recipe]:
     context = average_context(tokens, 3)
-    ours = short_prefill("loopserve")
+    ours = lines_by_alpha()
     quick = ours | {"alpha": 0.95}
 
     def decoding(share: float, prefill: dict[str, object] = ours, **changes: object) -> Recipe:

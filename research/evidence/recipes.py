@@ -29,6 +29,19 @@ def short_prefill(name: str) -> Policy:
     return prefill
 
 
+def lines_by_alpha() -> Policy:
+    """Return the prefill by lines that a share alpha of the mass alone chooses, which the preset had until it got a least weight."""
+    return {
+        "policy": "loopserve",
+        "alpha": 0.98,
+        "sample_rows": 64,
+        "sampling": "mixed",
+        "cost": "tile",
+        "sink_tokens": 4,
+        "local_window": 64,
+    }
+
+
 def average_context(tokens: int, turns: int) -> float:
     """Length of the conversation at an answer, on average over equally long turns."""
     return tokens * (turns + 1) / (2 * turns)
@@ -107,7 +120,7 @@ def decode_policies(share: float, context: float, outputs: float) -> dict[str, P
 
 def prefill_policies(tokens: int) -> dict[str, dict[str, Policy]]:
     """By family and setting, every prefill policy at sizes that fit conversations of about ``tokens`` tokens."""
-    ours = short_prefill("loopserve")
+    ours = lines_by_alpha()
     scale = tokens / 2000
     sizes = [(50, 0), (100, 0), (200, 0), (100, 32), (200, 64), (400, 128)]  # slashes beside the 64 nearest
     windows = [64, 128, 256, 512]

@@ -1,4 +1,4 @@
-"""How the preset's answers and costs move with alpha, the sample, the budget and the interval."""
+"""How answers and costs move with alpha, the sample, the budget and the interval."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from loopserve.bench.figures import series_style
 from research.evidence.pictures import Pictures, dressed
-from research.evidence.recipes import DENSE, FULL, Recipe, average_context, decode_preset, preset, short_prefill
+from research.evidence.recipes import DENSE, FULL, Recipe, average_context, decode_preset, lines_by_alpha, preset
 from research.evidence.talks import at_positions, tallies
 from research.evidence.tally import Tally
 from research.evidence.units import Row, Unit
@@ -18,7 +18,7 @@ SAMPLES = (16, 32, 64, 128, 256)
 BUDGETS = (0.025, 0.05, 0.10, 0.20)
 INTERVALS = (1, 4, 8, 16, 32, 64)
 _HEADS = {
-    "alpha": "alpha (preset's prefill, full decoding)",
+    "alpha": "alpha (lines by alpha alone, full decoding)",
     "sample": "rows sampled (alpha 0.95, full decoding)",
     "budget": "budget, share of the context (preset)",
     "budget, paper": "budget, share of the context (`loopserve-paper`)",
@@ -40,7 +40,7 @@ def units(tokens: int, dialogues: int) -> list[Unit]:
 def _stacks(tokens: int) -> dict[str, dict[float, Recipe]]:
     """By what is moved and its value."""
     context = average_context(tokens, 3)
-    ours, papers = short_prefill("loopserve"), preset("loopserve-paper")["prefill"]
+    ours, papers = lines_by_alpha(), preset("loopserve-paper")["prefill"]
     budgets = {share: max(round(share * context) - 6, 28) for share in BUDGETS}
     tenth = max(round(0.1 * context) - 6, 48)
     return {

@@ -21,6 +21,7 @@ from loopserve.core.engine.session import Session
 from loopserve.core.engine.turn import Turn
 from loopserve.core.stack.stack import PolicyStack
 from loopserve.models.bridge import TransformersModel
+from research.evidence_real.costs import prefill_figures
 from research.evidence_real.replay import ReplayModel, TurnRecorder, decode_together, replayed
 from research.evidence_real.texts import text
 
@@ -109,13 +110,22 @@ class _Digits:
 
 
 class Asking:
-    """Hold a dialogue on a model and its stacks, the turns before the last one read under each."""
+    """Hold a dialogue on a model and its stacks, the turns before the last one read under each.
+
+    replays: read all turns densely once for all stacks, whose prefill must be dense; else each stack reads by its own prefill.
+    """
 
     def __init__(
-        self, model: TransformersModel, tokenizer: Any, dialogue: Dialogue, stacks: Mapping[str, PolicyStack]
+        self,
+        model: TransformersModel,
+        tokenizer: Any,
+        dialogue: Dialogue,
+        stacks: Mapping[str, PolicyStack],
+        *,
+        replays: bool = True,
     ) -> None:
         self.tokenizer, self.dialogue = tokenizer, dialogue
-        self._before = TurnRecorder(model)
+        self._before = TurnRecorder(model) if replays else None
         turns: list[list[int]] = []
         self._messages: list[dict[str, str]] = []
         self._known = 0
@@ -123,13 +133,14 @@ class Asking:
             self._messages.append({"role": "user", "content": each})
             turns.append(self._new(self._messages))
             self._known += len(turns[-1])
-            self._before.read(turns[-1])
+            if self._before:
+                self._before.read(turns[-1])
             self._messages.append({"role": "assistant", "content": _READ})
-        self._model = ReplayModel(model, self._before.recording())
+        self._model = ReplayModel(model, self._before.recording() if self._before else None)
         self._engine = TokenEngine(self._model, load_stack("dense"), policy_timeout_s=None)
         self._sessions: dict[str, Session] = {}
         for name, stack in stacks.items():
-            self._sessions[name] = self._engine.session(replayed(stack))
+            self._sessions[name] = self._engine.session(replayed(stack) if replays else stack)
             for turn in turns:
                 self._engine.prefill(self._sessions[name], turn)
 
@@ -140,11 +151,12 @@ class Asking:
         return list(ids[self._known :])
 
     def ask(self, question: Question) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Ask one question under each stack, on a fork of its session; the prefill is dense."""
+        """Ask one question under each stack, on a fork of its session."""
         last = self._new([*self._messages, {"role": "user", "content": last_message(self.dialogue, question)}])
-        recorder = self._before.fork()
-        recorder.read(last)
-        self._model.recording = recorder.recording()
+        if self._before:
+            recorder = self._before.fork()
+            recorder.read(last)
+            self._model.recording = recorder.recording()
         answer = f"The magic number of the {question.thing} is {question.number}."
         ids = self.tokenizer.encode(answer, add_special_tokens=False)
         digits = [self.tokenizer.decode([each]).strip().isdigit() for each in ids]
@@ -169,7 +181,8 @@ class Asking:
                         "right": sum(choose.right),
                         "of": len(choose.right),
                         "attended": round(attended.total / max(attended.weight, 1), 4) if attended.weight else None,
-                    },
+                    }
+                    | ({} if self._before else {"cells": prefill_figures(turn.session.stats)["cells"]}),
                 )
                 turn.session.close()
             running.clear()
@@ -177,11 +190,20 @@ class Asking:
 
 
 def measure(
-    model: TransformersModel, tokenizer: Any, tokens: int, seed: int, stacks: Mapping[str, PolicyStack]
+    model: TransformersModel,
+    tokenizer: Any,
+    tokens: int,
+    seed: int,
+    stacks: Mapping[str, PolicyStack],
+    *,
+    replays: bool = True,
 ) -> dict[str, list[dict[str, Any]]]:
-    """Return by stack what became of every question of a dialogue. One number of each turn is asked for at every position."""
+    """Return by stack what became of every question of a dialogue. One number of each turn is asked for at every position.
+
+    replays: read densely, once for all stacks; else each stack reads by its own prefill.
+    """
     dialogue = make_dialogue(tokenizer, tokens, seed)
-    asking = Asking(model, tokenizer, dialogue, stacks)
+    asking = Asking(model, tokenizer, dialogue, stacks, replays=replays)
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in stacks}
     seen: set[tuple[str, int]] = set()
     for question in dialogue.questions:

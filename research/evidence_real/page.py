@@ -82,7 +82,8 @@ def render(ledger: Ledger, plan: Sequence[Unit]) -> str:
 
 
 EXPERIMENTS = (
-    "decode", "prefill", "coverage", "needles", "both", "decode_ablations", "prefill_ablations", "dialogues", "claims",
+    "decode", "prefill", "coverage", "needles", "needles_whole", "both", "decode_ablations", "prefill_ablations", "dialogues",
+    "claims",
 )  # fmt: skip
 LAST = "## How it was had"
 

@@ -44,11 +44,16 @@ _ASKED = ("loopserve", "quest", "snapkv")
 _ONCE = ("kvzip",)
 """Stacks measured on the first texts only: reading the prompt again costs as much as ten others."""
 
-_REALISED = (*(f"loopserve, alpha {alpha}" for alpha in (0.8, 0.9, 0.95, 0.98, 0.99)), "loopserve-paper, alpha 0.95")
+_REALISED = (
+    recipes.DEFAULT_PREFILL,
+    *(f"loopserve, alpha {alpha}" for alpha in (0.9, 0.95, 0.98)),
+    "loopserve-paper, alpha 0.95",
+)
 """Prefill policies whose coverage of all rows is measured too."""
 
 _LONG = (
-    *(f"loopserve, alpha {alpha}" for alpha in (0.95, 0.98)),
+    recipes.DEFAULT_PREFILL,
+    "loopserve, alpha 0.95",
     "loopserve-paper, alpha 0.95",
     "flashprefill (preset)",
     "minference (preset)",
@@ -83,22 +88,27 @@ def units_of(sizes: Sizes, model: str = MODEL) -> tuple[Unit, ...]:
     first = [(kind, 0) for kind in sizes.kinds]
     plan, main, forced = _Plan(model), sizes.main, sizes.forced
     names, wholes = recipes.decode_presets(), recipes.whole_stacks()
-    alphas, presets = recipes.prefill_alphas(), recipes.prefill_presets()
+    alphas, presets = recipes.prefill_alphas(), recipes.prefill_weights() | recipes.prefill_presets()
     if sizes.few:
         names = {name: names[name] for name in ("loopserve", "loopserve-paper", "snapkv", "quest")}
         wholes = {"loopserve": wholes["loopserve"]}
         alphas = {name: alphas[name] for name in list(alphas)[2:4]}
-        presets = {name: presets[name] for name in ("minference (preset)", "tri_shape (preset)")}
+        presets = {
+            name: presets[name] for name in (recipes.DEFAULT_PREFILL, "minference (preset)", "tri_shape (preset)")
+        }
     few = {name: names[name] for name in _MAIN if name in names}
     at = share_at(main)
     plan.decode("decode", few if sizes.few else names, first, main, forced, at)
     plan.decode("decode", few, texts, main, forced, at)
     plan.needles("needles", few, sizes.dialogues, main, (at,))
+    policies, shortest = alphas | presets, min(main, *sizes.others, main)
+    plan.prefill("prefill", {recipes.DEFAULT_PREFILL: policies[recipes.DEFAULT_PREFILL]}, texts, main, sizes.read)
+    plan.needles("needles_whole", recipes.reading_stacks(), sizes.dialogues, main, (at,), kind="needles_whole")
     plan.both("both", wholes, first, main, forced)
-    measured, shortest = {name: alphas[name] for name in _REALISED if name in alphas}, min(main, *sizes.others, main)
+    measured = {name: policies[name] for name in _REALISED if name in policies}
     for text in first:  # breadth first, and what is of one text together: its dense prefill is computed once
         plan.claims("claims", text, (shortest, main))
-        plan.prefill("prefill", alphas | presets, [text], main, sizes.read)
+        plan.prefill("prefill", policies, [text], main, sizes.read)
         if not sizes.few:
             plan.ablations([text], main, forced)
             plan.prefill("prefill_ablations", recipes.prefill_ablations(), [text], main, sizes.read)
@@ -112,8 +122,8 @@ def units_of(sizes: Sizes, model: str = MODEL) -> tuple[Unit, ...]:
         for share in others:
             plan.decode("decode", some, [text], main, forced, share)
     for tokens in sizes.others:
-        plan.decode("decode", some, texts, tokens, forced, share_at(tokens))
-    plan.prefill("prefill", {name: (alphas | presets)[name] for name in _LONG}, first, max(sizes.others), sizes.read)
+        plan.decode("decode", some, first if tokens == LONGEST else texts, tokens, forced, share_at(tokens))
+    plan.prefill("prefill", {name: policies[name] for name in _LONG}, first, max(sizes.others), sizes.read)
     plan.both("both", wholes, texts, main, forced)
     plan.needles("needles", {name: names[name] for name in _ASKED}, sizes.dialogues, main, others)
     often = {name: recipe for name, recipe in names.items() if name not in _ONCE}
@@ -156,15 +166,21 @@ class _Plan:
         self._decoded(experiment, "decode", _sized(stacks, share, tokens, forced), texts, tokens, forced, share)
 
     def needles(
-        self, experiment: str, stacks: Mapping[str, Any], dialogues: int, tokens: int, at: Sequence[float]
+        self,
+        experiment: str,
+        stacks: Mapping[str, Any],
+        dialogues: int,
+        tokens: int,
+        at: Sequence[float],
+        kind: str = "needles",
     ) -> None:
         """Add dialogues with numbers to find again, under each stack at each share, and under dense attention at the first."""
         dense = {"prefill": {"policy": "dense"}, "decode": {"policy": "full"}}
         for seed in range(dialogues):
-            spec = {"kind": "needles", "model": self._model, "tokens": tokens, "seed": seed}
+            spec = {"kind": kind, "model": self._model, "tokens": tokens, "seed": seed}
             for share in at:
                 given = _sized(stacks, share, tokens, ANSWER)
-                if share == share_at(tokens):
+                if share == share_at(tokens) and kind == "needles":
                     given = {"dense": dense} | given
                 for name, recipe in given.items():
                     self._put(experiment, spec | {"label": name, "stack": recipe, "share": share})

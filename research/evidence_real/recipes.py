@@ -6,10 +6,11 @@ from typing import Any
 
 from loopserve.api import load_stack
 from loopserve.core.stack.stack import preset_names
-from research.evidence.recipes import DENSE, FULL, Policy, Recipe, preset
+from research.evidence.recipes import DENSE, FULL, Policy, Recipe, lines_by_alpha, preset
 from research.evidence_real.stacks import at_share
 
 SHARES = (0.03, 0.05, 0.10)
+DEFAULT_PREFILL = "loopserve (preset)"
 _OF_OTHER_PAGES = (
     "loopserve-first-",
     "loopserve-interval-",
@@ -89,10 +90,19 @@ def decode_ablations(share: float, tokens: int, forced: int) -> dict[str, Recipe
 
 
 def prefill_alphas() -> dict[str, Policy]:
-    """Return the default stack's prefill and the paper's at several alphas."""
-    ours, paper = preset("loopserve")["prefill"], preset("loopserve-paper")["prefill"]
-    found = {f"loopserve, alpha {alpha}": ours | {"alpha": alpha} for alpha in (0.8, 0.9, 0.95, 0.98, 0.99)}
+    """Return lines chosen up to a share alpha of the mass alone, by our rows and cost and by the paper's, at several alphas."""
+    alone = lines_by_alpha() | {"min_total_tokens": 2048}
+    paper = preset("loopserve-paper")["prefill"]
+    found = {f"loopserve, alpha {alpha}": alone | {"alpha": alpha} for alpha in (0.8, 0.9, 0.95, 0.98, 0.99)}
     return found | {f"loopserve-paper, alpha {alpha}": paper | {"alpha": alpha} for alpha in (0.9, 0.95, 0.98)}
+
+
+def prefill_weights() -> dict[str, Policy]:
+    """Return the default stack's prefill, as it is and with other least weights."""
+    ours = preset("loopserve")["prefill"]
+    return {DEFAULT_PREFILL: ours} | {
+        f"loopserve, least weight {weight}": ours | {"least_weight": weight} for weight in (0.0001, 0.0005, 0.001)
+    }
 
 
 def prefill_presets() -> dict[str, Policy]:
@@ -113,13 +123,13 @@ def prefill_ablations() -> dict[str, Policy]:
     base = preset("loopserve")["prefill"]
     return {
         "as it is": base,
-        "sample_rows 32": base | {"sample_rows": 32},
-        "sample_rows 256": base | {"sample_rows": 256},
+        "sample_rows 64": base | {"sample_rows": 64},
+        "sample_rows 512": base | {"sample_rows": 512},
         "sampling uniform": base | {"sampling": "uniform"},
+        "sampling stratified": base | {"sampling": "stratified"},
         "sampling last": base | {"sampling": "last"},
-        "cost length": base | {"cost": "length"},
-        "row_weights far": base | {"row_weights": "far"},
-        "alpha 0.9, row_floor 0.8": base | {"alpha": 0.9, "row_floor": 0.8},
+        "cost tile": base | {"cost": "tile"},
+        "alpha 0.95": base | {"alpha": 0.95},
         "local_window 256": base | {"local_window": 256},
     }
 
@@ -134,6 +144,13 @@ def whole_stacks() -> dict[str, Recipe]:
         "minference and snapkv": {"prefill": minference, "decode": snapkv},
         "minference and quest": {"prefill": minference, "decode": quest},
     }
+
+
+def reading_stacks() -> dict[str, Recipe]:
+    """Return stacks that are asked for numbers after a prefill of their own: both phases, and the prefill before dense decoding."""
+    wholes = {name: preset(name) for name in ("loopserve", "loopserve-paper")}
+    alone = {f"{name}, prefill only": preset(name)["prefill"] for name in ("loopserve", "minference")}
+    return wholes | {name: {"prefill": policy, "decode": FULL} for name, policy in alone.items()}
 
 
 def talking_stacks() -> dict[str, Recipe]:

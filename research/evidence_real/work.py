@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
-from functools import lru_cache
+from functools import lru_cache, partial
 from multiprocessing import get_context
 from typing import Any
 
@@ -23,7 +23,7 @@ from research.evidence_real.case import Case, loaded
 from research.evidence_real.texts import text
 
 _TOGETHER = ("kind", "model", "text", "tokens", "forced", "seed")  # what the units of a batch have in common
-_MOST = {"decode": 18, "both": 4, "prefill": 3, "needles": 18, "dialogues": 8, "claims": 1}
+_MOST = {"decode": 18, "both": 4, "prefill": 3, "needles": 18, "needles_whole": 2, "dialogues": 8, "claims": 1}
 
 
 @lru_cache(maxsize=1)
@@ -64,10 +64,10 @@ def _prefill(model: str, units: Sequence[Unit]) -> Iterator[tuple[Unit, Found]]:
         yield unit, found | _of_text(case)
 
 
-def _needles(model: str, units: Sequence[Unit]) -> Iterator[tuple[Unit, Found]]:
+def _needles(model: str, units: Sequence[Unit], *, replays: bool = True) -> Iterator[tuple[Unit, Found]]:
     _case.cache_clear()  # its recording is not needed meanwhile
     spec = units[0].spec
-    found = needles.measure(*loaded(model), spec["tokens"], spec["seed"], _stacks(units))
+    found = needles.measure(*loaded(model), spec["tokens"], spec["seed"], _stacks(units), replays=replays)
     return ((unit, {"answers": found[unit.key]}) for unit in units)
 
 
@@ -90,6 +90,7 @@ KINDS: dict[str, Callable[[str, Sequence[Unit]], Iterator[tuple[Unit, Found]]]] 
     "both": _both,
     "prefill": _prefill,
     "needles": _needles,
+    "needles_whole": partial(_needles, replays=False),
     "dialogues": _dialogues,
     "claims": _claims,
 }

@@ -22,7 +22,7 @@ def section(rows: Rows) -> tuple[str, list[Verdict]]:
     for tokens in lengths([*rows["prefill"], *measured]):
         realised = cells(measured, tokens)
         found = realised | cells(rows["prefill"], tokens)
-        labels = [label for label in found if ", alpha" in label and label.startswith("loopserve")]
+        labels = [label for label in found if label.startswith("loopserve")]
         if not labels:
             continue
         lines = []

@@ -43,7 +43,11 @@ class Found:
 
     @property
     def attended(self) -> float | None:
-        values = [each["attended"] for each in self.answers if each["attended"] is not None]
+        return self.mean("attended")
+
+    def mean(self, name: str) -> float | None:
+        """Return the mean of a figure of the answers, where it was measured."""
+        values = [each[name] for each in self.answers if each.get(name) is not None]
         return sum(values) / len(values) if values else None
 
 
@@ -60,8 +64,8 @@ def section(rows: Rows) -> tuple[str, list[Verdict]]:
     texts = [
         f"A novel of {tokens:,} tokens is read over {TURNS} turns; two sentences in each turn's part state a number (`The magic "
         "number of the harbour is 48213.`). The last turn's message asks for one of them, at its begin, in its middle or at its "
-        "end. Answers are teacher-forced, a digit is right if it is the likeliest token. Dense prefill; ± is the standard error "
-        "between answers."
+        "end. Answers are teacher-forced, a digit is right if it is the likeliest token. ± is the standard error between answers. "
+        "The prefill is dense, and in the last table each stack's own."
     ]
     verdicts = []
     dense = {label: each for found in answers.values() for label, each in found.items() if label == "dense"}
@@ -70,7 +74,39 @@ def section(rows: Rows) -> tuple[str, list[Verdict]]:
         where = f"{tokens:,} tokens, {percent(share, 0)} of the pairs"
         texts.append(f"**{where}**:\n\n{_table(results)}")
         verdicts += _verdicts(results, where)
+    if read := _own_prefill(rows):
+        results = {label: Found(each) for label, each in dense.items()} | read
+        texts.append(f"**{tokens:,} tokens, each stack's own prefill**:\n\n{_table(results)}")
+        verdicts += _reading_verdicts(results, tokens)
     return "\n\n".join(texts), verdicts
+
+
+def _own_prefill(rows: Rows) -> dict[str, Found]:
+    answers: dict[str, list[Row]] = {}
+    for row in rows.get("needles_whole", []):
+        if "error" not in row["found"]:
+            answers.setdefault(row["unit"]["label"], []).extend(row["found"]["answers"])
+    return {label: Found(each) for label, each in answers.items()}
+
+
+def _reading_verdicts(results: dict[str, Found], tokens: int) -> list[Verdict]:
+    """Say whether what is stated is still found after a sparse prefill, before dense decoding and before that of the stack."""
+    verdicts = []
+    for label, said in (
+        ("loopserve, prefill only", "`loopserve`'s prefill, dense decoding"),
+        ("loopserve", "both phases of `loopserve`"),
+    ):
+        if {"dense", label} <= set(results):
+            dense, ours = results["dense"], results[label]
+            verdicts.append(
+                Verdict(
+                    f"Numbers stated turns before are found as under dense attention (within 3 points), {said}, {tokens:,} tokens",
+                    ours.digits >= dense.digits - 0.03,
+                    f"digits right: {_right(ours)} beside dense's {_right(dense)} ({len(ours.answers)} answers)",
+                    few=min(len(ours.answers), len(dense.answers)) < _ENOUGH,
+                )
+            )
+    return verdicts
 
 
 def _table(results: dict[str, Found]) -> str:
@@ -83,6 +119,7 @@ def _table(results: dict[str, Found]) -> str:
             " / ".join(percent(each.where("position", place).digits, 0) for place in POSITIONS),
             " / ".join(percent(each.where("back", back).digits, 0) for back in range(TURNS)),
             percent(each.attended),
+            percent(each.mean("cells")),
         ]
         for label, each in sorted(results.items(), key=lambda item: -item[1].digits)
     ]
@@ -94,6 +131,7 @@ def _table(results: dict[str, Found]) -> str:
         "digits: begin / middle / end",
         "digits: stated in the last turn / one before / two before",
         "attended",
+        "cells",
     ]
     return table(header, lines)
 

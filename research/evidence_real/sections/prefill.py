@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from research.evidence.words import percent, table
 from research.evidence_real.plan import LONGEST
+from research.evidence_real.recipes import DEFAULT_PREFILL
 from research.evidence_real.sections.rows import (
     HEADER,
     Cells,
@@ -55,7 +56,7 @@ def _times(found: Agreement, dense: Agreement | None) -> str:
 
 def _prefill_verdicts(tokens: int, found: Cells) -> list[Verdict]:
     bar = 0.15 if tokens < LONGEST else 0.08
-    ours = {label: each for label, each in found.items() if label.startswith("loopserve, alpha")}
+    ours = {label: each for label, each in found.items() if label.startswith(("loopserve, ", DEFAULT_PREFILL))}
     inside = {label: each for label, each in ours.items() if (each.mean("cells") or 1.0) <= bar}
     verdicts = []
     if inside:
@@ -65,7 +66,7 @@ def _prefill_verdicts(tokens: int, found: Cells) -> list[Verdict]:
                 f"`loopserve`'s prefill is at dense's level (KL at most {_PREFILL_LEVEL}) with {percent(bar, 0)} of the cells, "
                 f"{tokens:,} tokens",
                 best.kl <= _PREFILL_LEVEL,
-                f"{label.removeprefix('loopserve, ')}: KL {best.kl:.4f} ± {best.kl_error:.4f} at {percent(best.mean('cells'))}",
+                f"{label}: KL {best.kl:.4f} ± {best.kl_error:.4f} at {percent(best.mean('cells'))}",
                 few=few_kinds(best),
             )
         )
@@ -94,7 +95,7 @@ def _prefill_verdicts(tokens: int, found: Cells) -> list[Verdict]:
         mine, theirs = same
         verdicts.append(
             Verdict(
-                f"At alpha 0.95 the preset's rows and cost agree better than the paper's, {tokens:,} tokens",
+                f"At alpha 0.95 mixed rows and cost in tiles agree better than the paper's rows and cost, {tokens:,} tokens",
                 mine.kl < theirs.kl,
                 f"KL {mine.kl:.4f} ± {mine.kl_error:.4f} at {percent(mine.mean('cells'))} of the cells and "
                 f"{percent(mine.mean('tiles'))} of the tiles, the paper's {theirs.kl:.4f} ± {theirs.kl_error:.4f} at "
