@@ -103,7 +103,9 @@ def units_of(sizes: Sizes, model: str = MODEL) -> tuple[Unit, ...]:
     plan.needles("needles", few, sizes.dialogues, main, (at,))
     policies, shortest = alphas | presets, min(main, *sizes.others, main)
     plan.prefill("prefill", {recipes.DEFAULT_PREFILL: policies[recipes.DEFAULT_PREFILL]}, texts, main, sizes.read)
-    plan.needles("needles_whole", recipes.reading_stacks(), sizes.dialogues, main, (at,), kind="needles_whole")
+    reading = recipes.reading_stacks()
+    own = {name: recipe for name, recipe in reading.items() if name.startswith("loopserve") and "paper" not in name}
+    plan.needles("needles_whole", own, sizes.dialogues, main, (at,), kind="needles_whole")
     plan.both("both", wholes, first, main, forced)
     measured = {name: policies[name] for name in _REALISED if name in policies}
     for text in first:  # breadth first, and what is of one text together: its dense prefill is computed once
@@ -114,6 +116,7 @@ def units_of(sizes: Sizes, model: str = MODEL) -> tuple[Unit, ...]:
             plan.prefill("prefill_ablations", recipes.prefill_ablations(), [text], main, sizes.read)
             plan.dialogues("dialogues", recipes.talking_stacks(), [text], main)
         plan.prefill("coverage", measured, [text], shortest, sizes.read, realised=True)
+    plan.needles("needles_whole", reading, sizes.dialogues, main, (at,), kind="needles_whole")
     if sizes.few:
         return tuple(plan.units)
     some = {name: names[name] for name in _RIVALS}

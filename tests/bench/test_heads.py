@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from loopserve.bench.heads import planted_lines, random_heads, structured_heads
-from loopserve.bench.speed.parity import as_call, preset_sparsifier
+from loopserve.bench.speed.parity import as_call, lines_sparsifier
 from loopserve.core.policy.patterns import LinePattern
 
 
 def test_structured_heads_lie_on_few_lines_and_random_ones_do_not() -> None:
     densities = {}
     for make in (structured_heads, random_heads):
-        pattern = preset_sparsifier(0.95).sparsify(as_call(make(8, 4, 2048, 2048, 64)))
+        pattern = lines_sparsifier(0.95).sparsify(as_call(make(8, 4, 2048, 2048, 64)))
         assert isinstance(pattern, LinePattern)
         densities[make.__name__] = pattern.cell_density()
     structured, flat = densities["structured_heads"], densities["random_heads"]

@@ -13,7 +13,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from loopserve.api import load_stack
 from loopserve.bench.heads import Heads
 from loopserve.bench.rows import Row
 from loopserve.core.engine.stats import TurnStats
@@ -134,12 +133,10 @@ def as_call(heads: Heads) -> AttentionInputs:
     )
 
 
-def preset_sparsifier(alpha: float) -> LoopServePrefill:
-    """Return the sparsifier of the preset ``loopserve`` with another alpha and without a lower length limit."""
-    preset = load_stack("loopserve").prefill
-    assert isinstance(preset, LoopServePrefill)
-    changed = {"alpha": alpha, "min_new_tokens": 0, "min_total_tokens": 0}
-    return LoopServePrefill(preset.config.model_copy(update=changed))
+def lines_sparsifier(alpha: float) -> LoopServePrefill:
+    """Return a sparsifier whose lines hold a share alpha of the mass of 64 rows in every head, without a lower length limit."""
+    config = LoopServePrefill.Config(alpha=alpha, sample_rows=64, cost="tile", min_new_tokens=0, min_total_tokens=0)
+    return LoopServePrefill(config)
 
 
 _WINDOWS, _ROWS = 8, 4  # stretches of rows that are checked, and rows of each

@@ -19,7 +19,7 @@ from loopserve.bench.speed.parity import (
     exact_blocks,
     exact_dense,
     exact_lines,
-    preset_sparsifier,
+    lines_sparsifier,
     rows_of,
     sampled_rows,
     verdict,
@@ -110,7 +110,7 @@ def prefill_case(part: KernelPrefill, device: str) -> Case:
     """Return the candidates of one case; every axis of ``part`` holds a single number."""
     heads = _heads(part, device)
     (query_heads, new, dim), (kv_heads, total) = heads.queries.shape, heads.keys.shape[:2]
-    sparsifier: PrefillSparsifier = preset_sparsifier(part.alpha)
+    sparsifier: PrefillSparsifier = lines_sparsifier(part.alpha)
     if part.data == "planted":
         assert isinstance(part.density, float)
         sparsifier = PlantedSparsifier(sparsifier, part.density, part.density_of)
@@ -156,7 +156,7 @@ class _Block:
         self.dtype = heads.queries.dtype
         self.new, self.total = heads.queries.shape[1], heads.keys.shape[1]
         self.stretches = sampled_rows(self.new)
-        sampled = preset_sparsifier(alpha).config.sample_rows
+        sampled = lines_sparsifier(alpha).config.sample_rows
         self.rows = sample_rows(self.new, sampled, Sampling.MIXED, generator(0)).to(heads.keys.device)
         self.columns = self.rows + heads.history
         self.exact_dense = cache(partial(exact_dense, heads, self.stretches))

@@ -113,11 +113,11 @@ def test_a_model_with_a_wrong_operation_gets_no_time(monkeypatch: pytest.MonkeyP
 def test_the_audit_looks_at_every_operation_of_a_sparse_turn() -> None:
     from loopserve.api import load_stack
     from loopserve.bench.heads import structured_heads
-    from loopserve.bench.speed.parity import as_call, preset_sparsifier
+    from loopserve.bench.speed.parity import as_call, lines_sparsifier
 
     heads = structured_heads(2, 1, 300, 300, 32)
     with audited() as seen:
-        pattern = PlantedSparsifier(preset_sparsifier(0.9), 0.4).sparsify(as_call(heads))
+        pattern = PlantedSparsifier(lines_sparsifier(0.9), 0.4).sparsify(as_call(heads))
         pattern.attend(*heads.tensors, scaling=heads.scaling)
     assert seen.errors.keys() == {"choose_lines", "vertical_slash"} and not seen.problems
     assert load_stack("loopserve").prefill.config is not None
