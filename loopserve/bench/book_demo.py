@@ -92,7 +92,9 @@ def _with_facts(text: str, facts: Sequence[tuple[float, str]]) -> str:
     return "\n\n".join(paragraphs)
 
 
-def run_book_demo(*, stacks: Sequence[StackLike], progress: Progress, model: str = MODEL) -> dict[str, Any]:
+def run_book_demo(
+    *, stacks: Sequence[StackLike], progress: Progress, model: str = MODEL, dtype: str = "auto"
+) -> dict[str, Any]:
     """Hold the conversation under ``dense`` and under every stack. Return answers and figures, in all and per turn.
 
     Every stack that compresses gets the same budget: 5 % of the pairs that dense attends to. Prefill is computed by each stack on
@@ -100,7 +102,7 @@ def run_book_demo(*, stacks: Sequence[StackLike], progress: Progress, model: str
     that cannot serve it.
     """
     turns = book_turns()
-    loaded, tokenizer = load(model)
+    loaded, tokenizer = load(model, dtype=dtype)
     resolved = [load_stack(each) for each in stacks]
     others = [each for each in resolved if each.name != REFERENCE]
     found: dict[str, Any] = {}
