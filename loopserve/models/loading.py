@@ -16,6 +16,7 @@ from loopserve.core.policy.layers import LayerSpec
 from loopserve.models.catalog import CATALOG, named_directory
 from loopserve.models.conversion import converted
 from loopserve.models.demo import bundled_path, is_bundled
+from loopserve.models.few_rows import serve_few_rows
 from loopserve.models.layers import read_layers
 from loopserve.models.model_cache import announce
 from loopserve.models.quantised import quantise, require_format
@@ -69,6 +70,8 @@ def load(
     loaded.to(place).eval()
     if weights != "auto":
         announce(f"{model}: {quantise(loaded, weights).said}")
+    else:
+        serve_few_rows(loaded)
     return loaded, tokenizer
 
 
