@@ -1,8 +1,8 @@
 """Hold one conversation about chapters of a novel with a pretrained model under several stacks, and compare the answers.
 
 The user states facts between the paragraphs of the chapters and asks for them later: in the same turn, in the next one, and after other
-chapters. The questions were chosen by the dense answers alone: a question is kept if dense attention answers it right and no other number
-is about as likely. Each stack holds the whole conversation by itself, so that its own earlier answers are part of its history.
+chapters. The questions were chosen by the dense answers alone: a question is kept if dense attention answers it right and no other
+number is about as likely. Each stack holds the whole conversation by itself, so that its own earlier answers are part of its history.
 """
 
 from __future__ import annotations

@@ -52,6 +52,16 @@ def test_a_row_does_not_depend_on_the_others(size: int, outputs: int) -> None:
         assert torch.equal(linear(inputs.view(2, -1, 1, size), weight, bias).view(MOST_ROWS, -1), alone)
 
 
+def test_threads_share_the_outputs() -> None:
+    inputs, weight, before = drawn(1, 3, 256), drawn(2, 1037, 256), torch.get_num_threads()
+    alone = linear(inputs, weight)
+    try:
+        torch.set_num_threads(3)
+        assert torch.equal(linear(inputs, weight), alone)
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_what_is_no_number_stays_none_and_stays_in_its_row(implementation: str) -> None:
     inputs, weight = drawn(1, 3, 40), drawn(2, 32, 40)
