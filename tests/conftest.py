@@ -18,6 +18,9 @@ settings.load_profile("repeatable")
 torch.set_num_threads(1)
 os.environ.pop("COLUMNS", None)  # pytest-xdist sets 80 in its workers; what is written to a pipe has no width
 os.environ.pop("LOOPSERVE_LOG", None)
+os.environ["LOOPSERVE_DTYPE"] = (
+    "float32"  # else ``auto`` depends on the processor, here and in processes that tests start
+)
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

@@ -299,8 +299,10 @@ def book(monkeypatch: pytest.MonkeyPatch, asked: dict[str, Any]) -> dict[str, An
     """What the conversation about the novel was asked for."""
     noted: dict[str, Any] = {}
 
-    def run_book_demo(*, stacks: list[str], model: str, progress: Callable[[str, int, int], None]) -> dict[str, Any]:
-        noted.update(stacks=list(stacks), model=model)
+    def run_book_demo(
+        *, stacks: list[str], model: str, dtype: str, progress: Callable[[str, int, int], None]
+    ) -> dict[str, Any]:
+        noted.update(stacks=list(stacks), model=model, dtype=dtype)
         if "error" in noted:
             raise noted["error"]
         turn = {"answer": "The number is 48213.", "right": 1, "prompt_tokens": 1300, "reused_tokens": 10}
@@ -318,7 +320,8 @@ def test_demo_prints_all_answers_and_a_table_of_three_columns(
     monkeypatch.setenv("COLUMNS", "80")
     code, out, err = cli("demo")
     assert (code, err) == (0, "")
-    assert book == {"stacks": list(demo_command.BOOK_STACKS), "model": "smollm2"}
+    assert book == {"stacks": list(demo_command.BOOK_STACKS), "model": "smollm2", "dtype": "auto"}
+    assert cli("demo", "--dtype", "float32")[0] == 0 and book["dtype"] == "float32"
     assert max(map(len, out.splitlines())) <= 80
     assert out.count("The number is 48213.") == len(demo_command.BOOK_STACKS) and "(stated in turn 1)" in out
     assert out.count("4821 ") >= 30

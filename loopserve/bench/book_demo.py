@@ -1,8 +1,8 @@
 """Hold one conversation about chapters of a novel with a pretrained model under several stacks, and compare the answers.
 
 The user states facts between the paragraphs of the chapters and asks for them later: in the same turn, in the next one, and after other
-chapters. The questions were chosen by the dense answers alone: a question is kept if dense attention answers it right and no other number
-is about as likely. Each stack holds the whole conversation by itself, so that its own earlier answers are part of its history.
+chapters. The questions were chosen by the dense answers alone: a question is kept if dense attention answers it right and no other
+number is about as likely. Each stack holds the whole conversation by itself, so that its own earlier answers are part of its history.
 """
 
 from __future__ import annotations
@@ -92,7 +92,9 @@ def _with_facts(text: str, facts: Sequence[tuple[float, str]]) -> str:
     return "\n\n".join(paragraphs)
 
 
-def run_book_demo(*, stacks: Sequence[StackLike], progress: Progress, model: str = MODEL) -> dict[str, Any]:
+def run_book_demo(
+    *, stacks: Sequence[StackLike], progress: Progress, model: str = MODEL, dtype: str = "auto"
+) -> dict[str, Any]:
     """Hold the conversation under ``dense`` and under every stack. Return answers and figures, in all and per turn.
 
     Every stack that compresses gets the same budget: 5 % of the pairs that dense attends to. Prefill is computed by each stack on
@@ -100,7 +102,7 @@ def run_book_demo(*, stacks: Sequence[StackLike], progress: Progress, model: str
     that cannot serve it.
     """
     turns = book_turns()
-    loaded, tokenizer = load(model)
+    loaded, tokenizer = load(model, dtype=dtype)
     resolved = [load_stack(each) for each in stacks]
     others = [each for each in resolved if each.name != REFERENCE]
     found: dict[str, Any] = {}

@@ -87,10 +87,11 @@ def run_demo(
     dialogues: int,
     progress: Progress,
     model: str = "demo",
+    dtype: str = "auto",
 ) -> dict[str, Any]:
     """Run the conversations under every stack. Return figures over all turns, per turn, and per question position of the last turn."""
     work = demo_dialogues(seed, tokens, turns, dialogues)
-    loaded, tokenizer = load(model)
+    loaded, tokenizer = load(model, dtype=dtype)
     result: dict[str, Any] = {}
     budgets = set()
     for name in stacks:

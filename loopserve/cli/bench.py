@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from loopserve.cli import bench_serve, quality
-from loopserve.cli.options import Format, FormatOption, Settings
+from loopserve.cli.options import DtypeOption, Format, FormatOption, Settings
 from loopserve.cli.output import print_json, print_table
 from loopserve.core.errors import ConfigError
 
@@ -162,6 +162,7 @@ def engine(
     output_tokens: Annotated[int, typer.Option(min=2, help="Tokens of each answer.")] = 48,
     runs: Annotated[int, typer.Option(min=2, help="Conversations on each side; medians are compared.")] = 7,
     stack: Annotated[str, typer.Option(help="A preset's name or a YAML file.")] = "dense",
+    dtype: DtypeOption = "auto",
     format: FormatOption = Format.HUMAN,
 ) -> None:
     """Our engine against transformers' own generate.
@@ -173,7 +174,13 @@ def engine(
     from loopserve.bench.speed.engine import run_engine_bench
 
     result: dict[str, Any] = run_engine_bench(
-        model=model, history=history, new_tokens=new_tokens, output_tokens=output_tokens, runs=runs, stack=stack
+        model=model,
+        history=history,
+        new_tokens=new_tokens,
+        output_tokens=output_tokens,
+        runs=runs,
+        stack=stack,
+        dtype=dtype,
     )
     _show_result(result, format)
 
@@ -189,6 +196,7 @@ def guard(
     history: Annotated[int, typer.Option(min=1, help="Tokens of the message.")] = 6144,
     output_tokens: Annotated[int, typer.Option(min=4, help="Tokens of the answer.")] = 64,
     runs: Annotated[int, typer.Option(min=1, help="Answers on each side.")] = 5,
+    dtype: DtypeOption = "auto",
     format: FormatOption = Format.HUMAN,
 ) -> None:
     """A decode step with the guard around policies, and without it, in paired runs."""
@@ -198,7 +206,13 @@ def guard(
     from loopserve.bench.speed.guard import run_guard_bench
 
     result = run_guard_bench(
-        model=model, stacks=stacks, history=history, output_tokens=output_tokens, runs=runs, progress=_progress
+        model=model,
+        stacks=stacks,
+        history=history,
+        output_tokens=output_tokens,
+        runs=runs,
+        dtype=dtype,
+        progress=_progress,
     )
     _show_result(result, format)
 
@@ -221,7 +235,7 @@ def batch(
     output_tokens: Annotated[int, typer.Option(min=2, help="Tokens of each answer.")] = 24,
     runs: Annotated[int, typer.Option(min=1, help="Paired runs; the fastest of each side is shown.")] = 3,
     wait: Annotated[bool, typer.Option(help="Measure a short prompt beside the prefill of an 8K one instead.")] = False,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    dtype: DtypeOption = "auto",
     output: OutputOption = None,
     format: FormatOption = Format.HUMAN,
 ) -> None:

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from loopserve.bench.demo_cells import BOOK_COLUMNS, book_cells
-from loopserve.cli.options import Format, FormatOption, Settings
+from loopserve.cli.options import DtypeOption, Format, FormatOption, Settings
 from loopserve.cli.output import console, milliseconds, number, percent, print_json, print_table, progress, size
 from loopserve.core.errors import ConfigError, ModelError
 
@@ -40,6 +40,7 @@ def demo(
     dialogues: Annotated[
         int | None, typer.Option(min=1, help="Of demo: conversations per question position. [default: 2]")
     ] = None,
+    dtype: DtypeOption = "auto",
     format: FormatOption = Format.HUMAN,
     plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw the result as well.")] = None,
 ) -> None:
@@ -55,9 +56,9 @@ def demo(
         _can_plot(plot)
     settings.stacks(stack or BOOK_STACKS)  # a misspelt stack is refused before any work
     tiny = model == "demo" or (model is None and bool(options))
-    result = None if tiny else _book(model, stack or list(BOOK_STACKS), options)
+    result = None if tiny else _book(model, stack or list(BOOK_STACKS), options, dtype)
     if result is None:
-        result = _tiny(stack or list(STACKS), _TINY | options)
+        result = _tiny(stack or list(STACKS), _TINY | options | ({} if dtype == "auto" else {"dtype": dtype}))
     if format is Format.JSON:
         print_json(result)
     elif "conversation" in result.get("settings", {}):
@@ -70,7 +71,7 @@ def demo(
         plot_demo(result, plot)
 
 
-def _book(model: str | None, stacks: list[str], options: Mapping[str, int]) -> dict[str, Any] | None:
+def _book(model: str | None, stacks: list[str], options: Mapping[str, int], dtype: str) -> dict[str, Any] | None:
     """Return the result of the conversation about a novel; None if no model was asked for and the default cannot be had."""
     if options:
         raise ConfigError(
@@ -81,7 +82,7 @@ def _book(model: str | None, stacks: list[str], options: Mapping[str, int]) -> d
 
     try:
         with quiet_libraries(), progress(lines=True) as report:
-            return run_book_demo(stacks=stacks, progress=report, model=model or MODEL)
+            return run_book_demo(stacks=stacks, progress=report, model=model or MODEL, dtype=dtype)
     except ModelError as error:
         if model is not None:
             raise

@@ -285,7 +285,7 @@ def check_range(what: str, indices: Tensor, total: int, lowest: int = 0) -> None
     """Raise ValueError unless all indices lie in ``[lowest, total)``."""
     if indices.numel() == 0:
         return
-    low, high = (int(each) for each in indices.aminmax())
+    low, high = map(int, indices.aminmax())
     if low < lowest or high >= total:
         raise ValueError(f"{what} must lie in [{lowest}, {total}), got {low} to {high}")
 

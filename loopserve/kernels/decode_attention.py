@@ -131,8 +131,9 @@ def check_requests(op: str, requests: Sequence[DecodeRequest]) -> None:
 
     Requests may differ in t, in the number of keys and in the chosen columns.
     """
-    first, held, pairs = (each.shape for each in requests[0][:3])
-    kind, device = requests[0].queries.dtype, requests[0].queries.device
+    example = requests[0]
+    first, held, pairs = example.queries.shape, example.keys.shape, example.values.shape
+    kind, device = example.queries.dtype, example.queries.device
     for index, request in enumerate(requests):
         check_request(f"{op}: request {index}", request)
         rows, keys, values = request.queries.shape, request.keys.shape, request.values.shape

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from transformers.modeling_utils import AttentionInterface
 from loopserve.core.engine.attention import attend
 from loopserve.core.engine.forward import ForwardBatch, ForwardContext, LayerCall
 from loopserve.core.errors import ModelError
-from loopserve.core.kv.recording import plain_tensors
+from loopserve.core.kv.recording import still_plain_tensors
 from loopserve.core.policy.layers import LayerSpec
 from loopserve.models.cache import CacheRows, Pass, Span, cache_over, computed_in, last_stored
 from loopserve.models.carried import Carried
@@ -64,23 +65,26 @@ def attention(
     _refuse(module, unknown, attention_mask, dropout)
     under_way.require_stored(layer, type(module).__name__, key, value)
     spec = under_way.spec(layer)
-    query = computed_in(query)
+    query, key, value = computed_in(query, key, value)
     _require_shape(module, spec, query, key, value)
-    call = LayerCall(
-        layer,
-        scaling=scaling if scaling is not None else query.shape[-1] ** -0.5,
-        softcap=softcap,
-        window=sliding_window if sliding_window is not None else spec.window,
-        sinks=s_aux,
+    scaling = scaling if scaling is not None else query.shape[-1] ** -0.5
+    window = sliding_window if sliding_window is not None else spec.window
+    call = (
+        _layer_call(layer, scaling, softcap, window)
+        if s_aux is None
+        else LayerCall(layer, scaling, softcap, window, s_aux)
     )
-    with plain_tensors():
+    with still_plain_tensors():
         outputs = attend(under_way.contexts, call, under_way.split(query))
         return under_way.join(outputs, query).contiguous(), None
 
 
+_layer_call = lru_cache(maxsize=4096)(LayerCall)  # those of a model's layers are equal in every step
+
+
 def _require_shape(module: torch.nn.Module, spec: LayerSpec, query: Tensor, key: Tensor, value: Tensor) -> None:
     """Raise ModelError unless a layer computes what its configuration says, in one dtype."""
-    name, key, value = type(module).__name__, computed_in(key), computed_in(value)
+    name = type(module).__name__
     if not query.dtype == key.dtype == value.dtype:
         raise ModelError(
             f"layer {spec.index} ({name}) computes queries in {query.dtype}, keys in {key.dtype} and values in {value.dtype}; "

@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionLayer
 from loopserve.core.engine.forward import ForwardContext
 from loopserve.core.engine.session import Session
 from loopserve.core.errors import ModelError
-from loopserve.core.kv.recording import plain_tensors
+from loopserve.core.kv.recording import still_plain_tensors
 from loopserve.core.policy.layers import LayerSpec
 from loopserve.models.recurrent import EmptyLayer, RecurrentCacheLayer
 
@@ -29,13 +29,15 @@ def last_stored(layer: int) -> Pass | None:
     return found if found is not None and layer in found.stored else None
 
 
-def computed_in(tensor: Tensor) -> Tensor:
-    """Return a tensor in the dtype that autocast computes attention in; as it is outside autocast.
+def computed_in(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Return tensors of one device in the dtype that autocast computes attention in; as they are outside autocast.
 
     Rotated keys are float32 there and values are not: torch's own attention casts both.
     """
-    kind = tensor.device.type
-    return tensor.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else tensor
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    return tuple(each.to(torch.get_autocast_dtype(kind)) for each in tensors)
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,8 +70,8 @@ class Pass:
     def split(self, tensor: Tensor) -> Sequence[Tensor]:
         """Return each session's part ``[H, t, D]`` of a tensor ``[B, H, T, D]``."""
         if tensor.shape[0] == 1 and tensor.shape[2] == self._packed:
-            parts: Sequence[Tensor] = tensor[0].split(self._lengths, dim=1)
-            return parts
+            row = tensor[0]
+            return [row] if len(self._lengths) == 1 else row.split_with_sizes(self._lengths, 1)
         return [tensor[span.row][:, span.columns] for span in self.spans]
 
     def join(self, parts: Sequence[Tensor], like: Tensor) -> Tensor:
@@ -103,8 +105,8 @@ class Pass:
         return self.spans[0].context.session.slots.by_layer[layer].spec
 
     def _append(self, layer: int, keys: Tensor, values: Tensor) -> None:
-        keys, values = computed_in(keys), computed_in(values)
-        with plain_tensors():
+        keys, values = computed_in(keys, values)
+        with still_plain_tensors():
             for span, own_keys, own_values in zip(self.spans, self.split(keys), self.split(values), strict=True):
                 span.context.store(layer, own_keys, own_values)
 

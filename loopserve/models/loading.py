@@ -16,6 +16,7 @@ from loopserve.core.policy.layers import LayerSpec
 from loopserve.models.catalog import CATALOG, named_directory
 from loopserve.models.conversion import converted
 from loopserve.models.demo import bundled_path, is_bundled
+from loopserve.models.few_rows import serve_few_rows
 from loopserve.models.layers import read_layers
 from loopserve.models.model_cache import announce
 from loopserve.models.quantised import quantise, require_format
@@ -35,8 +36,8 @@ def load(
 ) -> tuple[PreTrainedModel, Any]:
     """Return (model, tokenizer), in evaluation mode.
 
-    dtype: ``auto`` is LOOPSERVE_DTYPE if the environment sets it, else the checkpoint's own. On a CPU it is float32 for float16,
-    and for bfloat16 if the CPU has no instructions to multiply it; a line on stderr says so.
+    dtype: ``auto`` is LOOPSERVE_DTYPE if the environment sets it. Else it is, on a CPU, bfloat16 where that multiplies it and float32
+    elsewhere, and a line on stderr says which; on another device the checkpoint's own. The bundled models are float32 on every CPU.
     weights: ``auto`` leaves them as they are; ``int8`` and ``int4`` quantise those of linear layers (CPU only; ``models.quantised``),
     and a line on stderr says how many.
     Raises ModelError for a model that cannot be loaded, ConfigError for an unknown dtype, device or format of weights, or one that
@@ -69,6 +70,8 @@ def load(
     loaded.to(place).eval()
     if weights != "auto":
         announce(f"{model}: {quantise(loaded, weights).said}")
+    else:
+        serve_few_rows(loaded)
     return loaded, tokenizer
 
 
@@ -150,15 +153,15 @@ def _dtype(name: str | torch.dtype, own: torch.dtype | None, device: torch.devic
         if given not in DTYPES:
             raise ConfigError(f"{source}unknown dtype {given!r} (known: auto, {', '.join(DTYPES)})")
         return DTYPES[given]
-    if own is None or (own is torch.float16 and device.type == "cpu"):  # CPUs compute float16 slowly or not at all
+    if device.type != "cpu":
+        return own or torch.float32
+    if is_bundled(model):  # too small to gain from fewer bytes
         return torch.float32
-    if own is torch.bfloat16 and device.type == "cpu" and not has_bfloat16_products():
-        announce(
-            f"{model}: float32 instead of its bfloat16, which this CPU only emulates; "
-            f"--dtype or {DTYPE_VARIABLE} chooses another"
-        )
-        return torch.float32
-    return own
+    chosen, other, reason = "float32", "bfloat16", "since this CPU only emulates bfloat16"
+    if has_bfloat16_products():
+        chosen, other, reason = "bfloat16", "float32", "which this CPU multiplies"
+    announce(f"{model}: {chosen}, {reason}; change it with --dtype {other} or {DTYPE_VARIABLE}={other}")
+    return DTYPES[chosen]
 
 
 def _best_device() -> str:

@@ -15,6 +15,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from loopserve.core.errors import ConfigError
+from loopserve.models.few_rows import FewRowsLinear
 
 WEIGHTS = ("auto", "int8", "int4")
 # Up to here torch's packed products are at least as fast as those of expanded weights (benchmarks/results/weights.jsonl).
@@ -186,7 +187,7 @@ def quantise(model: PreTrainedModel, weights: str) -> Quantised:
 def _linears(model: PreTrainedModel) -> Iterator[tuple[str, torch.nn.Module, str, torch.nn.Linear]]:
     for path, parent in model.named_modules():
         for attribute, child in parent.named_children():
-            if type(child) is torch.nn.Linear:
+            if type(child) in (torch.nn.Linear, FewRowsLinear):
                 yield f"{path}.{attribute}".lstrip("."), parent, attribute, child
 
 

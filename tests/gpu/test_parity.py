@@ -42,7 +42,8 @@ def equal(function: Callable[..., Any], *args: Any, **options: Any) -> None:
 
 def test_triton_is_what_runs() -> None:
     for name, each in backend.operations().items():
-        assert each.choose("cuda", torch.bfloat16).name == "triton", name
+        own = "reference" if name == "linear" else "triton"  # a GPU's products are torch's
+        assert each.choose("cuda", torch.bfloat16).name == own, name
 
 
 @pytest.mark.parametrize(("rows", "total"), SHAPES)

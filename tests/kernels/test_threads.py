@@ -21,6 +21,7 @@ from loopserve.kernels.decode_attention import DecodeRequest, decode_attention, 
 from loopserve.kernels.dense_attention import dense_attention
 from loopserve.kernels.gather_kv import gather_kv
 from loopserve.kernels.line_scores import line_scores
+from loopserve.kernels.linear import linear
 from loopserve.kernels.select_lines import select_lines
 from loopserve.kernels.token_scores import token_scores
 from loopserve.kernels.top_columns import top_columns
@@ -80,6 +81,7 @@ def operations(seed: int) -> dict[str, Callable[[], Any]]:
         "choose_lines": lambda: choose_lines(queries, keys, columns, ROWS, alpha=0.9, **options),
         "top_columns": lambda: (top_columns(rows[:, 0], 20, sink_tokens=3, recent_window=9),),
         "gather_kv": lambda: gather_kv(keys, values, few),
+        "linear": lambda: (linear(keys[0, :5].bfloat16(), values[0].bfloat16(), rows[0, 0].bfloat16()),),
         "key_codes": codes,
     }
 

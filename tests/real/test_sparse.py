@@ -29,7 +29,7 @@ BOUNDS = {
 
 @pytest.fixture(scope="module")
 def result() -> dict[str, Any]:
-    return run_book_demo(stacks=["dense", "loopserve"], progress=lambda *step: None, model="smollm2")
+    return run_book_demo(stacks=["dense", "loopserve"], progress=lambda *step: None, model="smollm2", dtype="float32")
 
 
 def test_dense_answers_every_question_of_the_demonstration(result: dict[str, Any]) -> None:

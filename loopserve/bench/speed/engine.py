@@ -40,13 +40,14 @@ def run_engine_bench(
     output_tokens: int = 48,
     runs: int = 7,
     stack: str = "dense",
+    dtype: str = "auto",
 ) -> dict[str, Any]:
     """Return rows of medians and of ratios of engine to transformers: below 1 the engine is faster.
 
     A run is a conversation of three turns: a long first message (``history`` tokens), then two of ``new_tokens``, each
     answered with ``output_tokens``. Transformers keeps its cache over the turns as well.
     """
-    loaded, _ = load(model)
+    loaded, _ = load(model, dtype=dtype)
     engine = TokenEngine(TransformersModel(loaded), load_stack(stack))
     prompts = _prompts(vocabulary_size(loaded), history, new_tokens)
     times: dict[str, list[float]] = {"engine": [], "transformers": []}

@@ -86,6 +86,7 @@ def run_guard_bench(
     history: int = 6144,
     output_tokens: int = 64,
     runs: int = 5,
+    dtype: str = "auto",
     progress: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Return a row per stack: milliseconds of a decode step on both sides, and their ratio, guarded to bare, step by step.
@@ -94,7 +95,7 @@ def run_guard_bench(
     ``output_tokens`` to a message of ``history`` tokens. Both sides take each step in turn, and the order alternates
     with every step.
     """
-    loaded, _ = load(model)
+    loaded, _ = load(model, dtype=dtype)
     set_implementation(loaded, IMPLEMENTATION)
     draw = torch.Generator().manual_seed(0)
     prompt = torch.randint(8, vocabulary_size(loaded), (history,), generator=draw, device="cpu").tolist()

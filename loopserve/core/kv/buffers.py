@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import NamedTuple, Protocol
 
 import torch
@@ -15,10 +16,13 @@ from loopserve.kernels.paged import Rows
 ACTIVE_SLACK = 64  # spare columns for outputs behind a gathered selection before the buffer must grow
 
 
+_VERSION = attrgetter("_version")
+
+
 def versions(*tensors: Tensor) -> tuple[int, ...]:
     """Return the write counters of tensors, which views share. Return () for tensors made in inference mode, which have none."""
     try:
-        return tuple([tensor._version for tensor in tensors])
+        return tuple(map(_VERSION, tensors))
     except RuntimeError:
         return ()
 

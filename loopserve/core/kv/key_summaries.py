@@ -153,6 +153,8 @@ class KeySummaries:
 
     def _buffers(self, pages: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return buffers for so many pages; like: of the keys' heads, channels, dtype and device."""
+        if self._capacity >= pages:
+            return self._held()
         heads, _, dim = like.shape
         low, high = (self._reserve(name, pages, like, (heads, dim), like.dtype) for name in ("low", "high"))
         if not self.bits:
@@ -162,6 +164,11 @@ class KeySummaries:
             high,
             self._reserve("codes", pages, like, (heads, self.page, dim * self.bits // 8), torch.uint8),
         )
+
+    @property
+    def _capacity(self) -> int:
+        """Return the pages for which every buffer has capacity; all grow together."""
+        return self._parts["low"].shape[1] if self._parts else -1
 
     def _held(self) -> tuple[Tensor, Tensor, Tensor | None]:
         return self._parts["low"], self._parts["high"], self._parts.get("codes")

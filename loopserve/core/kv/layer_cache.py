@@ -31,7 +31,7 @@ class Counted:
     def __call__(self, start: int, end: int, device: torch.device) -> Tensor:
         """Return ``start`` to ``end - 1`` as a read-only view."""
         known = self._known
-        if known is None or len(known) < end or known.device != device:
+        if known is None or known.shape[0] < end or known.device != device:
             self._known = known = torch.arange(max(end, 1024) * 3 // 2, device=device)
         return known[start:end]
 

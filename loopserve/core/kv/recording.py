@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
@@ -16,3 +16,12 @@ def plain_tensors() -> Iterator[None]:
     """
     with torch.inference_mode(False), torch.no_grad():
         yield
+
+
+def still_plain_tensors() -> AbstractContextManager[None]:
+    """Return a block of ``plain_tensors`` for what runs in every layer: nothing is switched where nothing needs to be."""
+    switched = torch.is_inference_mode_enabled() or torch.is_grad_enabled()
+    return plain_tensors() if switched else _NOTHING
+
+
+_NOTHING = nullcontext()  # it holds no state, so that all share it

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -143,6 +144,6 @@ def _rises_within(indices: Tensor, boundary: int) -> bool:
 def _versions(*tensors: Tensor) -> tuple[int, ...] | None:
     """Return tensors' identities and write counters, or None where one was made in inference mode and has no counter."""
     try:
-        return tuple(number for each in tensors for number in (id(each), each._version))
+        return (*map(id, tensors), *map(attrgetter("_version"), tensors))
     except RuntimeError:
         return None

@@ -178,8 +178,9 @@ class AttentionInputs:
         """
         summaries = held.setdefault(self.layer.index, KeySummaries(page, bits))
         keys, first = self._prepare(summaries)
-        self.record.read("summaries", summaries.nbytes)
-        self.record.mean("summary_bytes_held", summaries.nbytes)  # per layer, beside the store
+        held_bytes = summaries.nbytes
+        self.record.read("summaries", held_bytes)
+        self.record.mean("summary_bytes_held", held_bytes)  # per layer, beside the store
         choice = ColumnChoice(
             self.queries[:, -1:],
             summaries.keys_coded,

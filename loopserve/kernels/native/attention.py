@@ -156,12 +156,15 @@ def attend_batch(
     kind, (heads, _, dim) = number_type(example), example.shape
     half, threads, owners = kind is torch.bfloat16, library.threads(), requests[0][1].shape[0]
     rows = [each[0].shape[1] for each in requests]
-    output = large_pages(example.new_empty(sum(rows), heads, dim))
-    lse = torch.empty(sum(rows), heads, dtype=torch.float32, device="cpu")
+    count = sum(rows)
+    output = example.new_empty(count, heads, dim)
+    lse = torch.empty(count, heads, dtype=torch.float32, device="cpu")
     place, lse_place = address("output", output, kind, output.shape), address("lse", lse, torch.float32, lse.shape)
     calls, kept = (_Attention * len(rows))(), []  # kept: copies must stay alive during the call
     for index, (count, (queries, keys, values, starts, columns, tail)) in enumerate(zip(rows, requests, strict=True)):
-        queries, keys, values = (rows_of(each) for each in gathered(queries, keys, values))
+        if isinstance(keys, Paged) or isinstance(values, Paged):
+            keys, values = gathered(keys, values)
+        queries, keys, values = rows_of(queries), rows_of(keys), rows_of(values)
         starts = None if starts is None else starts.contiguous()
         columns = None if columns is None else columns.contiguous()
         kept.append((queries, keys, values, starts, columns))

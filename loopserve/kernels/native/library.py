@@ -288,7 +288,7 @@ def rows_address(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int
 
 def places(*tensors: Tensor) -> tuple[int, ...]:
     """Return where tensors lie now, without a check: only to compare with addresses that were checked."""
-    return tuple(each.data_ptr() for each in tensors)
+    return tuple(map(Tensor.data_ptr, tensors))
 
 
 def optional(

@@ -283,6 +283,7 @@ def test_attention_reads_transposed_views() -> None:
 def test_triton_is_what_runs(dtype: torch.dtype) -> None:
     with backend.use("triton"):
         served = {name: each.choose("cpu", dtype).name for name, each in backend.operations().items()}
+    served.pop("linear")  # a GPU's products are torch's
     assert set(served.values()) == {"triton"}, served
 
 
