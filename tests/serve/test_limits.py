@@ -79,6 +79,15 @@ def test_more_answers_than_are_ever_let_in_are_no_matter_of_waiting(
     assert client.chat.completions.create(model="demo", messages=[FACT]).choices
 
 
+def test_answers_whose_pairs_never_fit_the_memory_are_no_matter_of_waiting(serve: Callable[..., Running]) -> None:
+    client = serve(kv_cache_memory=5 << 20).client()
+    for stream in (False, True):
+        with pytest.raises(openai.BadRequestError, match="n: 16 answers to one request may need") as caught:
+            client.chat.completions.create(model="demo", messages=[FACT], n=16, max_tokens=8, stream=stream)
+        assert caught.value.param == "n" and "retry-after" not in caught.value.response.headers
+    assert len(client.chat.completions.create(model="demo", messages=[FACT], n=2, max_tokens=8).choices) == 2
+
+
 def test_conversations_that_rest_too_long_are_forgotten(serve: Callable[..., Running], tmp_path: Path) -> None:
     server = serve(session_dir=tmp_path, session_ttl_s=1e-6)
     ask(server, [FACT])
