@@ -42,7 +42,7 @@ FULL: dict[str, tuple[Callable[[int, int], Cases], int]] = {
     "R1 fuzz": (_fuzz, 10_000),
     "R3 disconnects": (disconnects.run, 200),
     "R4 overload": (partial(overload.run, apart=True), 600),
-    "R5 ledger": (ledger.run, 200_000),
+    "R5 ledger": (ledger.run, 330_000),
     "R6 tenants": (tenants.run, 4000),
     "R7 kills": (kills.run, 500),
     "R8 damaged files": (damage.run, 1000),
