@@ -48,4 +48,5 @@ class Pace:
 
 
 def _mean(before: float | None, new: float, share: float) -> float:
-    return new if before is None else (1 - share) * before + share * new
+    """Return a running mean. A value counts as at most twice the mean, since one pass may take long for a reason of its own."""
+    return (1 - share) * before + share * min(new, 2 * before) if before else new
