@@ -84,6 +84,12 @@ def serve(
     kv_cache_memory: Annotated[str, typer.Option(help="Bytes that the caches of all conversations may take.")] = "4GiB",
     max_num_seqs: Annotated[int, typer.Option(min=1, help="Answers that are written at once.")] = 16,
     max_num_batched_tokens: Annotated[int, typer.Option(min=1, help="Tokens of one forward pass.")] = 512,
+    max_pass_steps: Annotated[
+        float,
+        typer.Option(
+            min=0.0, help="While requests overlap, a pass takes about so many decode steps at most; 0 = any time."
+        ),
+    ] = 4.0,
     max_queued: Annotated[int, typer.Option(min=0, help="Requests that may wait; more are answered 503.")] = 256,
     max_requests_per_key: Annotated[
         int | None, typer.Option(min=1, help="Requests of one key at once; more are answered 429. [default: any]")
@@ -128,6 +134,7 @@ def serve(
         kv_cache_memory=read_bytes(kv_cache_memory),
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
+        max_pass_steps=max_pass_steps or None,
         max_queued=max_queued,
         shutdown_timeout_s=shutdown_timeout,
     )

@@ -167,11 +167,19 @@ class Conversations:
         return match, await self.on_text(lambda: tokenizer.prompt(match.messages))
 
     async def _submit(self, answer: Answer) -> None:
-        path, loop, loaded = answer.match.path, asyncio.get_running_loop(), None
-        in_memory = await self.worker.acall(lambda: self.live.best(path, answer.stack))
-        if in_memory < len(path.tokens) - 1:
-            loaded = await self.on_disk(lambda: self.files.load(path, answer.stack, more_than=in_memory))
-        await self.worker.acall(lambda: self.submissions.begin(answer, loaded, loop))
+        path, loop = answer.match.path, asyncio.get_running_loop()
+
+        def begin() -> int | None:  # in one call, since between two there may be a pass
+            in_memory = self.live.best(path, answer.stack)
+            if in_memory < len(path.tokens) - 1:
+                return in_memory
+            self.submissions.begin(answer, None, loop)
+            return None
+
+        missing = await self.worker.acall(begin)
+        if missing is not None:
+            loaded = await self.on_disk(lambda: self.files.load(path, answer.stack, more_than=missing))
+            await self.worker.acall(lambda: self.submissions.begin(answer, loaded, loop))
 
     # Committing.
 

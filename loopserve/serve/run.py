@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import socket
 import sys
@@ -43,6 +44,8 @@ def run_server(
     """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
     app = create_app(engine, settings, stacks)
+    gc.collect()
+    gc.freeze()  # a full collection would look at every object of torch, which stops all threads for some 100 ms
     config = uvicorn.Config(
         app,
         log_level="warning",

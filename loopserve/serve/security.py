@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from loopserve.serve.errors import ApiError
+from loopserve.core.errors import CapacityError
+from loopserve.serve.errors import ApiError, as_api_error
 from loopserve.serve.settings import LOOPBACK, ServerSettings
 
 ANONYMOUS = "anonymous"
+_GENERATING = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses"})  # by POST
 
 
 def tenant_of(key: str | None) -> str:
@@ -26,13 +28,20 @@ class Security:
 
     Without keys, only requests whose Host header names this machine are answered, so that a page of another origin whose name was
     pointed at this machine (DNS rebinding) reads nothing.
+
+    A request for an answer that would not be let in now is refused here, before anything else is done for it: under overload most
+    requests are such ones.
     """
 
     def __init__(
-        self, app: ASGIApp, settings: ServerSettings, public: Iterable[str] = ("/", "/health", "/ready")
+        self,
+        app: ASGIApp,
+        settings: ServerSettings,
+        public: Iterable[str] = ("/", "/health", "/ready"),
+        check_space: Callable[[], None] = lambda: None,
     ) -> None:
-        """public: exact paths that need no key."""
-        self._app, self._public = app, frozenset(public)
+        """public: exact paths that need no key. check_space: raises CapacityError if no answer would be let in now."""
+        self._app, self._public, self._check_space = app, frozenset(public), check_space
         self._keys = [key.encode() for key in settings.api_keys]
         names = {*LOOPBACK, "[::1]", settings.host, *map(str.lower, settings.allowed_hosts)}
         self._hosts = None if settings.api_keys or settings.insecure else names
@@ -43,7 +52,10 @@ class Security:
             return
         try:
             scope["tenant"] = self.tenant(Headers(scope=scope), scope["path"])
-        except ApiError as error:
+            if scope["path"] in _GENERATING and scope.get("method") == "POST":
+                self._check_space()
+        except (ApiError, CapacityError) as raised:
+            error = as_api_error(raised)
             await JSONResponse(error.body, error.status, error.headers)(scope, receive, send)
             return
         await self._app(scope, receive, send)

@@ -190,16 +190,18 @@ class Store:
             return None
 
     def path(self, tenant: str, turn: str) -> Path | None:
-        """Return the turns from the root to a turn. None if the turn, or one before it, is not there."""
-        found: list[StoredTurn] = []
+        """Return the turns from the root to a turn. None if the turn, or one before it, is not there, or comes before itself."""
+        found: dict[str, StoredTurn] = {}
         wanted: str | None = turn
         while wanted is not None:
-            each = self.turn(tenant, wanted)
+            each = None if wanted in found else self.turn(tenant, wanted)
             if each is None:
+                if wanted in found:
+                    _log.error("turn %s is damaged: it would come before itself", wanted)
                 return None
-            found.append(each)
+            found[wanted] = each
             wanted = each.parent
-        return Path(tuple(reversed(found)))
+        return Path(tuple(reversed(found.values())))
 
     def find(self, tenant: str, model: str, digests: Sequence[bytes], session: str | None = None) -> list[StoredTurn]:
         """Return the latest turn for each digest that is known, those of ``session`` first, longest conversations first."""
@@ -234,12 +236,14 @@ class Store:
 
     def title(self, tenant: str, turn: str) -> tuple[str, int]:
         """Return the first message of a user on the path to a turn, and the number of turns of the path."""
-        number, first, at = 0, None, turn
-        while at is not None:  # sqlite scans whole tables for a recursive query over the view
+        first, at, seen = None, turn, set[str]()
+        while at is not None and at not in seen:  # sqlite scans whole tables for a recursive query over the view
             row = self._db.execute(f"SELECT {TURN} FROM every_turns WHERE id=? AND tenant=?", (at, tenant)).fetchone()
             if row is None:
                 break
-            number, first, at = number + 1, row, row[_PARENT]
+            seen.add(at)
+            first, at = row, row[_PARENT]
+        number = len(seen)
         try:
             messages = [] if first is None else self._rows.messages(first)
         except DAMAGE:  # the session is listed without a title
@@ -275,6 +279,7 @@ class Store:
                 continue
             gone[turn] = None
             waiting += self._left_behind(turn, session)
+        gone |= dict.fromkeys(self._circle(session))
         with self._transaction():
             for db in ("main", *_IN_MEMORY):
                 self._db.execute(f"DELETE FROM {db}.sessions WHERE id=?", (session,))
@@ -282,6 +287,20 @@ class Store:
             for db in ("main", "spare"):
                 self._db.executemany(f"DELETE FROM {db}.objects WHERE id=?", [(each,) for each in (session, *gone)])
         return sorted(gone)
+
+    def _circle(self, session: str) -> list[str]:
+        """Return the turns of a session that come before themselves, by damage: nobody can go on from them."""
+        rows = self._db.execute("SELECT id, parent FROM every_turns WHERE session=?", (session,))
+        parents: dict[str, str | None] = dict(rows.fetchall())
+        found = []
+        for turn in parents:
+            seen, at = set[str](), parents[turn]
+            while at is not None and at != turn and at not in seen:
+                seen.add(at)
+                at = parents.get(at)
+            if at == turn:
+                found.append(turn)
+        return found
 
     def _is_needed(self, turn: str, session: str, gone: Container[str]) -> bool:
         """Return whether another session is at a turn, or a turn that stays goes on from it."""

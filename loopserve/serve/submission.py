@@ -12,7 +12,7 @@ from loopserve.core.engine.session import Session
 from loopserve.core.errors import CancelledTurn, CapacityError, InputError
 from loopserve.serve.answer import Answer, Choice
 from loopserve.serve.attention import AttendedParts
-from loopserve.serve.errors import EngineFailure, stopping, unexpected
+from loopserve.serve.errors import EngineFailure, invalid, stopping, unexpected
 from loopserve.serve.kv_files import LoadedPairs
 from loopserve.serve.live import LiveSessions
 from loopserve.serve.records import Path
@@ -64,8 +64,11 @@ class Submissions:
         """Answer a turn that was prefilled as often as asked for."""
         session, count = prefill.session, answer.ask.n
         assert prefill.turn is not None
-        if not self._worker.scheduler.ledger.make_space(count * session.allocated_bytes, session):
-            raise CapacityError(f"n={count} answers do not fit the memory now: ask for fewer, or try again later")
+        most = self._most_tokens(answer) or answer.ask.sampling.max_new_tokens
+        try:
+            self._worker.scheduler.make_space_for_forks(session, count, most)
+        except InputError as error:
+            raise invalid(f"n: {error}", "n") from None
         sessions = [session, *(session.fork() for _ in range(count - 1))]
         for index, each in enumerate(sessions):
             self._answer(answer, self._choice(answer, index, each, loop), prefill)

@@ -55,6 +55,7 @@ class Worker:
             self.engine.token_engine,
             max_sessions=self._settings.max_num_seqs,
             max_num_batched_tokens=self._settings.max_num_batched_tokens,
+            max_pass_steps=self._settings.max_pass_steps,
             max_queued=self._settings.max_queued,
             kv_memory=self._settings.kv_cache_memory,
         )

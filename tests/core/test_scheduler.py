@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from collections.abc import Iterator
 from functools import cache
 from typing import Any, ClassVar
 
@@ -322,6 +323,120 @@ def test_the_limit_is_never_passed(limit: int, turns: list[tuple[int, int]], sta
     assert scheduler.running == scheduler.waiting == 0
 
 
+def prefilled(scheduler: Scheduler, served: TokenEngine, tokens: list[int]) -> tuple[Session, torch.Tensor]:
+    """Return a session whose turn waits for its answer, and the logits that the answer begins with."""
+    request = scheduler.submit(served.session(), tokens, None)
+    while not request.done.is_set():
+        scheduler.step()
+    assert request.turn is not None and request.turn.logits is not None
+    return request.session, request.turn.logits
+
+
+def test_forks_do_not_wait_behind_one_that_waits_for_their_memory() -> None:
+    served = engine()
+    probe = Scheduler(served, kv_memory=1 << 40)
+    limit = probe.ledger.needed(served.session(), 900, 7)
+    scheduler = Scheduler(served, kv_memory=limit)
+    session, logits = prefilled(scheduler, served, prompt(0, 100))
+    scheduler.make_space_for_forks(session, 3, 7)
+    large = scheduler.submit(served.session(), prompt(1, 900), GREEDY)  # needs the whole limit
+    answers = [
+        scheduler.submit(each, (), GREEDY, logits=logits) for each in (session, *(session.fork() for _ in range(2)))
+    ]
+    for _ in range(200):
+        scheduler.step()
+        for each in answers:
+            if each.done.is_set():
+                each.session.close()
+    assert all(len(each.result(0)) == 7 for each in [*answers, large])
+
+
+def test_forks_that_never_fit_are_refused_and_others_wait_their_turn() -> None:
+    served = engine()
+    probe = Scheduler(served, kv_memory=1 << 40)
+    scheduler = Scheduler(served, kv_memory=2 * probe.ledger.needed(served.session(), 100, 7))
+    session, logits = prefilled(scheduler, served, prompt(0, 100))
+    with pytest.raises(InputError, match="9 answers to one request may need"):
+        scheduler.make_space_for_forks(session, 9, 7)
+    most = max(count for count in range(1, 9) if _fits(scheduler, session, count))
+    held, growth = session.allocated_bytes, probe.ledger.needed(session, 0, 7) - session.allocated_bytes
+    assert most * held + growth <= scheduler.ledger.limit < (most + 1) * held + growth
+    answers = [scheduler.submit(session.fork(), (), GREEDY, logits=logits) for _ in range(most - 1)]
+    with pytest.raises(CapacityError, match="2 answers to one request do not fit the KV memory now"):
+        scheduler.make_space_for_forks(session, 2, 7)
+    scheduler.run_until_idle()
+    assert all(len(each.result()) == 7 for each in answers)
+
+
+def _fits(scheduler: Scheduler, session: Session, count: int) -> bool:
+    try:
+        scheduler.make_space_for_forks(session, count, 7)
+    except InputError:
+        return False
+    return True
+
+
+# A bound on the time of a pass, by a clock that counts what passes hold.
+
+
+class Timed(TokenEngine):
+    """Take a second for each pass, and a tenth for each prompt token."""
+
+    now = 0.0
+
+    def run_pass(self, turns: Any, prefill_tokens: Any = None) -> None:
+        waiting = sum(each.waiting for each in turns)
+        super().run_pass(turns, prefill_tokens)
+        self.now += 1 + 0.1 * max(0, waiting - sum(each.waiting for each in turns))
+
+
+def timed_passes(scheduler: Scheduler, served: Timed) -> Iterator[float]:
+    """Run passes until nothing is left, and give the seconds of each."""
+    while True:
+        before = served.now
+        if not scheduler.step():
+            return
+        yield served.now - before
+
+
+def timed(**options: Any) -> tuple[Timed, Scheduler]:
+    served = Timed(TransformersModel(model()), load_stack("dense"))
+    return served, Scheduler(served, max_num_batched_tokens=512, clock=lambda: served.now, **options)
+
+
+def test_passes_are_short_while_short_messages_come() -> None:
+    served, scheduler = timed(max_pass_steps=6)
+    scheduler.submit(served.session(), prompt(0, 20), GREEDY)
+    scheduler.run_until_idle()  # so that passes are measured
+    long = scheduler.submit(served.session(), prompt(1, 900), GREEDY)
+    scheduler.submit(served.session(), prompt(2, 20), GREEDY)
+    seconds: list[float] = []
+    for number, each in enumerate(timed_passes(scheduler, served)):
+        seconds.append(each)
+        if number % 5 == 0 and long.turn is not None and long.turn.waiting:
+            scheduler.submit(served.session(), prompt(number, 20), GREEDY)
+    assert long.done.is_set()
+    assert max(seconds) <= 6 and len(seconds) < 40
+
+
+@pytest.mark.parametrize("options", [{}, {"max_pass_steps": 6}])
+def test_a_lone_prompt_is_computed_in_large_pieces(options: dict[str, Any]) -> None:
+    served, scheduler = timed(**options)
+    for number in range(3):
+        scheduler.submit(served.session(), prompt(number, 1000), GREEDY)
+        assert [round(each, 1) for each in timed_passes(scheduler, served)] == [52.2, 49.8, *[1.0] * 6]
+
+
+def test_large_pieces_come_back_when_the_others_stay_away() -> None:
+    served, scheduler = timed(max_pass_steps=6)
+    for number in range(2):
+        scheduler.submit(served.session(), prompt(number, 20), GREEDY)
+    scheduler.run_until_idle()
+    scheduler.submit(served.session(), prompt(2, 900), GREEDY)
+    seconds = list(timed_passes(scheduler, served))
+    assert max(seconds[:3]) <= 6 and max(seconds) > 10
+
+
 def test_requests_come_from_other_threads() -> None:
     served = engine()
     scheduler = Scheduler(served)
@@ -340,6 +455,12 @@ def test_requests_come_from_other_threads() -> None:
 
 
 def test_values_that_make_no_sense_are_refused() -> None:
-    for options in ({"max_sessions": 0}, {"max_num_batched_tokens": 0}, {"max_queued": -1}, {"kv_memory": 0}):
+    for options in (
+        {"max_sessions": 0},
+        {"max_num_batched_tokens": 0},
+        {"max_queued": -1},
+        {"kv_memory": 0},
+        {"max_pass_steps": 0},
+    ):
         with pytest.raises(ConfigError, match=next(iter(options))):
             Scheduler(engine(), **options)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -225,3 +226,18 @@ def test_a_long_tail_of_small_weights_is_not_lost() -> None:
     assert float(scores[0, 0]) == pytest.approx(1 / (1 + tail), rel=2e-4)
     assert float(scores.double().sum()) == pytest.approx(1.0, abs=2e-4)
     assert float(output[0, -1, 0]) == pytest.approx(tail / (1 + tail), rel=2e-4)
+
+
+@needs_library
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="only there does the compiled attention round them")
+def test_no_time_is_spent_on_subnormal_weights() -> None:
+    """A processor takes some hundred cycles for each; keys that weigh e^-88 beside one are not worth it."""
+    total, dim, tiny = 256, 32, torch.finfo(torch.float32).tiny
+    queries, values = torch.ones(1, 64, dim), torch.zeros(1, total, dim)
+    keys = torch.full((1, total, dim), -1.0)
+    keys[0, 0], values[0, 1:] = 1.0, 1e-5
+    scaling = 85.0 / (2 * dim)  # a weight is a normal number, its product with a value is none
+    with backend.use("cpu"):
+        output, _ = dense_attention(queries, keys, values, scaling=scaling, need_lse=True)
+    assert not bool(((output != 0) & (output.abs() < tiny)).any())
+    assert float(torch.full((1,), tiny) * 0.5) > 0, "the thread's own arithmetic is as before"

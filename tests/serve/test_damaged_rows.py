@@ -145,3 +145,30 @@ def test_a_manifest_is_read_back_as_it_was_written(serve: Callable[..., Running]
     assert other.kv(row.turn) == row
     assert json.loads(json.dumps(row.manifest)) == row.manifest
     other.close()
+
+
+@pytest.mark.parametrize("length", [1, 2, 3])
+def test_a_turn_that_comes_before_itself_is_computed_from_the_request(
+    serve: Callable[..., Running], tmp_path: Path, length: int
+) -> None:
+    server = serve(session_dir=tmp_path)
+    talk = [FACT, said(ask(server, [FACT]))]
+    for _ in range(2):
+        talk += [QUESTION, said(ask(server, [*talk, QUESTION]))]
+    other = {"role": "user", "content": FACT["content"].replace("lisbon", "oslo")}
+    kept = ask(server, [other])
+    store = server.conversations.store
+    (session,) = [each for each in store.sessions(TENANT) if store.path(TENANT, str(each.head)).messages[0] == FACT]
+    turns = store.path(TENANT, str(session.head)).ids
+    store._db.execute("UPDATE main.turns SET parent = ? WHERE id = ?", (turns[length - 1], turns[0]))
+
+    assert store.path(TENANT, turns[-1]) is None and store.title(TENANT, turns[-1])[1] == 3
+    http, at = server.client()._client, f"{server.url}/v1/sessions"
+    assert len(http.get(at).json()["data"]) == 2 and http.get(f"{at}/{session.id}").json()["turns"] == []
+    again = ask(server, [*talk, QUESTION])
+    assert cached(again) == 0 and again.choices[0].message.content
+    more = ask(server, [other, said(kept), {"role": "user", "content": QUESTION["content"].replace("lisbon", "oslo")}])
+    assert cached(more) > 0 and said(more)["content"] == ANSWER.replace("lisbon", "oslo")
+    assert http.delete(f"{at}/{session.id}").json()["deleted"]
+    assert not {row[0] for row in store._db.execute("SELECT id FROM every_turns")} & set(turns)
+    assert len(http.get(at).json()["data"]) == 2  # the one begun anew, and the other

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import gc
+import socket
+from collections.abc import Callable, Coroutine
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
 
+from loopserve import Engine
 from loopserve.serve.kv_files import damaged_files
+from loopserve.serve.run import run_server
+from loopserve.serve.settings import ServerSettings
 from tests.serve.conftest import FACT, QUESTION, Running, until
 from tests.serve.test_chat_completions import ask, cached, said
 
@@ -77,6 +83,48 @@ def test_more_answers_than_are_ever_let_in_are_no_matter_of_waiting(
         client.chat.completions.create(model="demo", messages=[FACT], n=3)
     assert caught.value.param == "n" and "retry-after" not in caught.value.response.headers
     assert client.chat.completions.create(model="demo", messages=[FACT]).choices
+
+
+@pytest.mark.parametrize("path", ["chat/completions", "completions", "responses"])
+def test_overload_is_refused_before_anything_is_done_for_a_request(
+    serve: Callable[..., Running], monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    server = serve(api_keys=("one",), max_num_seqs=1, max_queued=0)
+    monkeypatch.setattr(server.app, "router", None)  # no route is looked for
+    worker, http = server.conversations.worker, server.client("one")._client
+    worker.admit(1, "somebody")
+    found = http.post(f"{server.url}/v1/{path}", content=b"{", headers={"Authorization": "Bearer one"})
+    assert found.status_code == 503 and found.json()["error"]["code"] == "server_overloaded"
+    assert int(found.headers["retry-after"]) >= 1 and worker.rejected == 1
+    assert http.post(f"{server.url}/v1/{path}", content=b"{").status_code == 401
+    worker.leave(1, "somebody")
+
+
+def test_answers_whose_pairs_never_fit_the_memory_are_no_matter_of_waiting(serve: Callable[..., Running]) -> None:
+    client = serve(kv_cache_memory=5 << 20).client()
+    for stream in (False, True):
+        with pytest.raises(openai.BadRequestError, match="n: 16 answers to one request may need") as caught:
+            client.chat.completions.create(model="demo", messages=[FACT], n=16, max_tokens=8, stream=stream)
+        assert caught.value.param == "n" and "retry-after" not in caught.value.response.headers
+    assert len(client.chat.completions.create(model="demo", messages=[FACT], n=2, max_tokens=8).choices) == 2
+
+
+def test_what_is_there_at_the_start_is_left_out_of_garbage_collections(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frozen: list[int] = []
+
+    def run(serving: Coroutine[Any, Any, None]) -> None:
+        serving.close()
+        frozen.append(gc.get_freeze_count())
+
+    monkeypatch.setattr(asyncio, "run", run)
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            assert run_server(engine, ServerSettings("demo"), {}, listener) == 0
+        assert frozen[0] > 10_000
+    finally:
+        gc.unfreeze()
 
 
 def test_conversations_that_rest_too_long_are_forgotten(serve: Callable[..., Running], tmp_path: Path) -> None:

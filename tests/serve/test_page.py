@@ -24,7 +24,8 @@ from tests.serve.conftest import FACT, QUESTION, Running, until
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
 needs_browser = pytest.mark.skipif(
-    BROWSER is None or find_spec("playwright") is None, reason="needs playwright and a chromium on the PATH"
+    BROWSER is None or find_spec("playwright") is None,
+    reason="needs playwright (pip install playwright) and a chromium on the PATH (apt-get install chromium)",
 )
 KEY = "a-key-of-the-tests"
 HOSTILE = (

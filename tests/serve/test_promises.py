@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
+from loopserve.core.engine.sampling import SamplingConfig
+from loopserve.core.kv.buffers import PairBuffer
 from tests.soak import (
     damage,
     disconnects,
@@ -17,8 +21,10 @@ from tests.soak import (
     streams,
     tenants,
 )
-from tests.soak.cases import Cases
+from tests.soak.cases import Cases, demo_engine
+from tests.soak.unwritten import filled_with_nan
 
+GREEDY = SamplingConfig(max_new_tokens=4, ignore_eos=True)
 SHORT = {
     "R3 disconnects": (disconnects.run, 42),
     "R4 overload": (overload.run, 40),
@@ -39,3 +45,37 @@ def test_a_promise_is_kept(name: str) -> None:
     run, cases = SHORT[name]
     found: Cases = run(cases)
     assert found.count >= cases and not found.failures, "\n".join(found.failures[:3])
+
+
+def _shallow(self: PairBuffer) -> PairBuffer:
+    other = PairBuffer(self.keys[:, :0], self.values[:, :0], slack=0)
+    other._keys, other._values, other.length, other._versions = self._keys, self._values, self.length, self._versions
+    return other
+
+
+def _short(self: PairBuffer, keys: Any, values: Any) -> None:
+    length = self.length + keys.shape[1]
+    self.reserve(length)
+    self._keys[:, self.length : length - 1] = keys[:, :-1]
+    self._values[:, self.length : length - 1] = values[:, :-1]
+    self.length = length
+
+
+def test_a_pair_that_was_never_written_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would be what somebody left there."""
+    monkeypatch.setattr(PairBuffer, "append", _short)
+    assert tenants.run(20).failures
+
+
+def test_pairs_of_a_conversation_that_is_gone_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = demo_engine().token_engine
+    with filled_with_nan():
+        session, tokens = engine.session(), list(range(10, 40))
+        answer = list(engine.generate(session, tokens, GREEDY))
+        monkeypatch.setattr(PairBuffer, "copy", _shallow)
+        other = session.fork()
+        assert session.turns and len(answer) == 4
+        session.close()
+        list(engine.generate(other, [10], GREEDY))
+        assert other.stats.counters["computed_anew"] == 1  # the write is noticed, so that no NaN is ever read
+        other.close()

@@ -51,3 +51,20 @@ def test_removed_sessions_take_only_their_own_along(seed: int) -> None:
         assert all(store.path(TENANT, each) is not None for each in turns)
     assert store._db.execute("SELECT count(*) FROM every_turns").fetchone() == (0,)
     store.close()
+
+
+def test_a_fork_takes_along_the_turns_of_a_session_that_was_removed_before() -> None:
+    store = Store(None)
+    path, session = turn_of(0, Path())
+    session = replace(session, id=new_id())
+    path = Path((replace(path.turns[-1], session=session.id),))
+    store.commit(path, replace(session, head=path.ids[-1]))
+    store.put_object(TENANT, path.ids[-1], {"kept": "beside the turn"})
+    fork = replace(session, id=new_id(), head=path.ids[-1])
+    store.put_session(fork)
+    assert store.remove_session(TENANT, session.id) == []
+    assert store.path(TENANT, path.ids[-1]) == path and store.object(TENANT, path.ids[-1]) is not None
+    assert store.remove_session(TENANT, fork.id) == path.ids
+    assert store.turn(TENANT, path.ids[-1]) is None and store.object(TENANT, path.ids[-1]) is None
+    assert store.remove_session(TENANT, fork.id) == []  # it is gone already
+    store.close()

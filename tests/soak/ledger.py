@@ -28,7 +28,7 @@ STACKS = ("dense", "loopserve", "snapkv", "snapkv-evict", "h2o")
 
 
 def run(cases: int, seed: int = 0) -> Cases:
-    """Take about ``cases`` steps; each is one case, with the limit looked at after it."""
+    """Take at least ``cases`` steps, about three times as many; each is one case, with the limit looked at after it."""
     found = Cases()
     Machine.steps = Machine.waited = Machine.most = 0
     limits = settings(

@@ -45,18 +45,19 @@ def run(cases: int, seed: int = 0, *, apart: bool = False) -> Cases:
 async def _measure(found: Cases, url: str, cases: int, process: int | None) -> None:
     async with httpx2.AsyncClient(timeout=120, limits=httpx2.Limits(max_connections=None)) as client:
         await _send(client, url)
-        before = time.perf_counter()
+        before, used = time.perf_counter(), _processor_s(process)
         full = [_several(client, url, 6) for _ in range(SEQS + QUEUED)]  # as many at once as are let in
         closed = [each for part in await asyncio.gather(*full) for each in part]
         capacity = len(closed) / (time.perf_counter() - before)
-        memory = _memory(process)
+        used_at_capacity = _processor_s(process) - used
+        memory, used = _memory(process), _processor_s(process)
         before, sending = time.perf_counter(), []
         for _ in range(cases):
             sending.append(asyncio.create_task(_send(client, url)))
             await asyncio.sleep(1 / (16 * capacity) if process is not None else 0.0)
         over = await asyncio.gather(*sending)
         ended = max(each[4] for each in over if each[0] == 200)
-        grown = _memory(process) - memory
+        grown, used_overloaded = _memory(process) - memory, _processor_s(process) - used
         answered, shed = [each for each in over if each[0] == 200], [each for each in over if each[0] != 200]
         found.count = len(over)
         if {each[0] for each in over} - {200, 503}:
@@ -81,6 +82,9 @@ async def _measure(found: Cases, url: str, cases: int, process: int | None) -> N
             "memory_growth_mib": grown / 2**20,
         }
         if process is not None:  # in one process, the load takes the time that it measures
+            # Processor time of the server: unlike the times above, what else the machine does hardly changes it.
+            found.figures["processor_s_per_answer_at_capacity"] = used_at_capacity / len(closed)
+            found.figures["processor_s_per_answer_overloaded"] = used_overloaded / max(1, len(answered))
             _check_limits(found)
 
 
@@ -128,7 +132,18 @@ async def _send(client: httpx2.AsyncClient, url: str) -> Outcome:
 
 def _memory(process: int | None) -> int:
     """Return the resident bytes of a process and its children; 0 for this one."""
+    pages = sum(int(Path(f"/proc/{each}/statm").read_text().split()[1]) for each in _family(process))
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def _processor_s(process: int | None) -> float:
+    """Return the processor time that a process and its children have used; 0 for this one."""
+    fields = [Path(f"/proc/{each}/stat").read_text().rpartition(")")[2].split() for each in _family(process)]
+    return sum(int(each[11]) + int(each[12]) for each in fields) / os.sysconf("SC_CLK_TCK")
+
+
+def _family(process: int | None) -> list[int]:
+    """Return the ids of a process and its children; none for this one."""
     if process is None:
-        return 0
-    ids = [process, *map(int, Path(f"/proc/{process}/task/{process}/children").read_text().split())]
-    return sum(int(Path(f"/proc/{each}/statm").read_text().split()[1]) for each in ids) * os.sysconf("SC_PAGE_SIZE")
+        return []
+    return [process, *map(int, Path(f"/proc/{process}/task/{process}/children").read_text().split())]

@@ -1,4 +1,7 @@
-"""R6: no tenant's conversation reaches another: same prompts, forks, undos, deletions, restarts, and other people's ids."""
+"""R6: no tenant's conversation reaches another: same prompts, forks, undos, deletions, restarts, and other people's ids.
+
+Memory that is let go holds NaN, so that an answer which reads a pair of somebody else's is an error.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from typing import Any
 
 from tests.serve.conftest import Running
 from tests.soak.cases import Cases, running
+from tests.soak.unwritten import filled_with_nan
 
 KEYS = ("one", "two", "three")
 CITIES = ("lisbon", "oslo", "paris")
@@ -18,7 +22,7 @@ QUESTION = "what is the code of {} ?"
 
 def run(cases: int, seed: int = 0) -> Cases:
     found, draw = Cases(), random.Random(seed)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, filled_with_nan():
         people = [_Person(key, draw) for key in KEYS]
         done = 0
         while done < cases:

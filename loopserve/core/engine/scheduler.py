@@ -15,6 +15,7 @@ from typing import Any
 
 from loopserve.core.engine.engine import TokenEngine
 from loopserve.core.engine.ledger import Ledger
+from loopserve.core.engine.pace import Pace
 from loopserve.core.engine.sampling import Choose, SamplingConfig
 from loopserve.core.engine.session import Session
 from loopserve.core.engine.turn import Turn
@@ -33,9 +34,13 @@ class Request:
         max_new_tokens: int,
         begin: Callable[[], Turn],
         listener: Callable[[Request], None] | None,
+        prefilled: bool = False,
     ) -> None:
-        """begin: begins the turn. listener: called after each pass that brought tokens, and at the end."""
+        """begin: begins the turn. listener: called after each pass that brought tokens, and at the end. prefilled: the turn goes on
+        from a prefill, whose pairs its session holds.
+        """
         self.session = session
+        self.prefilled = prefilled
         self.new_tokens = list(new_tokens)
         self.max_new_tokens = max_new_tokens
         self.turn: Turn | None = None
@@ -88,7 +93,7 @@ class Scheduler:
 
     A pass holds one token of every turn that decodes, and prompt tokens up to ``max_num_batched_tokens`` in all. Half of these go to
     the oldest prompt, so that none waits for ever; the rest goes to the shortest prompts first, so that a short message does not
-    wait behind a long one.
+    wait behind a long one. While requests overlap, ``max_pass_steps`` bounds the time of a pass as well (see ``Pace``).
     """
 
     def __init__(
@@ -99,12 +104,20 @@ class Scheduler:
         max_num_batched_tokens: int = 512,
         max_queued: int = 256,
         kv_memory: int | None = None,
+        max_pass_steps: float | None = None,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         """max_sessions: turns under way at once. max_num_batched_tokens: tokens of a pass. max_queued: requests that may wait.
-        kv_memory: bytes of stores, active sets and policy states of all sessions; None = no limit. ConfigError for values below 1.
+        kv_memory: bytes of stores, active sets and policy states of all sessions; None = no limit. max_pass_steps: how many times
+        as long as one without prompt tokens a pass may take while requests overlap; None = no bound, so that the pieces of a prompt
+        do not depend on time. ConfigError for values below 1.
         """
-        for name, value in (("max_sessions", max_sessions), ("max_num_batched_tokens", max_num_batched_tokens)):
-            if value < 1:
+        for name, value in (
+            ("max_sessions", max_sessions),
+            ("max_num_batched_tokens", max_num_batched_tokens),
+            ("max_pass_steps", 1 if max_pass_steps is None else max_pass_steps),
+        ):
+            if not value >= 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}")
         if max_queued < 0:
             raise ConfigError(f"max_queued must be at least 0, got {max_queued}")
@@ -115,6 +128,7 @@ class Scheduler:
             max_queued,
         )
         self.ledger = Ledger(kv_memory, engine.model.dtype.itemsize, lambda: engine.sessions)
+        self._pace = Pace(max_num_batched_tokens, max_pass_steps, clock)
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []
         self._changed = threading.Condition()
@@ -146,14 +160,22 @@ class Scheduler:
             )
         options["max_new_tokens"] = most
         request = Request(
-            session, new_tokens, most, lambda: self.engine.begin(session, new_tokens, sampling, **options), listener
+            session,
+            new_tokens,
+            most,
+            lambda: self.engine.begin(session, new_tokens, sampling, **options),
+            listener,
+            prefilled=options.get("logits") is not None,
         )
         with self._changed:
             if any(each.session is session for each in [*self._waiting, *self._running]):
                 raise InputError("a turn of this session is under way or queued: wait for its end or cancel it first")
             if len(self._waiting) + len(self._running) >= self.max_sessions + self.max_queued:
                 raise CapacityError(f"{len(self._waiting)} requests are waiting already: try again later")
-            self._waiting.append(request)
+            if request.prefilled:  # before those that have no pairs: one that waits for memory would wait for ours
+                self._waiting.insert(sum(each.prefilled for each in self._waiting), request)
+            else:
+                self._waiting.append(request)
             self._changed.notify_all()
         return request
 
@@ -180,6 +202,32 @@ class Scheduler:
 
     # From the thread that runs the model.
 
+    def make_space_for_forks(self, session: Session, count: int, max_new_tokens: int) -> None:
+        """Make space for ``count`` answers to a turn that is prefilled: forks of its session, answered one by one if need be.
+
+        Raises InputError if their pairs never fit the limit beside what one answer needs, and CapacityError if they do not now: each
+        answer that waits keeps its pairs, so one of them must always have what it needs to go on.
+        """
+        limit = self.ledger.limit
+        if limit is None:
+            return
+        held = session.allocated_bytes
+        growth = max(0, self.ledger.needed(session, 0, max_new_tokens) - held)
+        if count * held + growth > limit:
+            raise InputError(
+                f"{count} answers to one request may need {count * held + growth} bytes of KV memory, the limit is {limit}: ask for "
+                "fewer, shorten the conversation, lower max_new_tokens, or raise the limit"
+            )
+        waiting = [each for each in self._waiting if each.prefilled]
+        kept = sum(each.session.allocated_bytes for each in waiting)
+        for each in waiting:
+            needed = self.ledger.needed(each.session, len(each.new_tokens), each.max_new_tokens)
+            growth = max(growth, needed - each.session.allocated_bytes)
+        if kept + count * held + growth > limit or not self.ledger.make_space(count * held, session):
+            raise CapacityError(
+                f"{count} answers to one request do not fit the KV memory now: try again later, or ask for fewer"
+            )
+
     def step(self) -> bool:
         """Run one pass; return whether there was anything to do."""
         self._drop_cancelled()
@@ -189,12 +237,15 @@ class Scheduler:
             if self._waiting:  # for a session that another thread uses
                 time.sleep(0.001)
             return bool(self._waiting)
+        started, waiting = self._pace.clock(), sum(turn.waiting for turn in plan)
         try:
             self.engine.run_pass(list(plan), list(plan.values()))
         except BaseException:  # Ctrl-C in mid-pass: the sessions hold parts of it
             for request in list(self._running):
                 self._end(request, _interrupted(request))
             raise
+        computed = waiting - sum(turn.waiting for turn in plan)
+        self._pace.passed(max(0, computed), self._pace.clock() - started)
         progressed = [each for each in self._running if each.output]
         for request in list(self._running):
             assert request.turn is not None
@@ -281,7 +332,7 @@ class Scheduler:
         turns = [each.turn for each in self._running if each.turn is not None]
         plan: dict[Turn, int | None] = {turn: None for turn in turns if turn.waiting == 0}
         prompts = [turn for turn in turns if turn.waiting > 0]
-        left = max(1, self.max_num_batched_tokens - len(plan))
+        left = max(1, self._pace.tokens(len(self._running) + len(self._waiting)) - len(plan))
         shares = dict.fromkeys(prompts, 0)
         if prompts:
             shares[prompts[0]] = min(prompts[0].waiting, -(-left // 2))

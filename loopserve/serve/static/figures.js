@@ -147,7 +147,7 @@ class Panel {
         element("div", { class: "track", role: "img", "aria-label": `${name}: ${percent(value)} of dense` }, fill));
     };
     const plain = (name, text) => this.list.append(element("dt", {}, name), element("dd", {}, text));
-    plain("", "beside dense, 100 %");
+    plain("", "of dense");
     share("Prefill density", figures.prefill_tile_density);
     const fraction = figures.attended_fraction;
     if (known(fraction) && known(figures.attended_pairs) && fraction > 0) {

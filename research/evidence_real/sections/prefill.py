@@ -57,7 +57,7 @@ def _times(found: Agreement, dense: Agreement | None) -> str:
 def _prefill_verdicts(tokens: int, found: Cells) -> list[Verdict]:
     bar = 0.15 if tokens < LONGEST else 0.08
     ours = {label: each for label, each in found.items() if label.startswith(("loopserve, ", DEFAULT_PREFILL))}
-    inside = {label: each for label, each in ours.items() if (each.mean("cells") or 1.0) <= bar}
+    inside = {label: each for label, each in ours.items() if round(each.mean("cells") or 1.0, 2) <= bar}
     verdicts = []
     if inside:
         label, best = min(inside.items(), key=lambda item: (few_kinds(item[1]), item[1].kl))
