@@ -419,6 +419,29 @@ def test_passes_are_short_while_short_messages_come() -> None:
     assert max(seconds) <= 6 and len(seconds) < 40
 
 
+def test_short_messages_come_in_beside_many_that_decode() -> None:
+    served, scheduler = timed(max_pass_steps=1.5)
+    for number in range(6):
+        scheduler.submit(served.session(), prompt(number, 20), GREEDY)
+    scheduler.run_until_idle()
+    long = scheduler.submit(served.session(), prompt(9, 400), GREEDY)
+    decoding = [scheduler.submit(served.session(), prompt(number, 16), GREEDY) for number in range(6)]
+    while not all(each.output for each in decoding):
+        scheduler.step()
+    short = scheduler.submit(served.session(), prompt(8, 8), GREEDY)
+    for _ in range(2):
+        scheduler.step()
+    assert short.output and long.turn is not None and long.turn.waiting
+
+
+def test_the_first_passes_of_a_server_are_short_while_requests_overlap() -> None:
+    served, scheduler = timed(max_pass_steps=6)
+    scheduler.submit(served.session(), prompt(1, 900), GREEDY)
+    scheduler.submit(served.session(), prompt(2, 20), GREEDY)
+    assert scheduler.step()
+    assert served.now < 8
+
+
 @pytest.mark.parametrize("options", [{}, {"max_pass_steps": 6}])
 def test_a_lone_prompt_is_computed_in_large_pieces(options: dict[str, Any]) -> None:
     served, scheduler = timed(**options)
@@ -461,6 +484,8 @@ def test_values_that_make_no_sense_are_refused() -> None:
         {"max_queued": -1},
         {"kv_memory": 0},
         {"max_pass_steps": 0},
+        {"max_pass_steps": float("inf")},
+        {"max_pass_steps": float("nan")},
     ):
         with pytest.raises(ConfigError, match=next(iter(options))):
             Scheduler(engine(), **options)

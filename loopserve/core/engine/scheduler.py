@@ -7,6 +7,7 @@ called from any thread.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections import deque
@@ -117,8 +118,8 @@ class Scheduler:
             ("max_num_batched_tokens", max_num_batched_tokens),
             ("max_pass_steps", 1 if max_pass_steps is None else max_pass_steps),
         ):
-            if not value >= 1:
-                raise ConfigError(f"{name} must be at least 1, got {value}")
+            if not 1 <= value < math.inf:
+                raise ConfigError(f"{name} must be at least 1 and finite, got {value}")
         if max_queued < 0:
             raise ConfigError(f"max_queued must be at least 0, got {max_queued}")
         self.engine = engine
@@ -218,7 +219,8 @@ class Scheduler:
                 f"{count} answers to one request may need {count * held + growth} bytes of KV memory, the limit is {limit}: ask for "
                 "fewer, shorten the conversation, lower max_new_tokens, or raise the limit"
             )
-        waiting = [each for each in self._waiting if each.prefilled]
+        with self._changed:
+            waiting = [each for each in self._waiting if each.prefilled]
         kept = sum(each.session.allocated_bytes for each in waiting)
         for each in waiting:
             needed = self.ledger.needed(each.session, len(each.new_tokens), each.max_new_tokens)
@@ -245,7 +247,8 @@ class Scheduler:
                 self._end(request, _interrupted(request))
             raise
         computed = waiting - sum(turn.waiting for turn in plan)
-        self._pace.passed(max(0, computed), self._pace.clock() - started)
+        if computed > 0 or not waiting:  # a turn that was set to be computed anew says nothing of a step
+            self._pace.passed(computed, self._pace.clock() - started)
         progressed = [each for each in self._running if each.output]
         for request in list(self._running):
             assert request.turn is not None
@@ -305,7 +308,9 @@ class Scheduler:
         request.notify()
 
     def _admit(self) -> None:
-        """Begin the oldest waiting turns as far as sessions and memory allow. Nobody overtakes one that waits for memory."""
+        """Begin waiting turns in their order as far as sessions and memory allow. A turn that is prefilled already is before the others,
+        and nobody else overtakes one that waits for memory.
+        """
         while self._waiting and len(self._running) < self.max_sessions:
             request = self._waiting[0]
             needed = self.ledger.needed(request.session, len(request.new_tokens), request.max_new_tokens)
@@ -332,7 +337,8 @@ class Scheduler:
         turns = [each.turn for each in self._running if each.turn is not None]
         plan: dict[Turn, int | None] = {turn: None for turn in turns if turn.waiting == 0}
         prompts = [turn for turn in turns if turn.waiting > 0]
-        left = max(1, self._pace.tokens(len(self._running) + len(self._waiting)) - len(plan))
+        beside = self._pace.prompt_tokens(len(self._running) + len(self._waiting))
+        left = max(1, min(beside, self.max_num_batched_tokens - len(plan)))
         shares = dict.fromkeys(prompts, 0)
         if prompts:
             shares[prompts[0]] = min(prompts[0].waiting, -(-left // 2))
