@@ -232,7 +232,8 @@ def book_table(result: dict[str, Any]) -> str:
     settings, machine = result["settings"], result["machine"]
     caption = (
         f"One conversation about Moby-Dick with `{settings['model']}`: {settings['tokens']:,} tokens, {settings['turns']} turns, a "
-        f"question in each, {settings['dtype']}, {machine['threads']} thread(s). `loopserve demo` repeats it."
+        f"question in each, {settings['dtype']}, {machine['threads']} thread(s). "
+        f"`loopserve demo --dtype {settings['dtype']}` repeats it."
     )
     return "\n".join([*lines, "", caption])
 

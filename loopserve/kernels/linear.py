@@ -14,7 +14,7 @@ _OPERATION = backend.operation("linear", cpu="native.linear", limits={"cpu": nat
 def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return ``inputs @ weight.T + bias``: ``[..., out]`` for rows ``[..., in]``, weights ``[out, in]`` and biases ``[out]``.
 
-    Up to ``native.MOST_ROWS`` rows in bfloat16 on a CPU, a row's result does not depend on the others, bit by bit.
+    Where the compiled product serves (``native.limit``), a row's result does not depend on the others, bit by bit.
     Raises ValueError for arguments that do not fit together.
     """
     if weight.dim() != 2 or inputs.shape[-1:] != weight.shape[1:]:

@@ -70,8 +70,7 @@ def load(
     loaded.to(place).eval()
     if weights != "auto":
         announce(f"{model}: {quantise(loaded, weights).said}")
-    else:
-        serve_few_rows(loaded)
+    serve_few_rows(loaded)
     return loaded, tokenizer
 
 

@@ -289,17 +289,29 @@ class Store:
         return sorted(gone)
 
     def _circle(self, session: str) -> list[str]:
-        """Return the turns of a session that come before themselves, by damage: nobody can go on from them."""
+        """Return turns that come before themselves, by damage, and before one of a session: nobody can go on from them."""
         rows = self._db.execute("SELECT id, parent FROM every_turns WHERE session=?", (session,))
         parents: dict[str, str | None] = dict(rows.fetchall())
-        found = []
-        for turn in parents:
-            seen, at = set[str](), parents[turn]
-            while at is not None and at != turn and at not in seen:
-                seen.add(at)
-                at = parents.get(at)
-            if at == turn:
-                found.append(turn)
+        found, done = list[str](), set[str]()
+        for turn in tuple(parents):
+            path: dict[str, None] = {}
+            at: str | None = turn
+            while at is not None and at not in done and at not in path:
+                path[at] = None
+                if at not in parents:  # a turn of another session
+                    row = self._db.execute("SELECT parent FROM every_turns WHERE id=?", (at,)).fetchone()
+                    parents[at] = None if row is None else row[0]
+                at = parents[at]
+            if at in path:
+                passed = list(path)
+                circle = passed[passed.index(at) :]
+                heads = (
+                    self._db.execute("SELECT 1 FROM every_sessions WHERE head=? AND id<>?", (each, session))
+                    for each in circle
+                )
+                if not any(head.fetchone() for head in heads):
+                    found += circle
+            done.update(path)
         return found
 
     def _is_needed(self, turn: str, session: str, gone: Container[str]) -> bool:

@@ -231,7 +231,7 @@ def test_a_long_tail_of_small_weights_is_not_lost() -> None:
 @needs_library
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="only there does the compiled attention round them")
 def test_no_time_is_spent_on_subnormal_weights() -> None:
-    """A processor takes some hundred cycles for each; keys that weigh e^-88 beside one are not worth it."""
+    """A processor takes some hundred cycles for each; keys that weigh e^-85 beside one are not worth it."""
     total, dim, tiny = 256, 32, torch.finfo(torch.float32).tiny
     queries, values = torch.ones(1, 64, dim), torch.zeros(1, total, dim)
     keys = torch.full((1, total, dim), -1.0)

@@ -10,6 +10,8 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from loopserve import Engine
+from loopserve.kernels.linear import linear
+from loopserve.models import few_rows
 from loopserve.models.few_rows import FewRowsLinear, serve_few_rows
 from loopserve.models.loading import load
 
@@ -39,6 +41,34 @@ def test_weights_and_names_stay(model: PreTrainedModel) -> None:
         assert torch.equal(plain(ids).logits, model(ids).logits)
 
 
+@pytest.mark.parametrize(("rows", "served"), [(1, 1), (8, 1), (9, 0)])
+def test_few_rows_are_multiplied_by_the_kernel(rows: int, served: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, calls = torch.nn.Linear(32, 48, dtype=torch.bfloat16), list[torch.Tensor]()
+    layer.__class__ = FewRowsLinear
+
+    def counting(*arguments: torch.Tensor) -> torch.Tensor:
+        calls.append(arguments[0])
+        return linear(*arguments)
+
+    monkeypatch.setattr(few_rows, "linear", counting)
+    with torch.no_grad():
+        layer(torch.zeros(rows, 32, dtype=torch.bfloat16))
+    assert len(calls) == served
+
+
+def test_weights_of_another_kind_of_tensor_stay_torchs() -> None:
+    """Quantised weights say that they are bfloat16, and have no numbers of that kind."""
+
+    class Quantised(torch.Tensor):
+        pass
+
+    layer = torch.nn.Linear(32, 48, dtype=torch.bfloat16, bias=False)
+    holder = torch.nn.Sequential(layer)
+    layer.weight = torch.nn.Parameter(layer.weight.detach().as_subclass(Quantised), requires_grad=False)  # type: ignore[arg-type]
+    serve_few_rows(holder)  # type: ignore[arg-type]
+    assert type(layer) is torch.nn.Linear
+
+
 def test_many_rows_gradients_autocast_and_other_dtypes_are_torchs() -> None:
     layer = torch.nn.Linear(32, 48, dtype=torch.bfloat16)
     layer.__class__ = FewRowsLinear
@@ -64,3 +94,4 @@ def test_sessions_of_a_pass_answer_as_alone() -> None:
     alone = [engine.session().send(each, max_new_tokens=12, logprobs=True) for each in messages]
     together = engine.batch([(engine.session(), each) for each in messages], max_new_tokens=12, logprobs=True)
     assert [each.token_ids for each in together] == [each.token_ids for each in alone]
+    assert [each.logprobs for each in together] == [each.logprobs for each in alone]

@@ -53,6 +53,22 @@ def test_removed_sessions_take_only_their_own_along(seed: int) -> None:
     store.close()
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_turns_that_come_before_themselves_go_with_the_last_session_that_is_at_them(seed: int) -> None:
+    store, draw = Store(None), random.Random(seed)
+    sessions = grown(store, draw, 25)
+    turns = [row[0] for row in store._db.execute("SELECT id FROM every_turns ORDER BY id")]
+    root, *_, last = max((store.path(TENANT, each) or Path() for each in turns), key=lambda path: len(path.ids)).ids
+    for db in ("main", "spare"):
+        store._db.execute(f"UPDATE {db}.turns SET parent = ? WHERE id = ?", (last, root))
+    draw.shuffle(sessions)
+    for number, session in enumerate(sessions):
+        store.remove_session(TENANT, session.id)
+        assert {each.id for each in store.sessions()} == {each.id for each in sessions[number + 1 :]}
+    assert store._db.execute("SELECT count(*) FROM every_turns").fetchone() == (0,)
+    store.close()
+
+
 def test_a_fork_takes_along_the_turns_of_a_session_that_was_removed_before() -> None:
     store = Store(None)
     path, session = turn_of(0, Path())

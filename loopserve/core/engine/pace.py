@@ -7,7 +7,9 @@ from collections.abc import Callable
 
 SHARED_S = 10.0  # after requests overlapped, others are expected for so long
 _STEP_SHARE, _TOKEN_SHARE = 0.25, 0.5  # what the newest pass counts in the running means
-_MULTIPLE = 16  # bounds are multiples of it, so that kernels get few different shapes; fewer tokens say nothing of their time
+_MULTIPLE = (
+    16  # bounds are multiples of it, so that kernels get few different shapes; fewer tokens say nothing of their time
+)
 _FIRST = 64  # the bound before a pass without prompt tokens was seen
 _LEAST_S = 1e-7  # of a prompt token: what is measured below is noise
 

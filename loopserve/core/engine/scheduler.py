@@ -308,8 +308,9 @@ class Scheduler:
         request.notify()
 
     def _admit(self) -> None:
-        """Begin waiting turns in their order as far as sessions and memory allow. A turn that is prefilled already is before the others,
-        and nobody else overtakes one that waits for memory.
+        """Begin waiting turns in their order as far as sessions and memory allow.
+
+        A turn that is prefilled already comes before the others. Nobody else overtakes one that waits for memory.
         """
         while self._waiting and len(self._running) < self.max_sessions:
             request = self._waiting[0]

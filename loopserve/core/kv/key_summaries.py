@@ -167,8 +167,9 @@ class KeySummaries:
 
     @property
     def _capacity(self) -> int:
-        """Return the pages for which every buffer has capacity; all grow together."""
-        return self._parts["low"].shape[1] if self._parts else -1
+        """Return the pages for which every buffer has capacity; -1 before all are there."""
+        names = ("low", "high", "codes") if self.bits else ("low", "high")
+        return min((self._parts[name].shape[1] if name in self._parts else -1) for name in names)
 
     def _held(self) -> tuple[Tensor, Tensor, Tensor | None]:
         return self._parts["low"], self._parts["high"], self._parts.get("codes")

@@ -156,9 +156,9 @@ def attend_batch(
     kind, (heads, _, dim) = number_type(example), example.shape
     half, threads, owners = kind is torch.bfloat16, library.threads(), requests[0][1].shape[0]
     rows = [each[0].shape[1] for each in requests]
-    count = sum(rows)
-    output = example.new_empty(count, heads, dim)
-    lse = torch.empty(count, heads, dtype=torch.float32, device="cpu")
+    total = sum(rows)
+    output = example.new_empty(total, heads, dim)
+    lse = torch.empty(total, heads, dtype=torch.float32, device="cpu")
     place, lse_place = address("output", output, kind, output.shape), address("lse", lse, torch.float32, lse.shape)
     calls, kept = (_Attention * len(rows))(), []  # kept: copies must stay alive during the call
     for index, (count, (queries, keys, values, starts, columns, tail)) in enumerate(zip(rows, requests, strict=True)):
