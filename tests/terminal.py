@@ -65,21 +65,14 @@ class Terminal:
         A program that edits lines itself switches the terminal's own editing off while it waits.
         """
         start = self._seen
-        self._wait_for(edits_itself=True)
+        until = time.monotonic() + _PATIENCE_S
+        while termios.tcgetattr(self.end)[3] & termios.ICANON:
+            assert time.monotonic() < until, self.printed[self._seen :]
+            self._read(0.05)
         while self._read(0.0):
             pass
         self._seen = len(self.printed)
         return self.printed[start:]
-
-    def taken(self) -> None:
-        """Wait until the program has taken the line that was entered: from now on Ctrl-C is a signal."""
-        self._wait_for(edits_itself=False)
-
-    def _wait_for(self, *, edits_itself: bool) -> None:
-        until = time.monotonic() + _PATIENCE_S
-        while bool(termios.tcgetattr(self.end)[3] & termios.ICANON) is edits_itself:
-            assert time.monotonic() < until, self.printed[self._seen :]
-            self._read(0.05)
 
     def type(self, text: str) -> None:
         os.write(self.end, text.encode())

@@ -87,6 +87,12 @@ def logged(environment: dict[str, str], *arguments: str) -> str:
     return subprocess.run(command, env=values, capture_output=True, text=True, check=True).stdout
 
 
+def _wait_until_logged(environment: dict[str, str], *, turns: int) -> None:
+    """Wait until conversation 1 has so many turns. A message that was entered is in the log a moment later."""
+    while len(json.loads(logged(environment, "show", "1", "--json"))["turns"]) < turns:
+        pass
+
+
 @pytest.mark.slow
 def test_a_session_in_which_nothing_is_lost(environment: dict[str, str], tmp_path: Path) -> None:
     """All that a person meets: pastes, blocks, files, options, stops, retries, undo, save, and going on another day."""
@@ -154,7 +160,7 @@ def test_a_session_in_which_nothing_is_lost(environment: dict[str, str], tmp_pat
         # Left by Ctrl-C in mid-answer and once more: nothing is dropped.
         hold.touch()
         terminal.enter("what is the code of lisbon ?")
-        terminal.taken()
+        _wait_until_logged(environment, turns=5)
         terminal.type(CTRL_C)
         terminal.expect("Ctrl-C again leaves\r\n")
         terminal.prompt()
@@ -182,8 +188,7 @@ def test_a_session_in_which_nothing_is_lost(environment: dict[str, str], tmp_pat
             terminal.prompt()
         hold.touch()
         terminal.enter("the code of paris is")
-        while "paris" not in logged(environment, "show", "1"):
-            pass
+        _wait_until_logged(environment, turns=4)
         terminal.kill()
         hold.unlink()
     shown = json.loads(logged(environment, "show", "1", "--json"))

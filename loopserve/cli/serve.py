@@ -89,7 +89,7 @@ def serve(
         typer.Option(
             min=0.0, help="While requests overlap, a pass takes about so many decode steps at most; 0 = any time."
         ),
-    ] = 4.0,
+    ] = 2.0,
     max_queued: Annotated[int, typer.Option(min=0, help="Requests that may wait; more are answered 503.")] = 256,
     max_requests_per_key: Annotated[
         int | None, typer.Option(min=1, help="Requests of one key at once; more are answered 429. [default: any]")

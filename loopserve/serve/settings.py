@@ -24,7 +24,7 @@ class ServerSettings:
     kv_cache_memory: int | None = 4 << 30
     max_num_seqs: int = 16
     max_num_batched_tokens: int = 512
-    max_pass_steps: float | None = 4.0  # see ``Scheduler``
+    max_pass_steps: float | None = 2.0  # see ``Scheduler``
     max_queued: int = 256
     session_disk: int | None = None  # bytes that the caches of all conversations may take on disk; None: any
     session_disk_per_key: int | None = None  # the same for those of one key

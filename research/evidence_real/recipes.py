@@ -83,7 +83,8 @@ def decode_ablations(share: float, tokens: int, forced: int) -> dict[str, Recipe
     variants["pooling 1"] = one(pooling=1)
     variants["sink_tokens 0"] = one(sink_tokens=0)
     for window in (0, 32):
-        variants[f"recent_window {window}"] = one(recent_window=window)
+        left = budget - given["sink_tokens"] - window - 1
+        variants[f"recent_window {window}"] = one(recent_window=window, page_budget=min(given["page_budget"], left))
     variants["rescore keys"] = one(rescore="keys")
     variants["layers 0 and 1 dense"] = base | {"layers": [{"at": [0, 1], "decode": FULL}]}
     return {name: recipe for name, recipe in variants.items() if name == "as it is" or recipe != base}
