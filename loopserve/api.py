@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from loopserve.batch import Runner, answer_all
 from loopserve.chat_session import ChatSession, Reply
+from loopserve.core.engine.break_even import BreakEven
 from loopserve.core.engine.engine import TokenEngine
 from loopserve.core.engine.sampling import SamplingConfig, read_sampling
 from loopserve.core.engine.scheduler import Scheduler
@@ -26,6 +27,7 @@ from loopserve.core.stack.stack import PolicyStack, resolve_stack
 from loopserve.kernels import backend as kernels
 from loopserve.models.apply import Applied, applied
 from loopserve.models.bridge import IMPLEMENTATION, TransformersModel
+from loopserve.models.calibration import calibrated
 from loopserve.models.chat import ChatTokenizer
 from loopserve.models.generation_config import model_sampling, stop_ids
 from loopserve.models.layers import set_implementation, unwrapped
@@ -97,6 +99,7 @@ class Engine:
         on_policy_fault: OnPolicyFault | str = OnPolicyFault.RAISE,
         policy_timeout_s: float | None = POLICY_TIMEOUT_S,
         sampling: Literal["default", "model"] = "default",
+        break_even: BreakEven | None = None,
     ) -> None:
         """Take the model over: its attention is loopserve's from here on (``apply`` is what undoes itself).
 
@@ -104,7 +107,7 @@ class Engine:
         policy_checks: ``cheap``, or ``strict`` to try a policy out. on_policy_fault: ``raise`` a PolicyFault, or finish the turn
         ``dense``. policy_timeout_s: the longest call of a policy that is no fault; None = any. sampling: where options that a
         call does not name come from: ``default``, those of ``SamplingConfig`` (greedy), or ``model``, the model's own
-        ``generation_config`` where it sets them.
+        ``generation_config`` where it sets them. break_even: below which lengths the stack stays dense; None = the policies decide.
         """
         try:
             kernels.chosen()
@@ -121,6 +124,7 @@ class Engine:
             policy_checks=policy_checks,
             on_policy_fault=on_policy_fault,
             policy_timeout_s=policy_timeout_s,
+            break_even=break_even,
         )
         set_implementation(model, IMPLEMENTATION)
         self.model = model
@@ -145,10 +149,12 @@ class Engine:
         on_policy_fault: OnPolicyFault | str = OnPolicyFault.RAISE,
         policy_timeout_s: float | None = POLICY_TIMEOUT_S,
         sampling: Literal["default", "model"] = "default",
+        break_even: Literal["off", "auto"] = "off",
     ) -> Engine:
         """Load a hub id, directory, GGUF file, or name of ``loopserve models ls``. The stack is checked before the weights are read.
 
-        weights: ``int8`` or ``int4`` quantise the linear layers of a model on a CPU; ``auto`` leaves them as they are.
+        weights: ``int8`` or ``int4`` quantise the linear layers of a model on a CPU; ``auto`` leaves them as they are. break_even:
+        ``auto`` stays dense below the lengths that ``loopserve calibrate`` found on this machine, and says on stderr which they are.
         """
         resolved = load_stack(stack)
         loaded, tokenizer = load(
@@ -169,6 +175,7 @@ class Engine:
             on_policy_fault=on_policy_fault,
             policy_timeout_s=policy_timeout_s,
             sampling=sampling,
+            break_even=calibrated(loaded, resolved, break_even),
         )
 
     def sampling_config(self, options: Mapping[str, Any]) -> SamplingConfig:

@@ -21,6 +21,7 @@ os.environ.pop("LOOPSERVE_LOG", None)
 os.environ["LOOPSERVE_DTYPE"] = (
     "float32"  # else ``auto`` depends on the processor, here and in processes that tests start
 )
+os.environ["LOOPSERVE_BREAK_EVEN"] = "off"  # what somebody calibrated on this machine changes no test
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

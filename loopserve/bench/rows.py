@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from loopserve.core.errors import ConfigError
+from loopserve.core.machine import device_name
 
 Row = dict[str, Any]
 _IDENTITY = ("op", "shape", "dtype", "data", "impl", "stack", "device", "threads", "asked")
@@ -36,20 +37,6 @@ def provenance(device: str = "cpu") -> Row:
         "commit": commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-
-
-@cache
-def device_name(device: str) -> str:
-    """Return the GPU's name, or the processor's name as the system reports it."""
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name(device)
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 @cache

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from loopserve import __version__
-from loopserve.cli import bench, chat, demo, env, logs, models, policies, serve, sessions, stack
+from loopserve.cli import bench, calibrate, chat, demo, env, logs, models, policies, serve, sessions, stack
 from loopserve.cli.options import Settings
 from loopserve.cli.output import print_error, remember_json, unexpected
 from loopserve.core.errors import LoopServeError
@@ -27,6 +27,7 @@ app.command()(demo.demo)
 app.command()(chat.chat)
 app.command()(chat.run)
 app.command()(serve.serve)
+app.command()(calibrate.calibrate)
 app.add_typer(sessions.app, name="sessions")
 app.add_typer(logs.app, name="logs")
 app.add_typer(policies.app, name="policies")

@@ -26,6 +26,7 @@ _OF_AN_ENGINE = (
     "dtype",
     "device",
     "weights",
+    "break_even",
     "revision",
     "trust_remote_code",
     "policy_checks",

@@ -32,6 +32,11 @@ class Weights(StrEnum):
     INT4 = "int4"
 
 
+class BreakEvenFrom(StrEnum):
+    AUTO = "auto"
+    OFF = "off"
+
+
 @dataclass(frozen=True)
 class Settings:
     """Hold the global options. Every command finds them in ``context.obj``."""
@@ -74,6 +79,14 @@ StackOption = Annotated[str, typer.Option(help="A preset's name or a YAML file."
 SystemOption = Annotated[str | None, typer.Option(help="System message the conversation begins with.")]
 VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Print per-turn statistics.")]
 
+BreakEvenOption = Annotated[
+    BreakEvenFrom,
+    typer.Option(
+        "--break-even",
+        envvar="LOOPSERVE_BREAK_EVEN",
+        help="auto: stay dense below the lengths that `loopserve calibrate` found; off.",
+    ),
+]
 DtypeOption = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 WeightsOption = Annotated[Weights, typer.Option(help="auto: as they are; int8 and int4 are faster on a CPU.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
@@ -118,6 +131,7 @@ class ModelOptions:
     policy_checks: ChecksOption = PolicyChecks.CHEAP
     on_policy_fault: FaultOption = OnPolicyFault.DENSE
     policy_timeout: TimeoutOption = POLICY_TIMEOUT_S
+    break_even: BreakEvenOption = BreakEvenFrom.AUTO
 
     @property
     def sampling(self) -> dict[str, Any]:
@@ -143,6 +157,7 @@ class ModelOptions:
                 policy_checks=self.policy_checks,
                 on_policy_fault=self.on_policy_fault,
                 policy_timeout_s=self.policy_timeout or None,
+                break_even=self.break_even.value,
             )
 
 

@@ -10,6 +10,8 @@ from typing import Annotated
 import typer
 
 from loopserve.cli.options import (
+    BreakEvenFrom,
+    BreakEvenOption,
     ChecksOption,
     DeviceOption,
     DtypeOption,
@@ -111,6 +113,7 @@ def serve(
     policy_checks: ChecksOption = PolicyChecks.CHEAP,
     on_policy_fault: FaultOption = OnPolicyFault.DENSE,
     policy_timeout: TimeoutOption = POLICY_TIMEOUT_S,
+    break_even: BreakEvenOption = BreakEvenFrom.AUTO,
 ) -> None:
     """An OpenAI-compatible server for one model, whose conversations branch and survive restarts."""
     from loopserve.serve.listening import listen
@@ -162,6 +165,7 @@ def serve(
             policy_checks=policy_checks,
             on_policy_fault=on_policy_fault,
             policy_timeout_s=policy_timeout or None,
+            break_even=break_even.value,
         )
         sys.exit(run_server(engine, settings, {each.name: each for each in others}, listener, ready))
 

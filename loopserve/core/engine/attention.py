@@ -112,6 +112,10 @@ def _sparse(
     if not session.is_enabled(policies.prefill_slot):
         _report(context, inputs, everything)
         return None
+    if not session.slots.break_even.allows_sparse(inputs.new_tokens, inputs.total_tokens):
+        inputs.record.count("fallback:below_break_even")
+        _report(context, inputs, everything)
+        return None
     moment = "sparsify"
     try:
         pattern = session.guard.ask(sparsifier, sparsifier.sparsify, inputs)

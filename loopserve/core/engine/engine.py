@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from loopserve.core.engine.answer import AnswerOptions, AnswerPlan, plan_answer
+from loopserve.core.engine.break_even import BreakEven
 from loopserve.core.engine.forward import ForwardBatch, ForwardContext, Model
 from loopserve.core.engine.sampling import Choose, SamplingConfig
 from loopserve.core.engine.session import UNDO_DEPTH, Session
@@ -49,10 +50,12 @@ class TokenEngine:
         on_policy_fault: OnPolicyFault | str = OnPolicyFault.RAISE,
         policy_timeout_s: float | None = POLICY_TIMEOUT_S,
         undo_depth: int = UNDO_DEPTH,
+        break_even: BreakEven | None = None,
     ) -> None:
         """chunk_tokens: longest piece of a prefill. measure_coverage: realised coverage over all rows, for reports.
         policy_checks, on_policy_fault, policy_timeout_s: how policies are checked, see ``core.guard``. undo_depth: turns that can
-        be taken back without computing the conversation anew. ConfigError for what the stack or the values do not allow.
+        be taken back without computing the conversation anew. break_even: below which lengths the stack stays dense; sessions under
+        another stack have none. ConfigError for what the stack or the values do not allow.
         """
         if chunk_tokens < 1:
             raise ConfigError(f"chunk_tokens must be at least 1, got {chunk_tokens}")
@@ -70,7 +73,7 @@ class TokenEngine:
             "timeout_s": policy_timeout_s,
         }
         self.guard = Guard(**self._guarding, owners=stack.owners)
-        self.slots = Slots(model.layers, stack)
+        self.slots = Slots(model.layers, stack, break_even)
         self._others: dict[PolicyStack, tuple[Slots, Guard]] = {}
         self._lock = threading.Lock()
 

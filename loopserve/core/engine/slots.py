@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 from weakref import WeakSet
 
+from loopserve.core.engine.break_even import BreakEven
 from loopserve.core.guard.faults import Owners, Policy, blamed
 from loopserve.core.kv.cache import KVCache
 from loopserve.core.kv.selection import Retention
@@ -45,7 +46,9 @@ class LayerPolicies:
 class Slots:
     """Hold the policies of every layer and of every slot. All sessions of an engine share it."""
 
-    def __init__(self, layers: Sequence[LayerSpec], stack: PolicyStack) -> None:
+    def __init__(self, layers: Sequence[LayerSpec], stack: PolicyStack, break_even: BreakEven | None = None) -> None:
+        """break_even: below which lengths the layers stay dense, beside what the policies say themselves."""
+        self.break_even = break_even or BreakEven()
         self._named: dict[int, str] = {}
         self.policies: dict[str, Policy] = {}
         self.by_layer = tuple(self._assign(layer, stack, len(layers)) for layer in layers)
@@ -93,7 +96,7 @@ class Slots:
             observes_after=type(compressor).after_attention is not DecodeCompressor.after_attention,
             retention=retention,
             most_pairs=most,
-            dense_below_tokens=dense_below,
+            dense_below_tokens=self.break_even.dense_below(dense_below),
         )
 
     def _slot(self, kind: str, policy: Policy) -> str:
