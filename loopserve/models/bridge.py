@@ -25,6 +25,7 @@ from loopserve.core.policy.layers import LayerSpec
 from loopserve.models.cache import CacheRows, Pass, Span, cache_over, computed_in, last_stored
 from loopserve.models.carried import Carried
 from loopserve.models.layers import cache_keyword, input_device, read_layers, takes_keywords, vocabulary_size
+from loopserve.models.llama_steps import llama_steps
 from loopserve.models.masks import no_mask
 from loopserve.models.recurrent import load_states, save_states
 from loopserve.models.rotation import Rotation, longest_conversation
@@ -139,6 +140,7 @@ class TransformersModel:
         config = model.config.get_text_config(decoder=True)
         self._max_positions = longest_conversation(config)
         self.rotary = Rotation(model, config)
+        self._steps = llama_steps(model, self._layers) if self.rotary.fixed else None
 
     @property
     def layers(self) -> Sequence[LayerSpec]:
@@ -182,6 +184,8 @@ class TransformersModel:
         """
         if self._one_session and len(batch.contexts) > 1:
             return torch.stack([self._alone(context) for context in batch.contexts])
+        if self._steps is not None and self._steps.serve(batch.contexts):
+            return self._steps.forward(batch)
         contexts, spans = batch.contexts, batch.spans
         rows = CacheRows([each.session for each in contexts])
         rows.columns = contexts[0].session.cache.seen if len(contexts) == 1 else 0
