@@ -89,14 +89,18 @@ def _described(choice: ColumnChoice) -> str:
     return f"queries {list(queries.shape)} on {queries.device} and bounds {list(bounds.shape)}"
 
 
-def check_choice(choice: ColumnChoice, op: str) -> None:
-    """Raise ValueError unless the arguments of a choice fit together. The base's numbers are not read."""
+def check_choice(choice: ColumnChoice, op: str, *, coded: bool = False) -> None:
+    """Raise ValueError unless the arguments of a choice fit together. The base's numbers are not read.
+
+    coded: the codes are known to be those of ``keys``, and of the layer that the queries belong to.
+    """
     queries, of, base, tail, most, least, _threshold, observed, keys, first = choice
-    check_codes(op, queries, of)
+    if not coded:
+        check_codes(op, queries, of)
     check_base(op, queries, of, base, tail, most, observed, look=False)
     if not 0 <= least <= most:
         raise ValueError(f"{op}: at least {least} and at most {most} columns do not fit together")
-    if keys is not None:
+    if keys is not None and not coded:
         heads, _, dim = of.low.shape
         pages = -(-of.columns // of.codes.shape[2])
         if keys.shape != (heads, of.columns, dim) or keys.dtype is not of.low.dtype or not 0 <= first <= pages:

@@ -84,17 +84,23 @@ def decode_attention(
 
 
 def decode_attention_batch(
-    requests: Sequence[DecodeRequest], *, scaling: float, softcap: float | None = None, need_lse: bool = False
+    requests: Sequence[DecodeRequest],
+    *,
+    scaling: float,
+    softcap: float | None = None,
+    need_lse: bool = False,
+    checked: bool = False,
 ) -> list[tuple[Tensor, Tensor | None]]:
     """Return the results of ``decode_attention`` for several sessions of one layer, computed by one kernel call.
 
     Sessions may differ in t, in the number of keys and in the chosen columns. The outputs are read-only: where t is the
-    same for all, they may be views of one tensor ``[sessions, Hq, t, D]``. Raises ValueError that names the request
-    that does not fit.
+    same for all, they may be views of one tensor ``[sessions, Hq, t, D]``. checked: the caller has made sure that the
+    requests fit together. Raises ValueError that names the request that does not fit.
     """
     if not requests:
         return []
-    check_requests("decode_attention_batch", requests)
+    if not checked:
+        check_requests("decode_attention_batch", requests)
     found: list[tuple[Tensor, Tensor | None]] = _BATCH(
         requests[0].queries, requests, scaling=scaling, softcap=softcap, need_lse=need_lse
     )

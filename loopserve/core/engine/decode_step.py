@@ -54,6 +54,11 @@ class DecodeStep:
         assert self.request is not None and self.inputs is not None
         self._guarded(self.inputs, self._take_made)
 
+    @property
+    def fits(self) -> bool:
+        """Return whether what the kernel is asked needs no check: the layer's own pairs, and columns that a kernel has just chosen."""
+        return not self.context.hosted and (self.request is not None or self.cache.active is None)
+
     def observe(self) -> None:
         """Let the compressor see the step that is done."""
         if self.policies.observes_after and self.shown:
@@ -143,7 +148,13 @@ def attend_steps(steps: Mapping[int, DecodeStep], call: LayerCall) -> dict[int, 
         for index, step in steps.items()
         if step.context.error is None and step.attention is not None
     }
+    if not wanted:
+        return {}
     attended = decode_attention_batch(
-        list(wanted.values()), scaling=call.scaling, softcap=call.softcap, need_lse=call.sinks is not None
+        list(wanted.values()),
+        scaling=call.scaling,
+        softcap=call.softcap,
+        need_lse=call.sinks is not None,
+        checked=not [index for index in wanted if not steps[index].fits],
     )
     return dict(zip(wanted, attended, strict=True))

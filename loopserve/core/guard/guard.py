@@ -83,7 +83,7 @@ class Guard:
         Raises PolicyError for misconduct during the call: a write into its inputs, or a call that takes too long. Under strict
         checks also for process switches that are still changed, and for the faults that ``guard.strict_checks`` finds.
         """
-        inputs = _stored(args[0]) if args else None
+        inputs = args[0] if args and type(args[0]) is AttentionInputs else None  # others are no views of the store
         started = self._worked()
         answer = self._watched(policy, inputs, method, args, options)
         spent = self._worked() - started
@@ -92,7 +92,8 @@ class Guard:
             raise PolicyError(
                 f"it took {spent:.1f} s of processor time, the limit is {self._timeout_s:g} s", Fault.SLOW
             )
-        self._called.add(name)
+        if name not in self._called:
+            self._called.add(name)
         return answer
 
     def attend(

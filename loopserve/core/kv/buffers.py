@@ -112,11 +112,12 @@ class PairBuffer:
         """Start from existing pairs ``[Hkv, T, D]`` with capacity for ``slack`` more."""
         self.length = 0
         self.heads = heads = keys.shape[0]
+        self.dtype, self.device = keys.dtype, keys.device
         self.pair_bytes = keys.shape[2] * keys.element_size() + values.shape[2] * values.element_size()  # of one head
         tokens = keys.shape[1]
         self._keys = large_pages(keys.new_empty(heads, tokens + slack, keys.shape[2]))
         self._values = large_pages(values.new_empty(heads, tokens + slack, values.shape[2]))
-        self._versions = versions(self._keys, self._values)
+        self._rows = self._keys, self._values  # views of the pairs held, made again whenever there are more or fewer
         self.append(keys, values)
 
     def append(self, keys: Tensor, values: Tensor) -> None:
@@ -133,7 +134,9 @@ class PairBuffer:
 
     @property
     def rows(self) -> tuple[Tensor, Tensor]:
-        return self.keys, self.values
+        if self._rows[0].shape[1] != self.length:
+            self._rows = self._keys[:, : self.length], self._values[:, : self.length]
+        return self._rows
 
     def gather(self, columns: Tensor, known: Known | None = None) -> tuple[Tensor, Tensor]:
         return gather_kv(self.keys, self.values, columns)
@@ -155,6 +158,7 @@ class PairBuffer:
             new = large_pages(old.new_empty(old.shape[0], capacity, old.shape[2]))
             new[:, : self.length] = old[:, : self.length]
             setattr(self, name, new)
+        self._rows = self._keys, self._values
         self._versions = versions(self._keys, self._values)
 
     @property
@@ -164,19 +168,11 @@ class PairBuffer:
 
     @property
     def keys(self) -> Tensor:
-        return self._keys[:, : self.length]
+        return self.rows[0]
 
     @property
     def values(self) -> Tensor:
-        return self._values[:, : self.length]
-
-    @property
-    def device(self) -> torch.device:
-        return self._keys.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self._keys.dtype
+        return self.rows[1]
 
     @property
     def pairs(self) -> int:

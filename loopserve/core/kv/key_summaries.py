@@ -44,6 +44,7 @@ class KeySummaries:
         self.page = page
         self.bits = bits
         self.columns = 0  # columns of the store summarised so far
+        self._capacity = -1  # pages for which every buffer has capacity
         self._stale: int | None = None  # pages from here on are not summarised yet, though they are counted
         self._coded: KeyCodes | None = None
         self._parts: dict[
@@ -156,33 +157,24 @@ class KeySummaries:
         if self._capacity >= pages:
             return self._held()
         heads, _, dim = like.shape
-        low, high = (self._reserve(name, pages, like, (heads, dim), like.dtype) for name in ("low", "high"))
-        if not self.bits:
-            return low, high, None
-        return (
-            low,
-            high,
-            self._reserve("codes", pages, like, (heads, self.page, dim * self.bits // 8), torch.uint8),
-        )
-
-    @property
-    def _capacity(self) -> int:
-        """Return the pages for which every buffer has capacity; -1 before all are there."""
-        names = ("low", "high", "codes") if self.bits else ("low", "high")
-        return min((self._parts[name].shape[1] if name in self._parts else -1) for name in names)
+        for name in ("low", "high"):
+            self._reserve(name, pages, like, (heads, dim), like.dtype)
+        if self.bits:
+            self._reserve("codes", pages, like, (heads, self.page, dim * self.bits // 8), torch.uint8)
+        self._capacity = min(each.shape[1] for each in self._parts.values())
+        return self._held()
 
     def _held(self) -> tuple[Tensor, Tensor, Tensor | None]:
         return self._parts["low"], self._parts["high"], self._parts.get("codes")
 
-    def _reserve(self, name: str, pages: int, keys: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Return the buffer of a part ``[Hkv, capacity, ...]`` with capacity for all pages. It grows by half."""
+    def _reserve(self, name: str, pages: int, keys: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        """Provide a part's buffer ``[Hkv, capacity, ...]`` with capacity for all pages. It grows by half."""
         held = self._parts.get(name)
         if held is None or held.shape[1] < pages:
             grown = torch.empty(shape[0], pages + pages // 2 + 8, *shape[1:], dtype=dtype, device=keys.device)
             if held is not None:
                 grown[:, : held.shape[1]] = held
-            self._parts[name] = held = grown
-        return held
+            self._parts[name] = grown
 
     def scores(self, queries: Tensor, scaling: float) -> Tensor:
         """Return the upper bound of each page's logits for queries ``[Hq, r, D]``, per KV head: float32 ``[Hkv, pages]``."""

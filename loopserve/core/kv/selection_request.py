@@ -19,7 +19,8 @@ class SelectionRequest:
     """Ask for a selection: the pairs of ``base``, and the best others before its boundary for the current query.
 
     summaries: codes of all stored keys; those that ``choice`` gives the keys of are computed with the selection. Only for a layer
-    from which nothing was evicted, where positions are columns. selection: the result, once made. It lasts for one step.
+    from which nothing was evicted, where positions are columns. coded: the codes are those of the layer's own keys, as
+    ``AttentionInputs.request_selection`` makes them, and need no check. selection: the result, once made. It lasts for one step.
     """
 
     transient: ClassVar[bool] = True  # its tensors are views of the store, so no state holds one between two turns
@@ -29,6 +30,7 @@ class SelectionRequest:
     choice: ColumnChoice
     scaling: float
     softcap: float | None
+    coded: bool = False
     selection: KVSelection | None = None
 
     def check(self, queries: Tensor, kv_heads: int, length: int, stored: int) -> None:
@@ -57,7 +59,7 @@ class SelectionRequest:
                 "SelectionRequest.base: every head must hold the same number of pairs, and keep the others"
             )
         try:
-            check_choice(self.choice, "SelectionRequest")
+            check_choice(self.choice, "SelectionRequest", coded=self.coded)
         except ValueError as error:
             raise PolicyError(str(error)) from error
 

@@ -193,7 +193,7 @@ class AttentionInputs:
             keys,
             first,
         )
-        return SelectionRequest(base, summaries, choice, self.scaling, self.softcap)
+        return SelectionRequest(base, summaries, choice, self.scaling, self.softcap, coded=True)
 
     def _update(self, summaries: KeySummaries) -> None:
         summaries.update(self.keys)

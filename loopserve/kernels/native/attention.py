@@ -14,6 +14,7 @@ from loopserve.kernels.native import library
 from loopserve.kernels.native.library import (
     MOST_COLUMNS,
     address,
+    fresh,
     large_pages,
     number_type,
     optional,
@@ -157,22 +158,20 @@ def attend_batch(
     half, threads, owners = kind is torch.bfloat16, library.threads(), requests[0][1].shape[0]
     rows = [each[0].shape[1] for each in requests]
     total = sum(rows)
-    output = example.new_empty(total, heads, dim)
-    lse = torch.empty(total, heads, dtype=torch.float32, device="cpu")
-    place, lse_place = address("output", output, kind, output.shape), address("lse", lse, torch.float32, lse.shape)
-    calls, kept = (_Attention * len(rows))(), []  # kept: copies must stay alive during the call
+    output, place = fresh(total, heads, dim, dtype=kind)
+    lse, lse_place = fresh(total, heads, dtype=torch.float32)
+    calls, kept = (_Attention * len(rows))(), list[Tensor]()  # kept: copies must stay alive during the call
     for index, (count, (queries, keys, values, starts, columns, tail)) in enumerate(zip(rows, requests, strict=True)):
         if isinstance(keys, Paged) or isinstance(values, Paged):
             keys, values = gathered(keys, values)
-        queries, keys, values = rows_of(queries), rows_of(keys), rows_of(values)
         starts = None if starts is None else starts.contiguous()
         columns = None if columns is None else columns.contiguous()
-        kept.append((queries, keys, values, starts, columns))
+        kept += [each for each in (keys, values, starts, columns) if each is not None]
         total = keys.shape[1]
         chosen = -1 if columns is None else columns.shape[1]
-        query_place, *query_strides = rows_address("queries", queries, kind, (heads, count, dim))
-        key_place, *key_strides = rows_address("keys", keys, kind, (owners, total, dim))
-        value_place, *value_strides = rows_address("values", values, kind, (owners, total, dim))
+        query_place, *query_strides = rows_address("queries", queries, kind, (heads, count, dim), kept)
+        key_place, *key_strides = rows_address("keys", keys, kind, (owners, total, dim), kept)
+        value_place, *value_strides = rows_address("values", values, kind, (owners, total, dim), kept)
         _PACKED.pack_into(
             calls,
             index * _PACKED.size,
@@ -199,8 +198,8 @@ def attend_batch(
             tail,
             scaling,
         )
-        place += count * heads * dim * example.element_size()
-        lse_place += count * heads * lse.element_size()
+        place += count * heads * dim * kind.itemsize
+        lse_place += count * heads * 4
     library.call("decode_attention_batch", POINTER(_Attention), c_int64)(calls, len(rows))
     outputs = _by_session(output, rows)
     return (

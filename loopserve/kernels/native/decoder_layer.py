@@ -81,7 +81,7 @@ class DecoderLayers:
         self._tensors = [each for layer in layers for each in layer if isinstance(each, Tensor)]
         self._places = places(*self._tensors)
         self._activation = activation
-        address("activation", activation, _KIND, (NUMBERS,))
+        self._activation_at = address("activation", activation, _KIND, (NUMBERS,))
         self._calls = [byref(_layer(each, sizes)) for each in layers]
         self.before: Callable[..., None] = library.function("before_attention", c_void_p, c_void_p, c_void_p)
         self.after: Callable[..., None] = library.function("after_attention", c_void_p, c_void_p)
@@ -108,6 +108,8 @@ class DecoderRows:
         self._kept = (scratch, cos, sin)
         # Fresh for each layer, since policies may keep them.
         self._queries = torch.empty(len(layers._calls), rows, sizes.heads, 1, sizes.dim, dtype=_KIND, device="cpu")
+        self._by_row = self._queries.flatten(0, 1).unbind()
+        self._queries_at = address("queries", self._queries, _KIND, self._queries.shape)
         self._pairs = scratch[rows * 2 * sizes.size :].split(rows * shared)[:2]
         starts = [address("scratch", scratch, _KIND, scratch.shape)]
         for length in lengths:
@@ -119,7 +121,7 @@ class DecoderRows:
                 *starts[:-1],
                 address("cos", cos, _KIND, (rows, sizes.dim)),
                 address("sin", sin, _KIND, (rows, sizes.dim)),
-                layers._activation.data_ptr(),
+                layers._activation_at,
                 rows,
                 *sizes,
                 layers._lanes,
@@ -133,9 +135,10 @@ class DecoderRows:
 
     def before_attention(self, layer: int) -> tuple[Tensor, ...]:
         """Return each row's rotated queries ``[Hq, 1, D]``; ``keys`` and ``values`` hold its pairs ``[Hkv, 1, D]``."""
-        queries = self._queries[layer]
-        self._layers.before(self._layers._calls[layer], self._call, queries.data_ptr())
-        return queries.unbind()
+        place = self._queries_at + layer * len(self.keys) * self._row_bytes
+        self._layers.before(self._layers._calls[layer], self._call, place)
+        first = layer * len(self.keys)
+        return self._by_row[first : first + len(self.keys)]
 
     def after_attention(self, layer: int, attended: Sequence[Tensor]) -> None:
         """Go on with each row's attention output ``[Hq, 1, D]``."""

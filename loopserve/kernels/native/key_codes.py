@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from loopserve.kernels.native import library
-from loopserve.kernels.native.library import address, number_type, optional, rows_address, rows_of
+from loopserve.kernels.native.library import address, fresh, number_type, optional, rows_address, rows_of
 
 if TYPE_CHECKING:
     from loopserve.kernels.choose_columns import ColumnChoice
@@ -132,9 +132,8 @@ def code_logits(queries: Tensor, of: KeyCodes, *, scaling: float) -> Tensor:
     """See the operation."""
     heads, rows = of.low.shape[0], queries.shape[0] // of.low.shape[0] * queries.shape[1]
     logits = torch.empty(heads, rows, of.columns, dtype=torch.float32, device="cpu")
-    calls = (_KeyCodes * 1)()
-    queries = rows_of(queries)
-    _pack(calls, 0, queries, of, scaling, logits=address("logits", logits, torch.float32, logits.shape))
+    calls, kept = (_KeyCodes * 1)(), list[Tensor]()
+    _pack(calls, 0, queries, of, scaling, kept, logits=address("logits", logits, torch.float32, logits.shape))
     library.call("code_logits", POINTER(_KeyCodes))(calls)
     return logits
 
@@ -173,24 +172,21 @@ def choose_columns(
 
 def _choose(choices: Sequence[tuple[Any, ...]], scaling: float) -> list[tuple[Tensor, list[int]]]:
     """Choose columns for several sessions by one kernel call. choices: the fields of ``ColumnChoice``, in order."""
-    calls, kept = (_KeyCodes * len(choices))(), []  # kept: copies must stay alive during the call
+    calls, kept = (_KeyCodes * len(choices))(), list[Tensor]()  # kept: copies must stay alive during the call
     heads = choices[0][1].low.shape[0]
-    counts = torch.empty(len(choices), heads, dtype=torch.long, device="cpu")
+    counts, place = fresh(len(choices), heads, dtype=torch.long)
     widths = [base.shape[1] + most for _, _, base, _, most, *_ in choices]
-    chosen = torch.empty(heads * sum(widths), dtype=torch.long, device="cpu")
-    place, out = (
-        address("counts", counts, torch.long, counts.shape),
-        address("chosen", chosen, torch.long, chosen.shape),
-    )
+    chosen, out = fresh(heads * sum(widths), dtype=torch.long)
     for index, (queries, of, base, tail, most, least, threshold, observed, keys, first) in enumerate(choices):
-        queries, base, keys = rows_of(queries), base.contiguous(), None if keys is None else rows_of(keys)
-        kept.append((queries, base, keys))
+        base = base.contiguous()
+        kept.append(base)
         _pack(
             calls,
             index,
             queries,
             of,
             scaling,
+            kept,
             keys=keys,
             first=first,
             base=address("base", base, torch.long, (heads, base.shape[1])),
@@ -241,6 +237,7 @@ def _pack(
     queries: Tensor,
     of: KeyCodes,
     scaling: float,
+    kept: list[Tensor],
     *,
     keys: Tensor | None = None,
     first: int = 0,
@@ -252,12 +249,14 @@ def _pack(
     choice: tuple[int, int, int, int, bool] = (0, 0, 0, 0, False),
     threshold: float = 0.0,
 ) -> None:
-    """Fill the struct of a call. logits to counts: addresses. choice: the fields from ``base_count`` to ``relative``."""
+    """Fill the struct of a call. kept: see ``rows_address``. logits to counts: addresses. choice: the fields from
+    ``base_count`` to ``relative``.
+    """
     given, (heads, _, dim), places = number_type(queries), of.low.shape, _places(of)
-    query_place, *query_strides = rows_address("queries", queries, given, queries.shape)
+    query_place, *query_strides = rows_address("queries", queries, given, queries.shape, kept)
     key_place, *key_strides = 0, 0, 0
     if keys is not None:
-        key_place, *key_strides = rows_address("keys", keys, of.low.dtype, (heads, of.columns, dim))
+        key_place, *key_strides = rows_address("keys", keys, of.low.dtype, (heads, of.columns, dim), kept)
     _PACKED.pack_into(
         calls,
         index * _PACKED.size,

@@ -275,12 +275,24 @@ def address(
     return place
 
 
-def rows_address(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> tuple[int, int, int]:
+def fresh(*shape: int, dtype: torch.dtype) -> tuple[Tensor, int]:
+    """Return a new tensor for a kernel to write, and its address."""
+    tensor = torch.empty(shape, dtype=dtype, device="cpu")
+    return tensor, tensor.data_ptr()
+
+
+def rows_address(
+    name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...], kept: list[Tensor]
+) -> tuple[int, int, int]:
     """Return the address of a tensor ``[heads, rows, numbers]`` and the strides of heads and rows, checked as by ``address``.
 
-    The numbers of a row must be adjacent.
+    Where the numbers of a row are not adjacent, these are of a copy, which is added to ``kept``: it must stay alive during the call.
     """
     head, row, number = tensor.stride()
+    if number != 1:
+        tensor = tensor.contiguous()
+        kept.append(tensor)
+        head, row, number = tensor.stride()
     fits = tensor.dtype is dtype and tensor.shape == shape and number == 1 and tensor.is_cpu and not tensor.is_neg()
     place = tensor.data_ptr() if fits else 0
     return place or address(name, tensor, dtype, shape, strided=2), head, row  # which says what does not fit
