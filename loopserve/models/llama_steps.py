@@ -78,7 +78,10 @@ class LlamaSteps:
     def forward(self, batch: ForwardBatch) -> Tensor:
         """Run one pass; return the logits of each context ``[contexts, vocabulary]``."""
         contexts, inner = batch.contexts, self._model.model
-        with torch.no_grad():
+        with (
+            torch.no_grad(),
+            backend.use(backend.chosen()),
+        ):  # the choice of kernels is read once and not in every layer
             hidden = inner.embed_tokens(batch.token_ids)
             cos, sin = inner.rotary_emb(hidden[None], position_ids=batch.positions[None])
             rows = self._layers.rows(hidden, cos[0], sin[0])

@@ -37,7 +37,7 @@ def keep_apart(context: ForwardContext, error: Exception) -> None:
 def inputs_of(context: ForwardContext, call: LayerCall, policies: LayerPolicies, queries: Tensor) -> AttentionInputs:
     """Return what the policies of a layer are shown of a session's queries ``[Hq, T, D]``."""
     session, index = context.session, policies.spec.index
-    cache = session.cache.layers[index]
+    cache, stats = session.cache.layers[index], session.stats
     assert cache.store is not None
     total = cache.stored
     if context.phase is Phase.OBSERVE:
@@ -59,13 +59,13 @@ def inputs_of(context: ForwardContext, call: LayerCall, policies: LayerPolicies,
         first_valid=cache.first_valid,
         layer=policies.spec,
         phase=context.phase,
-        turn=session.stats.turn,
+        turn=stats.turn,
         turn_start=session.turn_start,
         output_index=session.output_index,
         final=context.final,
         scaling=call.scaling,
         softcap=call.softcap,
-        record=LayerRecord(session.stats, index),
+        record=LayerRecord(stats, index),
         selection=cache.active.selection if cache.active is not None else None,
         scratch=context.scratch.setdefault(index, {}),
         state=session.states[policies.prefill_slot],

@@ -189,7 +189,8 @@ def lanes_of_sums() -> int | None:
     source = torch.Generator().manual_seed(0)
     for lanes in (8, 16, 4):
         if all(
-            _sums_alike(torch.randn(64, size, generator=source), lanes) for size in (30, 100, 576, 1000, 2304, 4096)
+            _sums_alike(torch.randn(64, size, generator=source, dtype=torch.float32, device="cpu"), lanes)
+            for size in (30, 100, 576, 1000, 2304, 4096)
         ):
             return lanes
     return None
