@@ -1,6 +1,5 @@
 // Multiply few rows with bfloat16 weights that are read once, as a decode step does.
-#include "common.h"
-#include "vec.h"
+#include "linear.h"
 
 enum { MOST = 4 };  // rows that are computed together, so that a weight is loaded once for them
 
