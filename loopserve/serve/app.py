@@ -56,7 +56,7 @@ def create_app(engine: Engine, settings: ServerSettings, stacks: Mapping[str, Po
     app.state.server = server
     for module in (chat, completions, responses, conversation_routes, session_routes, info_routes, page):
         app.include_router(module.router)
-    app.add_middleware(Security, settings=settings, check_space=lambda: conversations.worker.check_space())
+    app.add_middleware(Security, settings=settings, check_space=lambda tenant: conversations.worker.check_space(tenant))
     for kind in (Exception, HTTPException, RequestValidationError, ApiError, LoopServeError, Disconnected):
         app.add_exception_handler(kind, _answer_error)
     return app

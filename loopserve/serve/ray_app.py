@@ -12,6 +12,7 @@ import sqlite3
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, suppress
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -73,12 +74,16 @@ class RaySettings(BaseModel):
     session_dir: AbsolutePath  # on a disk of the machine that all replicas share
     session_key_file: AbsolutePath | None = None
     session_ttl_s: float | None = 24 * 3600.0
+    session_disk: int | None = Field(None, ge=0)  # bytes that caches may take there
+    session_disk_per_key: int | None = Field(None, ge=0)
     api_key_file: AbsolutePath | None = None
     insecure: bool = False  # answer everybody who reaches Ray's proxy
     kv_cache_memory: int = Field(4 << 30, ge=1)  # bytes, of each replica
     max_num_seqs: int = Field(16, ge=1)  # of each replica
     max_num_batched_tokens: int = Field(512, ge=1)
+    max_pass_steps: float | None = Field(2.0, gt=0)  # null: any time
     max_queued: int = Field(16, ge=0)  # at each replica; after that a conversation is answered by another one
+    max_requests_per_key: int | None = Field(None, ge=1)  # at each replica
     max_queued_at_gateway: int = Field(64, ge=1)  # requests that no replica takes yet; more are answered 503
     shutdown_timeout_s: float = Field(30.0, ge=0)
     num_replicas: int = Field(2, ge=1)
@@ -90,18 +95,12 @@ class RaySettings(BaseModel):
 
     def server(self) -> ServerSettings:
         """Return the settings of one replica's server. Raises ConfigError for a key file that cannot be read."""
+        shared = [each.name for each in fields(ServerSettings) if each.name in type(self).model_fields]
         return ServerSettings(
             model_name=self.served_model_name or self.model,
             api_keys=() if self.api_key_file is None else read_keys(self.api_key_file),
-            insecure=self.insecure,
-            session_dir=self.session_dir,
             session_key=None if self.session_key_file is None else read_key(self.session_key_file),
-            session_ttl_s=self.session_ttl_s,
-            kv_cache_memory=self.kv_cache_memory,
-            max_num_seqs=self.max_num_seqs,
-            max_num_batched_tokens=self.max_num_batched_tokens,
-            max_queued=self.max_queued,
-            shutdown_timeout_s=self.shutdown_timeout_s,
+            **{name: getattr(self, name) for name in shared},
         )
 
 

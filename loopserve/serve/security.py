@@ -38,9 +38,11 @@ class Security:
         app: ASGIApp,
         settings: ServerSettings,
         public: Iterable[str] = ("/", "/health", "/ready"),
-        check_space: Callable[[], None] = lambda: None,
+        check_space: Callable[[str], None] = lambda tenant: None,
     ) -> None:
-        """public: exact paths that need no key. check_space: raises CapacityError if no answer would be let in now."""
+        """public: exact paths that need no key. check_space: raises ApiError or CapacityError if no answer to
+        a tenant would be let in now.
+        """
         self._app, self._public, self._check_space = app, frozenset(public), check_space
         self._keys = [key.encode() for key in settings.api_keys]
         names = {*LOOPBACK, "[::1]", settings.host, *map(str.lower, settings.allowed_hosts)}
@@ -53,7 +55,7 @@ class Security:
         try:
             scope["tenant"] = self.tenant(Headers(scope=scope), scope["path"])
             if scope["path"] in _GENERATING and scope.get("method") == "POST":
-                self._check_space()
+                self._check_space(scope["tenant"])
         except (ApiError, CapacityError) as raised:
             error = as_api_error(raised)
             await JSONResponse(error.body, error.status, error.headers)(scope, receive, send)

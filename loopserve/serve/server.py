@@ -47,7 +47,8 @@ class Server:
         empty: no body at all stands for an empty object.
         """
         if issubclass(model, GenerationRequest):
-            self.conversations.worker.check_space()  # before the body is read: overload is to cost as little as it can
+            # Before the body is read: overload is to cost as little as it can.
+            self.conversations.worker.check_space(request.scope["tenant"])
         body = await read_body(request, model, self.settings.max_body_bytes, empty=empty)
         if self.draining:
             raise stopping()

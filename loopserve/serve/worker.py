@@ -98,15 +98,19 @@ class Worker:
         ever = self._most if most is None else min(most, self._most)
         if answers > ever:
             raise invalid(f"n: at most {ever} answers at once are let in here", "n")
-        if most is not None and self._by_tenant[tenant] + answers > most:
-            self.rejected += 1
-            raise too_many(f"{self._by_tenant[tenant]} requests of this key are under way or waiting already")
-        self.check_space(answers)
+        self.check_space(tenant, answers)
         self.admitted += answers
         self._by_tenant[tenant] += answers
 
-    def check_space(self, answers: int = 1) -> None:
-        """Raise CapacityError if so many answers would not be let in now."""
+    def check_space(self, tenant: str, answers: int = 1) -> None:
+        """Raise ApiError (429) if the tenant has too many answers, CapacityError if so many more would not be let in now.
+
+        The tenant's own limit comes first: waiting for others would not help it.
+        """
+        most, held = self._settings.max_requests_per_key, self._by_tenant.get(tenant, 0)
+        if most is not None and held + answers > most:
+            self.rejected += 1
+            raise too_many(f"{held} requests of this key are under way or waiting already")
         if self.admitted + answers > self._most:
             self.rejected += 1
             raise CapacityError(f"{self.admitted} requests are under way or waiting already: try again later")

@@ -74,6 +74,26 @@ def test_a_key_has_its_share_of_requests(serve: Callable[..., Running]) -> None:
     assert server.client("one").chat.completions.create(model="demo", messages=[FACT]).choices
 
 
+@pytest.mark.parametrize("path", ["chat/completions", "responses"])
+def test_a_key_over_its_share_is_refused_for_it_though_the_server_is_full(
+    serve: Callable[..., Running], path: str
+) -> None:
+    server = serve(api_keys=("one", "two"), max_requests_per_key=1, max_num_seqs=1, max_queued=0)
+    worker = server.conversations.worker
+    http = server.client("one")._client
+    tenants: list[str] = []
+    admit, worker.admit = worker.admit, lambda answers, tenant: (tenants.append(tenant), admit(answers, tenant))[1]  # type: ignore[method-assign]
+    assert server.client("one").chat.completions.create(model="demo", messages=[FACT], max_tokens=1).choices
+    until(lambda: not worker.admitted)
+    admit(1, tenants[0])
+    status = [
+        http.post(f"{server.url}/v1/{path}", content=b"{", headers={"Authorization": f"Bearer {key}"}).status_code
+        for key in ("one", "two")
+    ]
+    worker.leave(1, tenants[0])
+    assert status == [429, 503]
+
+
 @pytest.mark.parametrize("limits", [{"max_requests_per_key": 2}, {"max_num_seqs": 1, "max_queued": 1}])
 def test_more_answers_than_are_ever_let_in_are_no_matter_of_waiting(
     serve: Callable[..., Running], limits: dict[str, int]
